@@ -1,0 +1,23 @@
+"""Low-rank adaptation (LoRA) of any JAX function, as a pure transform of its parameter tree.
+
+An adapter overlays a parameter tree: ``merge(params, adapter)`` says what it means, and
+``lift(fn)(bind(params, adapter), ...)`` computes the same without forming the merged weights.
+"""
+
+from lora_jax.adapter import bind, explain, init, labels, mask, merge, summary
+from lora_jax.config import LoRAConfig
+from lora_jax.lift import lift
+from lora_jax.version import __version__
+
+__all__ = [
+    "LoRAConfig",
+    "__version__",
+    "bind",
+    "explain",
+    "init",
+    "labels",
+    "lift",
+    "mask",
+    "merge",
+    "summary",
+]

@@ -1,0 +1,173 @@
+"""``LoRAConfig``: which leaves are adapted or trained, and with which hyperparameters."""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, Self
+
+from lora_jax import paths
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """What to adapt and how; checked when made, and the same after a trip through JSON.
+
+    With rank ``r`` a kernel becomes ``W + s·BA`` with ``s = alpha / r`` (Hu et al. 2021, eq. 3), or
+    ``s = alpha / sqrt(r)`` when ``rank_stabilized`` (Kalajdzievski 2023, eq. 2).
+
+    Attributes:
+      rank: number of columns of ``a`` and rows of ``b``; at least 1.
+      alpha: numerator of the scale; positive.
+      targets: kernels to adapt. Each entry is a module name or path ("query", "attention/query"), a
+        regular expression matched in full ("re:.*/(query|value)/kernel"), or "all-linear": every
+        kernel that the function contracts or convolves, except what ``train`` names.
+      train: leaves to train (and save) in full, named in the same way: a new head, all biases.
+      dropout: rate in [0, 1) of the dropout on the input of the low-rank branch.
+      rank_stabilized: divide alpha by the square root of the rank.
+      rank_pattern: rank of the kernels matching a pattern; the first pattern that matches wins.
+      alpha_pattern: alpha of the kernels matching a pattern; the first pattern that matches wins.
+
+    Raises:
+      ValueError: a value is out of its range; the message names the field.
+
+    >>> config = LoRAConfig(rank=4, targets=("query", "value"), train=("classifier",))
+    >>> LoRAConfig.from_json(config.to_json()) == config
+    True
+    >>> LoRAConfig(rank=0)
+    Traceback (most recent call last):
+    ...
+    ValueError: rank must be a whole number of at least 1, got 0.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] = (ALL_LINEAR,)
+    train: tuple[str, ...] = ()
+    dropout: float = 0.0
+    rank_stabilized: bool = False
+    # Hashed without the dictionaries: equal configs still have equal hashes.
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict, hash=False)
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        put = lambda name, value: object.__setattr__(self, name, value)  # the dataclass is frozen
+        put("rank", _whole("rank", self.rank))
+        put("alpha", _positive("alpha", self.alpha))
+        put("targets", _patterns("targets", self.targets))
+        put("train", _patterns("train", self.train))
+        put("dropout", _number("dropout", self.dropout))
+        put("rank_pattern", _by_pattern("rank_pattern", self.rank_pattern, _whole))
+        put("alpha_pattern", _by_pattern("alpha_pattern", self.alpha_pattern, _positive))
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}.")
+        if not isinstance(self.rank_stabilized, bool):
+            raise ValueError(
+                f"rank_stabilized must be True or False, got {self.rank_stabilized!r}."
+            )
+        if not self.targets and not self.train:
+            raise ValueError("targets and train are both empty: there would be nothing to train.")
+        both = sorted(set(self.targets) & set(self.train))
+        if both:
+            raise ValueError(
+                f"targets and train overlap in {both}: a leaf is either adapted or trained in full."
+            )
+
+    def kernel_rank(self, name: str) -> int:
+        """The rank for the kernel called ``name``."""
+        return _first_match(self.rank_pattern, name, self.rank)
+
+    def kernel_scale(self, name: str) -> float:
+        """The scale ``s`` for the kernel called ``name``."""
+        rank = self.kernel_rank(name)
+        alpha = _first_match(self.alpha_pattern, name, self.alpha)
+        return alpha / math.sqrt(rank) if self.rank_stabilized else alpha / rank
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON types."""
+        fields = dataclasses.asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+
+    def to_json(self) -> str:
+        """The fields as a JSON object."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """The inverse of :meth:`to_dict`; an unknown field is an error.
+
+        Raises:
+          ValueError: a field is unknown, or a value is out of its range.
+        """
+        known = [f.name for f in dataclasses.fields(cls)]
+        unknown = sorted(set(fields) - set(known))
+        if unknown:
+            raise ValueError(f"Unknown LoRAConfig fields {unknown}; the fields are {known}.")
+        return cls(**fields)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+          ValueError: not a JSON object, an unknown field, or a value out of its range.
+        """
+        fields = json.loads(text)
+        if not isinstance(fields, dict):
+            raise ValueError(f"A LoRAConfig is a JSON object, got {type(fields).__name__}.")
+        return cls.from_dict(fields)
+
+
+def _number(name: str, value: Any) -> float:
+    # A bool is an int to Python, but `alpha=True` is a mistake.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}.")
+    return float(value)
+
+
+def _positive(name: str, value: Any) -> float:
+    if _number(name, value) <= 0:
+        raise ValueError(f"{name} must be positive, got {value!r}.")
+    return float(value)
+
+
+def _whole(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+    return int(value)
+
+
+def _patterns(name: str, value: Any) -> tuple[str, ...]:
+    entries = (value,) if isinstance(value, str) else tuple(value)
+    for entry in entries:
+        _check_pattern(name, entry)
+        if name == "train" and entry == ALL_LINEAR:
+            raise ValueError(f"train cannot be {ALL_LINEAR!r}; that is a value of targets.")
+    return entries
+
+
+def _by_pattern(name: str, values: Any, check: Any) -> dict[str, Any]:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{name} must map patterns to values, got {values!r}.")
+    for pattern in values:
+        _check_pattern(name, pattern)
+    return {pattern: check(f"{name}[{pattern!r}]", v) for pattern, v in values.items()}
+
+
+def _check_pattern(name: str, pattern: Any) -> None:
+    if not isinstance(pattern, str) or not pattern.strip("/"):
+        raise ValueError(f"{name} must hold non-empty strings, got {pattern!r}.")
+    if pattern.startswith(paths.REGEX):
+        try:
+            re.compile(pattern.removeprefix(paths.REGEX))
+        except re.error as error:
+            raise ValueError(
+                f"{name} entry {pattern!r} is no regular expression: {error}"
+            ) from error
+
+
+def _first_match(by_pattern: Mapping[str, Any], name: str, default: Any) -> Any:
+    return next((v for pattern, v in by_pattern.items() if paths.matches(pattern, name)), default)

@@ -1,0 +1,187 @@
+"""The mathematics of one adapted kernel: ``W' = W + s·BA`` (Hu et al. 2021, section 4.1, eq. 3).
+
+The paper multiplies column vectors, so its ``B`` is ``(d_out, r)`` and its ``A`` is ``(r, d_in)``.
+Flax kernels are ``(d_in, d_out)`` and act from the right. Hence, here and everywhere in this
+library, ``a = Aᵀ``, ``b = Bᵀ`` and ``ΔW = s·a·b``.
+
+A kernel may have any number of axes in any order. Each has a role, one letter of ``axes``:
+
+* ``i``: an input axis, carried by ``a``;
+* ``o``: an output axis, carried by ``b``;
+* ``b``: a batch axis (layers of a scan, experts), carried by both: every entry is a kernel of its
+  own with its own pair of factors.
+
+``a`` has shape ``(*batch, *in, rank)`` and ``b`` has ``(*batch, rank, *out)``, each group in the
+order in which its axes stand in the kernel.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Array = jax.Array
+IN, OUT, BATCH = "i", "o", "b"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LowRank:
+    """A low-rank term ``s·a·b``, alone or with the kernel that it is added to.
+
+    Attributes:
+      a: ``(*batch, *in, rank)``, the paper's ``A`` transposed.
+      b: ``(*batch, rank, *out)``, the paper's ``B`` transposed.
+      scale: ``s``, a scalar array; data, so that a sweep can map over it, but never trained.
+      w: the frozen kernel in a bound tree; None in an adapter.
+      axes: the role of each kernel axis, for example "io".
+      name: the kernel's path in a bound tree, for messages.
+    """
+
+    a: Array
+    b: Array
+    scale: Array
+    w: Array | None = None
+    axes: str = "io"
+    name: str = ""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trained:
+    """A leaf of a bound tree that the adapter replaces in full."""
+
+    value: Array
+
+
+jax.tree_util.register_dataclass(LowRank, ["a", "b", "scale", "w"], ["axes", "name"])
+jax.tree_util.register_dataclass(Trained, ["value"], [])
+
+
+def is_node(x: Any) -> bool:
+    """Whether ``x`` is one of the two nodes that this library puts in place of arrays."""
+    return isinstance(x, LowRank | Trained)
+
+
+def positions(axes: Sequence[Any], roles: str) -> list[int]:
+    """Axes of the kernel with the given roles, role by role.
+
+    >>> positions("bioi", "bi")
+    [0, 1, 3]
+    """
+    return [k for role in roles for k, axis in enumerate(axes) if axis == role]
+
+
+def factor_shapes(shape: Sequence[int], axes: str, rank: int) -> tuple[tuple, tuple]:
+    """Shapes of ``a`` and ``b`` for a kernel.
+
+    >>> factor_shapes((12, 768, 12, 64), "bioo", rank=8)
+    ((12, 768, 8), (12, 8, 12, 64))
+    """
+    sizes = lambda role: tuple(shape[k] for k in positions(axes, role))
+    return (*sizes(BATCH), *sizes(IN), rank), (*sizes(BATCH), rank, *sizes(OUT))
+
+
+def max_rank(shape: Sequence[int], axes: str) -> int:
+    """The largest rank that ``ΔW`` can have: the smaller of the kernel's two sides."""
+    side = lambda role: math.prod(shape[k] for k in positions(axes, role))
+    return min(side(IN), side(OUT))
+
+
+def init_a(key: Array, shape: Sequence[int], axes: str, rank: int, dtype: Any) -> Array:
+    """Draws ``a ~ U(-1/√fan_in, 1/√fan_in)``; ``b`` starts at zero, so ``ΔW`` does.
+
+    These are the initial values of loralib, PEFT and torchtune (a Kaiming-uniform draw with
+    ``a=√5``), where the paper has a Gaussian (section 4.1).
+    """
+    fan_in = math.prod(shape[k] for k in positions(axes, IN))
+    a_shape, _ = factor_shapes(shape, axes, rank)
+    return jax.random.uniform(key, a_shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
+
+
+def delta(a: Array, b: Array, axes: str) -> Array:
+    """The product ``a·b`` with its axes in the kernel's order; the paper's ``(BA)ᵀ``."""
+    n = axes.count(BATCH)
+    batch = tuple(range(n))
+    product = lax.dot_general(a, b, (((a.ndim - 1,), (n,)), (batch, batch)))
+    order = positions(axes, BATCH + IN + OUT)
+    return lax.transpose(product, [order.index(k) for k in range(len(axes))])
+
+
+def dense(w: Array, a: Array, b: Array, axes: str) -> Array:
+    """``w + a·b`` in the factors' precision, rounded once to the kernel's dtype."""
+    change = delta(a, b, axes)
+    dtype = jnp.promote_types(w.dtype, change.dtype)
+    return (w.astype(dtype) + change.astype(dtype)).astype(w.dtype)
+
+
+def scaled_b(node: LowRank) -> Array:
+    """``s·b`` in the factors' precision: the cheapest place for the scale, and the most exact.
+
+    No gradient reaches the scale, which is a hyperparameter.
+    """
+    return node.b * lax.stop_gradient(node.scale).astype(node.b.dtype)
+
+
+def merged(w: Array, node: LowRank) -> Array:
+    """The plain kernel ``W + s·BA``, with the shape and dtype of ``w``."""
+    return dense(w, node.a, scaled_b(node), node.axes)
+
+
+def swap_sides(a: Array, b: Array, axes: str) -> tuple[Array, Array, str]:
+    """The same product with inputs and outputs exchanged: ``(a·b)ᵀ = bᵀ·aᵀ``.
+
+    With it a rule for contracting the inputs serves for contracting the outputs (a tied head).
+    """
+    n = axes.count(BATCH)
+    swapped = axes.translate(str.maketrans({IN: OUT, OUT: IN}))
+    return jnp.moveaxis(b, n, -1), jnp.moveaxis(a, -1, n), swapped
+
+
+def dropout(x: Array, rate: Any, key: Array, shape: Sequence[int] | None = None) -> Array:
+    """Inverted dropout of the low-rank branch's input; ``shape`` broadcasts one mask over axes."""
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape if shape is None else shape)
+    kept = x / jnp.asarray(1.0 - rate, x.dtype)
+    return jnp.where(jnp.broadcast_to(keep, x.shape), kept, jnp.zeros_like(x))
+
+
+def contract(
+    x: Array, a: Array, b: Array, axes: str, *, dims: tuple, x_first: bool, **options: Any
+) -> Array:
+    """``(x·a)·b`` in the layout that ``lax.dot_general`` gives to ``x`` times the kernel.
+
+    Args:
+      x: the other operand.
+      a: ``(*batch, *in, rank)``.
+      b: ``(*batch, rank, *out)``, with the scale.
+      axes: roles of the kernel's axes.
+      dims: ``((x contracting, kernel contracting), (x batch, kernel batch))``; all input axes of
+        the kernel are contracted, and its batch axes may be batch axes here or stay free.
+      x_first: whether ``x`` is the left operand, which decides the order of the result's axes.
+      **options: ``precision`` and ``preferred_element_type`` of the second product.
+    """
+    (x_in, k_in), (x_batch, k_batch) = dims
+    a_axes, b_axes = positions(axes, BATCH + IN), positions(axes, BATCH)
+    free_batch = [k for k in b_axes if k not in k_batch]
+    x_free = [d for d in range(x.ndim) if d not in (*x_in, *x_batch)]
+
+    # t: (shared batch, free axes of x, batch axes of the kernel that x lacks, rank)
+    a_dims = ([a_axes.index(k) for k in k_in], [a_axes.index(k) for k in k_batch])
+    t = lax.dot_general(
+        x, a, ((x_in, a_dims[0]), (x_batch, a_dims[1])), precision=options.get("precision")
+    )
+    shared, first_free = len(k_batch), len(k_batch) + len(x_free)
+    t_batch = [*range(shared), *range(first_free, t.ndim - 1)]
+    b_batch = [b_axes.index(k) for k in (*k_batch, *free_batch)]
+    y = lax.dot_general(t, b, (((t.ndim - 1,), (len(b_axes),)), (t_batch, b_batch)), **options)
+
+    # y: (shared batch, free batch of the kernel, free axes of x, out); wanted: shared batch, then
+    # the free axes of the left operand and of the right one, the kernel's in its own order.
+    have = [("s", k) for k in range(shared)] + [("k", k) for k in free_batch]
+    have += [("x", k) for k in x_free] + [("k", k) for k in positions(axes, OUT)]
+    kernel = sorted(axis for axis in have if axis[0] == "k")
+    others = [axis for axis in have if axis[0] == "x"]
+    want = have[:shared] + (others + kernel if x_first else kernel + others)
+    return y if have == want else lax.transpose(y, [have.index(axis) for axis in want])

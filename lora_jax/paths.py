@@ -1,0 +1,141 @@
+"""Names of leaves in a parameter tree, and matching of names against patterns.
+
+A leaf's *name* is its path with the components joined by ``/``: ``params/encoder/query/kernel``.
+Dictionaries, lists, NamedTuples, dataclasses and NNX states all get names in the same way, so that
+everything above this file speaks of leaves by name and knows nothing of containers.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+
+PyTree = Any
+
+REGEX = "re:"  # prefix of a pattern that is a regular expression, matched in full
+
+
+def named_leaves(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+    """Returns the leaves of ``tree`` by name, in the order of ``jax.tree.leaves``.
+
+    Raises:
+      ValueError: two leaves have one name (say, the keys ``1`` and ``"1"``), or ``tree`` is a bare
+        array, which has no name.
+
+    >>> named_leaves({"dense": {"kernel": 1, "bias": 2}, "layers": [3, 4]})
+    {'dense/bias': 2, 'dense/kernel': 1, 'layers/0': 3, 'layers/1': 4}
+    """
+    with_paths, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    named: dict[str, Any] = {}
+    for name, (path, leaf) in zip(_names([p for p, _ in with_paths]), with_paths, strict=True):
+        if not name:
+            raise ValueError(
+                "The parameters must be a container of arrays (a dict, a list, a dataclass, an NNX "
+                f"state, ...) so that each array has a path; got a bare {type(leaf).__name__}."
+            )
+        if name in named:
+            raise ValueError(f"Two leaves of the tree share the path {name!r}; rename one of them.")
+        named[name] = leaf
+    return named
+
+
+def _names(paths: list[tuple]) -> list[str]:
+    """Names of key paths. The ``.value`` of a boxed leaf (NNX variable, Linen box) is left out.
+
+    Boxes put one more component behind every leaf, which is noise to a reader, and would make the
+    pattern "value" (an attention layer's usual name) match everything.
+    """
+    children: dict[tuple, int] = {}
+    for path in paths:
+        children[path[:-1]] = children.get(path[:-1], 0) + 1
+
+    def name(path: tuple) -> str:
+        last = path[-1] if path else None
+        boxed = isinstance(last, jax.tree_util.GetAttrKey) and last.name == "value"
+        if boxed and len(path) > 1 and children[path[:-1]] == 1:
+            path = path[:-1]
+        return jax.tree_util.keystr(path, simple=True, separator="/")
+
+    return [name(path) for path in paths]
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether ``pattern`` selects the leaf called ``name``.
+
+    A plain pattern is a module or leaf name, or several joined by ``/``; it selects every leaf at
+    or below a path that ends in it. Only whole components count: ``"query"`` does not select
+    ``query_norm``. ``"re:..."`` is a regular expression that must match the whole name.
+
+    >>> matches("query", "layer_0/attention/query/kernel")
+    True
+    >>> matches("attention/query", "layer_0/attention/query/kernel")
+    True
+    >>> matches("query", "layer_0/attention/query_norm/scale")
+    False
+    >>> matches("re:.*/bias", "layer_0/attention/query/bias")
+    True
+    """
+    if pattern.startswith(REGEX):
+        return re.fullmatch(pattern.removeprefix(REGEX), name) is not None
+    # Bounded by separators on both sides, a substring is a run of whole components.
+    return f"/{pattern.strip('/')}/" in f"/{name}/"
+
+
+def select(patterns: Iterable[str], names: Iterable[str], *, what: str) -> dict[str, list[str]]:
+    """Returns for each pattern the names that it matches.
+
+    Args:
+      patterns: as in :func:`matches`.
+      names: the names to choose from.
+      what: how the patterns are called in the error, for example "targets".
+
+    Raises:
+      ValueError: some patterns match nothing; the message lists them all, and what exists.
+    """
+    names = list(names)
+    found = {pattern: [n for n in names if matches(pattern, n)] for pattern in patterns}
+    missing = [pattern for pattern, hits in found.items() if not hits]
+    if missing:
+        raise ValueError(no_match(missing, names, what=what))
+    return found
+
+
+def no_match(missing: Iterable[str], names: Iterable[str], *, what: str) -> str:
+    """Says which patterns matched nothing, with near misses and the names that exist."""
+    names = list(names)
+    words = sorted({part for name in names for part in name.split("/") if not part.isdigit()})
+    lines = []
+    for pattern in missing:
+        near = difflib.get_close_matches(pattern.split("/")[-1], words, n=3)
+        hint = f" (did you mean {', '.join(map(repr, near))}?)" if near else ""
+        lines.append(f"{what} entry {pattern!r} matches no parameter{hint}")
+    return "; ".join(lines) + f". Parameters here: {listing(names)}."
+
+
+def listing(names: Iterable[str], most: int = 40) -> str:
+    """Names separated by commas; repeated layers are shown once, with ``*`` for their numbers.
+
+    >>> listing(["layer_0/kernel", "layer_1/kernel", "head"])
+    'layer_*/kernel, head'
+    """
+    short = list(dict.fromkeys(re.sub(r"(^|[/_])\d+(?=/|$)", r"\1*", name) for name in names))
+    tail = f", ... ({len(short) - most} more)" if len(short) > most else ""
+    return (", ".join(short[:most]) + tail) or "none"
+
+
+def nest(named: Mapping[str, Any]) -> dict[str, Any]:
+    """Builds the nested dictionary whose leaves have the given names.
+
+    >>> nest({"dense/kernel": 1, "dense/bias": 2})
+    {'dense': {'kernel': 1, 'bias': 2}}
+    """
+    tree: dict[str, Any] = {}
+    for name, value in named.items():
+        *parents, last = name.split("/")
+        node = tree
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[last] = value
+    return tree
