@@ -7,6 +7,7 @@ An adapter overlays a parameter tree: ``merge(params, adapter)`` says what it me
 from lora_jax.adapter import bind, explain, init, labels, mask, merge, summary
 from lora_jax.config import LoRAConfig
 from lora_jax.lift import lift
+from lora_jax.serialize import load, save
 from lora_jax.version import __version__
 
 __all__ = [
@@ -17,7 +18,9 @@ __all__ = [
     "init",
     "labels",
     "lift",
+    "load",
     "mask",
     "merge",
+    "save",
     "summary",
 ]

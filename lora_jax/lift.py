@@ -200,9 +200,9 @@ def _plain(eqn: Any, vals: Sequence) -> list:
         if not isinstance(atom, core.Literal)
     }
     kept = [k for k, v in enumerate(eqn.outvars) if not isinstance(v, core.DropVar)]
-    jaxpr = core.Jaxpr(
-        (), list(variables), [eqn.outvars[k] for k in kept], [eqn], effects=eqn.effects
-    )
+    outvars = [eqn.outvars[k] for k in kept]
+    debug = core.DebugInfo("lift", eqn.primitive.name, None, None)
+    jaxpr = core.Jaxpr((), list(variables), outvars, [eqn], eqn.effects, debug)
     results = dict(zip(kept, jax.core.eval_jaxpr(jaxpr, (), *variables.values()), strict=True))
     return [results.get(k) for k in range(len(eqn.outvars))]
 
