@@ -1,0 +1,47 @@
+"""The fields that every text-classification config has, with the reference recipe's values."""
+
+from ml_collections import ConfigDict
+
+
+def base_config() -> ConfigDict:
+    """A config with all fields set; a config file changes what it needs and locks it."""
+    c = ConfigDict()
+    c.seed = 0  # initial draw of factors and head, and all dropout
+
+    c.model = ConfigDict()
+    c.model.name = "bert-base-uncased"  # a directory, or a name to look up in cache and Hub
+    c.model.num_labels = 2
+    c.model.labels = ("negative", "positive")  # what predictions are called
+    c.model.dtype = "float32"  # of the activations: float32 or bfloat16
+
+    c.lora = ConfigDict()  # the fields of lora_jax.LoRAConfig
+    c.lora.rank = 8
+    c.lora.alpha = 16.0
+    c.lora.targets = ("query", "value")
+    c.lora.train = ("classifier",)
+    c.lora.dropout = 0.1
+    c.lora.rank_stabilized = False
+    c.lora.rank_pattern = ConfigDict()
+    c.lora.alpha_pattern = ConfigDict()
+
+    c.data = ConfigDict()
+    c.data.source = "tfds:glue/sst2"  # tfds:NAME, "reviews", or a directory in the GLUE layout
+    c.data.data_dir = ""  # where TFDS keeps data; empty for its default
+    c.data.seed = 0  # which examples are taken, and their order
+    c.data.train_examples = 5000  # the first so many of the shuffled training set; 0 for all
+    c.data.holdout = 0  # evaluate on so many other training examples, not on the validation set
+    c.data.max_length = 128
+    c.data.buckets = (32, 64, 128)  # batches are padded to the first of these that is long enough
+
+    c.batch_size = 16
+    c.eval_batch_size = 64
+    c.epochs = 3
+    c.log_every = 20  # steps between lines of metrics.jsonl
+    c.checkpoint_every = 0  # steps between checkpoints; 0 for one each epoch
+
+    c.optimizer = ConfigDict()  # AdamW
+    c.optimizer.learning_rate = 5e-4
+    c.optimizer.warmup = 0.0  # fraction of all steps, before the linear decay to zero
+    c.optimizer.weight_decay = 0.01
+    c.optimizer.clip_norm = 1.0  # of the gradient's global norm; 0 for none
+    return c

@@ -1,0 +1,25 @@
+"""A few minutes on a CPU: MiniLM and the embedded review sentences.
+
+    python -m experiments.sst2 --config=configs/quickstart.py --workdir=runs/quickstart
+
+expected: (to be measured)
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config() -> ConfigDict:
+    """MiniLM on the embedded data."""
+    c = common.base_config()
+    c.model.name = "sentence-transformers/all-MiniLM-L6-v2"
+    c.data.source = "reviews"
+    c.data.train_examples = 0
+    c.data.max_length = 64
+    c.data.buckets = (32, 64)
+    c.lora.targets = ("query", "key", "value", "dense", "intermediate")
+    c.optimizer.learning_rate = 1e-3
+    c.epochs = 4
+    c.log_every = 10
+    return c.lock()

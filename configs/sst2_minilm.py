@@ -1,0 +1,18 @@
+"""SST-2 with MiniLM (6 layers of width 384): the reference recipe, small enough for a CPU.
+
+    python -m experiments.sst2 --config=configs/sst2_minilm.py --workdir=runs/sst2_minilm \
+        --config.data.source=DIRECTORY_OF_SST2
+
+expected: (to be measured)
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config() -> ConfigDict:
+    """The reference recipe on MiniLM."""
+    c = common.base_config()
+    c.model.name = "sentence-transformers/all-MiniLM-L6-v2"
+    return c.lock()
