@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 
-from absl import app, flags
+from absl import app, flags, logging
 
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 
@@ -15,6 +15,8 @@ def run(main: Callable[[list[str]], None]) -> None:
     """Runs ``main(positional arguments)`` as a program; a mistake ends it with status 1 or 2."""
 
     def guarded(argv: Sequence[str]) -> int:
+        if not _DEBUG.value:
+            logging.set_verbosity(logging.ERROR)  # Orbax tells of every file it writes
         try:
             main(list(argv[1:]))
         except FloatingPointError as error:

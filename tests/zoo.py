@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 D = 8
@@ -124,10 +125,9 @@ class Layer:
 
 def _random_biases(params):
     """Biases and scales away from their initial 0 and 1, where mistakes would hide."""
-    leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(3), len(leaves))
-    noise = [x + 0.1 * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
-    return treedef.unflatten(noise)
+    # numpy draws without a compilation for every shape.
+    rng = np.random.default_rng(3)
+    return jax.tree.map(lambda x: jnp.asarray(x + 0.1 * rng.normal(size=x.shape), x.dtype), params)
 
 
 def _linen(module, x, **kwargs):
@@ -143,8 +143,8 @@ def _nnx():
 
 def _plain():
     """Lists and dataclasses, kernels stored as (out, in), and a loop over stacked layers."""
-    k = iter(jax.random.split(jax.random.key(0), 6))
-    normal = lambda *shape: jax.random.normal(next(k), shape) / 3
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape) / 3, jnp.float32)
     params = [
         {"stack": normal(3, D, D), "bias": normal(3, D)},
         Layer(normal(D, D), normal(D)),
@@ -164,7 +164,7 @@ def _plain():
 
 
 def _tokens(*shape):
-    return jax.random.normal(jax.random.key(1), shape or (2, 5, D))
+    return jnp.asarray(np.random.default_rng(1).normal(size=shape or (2, 5, D)), jnp.float32)
 
 
 ZOO = {

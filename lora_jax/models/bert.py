@@ -15,6 +15,14 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
+_SIZES = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+    "max_position_embeddings", "type_vocab_size",
+)  # fmt: skip
+_RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
+# What a config may say of the variants that Hugging Face has and this file has not.
+_BUILT = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": functools.partial(nn.gelu, approximate=False),  # with erf, as in the paper's code
     "gelu_new": nn.gelu,
@@ -25,7 +33,11 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BertConfig:
-    """The shape of a BERT model; field names as in Hugging Face's ``config.json``."""
+    """The shape of a BERT model; field names as in Hugging Face's ``config.json``.
+
+    Raises:
+      ValueError: a value is out of its range; the message names the field.
+    """
 
     vocab_size: int = 30522
     hidden_size: int = 768
@@ -42,12 +54,25 @@ class BertConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
+        for name in _SIZES:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+        for name in _RATES:
+            value = getattr(self, name)
+            optional = name == "classifier_dropout" and value is None
+            if not optional and not (isinstance(value, int | float) and 0 <= value < 1):
+                raise ValueError(f"{name} must be a number in [0, 1), got {value!r}.")
+        for name in ("layer_norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be a positive number, got {value!r}.")
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act {self.hidden_act!r} is not one of {sorted(ACTIVATIONS)}.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} does not divide into "
-                f"{self.num_attention_heads} attention heads."
+                f"num_attention_heads {self.num_attention_heads}."
             )
 
     @classmethod
@@ -60,25 +85,54 @@ class BertConfig:
         >>> BertConfig.from_hf({"model_type": "bert", "hidden_size": 384}).hidden_size
         384
         """
-        if config.get("model_type") != "bert":
-            raise ValueError(f"A BERT config has model_type 'bert', not {config.get('model_type')!r}.")
-        position = config.get("position_embedding_type") or "absolute"
-        if position != "absolute" or config.get("is_decoder"):
-            raise ValueError(
-                "Only BERT encoders with absolute positions are built here; this config has "
-                f"position_embedding_type={position!r}, is_decoder={config.get('is_decoder', False)}."
-            )
+        kind = config.get("model_type")
+        if kind != "bert":
+            raise ValueError(f"model_type is {kind!r} in this config; only 'bert' is built here.")
+        for name, built in _BUILT.items():
+            if config.get(name, built) not in (built, None):
+                raise ValueError(
+                    f"{name} is {config[name]!r} in this config; only {built!r} is built."
+                )
         return cls(**{f.name: config[f.name] for f in dataclasses.fields(cls) if f.name in config})
 
+    def to_hf(self) -> dict[str, Any]:
+        """The same as the content of a ``config.json``.
 
-class BertEmbeddings(nn.Module):
-    """Sum of word, position and token-type embeddings, normalised."""
+        >>> BertConfig.from_hf(BertConfig(hidden_size=384).to_hf()).hidden_size
+        384
+        """
+        return {"model_type": "bert"} | dataclasses.asdict(self)
+
+
+class _Part(nn.Module):
+    """A module of the model: computes in ``dtype`` with float32 parameters."""
 
     config: BertConfig
     dtype: Any = jnp.float32
 
+    def _dense(self, features: int, name: str = "dense") -> nn.Dense:
+        init = nn.initializers.normal(self.config.initializer_range)
+        return nn.Dense(features, kernel_init=init, dtype=self.dtype, name=name)
+
+    def _norm(self) -> nn.LayerNorm:
+        # Two passes over the features, as torch does it: E[x²] - E[x]² loses digits in float32.
+        return nn.LayerNorm(
+            epsilon=self.config.layer_norm_eps,
+            dtype=self.dtype,
+            use_fast_variance=False,
+            name="LayerNorm",
+        )
+
+    def _part(self, kind: type["_Part"], name: str) -> "_Part":
+        return kind(self.config, dtype=self.dtype, name=name)
+
+
+class BertEmbeddings(_Part):
+    """Sum of word, position and token-type embeddings, normalised."""
+
     @nn.compact
     def __call__(self, input_ids: Array, token_type_ids: Array, *, deterministic: bool) -> Array:
+        """Token ids ``(batch, length)`` to vectors ``(batch, length, hidden)``."""
         c = self.config
         init = nn.initializers.normal(c.initializer_range)
         embed = functools.partial(
@@ -88,71 +142,86 @@ class BertEmbeddings(nn.Module):
         x = embed(c.vocab_size, name="word_embeddings")(input_ids)
         x = x + embed(c.type_vocab_size, name="token_type_embeddings")(token_type_ids)
         x = x + embed(c.max_position_embeddings, name="position_embeddings")(positions)
-        x = nn.LayerNorm(epsilon=c.layer_norm_eps, dtype=self.dtype, name="LayerNorm")(x)
-        return nn.Dropout(c.hidden_dropout_prob)(x, deterministic=deterministic)
+        return nn.Dropout(c.hidden_dropout_prob)(self._norm()(x), deterministic=deterministic)
 
 
-class BertAttention(nn.Module):
-    """Multi-head self-attention (Vaswani et al. 2017, section 3.2) without its output projection."""
-
-    config: BertConfig
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array, bias: Array, *, deterministic: bool) -> Array:
-        c = self.config
-        heads = c.num_attention_heads
-        split = lambda y: y.reshape(*y.shape[:-1], heads, c.hidden_size // heads)
-        dense = functools.partial(_dense, c, c.hidden_size, self.dtype)
-        query, key, value = (split(dense(name)(x)) for name in ("query", "key", "value"))
-        query = query / jnp.asarray(query.shape[-1] ** 0.5, self.dtype)
-        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
-        weights = nn.softmax(scores + bias).astype(self.dtype)
-        weights = nn.Dropout(c.attention_probs_dropout_prob)(weights, deterministic=deterministic)
-        return jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(x.shape)
-
-
-class BertResidual(nn.Module):
+class BertOutput(_Part):
     """A projection back to the residual stream, added to it and normalised."""
-
-    config: BertConfig
-    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, residual: Array, *, deterministic: bool) -> Array:
-        c = self.config
-        x = _dense(c, c.hidden_size, self.dtype, "dense")(x)
-        x = nn.Dropout(c.hidden_dropout_prob)(x, deterministic=deterministic)
-        norm = nn.LayerNorm(epsilon=c.layer_norm_eps, dtype=self.dtype, name="LayerNorm")
-        return norm(x + residual)
+        """``LayerNorm(residual + dropout(dense(x)))``."""
+        x = self._dense(self.config.hidden_size)(x)
+        x = nn.Dropout(self.config.hidden_dropout_prob)(x, deterministic=deterministic)
+        return self._norm()(x + residual)
 
 
-class BertLayer(nn.Module):
-    """One encoder layer: attention and feed-forward, each with a residual connection."""
-
-    config: BertConfig
-    dtype: Any = jnp.float32
+class BertAttention(_Part):
+    """Multi-head self-attention (Vaswani et al. 2017, section 3.2) with its residual connection."""
 
     @nn.compact
     def __call__(self, x: Array, bias: Array, *, deterministic: bool) -> Array:
-        c, kind = self.config, {"config": self.config, "dtype": self.dtype}
-        y = BertAttention(**kind, name="attention")(x, bias, deterministic=deterministic)
-        x = BertResidual(**kind, name="attention_output")(y, x, deterministic=deterministic)
-        y = _dense(c, c.intermediate_size, self.dtype, "intermediate")(x)
-        y = ACTIVATIONS[c.hidden_act](y)
-        return BertResidual(**kind, name="output")(y, x, deterministic=deterministic)
+        """``x`` is ``(batch, length, hidden)``; ``bias`` is added to the scores."""
+        c = self.config
+        size = c.hidden_size // c.num_attention_heads
+        split = lambda y: y.reshape(*y.shape[:-1], c.num_attention_heads, size)
+        query, key, value = (
+            split(self._dense(c.hidden_size, name)(x)) for name in ("query", "key", "value")
+        )
+        scores = jnp.einsum(
+            "bqhd,bkhd->bhqk", query * size**-0.5, key, preferred_element_type=jnp.float32
+        )
+        weights = nn.softmax(scores + bias).astype(self.dtype)
+        weights = nn.Dropout(c.attention_probs_dropout_prob)(weights, deterministic=deterministic)
+        y = jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(x.shape)
+        return self._part(BertOutput, "output")(y, x, deterministic=deterministic)
 
 
-class BertModel(nn.Module):
-    """Encoder and pooler.
+class BertIntermediate(_Part):
+    """The wide layer of the feed-forward block, with its activation."""
 
-    ``(input_ids (batch, length) int, attention_mask (batch, length) of 0 and 1, token_type_ids or
-    None)`` to ``(hidden states (batch, length, hidden), pooled (batch, hidden))``, in ``dtype``;
-    parameters are float32.
-    """
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """``(..., hidden)`` to ``(..., intermediate)``."""
+        return ACTIVATIONS[self.config.hidden_act](self._dense(self.config.intermediate_size)(x))
 
-    config: BertConfig
-    dtype: Any = jnp.float32
+
+class BertLayer(_Part):
+    """One encoder layer: attention, then feed-forward."""
+
+    @nn.compact
+    def __call__(self, x: Array, bias: Array, *, deterministic: bool) -> Array:
+        """Shapes as :class:`BertAttention`."""
+        x = self._part(BertAttention, "attention")(x, bias, deterministic=deterministic)
+        y = self._part(BertIntermediate, "intermediate")(x)
+        return self._part(BertOutput, "output")(y, x, deterministic=deterministic)
+
+
+class BertEncoder(_Part):
+    """The stack of layers."""
+
+    @nn.compact
+    def __call__(self, x: Array, attention_mask: Array, *, deterministic: bool) -> Array:
+        """``x`` is ``(batch, length, hidden)``, the mask ``(batch, length)``."""
+        # Made once for all layers, and added in float32 before the softmax: a masked position has
+        # weight exactly zero, and a row with none left has equal weights rather than NaN.
+        bias = jnp.where(attention_mask > 0, 0.0, jnp.finfo(jnp.float32).min)[:, None, None, :]
+        for k in range(self.config.num_hidden_layers):
+            x = self._part(BertLayer, f"layer_{k}")(x, bias, deterministic=deterministic)
+        return x
+
+
+class BertPooler(_Part):
+    """A dense layer with tanh on the first token."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """``(batch, length, hidden)`` to ``(batch, hidden)``."""
+        return nn.tanh(self._dense(self.config.hidden_size)(x[:, 0]))
+
+
+class BertModel(_Part):
+    """Encoder and pooler."""
 
     @nn.compact
     def __call__(
@@ -163,26 +232,34 @@ class BertModel(nn.Module):
         *,
         deterministic: bool = True,
     ) -> tuple[Array, Array]:
-        c, kind = self.config, {"config": self.config, "dtype": self.dtype}
-        if input_ids.shape[-1] > c.max_position_embeddings:
-            raise ValueError(
-                f"{input_ids.shape[-1]} tokens, and the model has positions for "
-                f"{c.max_position_embeddings}; truncate the input."
-            )
+        """Computes hidden states ``(batch, length, hidden)`` and pooled ``(batch, hidden)``.
+
+        Args:
+          input_ids: integers ``(batch, length)``.
+          attention_mask: the same shape; positive where there is a token, 0 at padding.
+          token_type_ids: the same shape; None stands for zeros.
+          deterministic: without dropout; otherwise ``rngs={"dropout": key}`` is needed.
+
+        Raises:
+          ValueError: too many tokens, or shapes that differ.
+        """
         if token_type_ids is None:
             token_type_ids = jnp.zeros_like(input_ids)
-        embeddings = BertEmbeddings(**kind, name="embeddings")
+        _check(self.config, input_ids, attention_mask, token_type_ids)
+        embeddings = self._part(BertEmbeddings, "embeddings")
         x = embeddings(input_ids, token_type_ids, deterministic=deterministic)
-        # Added to the scores in float32 before the softmax: masked positions get weight zero.
-        bias = jnp.where(attention_mask > 0, 0.0, jnp.finfo(jnp.float32).min)[:, None, None, :]
-        for k in range(c.num_hidden_layers):
-            x = BertLayer(**kind, name=f"layer_{k}")(x, bias, deterministic=deterministic)
-        pooled = nn.tanh(_dense(c, c.hidden_size, self.dtype, "pooler")(x[:, 0]))
-        return x, pooled
+        x = self._part(BertEncoder, "encoder")(x, attention_mask, deterministic=deterministic)
+        return x, self._part(BertPooler, "pooler")(x)
 
 
 class BertForSequenceClassification(nn.Module):
-    """BERT with a linear classifier on the pooled first token; logits ``(batch, num_labels)`` f32."""
+    """BERT with a linear classifier on the pooled first token.
+
+    Attributes:
+      config: the encoder's shape.
+      num_labels: outputs of the classifier.
+      dtype: of the activations, float32 or bfloat16; parameters are float32.
+    """
 
     config: BertConfig
     num_labels: int = 2
@@ -197,18 +274,32 @@ class BertForSequenceClassification(nn.Module):
         *,
         deterministic: bool = True,
     ) -> Array:
+        """Computes logits ``(batch, num_labels)``, float32; arguments as :class:`BertModel`."""
         c = self.config
         encoder = BertModel(c, dtype=self.dtype, name="bert")
         _, pooled = encoder(input_ids, attention_mask, token_type_ids, deterministic=deterministic)
         rate = c.hidden_dropout_prob if c.classifier_dropout is None else c.classifier_dropout
         pooled = nn.Dropout(rate)(pooled, deterministic=deterministic)
-        logits = _dense(c, self.num_labels, self.dtype, "classifier")(pooled)
-        return logits.astype(jnp.float32)
+        init = nn.initializers.normal(c.initializer_range)
+        head = nn.Dense(self.num_labels, kernel_init=init, dtype=self.dtype, name="classifier")
+        return head(pooled).astype(jnp.float32)
 
 
-def _dense(config: BertConfig, features: int, dtype: Any, name: str) -> nn.Dense:
-    init = nn.initializers.normal(config.initializer_range)
-    return nn.Dense(features, kernel_init=init, dtype=dtype, name=name)
+def _check(
+    config: BertConfig, input_ids: Array, attention_mask: Array, token_type_ids: Array
+) -> None:
+    shapes = {
+        "input_ids": input_ids.shape,
+        "attention_mask": attention_mask.shape,
+        "token_type_ids": token_type_ids.shape,
+    }
+    if len(input_ids.shape) != 2 or len(set(shapes.values())) > 1:
+        raise ValueError(f"The inputs must all have one shape (batch, length), got {shapes}.")
+    if input_ids.shape[1] > config.max_position_embeddings:
+        raise ValueError(
+            f"{input_ids.shape[1]} tokens, and the model has positions for "
+            f"{config.max_position_embeddings}; truncate the input."
+        )
 
 
 class Name(NamedTuple):
@@ -230,9 +321,9 @@ _LAYER = {
     "attention/query": "attention.self.query",
     "attention/key": "attention.self.key",
     "attention/value": "attention.self.value",
-    "attention_output/dense": "attention.output.dense",
-    "attention_output/LayerNorm": "attention.output.LayerNorm",
-    "intermediate": "intermediate.dense",
+    "attention/output/dense": "attention.output.dense",
+    "attention/output/LayerNorm": "attention.output.LayerNorm",
+    "intermediate/dense": "intermediate.dense",
     "output/dense": "output.dense",
     "output/LayerNorm": "output.LayerNorm",
 }
@@ -246,8 +337,11 @@ def names(config: BertConfig, *, classifier: bool = True) -> list[Name]:
       classifier: with the head and the prefix ``bert``, as in ``BertForSequenceClassification``;
         otherwise the leaves of a bare ``BertModel``.
 
-    >>> names(BertConfig())[5]
-    Name(flax='bert/layer_0/attention/query/kernel', hf='bert.encoder.layer.0.attention.self.query.weight', transpose=True)
+    >>> row = names(BertConfig())[5]
+    >>> row.flax
+    'bert/encoder/layer_0/attention/query/kernel'
+    >>> row.hf, row.transpose
+    ('bert.encoder.layer.0.attention.self.query.weight', True)
     """
     rows = [
         Name(f"embeddings/{kind}_embeddings/embedding", f"embeddings.{kind}_embeddings.weight")
@@ -256,8 +350,8 @@ def names(config: BertConfig, *, classifier: bool = True) -> list[Name]:
     rows += _module("embeddings/LayerNorm", "embeddings.LayerNorm")
     for k in range(config.num_hidden_layers):
         for flax, hf in _LAYER.items():
-            rows += _module(f"layer_{k}/{flax}", f"encoder.layer.{k}.{hf}")
-    rows += _module("pooler", "pooler.dense")
+            rows += _module(f"encoder/layer_{k}/{flax}", f"encoder.layer.{k}.{hf}")
+    rows += _module("pooler/dense", "pooler.dense")
     if not classifier:
         return rows
     rows = [Name(f"bert/{row.flax}", f"bert.{row.hf}", row.transpose) for row in rows]

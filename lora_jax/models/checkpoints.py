@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,13 +11,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
-import tokenizers
 
 from lora_jax import paths
 from lora_jax.files import read_safetensors, write_atomically
 from lora_jax.models import bert, hub
 from lora_jax.models.bert import Name
-from lora_jax.models.hub import Checkpoint, resolve
+from lora_jax.models.hub import Checkpoint, base_id, resolve
+from lora_jax.models.tokenizer import load_tokenizer
+
+__all__ = [
+    "Checkpoint",
+    "Loaded",
+    "base_id",
+    "load_bert_classifier",
+    "load_params",
+    "load_tokenizer",
+    "resolve",
+    "save_hf",
+]
 
 PyTree = Any
 _log = logging.getLogger(__name__)
@@ -27,7 +37,8 @@ _log = logging.getLogger(__name__)
 # masked-language-model and next-sentence heads.
 _IGNORED = ("embeddings.position_ids", "cls.")
 # Modules that may be absent, as in an encoder without a head; they are then made afresh.
-_OPTIONAL = ("classifier", "bert/pooler")
+_OPTIONAL = ("classifier", "bert/pooler", "pooler")
+_MOST = 30  # problems shown in one message
 
 
 class Loaded(NamedTuple):
@@ -55,7 +66,7 @@ def load_bert_classifier(
 
     Args:
       name: a directory or a model name; see :func:`lora_jax.models.hub.resolve`.
-      num_labels: outputs of the head.
+      num_labels: outputs of the head. A head in the checkpoint is used if it has as many.
       key: PRNG key of what the checkpoint lacks (usually the head): kernels are drawn from
         ``N(0, initializer_range²)``, biases are zero. ``jax.random.key(0)`` by default.
       dtype: of the activations.
@@ -64,19 +75,28 @@ def load_bert_classifier(
       FileNotFoundError: there is no such checkpoint.
       ValueError: it can't be read, or does not fit; all mismatches are in one message.
     """
+    if not isinstance(num_labels, int) or num_labels < 1:
+        raise ValueError(f"num_labels must be a whole number of at least 1, got {num_labels!r}.")
     checkpoint = resolve(name)
-    config = bert.BertConfig.from_hf(checkpoint.config)
+    config = _config(checkpoint)
     model = bert.BertForSequenceClassification(config, num_labels=num_labels, dtype=dtype)
-    ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), ids, ids)["params"]
-    params, fresh = load_params(checkpoint, shapes, bert.names(config))
+    params, fresh = load_params(checkpoint, _shapes(model), bert.names(config))
     key = jax.random.key(0) if key is None else key
     params = _fill(params, fresh, key=key, stddev=config.initializer_range)
-    if fresh:
-        _log.warning("%s lacks %s: freshly initialised", name, paths.listing(fresh))
     tree = jax.tree.map(jnp.asarray, paths.nest(params))
-    base_id = f"sha256:{hub.sha256(checkpoint.weights)}"
-    return Loaded(model, {"params": tree}, checkpoint, base_id, fresh)
+    return Loaded(model, {"params": tree}, checkpoint, base_id(checkpoint), fresh)
+
+
+def _config(checkpoint: Checkpoint) -> bert.BertConfig:
+    try:
+        return bert.BertConfig.from_hf(checkpoint.config)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.directory / 'config.json'}: {error}") from error
+
+
+def _shapes(model: bert.BertForSequenceClassification) -> PyTree:
+    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), ids, ids)["params"]
 
 
 def load_params(
@@ -84,87 +104,120 @@ def load_params(
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Reads the leaves that a table names.
 
+    What is left out of the checkpoint, and what has to be made afresh, is logged.
+
     Args:
       checkpoint: as found by ``resolve``.
       shapes: tree of ``jax.ShapeDtypeStruct``: what the model needs.
       names: the family's table.
 
     Returns:
-      Arrays by path, with ``jax.ShapeDtypeStruct`` for the leaves of an optional module that the
-      checkpoint lacks entirely, and the paths of those leaves.
+      Arrays by path, with ``jax.ShapeDtypeStruct`` for the leaves of a head or pooler that the
+      checkpoint lacks entirely (or of a head with another number of labels), and the paths of
+      those leaves.
 
     Raises:
       ValueError: damaged files; tensors missing, unexpected, of a wrong shape or dtype, or not
         finite, all in one message.
     """
-    tensors = _standard_names(_read(checkpoint), names)
     wanted = paths.named_leaves(shapes)
-    fresh = _fresh(names, tensors)
-    expected = {row.hf for row in names if row.flax not in fresh}
-    problems = [f"{hf} is missing" for hf in sorted(expected - set(tensors))]
-    problems += [f"{hf} is unexpected" for hf in sorted(set(tensors) - expected)]
-    params: dict[str, Any] = {}
-    for row in names:
-        if row.flax in fresh:
-            params[row.flax] = wanted[row.flax]
-        elif row.hf in tensors:
-            value = tensors[row.hf].T if row.transpose else tensors[row.hf]
-            problems += _unfit(row, value, wanted[row.flax].shape)
-            params[row.flax] = value
+    tensors, problems = _standard_names(_read(checkpoint), names)
+    reasons = _fresh_modules(tensors, names, wanted)
+    fresh = tuple(row.flax for row in names if _module_of(row) in reasons)
+    for module, reason in reasons.items():
+        _log.warning("%s: %s is freshly initialised, since %s", checkpoint.name, module, reason)
+    rows = [row for row in names if row.flax not in fresh]
+    problems += [f"{row.hf} is missing" for row in rows if row.hf not in tensors]
+    problems += [f"{hf} is unexpected" for hf in sorted(set(tensors) - {row.hf for row in names})]
+    values = {row: tensors[row.hf] for row in rows if row.hf in tensors}
+    problems += [p for row, x in values.items() for p in _unfit(row, x, wanted[row.flax].shape)]
     if problems:
-        shown = "; ".join(problems[:30]) + (f"; and {len(problems) - 30} more" * (len(problems) > 30))
         raise ValueError(
             f"The checkpoint {checkpoint.name!r} in {checkpoint.directory} does not fit the model: "
-            f"{shown}. Is it the architecture that its config.json says, with as many labels as asked "
-            "for?"
+            f"{_shown(problems)}. Check that its weights are those of its config.json, or copy "
+            "them again."
         )
-    return {n: x if n in fresh else x.astype(wanted[n].dtype) for n, x in params.items()}, fresh
+    params = {
+        row.flax: (x.T if row.transpose else x).astype(wanted[row.flax].dtype)
+        for row, x in values.items()
+    }
+    return params | {name: wanted[name] for name in fresh}, fresh
+
+
+def _shown(problems: Sequence[str]) -> str:
+    more = f"; and {len(problems) - _MOST} more" if len(problems) > _MOST else ""
+    return "; ".join(problems[:_MOST]) + more
 
 
 def _read(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
+    damaged = []
     for path in checkpoint.weights:
         try:
             tensors |= read_safetensors(path.read_bytes())
         except ValueError as error:
-            raise ValueError(
-                f"The checkpoint file {path} is damaged (truncated or changed): {error}. "
-                "Download or copy it again."
-            ) from error
+            damaged.append(f"{path}: {error}")
+    if damaged:
+        raise ValueError(
+            f"The checkpoint {checkpoint.name!r} has damaged files (truncated or changed): "
+            f"{'; '.join(damaged)}. Download or copy them again."
+        )
     return tensors
 
 
-def _standard_names(tensors: Mapping[str, Any], names: Sequence[Name]) -> dict[str, Any]:
-    """Brings the layouts in use to the one of the table.
+def _standard_names(
+    tensors: Mapping[str, Any], names: Sequence[Name]
+) -> tuple[dict[str, Any], list[str]]:
+    """Brings the layouts in use to the one of the table; also returns problems.
 
     A bare encoder lacks the prefix ``bert.``; the oldest files call a norm's parameters gamma and
-    beta.
+    beta. A bare encoder's table has no head, so that a head is left out.
     """
-    standard = {}
     known = {row.hf for row in names}
-    for name, value in tensors.items():
-        name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
-        name = name.replace("LayerNorm.beta", "LayerNorm.bias")
-        if name.removeprefix("bert.").startswith(_IGNORED):
-            continue
-        standard[f"bert.{name}" if f"bert.{name}" in known else name] = value
-    return standard
+    ignored = _IGNORED if "classifier.weight" in known else (*_IGNORED, "classifier.")
+    left_out = [n for n in tensors if n.removeprefix("bert.").startswith(ignored)]
+    if left_out:
+        _log.info("Left out of the checkpoint: %s", ", ".join(left_out))
+    standard: dict[str, Any] = {}
+    problems = []
+    for name in [n for n in tensors if n not in left_out]:
+        new = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+        new = new.replace("LayerNorm.beta", "LayerNorm.bias")
+        candidates = (new, f"bert.{new}", new.removeprefix("bert."))
+        new = next((c for c in candidates if c in known), name)
+        if new in standard:
+            problems.append(f"{new} is there twice, once as {name}")
+        standard[new] = tensors[name]
+    return standard, problems
 
 
-def _fresh(names: Sequence[Name], tensors: Mapping[str, Any]) -> tuple[str, ...]:
-    fresh: list[str] = []
+def _fresh_modules(
+    tensors: Mapping[str, Any], names: Sequence[Name], wanted: Mapping[str, Any]
+) -> dict[str, str]:
+    """The modules to make afresh, each with the reason."""
+    reasons = {}
     for module in _OPTIONAL:
-        rows = [row for row in names if row.flax.startswith(f"{module}/")]
-        if not any(row.hf in tensors for row in rows):
-            fresh += [row.flax for row in rows]
-    return tuple(fresh)
+        rows = [row for row in names if _module_of(row) == module]
+        if rows and not any(row.hf in tensors for row in rows):
+            reasons[module] = "the checkpoint has none"
+    has = [tensors[n].shape for n in ("classifier.weight", "classifier.bias") if n in tensors]
+    if len(has) == 2 and "classifier/kernel" in wanted:
+        hidden, labels = wanted["classifier/kernel"].shape
+        # A whole head of another size; anything else about it is a mismatch like any other.
+        if has[0] != (labels, hidden) and has == [(*has[1], hidden), has[1]]:
+            reasons["classifier"] = f"the checkpoint's has {has[1][0]} labels, not {labels}"
+    return reasons
+
+
+def _module_of(row: Name) -> str | None:
+    return next((m for m in _OPTIONAL if row.flax.startswith(f"{m}/")), None)
 
 
 def _unfit(row: Name, value: np.ndarray, shape: tuple[int, ...]) -> list[str]:
     problems = []
+    shape = shape[::-1] if row.transpose else shape
     if value.shape != shape:
-        order = lambda s: tuple(reversed(s)) if row.transpose else tuple(s)
-        problems.append(f"{row.hf} has shape {order(value.shape)} instead of {order(shape)}")
+        problems.append(f"{row.hf} has shape {value.shape} instead of {shape}")
     if not jnp.issubdtype(value.dtype, jnp.floating):
         problems.append(f"{row.hf} has dtype {value.dtype}, which is no floating-point type")
     elif not np.all(np.isfinite(value)):
@@ -180,41 +233,11 @@ def _fill(
     def draw(name: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
         if name.endswith("/bias"):
             return jnp.zeros(shape.shape, shape.dtype)
+        # By name, so that one leaf's draw does not depend on which others are fresh.
         own = jax.random.fold_in(key, zlib.crc32(name.encode()))
         return stddev * jax.random.normal(own, shape.shape, shape.dtype)
 
     return {name: draw(name, x) if name in fresh else x for name, x in params.items()}
-
-
-def load_tokenizer(checkpoint: Checkpoint) -> tokenizers.Tokenizer:
-    """The checkpoint's own tokeniser, from tokenizer.json or vocab.txt, without padding.
-
-    Raises:
-      ValueError: there is neither file, or it is damaged.
-    """
-    fast, vocabulary = (checkpoint.directory / n for n in ("tokenizer.json", "vocab.txt"))
-    try:
-        if fast.is_file():
-            tokenizer = tokenizers.Tokenizer.from_file(str(fast))
-        elif vocabulary.is_file():
-            tokenizer = _wordpiece(checkpoint.directory)
-        else:
-            raise ValueError("neither tokenizer.json nor vocab.txt is there")
-    except Exception as error:  # the Rust library raises bare Exception for a damaged file
-        raise ValueError(f"No tokeniser could be read in {checkpoint.directory}: {error}.") from error
-    tokenizer.no_padding()  # the data pipeline pads to its own lengths
-    tokenizer.no_truncation()
-    return tokenizer
-
-
-def _wordpiece(directory: Path) -> tokenizers.Tokenizer:
-    settings = directory / "tokenizer_config.json"
-    options = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-    return tokenizers.Tokenizer.from_str(
-        tokenizers.BertWordPieceTokenizer(
-            str(directory / "vocab.txt"), lowercase=options.get("do_lower_case", True)
-        ).to_str()
-    )
 
 
 def save_hf(
@@ -224,31 +247,58 @@ def save_hf(
 
     Args:
       directory: made if need be.
-      params: plain variables of ``BertForSequenceClassification`` (merge an adapter first).
+      params: plain variables of ``BertForSequenceClassification`` (merge an adapter first); saved
+        in float32.
       checkpoint: the base, for its config and tokeniser.
-      labels: name of each class.
+      labels: name of each class, in the order of the logits.
 
     Raises:
-      OSError: a file can't be written; files that were there are intact.
+      ValueError: parameters that are not this model's, or not finite; labels that do not fit.
+      OSError: a file can't be written; each file that was there is intact.
     """
-    directory = Path(directory)
-    config = bert.BertConfig.from_hf(checkpoint.config)
-    leaves = paths.named_leaves(params["params"])
-    tensors = {}
-    for row in bert.names(config):
-        value = np.asarray(leaves[row.flax])
-        tensors[row.hf] = np.ascontiguousarray(value.T if row.transpose else value)
-    about = {
+    directory, labels = Path(directory), list(labels)
+    if not labels or len(set(labels)) < len(labels):
+        raise ValueError(f"labels must be one different name for each class, got {labels}.")
+    tensors = _tensors(params, _config(checkpoint), len(labels))
+    config = {
         **checkpoint.config,
         "architectures": ["BertForSequenceClassification"],
         "id2label": {str(k): label for k, label in enumerate(labels)},
         "label2id": {label: k for k, label in enumerate(labels)},
+        "torch_dtype": "float32",
     }
+    config.pop("dtype", None)  # the newer word for torch_dtype, which would win
+    config.pop("problem_type", None)  # of the base's own head
+    config.pop("num_labels", None)  # said by id2label
     directory.mkdir(parents=True, exist_ok=True)
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
-        if (checkpoint.directory / name).is_file():
-            shutil.copyfile(checkpoint.directory / name, directory / name)
+    for source in (checkpoint.directory / name for name in hub.TOKENIZER_FILES):
+        if source.is_file():
+            write_atomically(directory / source.name, source.read_bytes())
     weights = safetensors.numpy.save(tensors, metadata={"format": "pt"})
     write_atomically(directory / hub.WEIGHTS, weights)
     # Last, so that a directory with a config is complete.
-    write_atomically(directory / "config.json", (json.dumps(about, indent=2) + "\n").encode())
+    write_atomically(directory / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+
+def _tensors(params: PyTree, config: bert.BertConfig, num_labels: int) -> dict[str, np.ndarray]:
+    """The tensors by Hugging Face name, checked."""
+    names = {row.flax: row for row in bert.names(config)}
+    leaves = paths.named_leaves(params.get("params", params))
+    model = bert.BertForSequenceClassification(config, num_labels=num_labels)
+    wanted = paths.named_leaves(_shapes(model))
+    problems = [f"{name} is missing" for name in names if name not in leaves]
+    problems += [f"{name} is unexpected" for name in leaves if name not in names]
+    values = {n: np.asarray(x, np.float32) for n, x in leaves.items() if n in names}
+    for name, x in values.items():
+        if x.shape != wanted[name].shape:
+            problems.append(f"{name} has shape {x.shape} instead of {wanted[name].shape}")
+        elif not np.all(np.isfinite(x)):
+            problems.append(f"{name} holds NaN or infinity")
+    if problems:
+        raise ValueError(
+            f"Nothing is saved, since the parameters are not those of BERT with {num_labels} "
+            f"labels: {_shown(problems)}. Merge an adapter into them first, and give one label for "
+            "each output of the classifier."
+        )
+    flip = lambda name, x: np.ascontiguousarray(x.T if names[name].transpose else x)
+    return {names[name].hf: flip(name, x) for name, x in values.items()}

@@ -1,21 +1,23 @@
-"""Finds a pretrained checkpoint by name: a directory, the Hub cache, the Hub, an installed bundle."""
+"""Finds pretrained checkpoints: a directory, the Hub cache, the Hub, or an installed bundle."""
 
 import hashlib
-import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import huggingface_hub
+from huggingface_hub import constants, errors
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# Everything that is read from a checkpoint, and nothing else of a repository that may be large.
-FILES = (
-    "config.json", "model*.safetensors", INDEX, "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "vocab.txt",
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt",
 )  # fmt: skip
+# Everything that is read from a checkpoint, and nothing else of a repository that may be large.
+FILES = ("config.json", "model*.safetensors", INDEX, *TOKENIZER_FILES)
+_TIMEOUT = 5.0  # seconds until the Hub counts as unreachable and the next place is tried
 
 
 class Checkpoint(NamedTuple):
@@ -90,9 +92,7 @@ def _sources(name: str, repo: str) -> dict[str, Callable[[], Path]]:
     sources: dict[str, Callable[[], Path]] = {}
     if _is_repo_id(repo):
         sources["Hub cache"] = lambda: _cached(dict.fromkeys([repo, name]))
-        sources["Hub"] = lambda: Path(
-            huggingface_hub.snapshot_download(repo, allow_patterns=list(FILES))
-        )
+        sources["Hub"] = lambda: _downloaded(repo)
     if repo in BUNDLES:
         sources["installed bundle"] = lambda: _bundled(BUNDLES[repo])
     return sources
@@ -102,23 +102,37 @@ def _is_repo_id(name: str) -> bool:
     return not name.startswith((".", "/", "~")) and name.count("/") <= 1 and bool(name)
 
 
-def _cached(repos: Any) -> Path:
+def _cached(repos: Iterable[str]) -> Path:
     reasons = []
     for repo in repos:
         try:
-            found = huggingface_hub.snapshot_download(repo, local_files_only=True)
-        except Exception as error:
-            reasons.append(_first_line(error))
-            continue
-        directory = Path(found)
-        if (directory / "config.json").is_file() and _weights(directory):
-            return directory
-        reasons.append(f"{directory} holds only part of it")
+            return _whole(huggingface_hub.snapshot_download(repo, local_files_only=True))
+        except errors.LocalEntryNotFoundError:
+            reasons.append(f"no {repo} in {constants.HF_HUB_CACHE}")
+        except OSError as error:
+            reasons.append(str(error))
     raise FileNotFoundError("; ".join(reasons))
 
 
+def _downloaded(repo: str) -> Path:
+    directory = huggingface_hub.snapshot_download(
+        repo, allow_patterns=list(FILES), etag_timeout=_TIMEOUT
+    )
+    return _whole(directory)
+
+
+def _whole(directory: str) -> Path:
+    """Passes a snapshot on if all is there: part of one also counts as one for the Hub's client."""
+    path = Path(directory)
+    if not (path / "config.json").is_file() or not _weights(path):
+        raise FileNotFoundError(
+            f"{path} holds only {_listing(path)}, and config.json and {WEIGHTS} are needed"
+        )
+    return path
+
+
 def _bundled(bundle: Bundle) -> Path:
-    spec = importlib.util.find_spec(bundle.module)  # finds a top-level package without running it
+    spec = find_spec(bundle.module)  # finds a top-level package without running it
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(f"the package {bundle.package} is not installed")
     directory = Path(next(iter(spec.submodule_search_locations))) / bundle.folder
@@ -148,7 +162,10 @@ def _open(name: str, directory: Path, origin: str) -> Checkpoint:
     directory = _transformer_folder(directory)
     path = directory / "config.json"
     if not path.is_file():
-        raise ValueError(f"{directory} ({origin}) has no config.json; it holds {_listing(directory)}.")
+        raise ValueError(
+            f"{directory} ({origin}) has no config.json; it holds {_listing(directory)}. Pass the "
+            f"directory that holds config.json and {WEIGHTS}."
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -160,8 +177,9 @@ def _open(name: str, directory: Path, origin: str) -> Checkpoint:
         hint = ""
         if list(directory.glob("pytorch_model*.bin")):
             hint = (
-                " Its pickled pytorch_model.bin is not read here; convert it with transformers: "
-                "AutoModel.from_pretrained(...).save_pretrained(...)."
+                " A pickled pytorch_model.bin can run code when opened, and is not read here; "
+                "convert it once with transformers: m = AutoModelForSequenceClassification"
+                ".from_pretrained(old); m.save_pretrained(new, safe_serialization=True)."
             )
         raise ValueError(
             f"{directory} ({origin}) has no {WEIGHTS}; it holds {_listing(directory)}.{hint}"
@@ -181,8 +199,9 @@ def _weights(directory: Path) -> tuple[Path, ...]:
     if not (directory / INDEX).is_file():
         return ()
     try:
-        shards = set(json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError) as error:
+        index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
+        shards = set(index["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{directory / INDEX} is damaged: {error!r}.") from error
     # A shard is a file beside the index: its name is never a path that leads elsewhere.
     files = tuple(directory / Path(str(shard)).name for shard in sorted(shards))
@@ -196,7 +215,12 @@ def _listing(directory: Path) -> str:
     return ", ".join(sorted(p.name for p in directory.iterdir())[:20]) or "nothing"
 
 
-def sha256(paths: list[Path] | tuple[Path, ...]) -> str:
+def base_id(checkpoint: Checkpoint) -> str:
+    """Content hash of a checkpoint's weights, "sha256:...": the same wherever they lie."""
+    return f"sha256:{sha256(checkpoint.weights)}"
+
+
+def sha256(paths: Sequence[Path]) -> str:
     """SHA-256 of files, one after the other, read piecewise."""
     digest = hashlib.sha256()
     for path in paths:

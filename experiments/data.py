@@ -1,0 +1,221 @@
+"""From sentences to batches: token ids, an order that is a pure function, a few fixed shapes.
+
+Nothing here keeps state. The batch of a step is computed from ``(data, step, seed)``, so a run that
+resumes at any step, on any machine, sees the batches it would have seen.
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import tokenizers
+
+from experiments.sources import SPLITS, Examples, load, permutation, subset
+
+__all__ = [
+    "SPLITS",
+    "Examples",
+    "Tokenized",
+    "bucket_lengths_used",
+    "eval_batches",
+    "load",
+    "permutation",
+    "steps_per_epoch",
+    "subset",
+    "tokenize",
+    "train_batch",
+]
+
+
+class Tokenized(NamedTuple):
+    """Token ids of ``n`` examples, ragged: example ``i`` is ``ids[offsets[i]:offsets[i + 1]]``.
+
+    Attributes:
+      ids: ``(total,)`` int32, all examples one after the other.
+      offsets: ``(n + 1,)`` int64.
+      labels: ``(n,)`` int32, or None where there are none.
+      pad_id: what fills a batch to its length; the attention mask hides it.
+    """
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    labels: np.ndarray | None
+    pad_id: int = 0
+
+
+def tokenize(examples: Examples, tokenizer: tokenizers.Tokenizer, *, max_length: int) -> Tokenized:
+    """Token ids of every example, cut to ``max_length``, special tokens included, not padded.
+
+    The tokenizer's own settings for truncation and padding are neither used nor changed.
+
+    Raises:
+      ValueError: ``max_length`` leaves no room for a word, or a sentence has no tokens at all.
+    """
+    special = tokenizer.num_special_tokens_to_add(is_pair=False)
+    if max_length <= special:
+        raise ValueError(
+            f"max_length {max_length}, but {special} special tokens and a word are needed"
+        )
+    rows = _encode(examples.sentences, tokenizer, max_length)
+    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+    empty = np.flatnonzero(np.diff(offsets) == 0)
+    if empty.size:
+        row = int(empty[0])
+        raise ValueError(f"example {row} has no tokens: {examples.sentences[row]!r}; leave it out")
+    ids = np.concatenate([np.zeros(0, np.int32), *rows], dtype=np.int32)
+    return Tokenized(ids, offsets, examples.labels, _pad_id(tokenizer))
+
+
+def _encode(
+    sentences: Sequence[str], tokenizer: tokenizers.Tokenizer, max_length: int
+) -> list[np.ndarray]:
+    own = tokenizers.Tokenizer.from_str(tokenizer.to_str())
+    own.no_padding()
+    own.enable_truncation(max_length)
+    # Without offsets into the text, encoding takes about half the time.
+    return [np.array(row.ids, np.int32) for row in own.encode_batch_fast(list(sentences))]
+
+
+def _pad_id(tokenizer: tokenizers.Tokenizer) -> int:
+    found = (tokenizer.token_to_id(token) for token in ("[PAD]", "<pad>"))
+    return next((token for token in found if token is not None), 0)
+
+
+def steps_per_epoch(n: int, batch_size: int) -> int:
+    """Batches that hold each of ``n`` examples once, the last one perhaps not full.
+
+    Raises:
+      ValueError: no examples, or a batch size below 1.
+
+    >>> steps_per_epoch(67_349, 32)
+    2105
+    """
+    if n < 1 or batch_size < 1:
+        raise ValueError(f"{n} examples in batches of {batch_size}: both must be 1 or more")
+    return -(-n // batch_size)
+
+
+def train_batch(
+    data: Tokenized, step: int, *, seed: int, batch_size: int, buckets: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """The training batch of ``step``, a pure function of its arguments.
+
+    Each epoch has an order of its own, and each example once. Its last batch is filled up with
+    copies of that batch's first row, of weight 0: a copy is a valid input, where a row that is
+    padding alone would attend to nothing and give NaN.
+
+    Args:
+      data: labelled examples.
+      step: 0, 1, ...; the epoch is ``step // steps_per_epoch(n, batch_size)``.
+      seed: in ``[0, 2**64)``.
+      batch_size: B, the rows of every batch.
+      buckets: ascending lengths, such as ``(32, 64, 128)``. The length L of a batch is the smallest
+        that holds its longest row, so there are at most ``len(buckets)`` shapes to compile.
+
+    Returns:
+      ``input_ids`` (B, L) int32; ``attention_mask`` (B, L) int32; ``labels`` (B,) int32;
+      ``weights`` (B,) float32, 1 for an example and 0 for a row that fills the batch.
+
+    Raises:
+      ValueError: no labels, a negative step, or buckets that do not ascend or do not hold all.
+    """
+    if data.labels is None:
+        raise ValueError("training needs labels, and these examples have none (a test split?)")
+    _check_buckets(data, buckets)
+    return _batch(data, _train_rows(len(data.labels), step, seed, batch_size), batch_size, buckets)
+
+
+def _train_rows(n: int, step: int, seed: int, batch_size: int) -> np.ndarray:
+    if step < 0:
+        raise ValueError(f"step {step} is negative")
+    epoch, place = divmod(step, steps_per_epoch(n, batch_size))
+    return _epoch_order(n, seed, epoch)[place * batch_size : (place + 1) * batch_size]
+
+
+@functools.lru_cache(maxsize=1)
+def _epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    order = permutation(n, seed, stream=epoch)
+    order.flags.writeable = False  # every step of the epoch gets a view of this one array
+    return order
+
+
+def eval_batches(
+    data: Tokenized, *, batch_size: int, buckets: Sequence[int]
+) -> Iterator[dict[str, np.ndarray]]:
+    """All examples once, shortest first, so that few tokens are padding.
+
+    Returns:
+      Batches as those of :func:`train_batch`, and ``index`` (B,) int32, the example each row is:
+      ``predictions[batch["index"]] = ...`` puts them back in order, as a row that fills the last
+      batch is a copy, index included. There are no ``labels`` where the examples have none.
+
+    Raises:
+      ValueError: no examples, or buckets that do not ascend or do not hold every row.
+    """
+    _check_buckets(data, buckets)
+    steps = steps_per_epoch(len(data.offsets) - 1, batch_size)
+    order = np.argsort(np.diff(data.offsets), kind="stable")
+    rows = (order[step * batch_size : (step + 1) * batch_size] for step in range(steps))
+    return (
+        _batch(data, row, batch_size, buckets) | {"index": _fill(row, batch_size).astype(np.int32)}
+        for row in rows
+    )
+
+
+def bucket_lengths_used(
+    data: Tokenized, steps: int, *, seed: int, batch_size: int, buckets: Sequence[int]
+) -> dict[int, int]:
+    """How many of the first ``steps`` training batches have each length, ascending by length.
+
+    Every length means one compilation of the train step.
+
+    Raises:
+      ValueError: no examples, or buckets that do not ascend or do not hold every row.
+    """
+    _check_buckets(data, buckets)
+    lengths = np.diff(data.offsets)
+    longest = (
+        int(lengths[_train_rows(len(lengths), step, seed, batch_size)].max())
+        for step in range(steps)
+    )
+    return dict(sorted(Counter(_bucket(length, buckets) for length in longest).items()))
+
+
+def _check_buckets(data: Tokenized, buckets: Sequence[int]) -> None:
+    ascending = all(low < high for low, high in zip(buckets, buckets[1:], strict=False))
+    if not buckets or buckets[0] < 1 or not ascending:
+        raise ValueError(f"buckets {tuple(buckets)} are not positive lengths that ascend")
+    longest = int(np.diff(data.offsets).max(initial=0))
+    if longest > buckets[-1]:
+        raise ValueError(
+            f"buckets {tuple(buckets)} do not hold the longest row, of {longest} tokens: "
+            f"tokenize with max_length={buckets[-1]}, or end the buckets with {longest} or more"
+        )
+
+
+def _bucket(length: int, buckets: Sequence[int]) -> int:
+    return next(bucket for bucket in buckets if bucket >= length)
+
+
+def _fill(rows: np.ndarray, batch_size: int) -> np.ndarray:
+    return np.concatenate([rows, np.repeat(rows[:1], batch_size - len(rows))])
+
+
+def _batch(
+    data: Tokenized, rows: np.ndarray, batch_size: int, buckets: Sequence[int]
+) -> dict[str, np.ndarray]:
+    filled = _fill(rows, batch_size)
+    starts, lengths = data.offsets[filled], data.offsets[filled + 1] - data.offsets[filled]
+    columns = np.arange(_bucket(int(lengths.max()), buckets))
+    mask = columns[None, :] < lengths[:, None]
+    # Places beyond a row's end are looked up at its start, then overwritten.
+    ids = data.ids[starts[:, None] + np.where(mask, columns[None, :], 0)]
+    batch = {
+        "input_ids": np.where(mask, ids, data.pad_id).astype(np.int32),
+        "attention_mask": mask.astype(np.int32),
+        "weights": (np.arange(batch_size) < len(rows)).astype(np.float32),
+    }
+    labels = {} if data.labels is None else {"labels": data.labels[filled].astype(np.int32)}
+    return batch | labels

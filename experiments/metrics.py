@@ -1,0 +1,68 @@
+"""Loss and accuracy as sums, so that batches of any size and padding combine exactly."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Sums(NamedTuple):
+    """Sums over examples, each counted by its weight; scalars, float32.
+
+    Attributes:
+      loss: the cross-entropy, in nats.
+      correct: 1 for each example whose highest logit is that of its label.
+      weight: the weights.
+    """
+
+    loss: jax.Array
+    correct: jax.Array
+    weight: jax.Array
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> Sums:
+    """Sums of ``-log softmax(logits)[label]`` and of right answers, in float32.
+
+    A row of weight 0 counts for nothing, whatever stands in it, NaN included; its gradient is 0.
+
+    Args:
+      logits: ``(B, num_labels)``, of any floating dtype.
+      labels: ``(B,)``, integers.
+      weights: ``(B,)``, 1 for an example and 0 for a row that fills the batch.
+
+    >>> sums = cross_entropy(jnp.zeros((3, 2)), jnp.array([0, 0, 1]), jnp.array([1.0, 1.0, 0.0]))
+    >>> [round(float(x), 4) for x in sums]
+    [1.3863, 2.0, 2.0]
+    """
+    weights = weights.astype(jnp.float32)
+    # Before the logarithm: 0 times a NaN would be a NaN, in the loss and in its gradient.
+    real = jnp.where(weights[:, None] > 0, logits.astype(jnp.float32), 0.0)
+    log_probs = jax.nn.log_softmax(real, axis=-1)
+    losses = -jnp.take_along_axis(log_probs, labels[:, None], axis=-1)[:, 0]
+    correct = (jnp.argmax(real, axis=-1) == labels).astype(jnp.float32)
+    return Sums(jnp.sum(weights * losses), jnp.sum(weights * correct), jnp.sum(weights))
+
+
+def combine(batches: Iterable[Sums]) -> dict[str, float]:
+    """Mean loss and accuracy of all examples of all batches, with their number.
+
+    The sums are added up in float64 on the host, after all have been dispatched.
+
+    Returns:
+      ``{"loss", "accuracy", "examples"}``, Python floats.
+
+    Raises:
+      ValueError: no example at all.
+
+    >>> combine([Sums(2.0, 1.0, 1.0), Sums(4.0, 2.0, 3.0)])
+    {'loss': 1.5, 'accuracy': 0.75, 'examples': 4.0}
+    """
+    sums = np.array([[float(x) for x in batch] for batch in list(batches)], np.float64)
+    loss, correct, weight = sums.reshape(-1, 3).sum(0).tolist()
+    if not weight > 0:
+        raise ValueError(
+            "no examples to take a mean of: there are no batches, or no weight in them"
+        )
+    return {"loss": loss / weight, "accuracy": correct / weight, "examples": weight}
