@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     c.data.train_examples = 0
     c.data.max_length = 64
     c.data.buckets = (32, 64)
-    c.lora.targets = ("query", "key", "value", "dense", "intermediate")
+    c.lora.targets = ("query", "key", "value", "dense")
     c.optimizer.learning_rate = 1e-3
     c.epochs = 4
     c.log_every = 10
