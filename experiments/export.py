@@ -22,7 +22,9 @@ def main(argv: list[str]) -> None:
     if argv:
         raise ValueError(f"Unexpected arguments {argv}; options start with --.")
     if not _MERGED.value:
-        raise ValueError("Say what to write: --merged for the merged weights in Hugging Face's layout.")
+        raise ValueError(
+            "Say what to write: --merged for the merged weights in Hugging Face's layout."
+        )
     out = Path(_OUT.value)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty directory; choose another --out.")

@@ -11,7 +11,9 @@ import lora_jax as lora
 def schedule(config: ConfigDict, total_steps: int) -> optax.Schedule:
     """Linear warm-up over a fraction of the steps, then linear decay to zero at the last one."""
     if not 0 <= config.warmup < 1:
-        raise ValueError(f"optimizer.warmup is a fraction in [0, 1) of all steps, got {config.warmup}.")
+        raise ValueError(
+            f"optimizer.warmup is a fraction in [0, 1) of all steps, got {config.warmup}."
+        )
     warmup = round(config.warmup * total_steps)
     decay = optax.linear_schedule(config.learning_rate, 0.0, max(total_steps - warmup, 1))
     if not warmup:

@@ -35,7 +35,9 @@ def sentences(arguments: list[str], file: str | None) -> list[str]:
         lines = sys.stdin.read().splitlines()
     found = [line.strip() for line in lines if line.strip()]
     if not found:
-        raise ValueError("No sentences: give them as arguments, in --file, or on stdin, one a line.")
+        raise ValueError(
+            "No sentences: give them as arguments, in --file, or on stdin, one a line."
+        )
     return found
 
 

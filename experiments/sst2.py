@@ -52,7 +52,10 @@ def make_task(config: ConfigDict) -> train.Task:
     c = config.data
     key = jax.random.fold_in(jax.random.key(config.seed), 1)  # the head is drawn by the run's seed
     loaded = checkpoints.load_bert_classifier(
-        config.model.name, num_labels=config.model.num_labels, key=key, dtype=dtype(config.model.dtype)
+        config.model.name,
+        num_labels=config.model.num_labels,
+        key=key,
+        dtype=dtype(config.model.dtype),
     )
     training, evaluation = load_examples(config)
     tokenizer = checkpoints.load_tokenizer(loaded.checkpoint)
@@ -107,7 +110,9 @@ def metadata(config: ConfigDict) -> dict[str, Any]:
     }
 
 
-def _notes(config: ConfigDict, loaded: checkpoints.Loaded, n_train: int, n_eval: int) -> tuple[str, ...]:
+def _notes(
+    config: ConfigDict, loaded: checkpoints.Loaded, n_train: int, n_eval: int
+) -> tuple[str, ...]:
     fresh = f"; fresh: {', '.join(loaded.fresh)}" if loaded.fresh else ""
     device = jax.devices()[0]
     return (
@@ -151,7 +156,7 @@ def main(argv: list[str]) -> None:
         f"best validation accuracy {best.best_accuracy:.4f} (loss {best.best_loss:.4f}) at step "
         f"{best.best_step}; {minutes:.1f} minutes; curves in {workdir / workdirs.CURVES}\n"
         "Next:\n"
-        f'  python -m experiments.predict --adapter={workdir / "adapter"} '
+        f"  python -m experiments.predict --adapter={workdir / 'adapter'} "
         '"The movie was absolutely wonderful!"\n'
         f"  python -m experiments.export --adapter={workdir / 'adapter'} "
         f"--out={workdir / 'merged'} --merged"

@@ -164,7 +164,12 @@ def _storable(state: TrainState) -> TrainState:
 
 
 def _loop(
-    run: _Run, train_step: Callable, eval_step: Callable, state: TrainState, progress: Progress, total: int
+    run: _Run,
+    train_step: Callable,
+    eval_step: Callable,
+    state: TrainState,
+    progress: Progress,
+    total: int,
 ) -> Progress:
     """Runs the steps that are left, with evaluations and checkpoints between them."""
     start, per_epoch = int(state.step), run.task.steps_per_epoch
@@ -194,7 +199,9 @@ def _evaluated(run: _Run, eval_step: Callable, state: TrainState, progress: Prog
     """Evaluates, and keeps the adapter if it is the best so far."""
     step = int(state.step)
     loss, accuracy = evaluate(eval_step, state.adapter, run.task)
-    run.log.write(step, epoch=step / run.task.steps_per_epoch, eval_loss=loss, eval_accuracy=accuracy)
+    run.log.write(
+        step, epoch=step / run.task.steps_per_epoch, eval_loss=loss, eval_accuracy=accuracy
+    )
     if not math.isfinite(loss):
         raise FloatingPointError(_diverged(run.workdir, step, loss))
     if accuracy <= progress.best_accuracy:

@@ -63,9 +63,13 @@ def init(
     trained = _trained(leaves, config)
     axes = _target_axes(fn, params, config, (args, kwargs), trained=trained)
     _check_patterns(config, axes)
-    full = {
-        n: jnp.array(leaves[n], copy=True) for n in leaves if n in trained
-    }  # no aliases: donation
+    abstract = [n for n in trained if isinstance(leaves[n], jax.ShapeDtypeStruct)]
+    if abstract:
+        raise ValueError(
+            f"train needs the values of {paths.listing(abstract)}, and got shapes only."
+        )
+    # Copies, so that a step that donates the adapter spares the base.
+    full = {n: jnp.array(leaves[n], copy=True) for n in leaves if n in trained}
     nodes = {n: _init_node(key, n, leaves[n], axes=a, config=config) for n, a in axes.items()}
     return paths.nest({n: (nodes | full)[n] for n in leaves if n in nodes or n in full})
 
@@ -234,14 +238,16 @@ def _misfit(name: str, leaf: Any, node: Any) -> str:
         return "" if fits else f"{name} has shape {jnp.shape(leaf)}, not {jnp.shape(node)}"
     if node.w is not None:
         return f"{name} is already bound to a kernel; pass the adapter itself"
-    rank, shape = jnp.shape(node.a)[-1], jnp.shape(leaf)
+    shape = jnp.shape(leaf)
     if len(node.axes) != len(shape):
         return (
             f"{name} has shape {shape}, but its adapter is for {len(node.axes)} axes {node.axes!r}"
         )
-    want = lowrank.factor_shapes(shape, node.axes, rank)
-    have = jnp.shape(node.a), jnp.shape(node.b)
-    return "" if want == have else f"{name} of shape {shape} needs factors {want}, not {have}"
+    rank = (jnp.shape(node.a) or (0,))[-1]
+    want = (*lowrank.factor_shapes(shape, node.axes, rank), ())
+    have = jnp.shape(node.a), jnp.shape(node.b), jnp.shape(node.scale)
+    fits = want == have
+    return "" if fits else f"{name} of shape {shape} needs a, b and scale of {want}, not {have}"
 
 
 def labels(tree: PyTree) -> PyTree:

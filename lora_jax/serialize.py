@@ -193,7 +193,11 @@ def _tensors(nodes: Mapping[str, Any]) -> dict[str, Any]:
 def _nodes(about: dict, tensors: dict[str, np.ndarray]) -> tuple[dict[str, Any], list[str]]:
     """Puts the tensors back into nodes, and says which are missing or left over."""
     kernels = {n: x for n, x in about["kernels"].items() if _are_roles(x)}
-    problems = [f"axes {about['kernels'][n]!r} of {n} are no roles" for n in about["kernels"] if n not in kernels]
+    problems = [
+        f"axes {about['kernels'][n]!r} of {n} are no roles"
+        for n in about["kernels"]
+        if n not in kernels
+    ]
     wanted = {n: [f"{n}/{part}" for part in _FACTORS] for n in kernels}
     wanted |= {str(n): [str(n)] for n in about["trained"]}
     expected = {key for keys in wanted.values() for key in keys}
@@ -216,13 +220,19 @@ def _wrong_dtypes(leaves: Mapping[str, Any], nodes: Mapping[str, Any]) -> list[s
     for name, node in nodes.items():
         for part in (node.a, node.b, node.scale) if isinstance(node, LowRank) else ():
             if not jnp.issubdtype(part.dtype, jnp.floating):
-                problems.append(f"{name} has factors of dtype {part.dtype}, which are not real numbers")
+                problems.append(
+                    f"{name} has factors of dtype {part.dtype}, which are not real numbers"
+                )
         full = not isinstance(node, LowRank) and name in leaves
         if full and node.dtype != leaves[name].dtype:
             problems.append(f"{name} has dtype {leaves[name].dtype}, not {node.dtype}")
-    wide = {n for n, x in _tensors(nodes).items() if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype}
+    wide = {
+        n for n, x in _tensors(nodes).items() if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype
+    }
     if wide:
-        problems.append(f"{paths.listing(wide)} is 64 bits wide; set jax_enable_x64 to load it exactly")
+        problems.append(
+            f"{paths.listing(wide)} is 64 bits wide; set jax_enable_x64 to load it exactly"
+        )
     return problems
 
 

