@@ -135,8 +135,8 @@ def check(config: ConfigDict) -> None:
             raise ValueError(f"{field} must not be negative, got {config[field]}.")
     if len(config.model.labels) != config.model.num_labels:
         raise ValueError(
-            f"model.labels names {len(config.model.labels)} classes {tuple(config.model.labels)}, and "
-            f"model.num_labels is {config.model.num_labels}."
+            f"model.labels names {len(config.model.labels)} classes {tuple(config.model.labels)}, "
+            f"and model.num_labels is {config.model.num_labels}."
         )
 
 

@@ -157,8 +157,8 @@ def _init_node(key: Array, name: str, w: Any, *, axes: str, config: LoRAConfig) 
     rank, most = config.kernel_rank(name), lowrank.max_rank(w.shape, axes)
     if rank > most:
         raise ValueError(
-            f"rank {rank} is larger than the kernel {name!r} of shape {tuple(w.shape)} allows to mean "
-            f"anything: its change has rank {most} at most. Lower the rank (rank_pattern sets it "
+            f"rank {rank} is larger than the kernel {name!r} of shape {tuple(w.shape)} allows to "
+            f"mean anything: its change has rank {most} at most. Lower the rank (rank_pattern sets it "
             "per kernel), or train the kernel in full (train)."
         )
     dtype = jnp.promote_types(w.dtype, jnp.float32)

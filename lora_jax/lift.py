@@ -166,7 +166,8 @@ def _run(scope: _Scope, fn: Callable, args: tuple, kwargs: dict) -> Any:
 def _kernel(node: LowRank) -> Kernel:
     if node.w is None:
         raise ValueError(
-            "Got an adapter where a bound tree is expected; call lift(fn)(bind(params, adapter), ...)."
+            "Got an adapter where a bound tree is expected; "
+            "call lift(fn)(bind(params, adapter), ...)."
         )
     if node.a is None:
         origins = tuple(frozenset({(node.name, k, node.w.ndim)}) for k in range(node.w.ndim))

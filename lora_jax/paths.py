@@ -29,7 +29,8 @@ def named_leaves(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> 
     """
     with_paths, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     named: dict[str, Any] = {}
-    for name, (path, leaf) in zip(_names([p for p, _ in with_paths]), with_paths, strict=True):
+    names = _names([path for path, _ in with_paths])
+    for name, (_, leaf) in zip(names, with_paths, strict=True):
         if not name:
             raise ValueError(
                 "The parameters must be a container of arrays (a dict, a list, a dataclass, an NNX "

@@ -1,13 +1,13 @@
 """How each primitive treats a kernel that is a low-rank sum: the rules that keep it factored.
 
-There are two sorts. A *move* rearranges the kernel (transpose, reshape, slice, concatenate, ...) and
-gives back kernels. A *use* multiplies or looks up (``dot_general``, ``conv_general_dilated``,
+There are two sorts. A *move* rearranges the kernel (transpose, reshape, slice, concatenate, ...)
+and gives back kernels. A *use* multiplies or looks up (``dot_general``, ``conv_general_dilated``,
 ``gather``) and gives back an array. A rule that does not fit raises :class:`Unfactored` with the
 reason, and the interpreter falls back to forming ``W + s·BA``.
 
 The same moves serve to find out which axes of a kernel are inputs, outputs and batch: then the
-kernel has no factors yet, and each axis carries the set of (kernel name, original axis) that it came
-from instead of a role.
+kernel has no factors yet, and each axis carries, instead of a role, the set of (kernel name,
+original axis, number of axes) that it came from.
 """
 
 import dataclasses
@@ -203,7 +203,8 @@ def concatenate(parts: Sequence[Kernel | Array], *, dimension: int) -> Kernel:
     w = lax.concatenate([p.w if isinstance(p, Kernel) else p for p in parts], dimension)
     name = " + ".join(k.name for k in kernels)
     if kernels[0].a is None:
-        axes = tuple(frozenset().union(*origins) for origins in zip(*(k.axes for k in kernels)))
+        origins = zip(*(k.axes for k in kernels), strict=True)
+        axes = tuple(frozenset().union(*origin) for origin in origins)
         return Kernel(w, None, None, axes, name)
     axes = kernels[0].axes
     if any(k.axes != axes for k in kernels):

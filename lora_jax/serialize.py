@@ -8,7 +8,7 @@ holds the previous adapter or the new one, whole. Nothing in it is ever executed
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -170,8 +170,8 @@ def _read_tensors(directory: Path, weights: Mapping[str, Any]) -> dict[str, np.n
     found = hashlib.sha256(data).hexdigest()
     if found != digest:
         raise ValueError(
-            f"{path} is damaged (truncated or changed): its SHA-256 is {found}, and {JSON_NAME} says "
-            f"{digest}. Copy or train the adapter again."
+            f"{path} is damaged (truncated or changed): its SHA-256 is {found}, and "
+            f"{JSON_NAME} says {digest}. Copy or train the adapter again."
         )
     try:
         return read_safetensors(data)

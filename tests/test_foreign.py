@@ -17,6 +17,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
 ]
 
+
+@pytest.fixture(autouse=True)
+def _promotion_as_the_model_needs_it():
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
 IDS = jnp.array([[2, 3, 4, 5], [6, 7, 8, 1]])
 
 

@@ -1,4 +1,4 @@
-"""Embedded reviews: short sentences about films, books, meals, gadgets, ..., written for this project.
+"""Embedded reviews: short sentences about films, meals, gadgets and more, written for this project.
 
 They make a sentiment data set that is always at hand, small enough to train on in minutes. See
 README.md in this folder.
