@@ -158,8 +158,8 @@ def _init_node(key: Array, name: str, w: Any, *, axes: str, config: LoRAConfig) 
     if rank > most:
         raise ValueError(
             f"rank {rank} is larger than the kernel {name!r} of shape {tuple(w.shape)} allows to "
-            f"mean anything: its change has rank {most} at most. Lower the rank (rank_pattern sets it "
-            "per kernel), or train the kernel in full (train)."
+            f"mean anything: its change has rank {most} at most. Lower the rank (rank_pattern sets "
+            "it per kernel), or train the kernel in full (train)."
         )
     dtype = jnp.promote_types(w.dtype, jnp.float32)
     # crc32 of the path: the same number in every process, unlike `hash`.
