@@ -8,7 +8,7 @@ import numpy as np
 import tokenizers
 
 import lora_jax as lora
-from experiments import data, sst2
+from experiments import classification, data
 from lora_jax import serialize
 from lora_jax.models import checkpoints
 
@@ -42,7 +42,9 @@ def load(directory: str | Path, *, model: str | None = None) -> Classifier:
         raise ValueError(f"The adapter in {directory} is for the task {about.get('task')!r}.")
     kind = about["model"]
     loaded = checkpoints.load_bert_classifier(
-        model or kind["name"], num_labels=kind["num_labels"], dtype=sst2.dtype(kind["dtype"])
+        model or kind["name"],
+        num_labels=kind["num_labels"],
+        dtype=classification.dtype(kind["dtype"]),
     )
     adapter, _ = lora.load(directory, loaded.params, base=loaded.base_id)
     return Classifier(
@@ -61,7 +63,9 @@ def probabilities(classifier: Classifier, sentences: list[str]) -> np.ndarray:
     tokens = data.tokenize(examples, classifier.tokenizer, max_length=classifier.max_length)
     params = lora.merge(classifier.loaded.params, classifier.adapter)
     model = classifier.loaded.model
-    step = jax.jit(lambda params, batch: jax.nn.softmax(sst2.apply(model, params, batch, None)))
+    step = jax.jit(
+        lambda params, batch: jax.nn.softmax(classification.apply(model, params, batch, None))
+    )
     result = np.zeros((len(sentences), len(classifier.labels)), np.float32)
     size = min(64, len(sentences))
     for batch in data.eval_batches(tokens, batch_size=size, buckets=classifier.buckets):

@@ -6,138 +6,17 @@ r"""Fine-tunes BERT for sentence classification.
 Run again with the same config, it goes on where it stopped.
 """
 
-import functools
 import logging
 import time
 from pathlib import Path
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
-import lora_jax as lora
-from experiments import cli, data, metrics, train, workdirs
-from lora_jax.models import checkpoints
+from experiments import classification, cli, train, workdirs
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
-
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-
-
-def lora_config(config: ConfigDict) -> lora.LoRAConfig:
-    """The library's config from the ``lora`` part of an experiment's."""
-    return lora.LoRAConfig.from_dict(config.lora.to_dict())
-
-
-def dtype(name: str) -> Any:
-    """The dtype called ``name``."""
-    if name not in DTYPES:
-        raise ValueError(f"model.dtype must be one of {sorted(DTYPES)}, got {name!r}.")
-    return DTYPES[name]
-
-
-def apply(model: Any, params: Any, batch: dict, key: jax.Array | None) -> jax.Array:
-    """Logits of a batch; with a key, the model's own dropout is on."""
-    rngs = None if key is None else {"dropout": key}
-    return model.apply(
-        params, batch["input_ids"], batch["attention_mask"], deterministic=key is None, rngs=rngs
-    )
-
-
-def make_task(config: ConfigDict) -> train.Task:
-    """Loads model and data."""
-    c = config.data
-    key = jax.random.fold_in(jax.random.key(config.seed), 1)  # the head is drawn by the run's seed
-    loaded = checkpoints.load_bert_classifier(
-        config.model.name,
-        num_labels=config.model.num_labels,
-        key=key,
-        dtype=dtype(config.model.dtype),
-    )
-    training, evaluation = load_examples(config)
-    tokenizer = checkpoints.load_tokenizer(loaded.checkpoint)
-    tokenize = functools.partial(data.tokenize, tokenizer=tokenizer, max_length=c.max_length)
-    train_set, eval_set = tokenize(training), tokenize(evaluation)
-    buckets = tuple(c.buckets)
-    return train.Task(
-        apply=functools.partial(apply, loaded.model),
-        metrics=lambda logits, b: metrics.cross_entropy(logits, b["labels"], b["weights"]),
-        train_batch=lambda step: data.train_batch(
-            train_set, step, seed=c.seed, batch_size=config.batch_size, buckets=buckets
-        ),
-        eval_batches=lambda: data.eval_batches(
-            eval_set, batch_size=config.eval_batch_size, buckets=buckets
-        ),
-        steps_per_epoch=data.steps_per_epoch(len(training.labels), config.batch_size),
-        base=loaded.params,
-        base_id=loaded.base_id,
-        metadata=metadata(config),
-        notes=_notes(config, loaded, len(training.labels), len(evaluation.labels)),
-    )
-
-
-def load_examples(config: ConfigDict) -> tuple[data.Examples, data.Examples]:
-    """Training and evaluation examples.
-
-    With ``data.holdout`` the evaluation examples come from the training split, after those that are
-    trained on: for choosing hyperparameters without a look at the validation set.
-    """
-    c = config.data
-    load = functools.partial(
-        data.load, c.source, data_dir=c.data_dir or None, num_labels=config.model.num_labels
-    )
-    everything = load("train")
-    if not c.holdout:
-        return data.subset(everything, c.train_examples, c.seed), load("validation")
-    total = len(everything.labels)
-    count = c.train_examples or total - c.holdout
-    both = data.subset(everything, min(count + c.holdout, total), c.seed)
-    part = lambda s: data.Examples(both.sentences[s], both.labels[s])
-    return part(slice(0, count)), part(slice(count, None))
-
-
-def metadata(config: ConfigDict) -> dict[str, Any]:
-    """What using the adapter takes, besides the adapter."""
-    return {
-        "task": "text-classification",
-        "model": config.model.to_dict() | {"labels": list(config.model.labels)},
-        "max_length": config.data.max_length,
-        "buckets": list(config.data.buckets),
-        "seed": config.seed,
-    }
-
-
-def _notes(
-    config: ConfigDict, loaded: checkpoints.Loaded, n_train: int, n_eval: int
-) -> tuple[str, ...]:
-    fresh = f"; fresh: {', '.join(loaded.fresh)}" if loaded.fresh else ""
-    device = jax.devices()[0]
-    return (
-        f"model: {loaded.checkpoint.name} from {loaded.checkpoint.origin}{fresh}",
-        f"data: {config.data.source}, {n_train} training and {n_eval} evaluation sentences, "
-        f"padded to {', '.join(map(str, config.data.buckets))} tokens (one compilation each)",
-        f"device: {jax.device_count()} x {device.device_kind} ({device.platform})",
-    )
-
-
-def check(config: ConfigDict) -> None:
-    """Finds mistakes in a config before anything is loaded or written."""
-    lora_config(config)
-    dtype(config.model.dtype)
-    for field in ("batch_size", "eval_batch_size", "epochs", "log_every"):
-        if config[field] < 1:
-            raise ValueError(f"{field} must be at least 1, got {config[field]}.")
-    for field in ("checkpoint_every",):
-        if config[field] < 0:
-            raise ValueError(f"{field} must not be negative, got {config[field]}.")
-    if len(config.model.labels) != config.model.num_labels:
-        raise ValueError(
-            f"model.labels names {len(config.model.labels)} classes {tuple(config.model.labels)}, "
-            f"and model.num_labels is {config.model.num_labels}."
-        )
 
 
 def main(argv: list[str]) -> None:
@@ -146,11 +25,11 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"Unexpected arguments {argv}; options start with --.")
     config, workdir = _CONFIG.value, Path(_WORKDIR.value)
     logging.getLogger("lora_jax").setLevel(logging.ERROR)  # the report says what is fresh
-    check(config)
-    task = make_task(config)
+    classification.check(config)
+    task = classification.make_task(config)
     workdirs.claim(workdir, config)
     start = time.perf_counter()
-    best = train.train(task, config, lora_config(config), workdir)
+    best = train.train(task, config, classification.lora_config(config), workdir)
     minutes = (time.perf_counter() - start) / 60
     print(
         f"best validation accuracy {best.best_accuracy:.4f} (loss {best.best_loss:.4f}) at step "

@@ -35,7 +35,9 @@ def test_docstrings(name):
         result = doctest.testmod(importlib.import_module(name))
         assert result.failed == 0
     else:
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stdout + done.stderr
 
 

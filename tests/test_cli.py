@@ -1,0 +1,262 @@
+"""The programs as a user runs them: training to the end, going on, using the result, and mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("inputs")
+    tiny.checkpoint(root / "model")
+    tiny.data(root / "data")
+    return root
+
+
+def command(module, *arguments):
+    return [sys.executable, "-m", f"experiments.{module}", *map(str, arguments)]
+
+
+def run(module, *arguments, stdin="", **kwargs):
+    return subprocess.run(
+        command(module, *arguments), cwd=ROOT, capture_output=True, text=True, input=stdin,
+        timeout=300, **kwargs,
+    )  # fmt: skip
+
+
+def training(inputs, workdir, **changes):
+    """Arguments of a training run; a key of `changes` has __ for a dot."""
+    fields = tiny.overrides(inputs) | {k.replace("__", "."): v for k, v in changes.items()}
+    flags = [f"--config.{k}={v}" for k, v in fields.items()]
+    return ["sst2", "--config=configs/sst2_minilm.py", f"--workdir={workdir}", *flags]
+
+
+@pytest.fixture(scope="session")
+def finished(inputs, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    done = run(*training(inputs, workdir))
+    assert done.returncode == 0, done.stderr
+    return workdir, done
+
+
+def weights(workdir):
+    (path,) = (workdir / "adapter").glob("*.safetensors")
+    return path.name, path.read_bytes()
+
+
+pytestmark = pytest.mark.xdist_group("cli")
+
+
+def test_training_learns_and_reports(finished):
+    workdir, done = finished
+    assert "trainable params:" in done.stdout and "fresh: classifier" in done.stdout
+    assert f"python -m experiments.predict --adapter={workdir}/adapter" in done.stdout
+    assert f"python -m experiments.export --adapter={workdir}/adapter" in done.stdout
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    evaluations = [line for line in lines if "eval_accuracy" in line]
+    assert [line["step"] for line in evaluations] == [25, 50, 75]  # 200 examples, 8 a batch
+    assert max(line["eval_accuracy"] for line in evaluations) >= 0.9
+    assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)
+    assert (workdir / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list((workdir / "tensorboard").iterdir())
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["lora"]["rank"] == 2 and config["epochs"] == 3
+
+
+def test_running_a_finished_run_again_changes_nothing(inputs, finished):
+    workdir, first = finished
+    before = weights(workdir), (workdir / "metrics.jsonl").read_text()
+    again = run(*training(inputs, workdir))
+    assert again.returncode == 0 and "Going on from the checkpoint of step 75" in again.stdout
+    assert (weights(workdir), (workdir / "metrics.jsonl").read_text()) == before
+    best = lambda done: [x for x in done.stdout.splitlines() if x.startswith("best")][0].split(";")[
+        0
+    ]
+    assert best(again) == best(first)
+
+
+def test_predict(finished, tmp_path):
+    adapter = f"--adapter={finished[0]}/adapter"
+    one = run("predict", adapter, "the film was great", "the film was awful")
+    assert [x.split()[0] for x in one.stdout.splitlines()] == ["positive", "negative"], one.stderr
+    file = tmp_path / "sentences.txt"
+    file.write_text("the meal was lovely\n\nthe book was dull\n")
+    for arguments, stdin in (([f"--file={file}"], ""), ([], file.read_text())):
+        done = run("predict", adapter, "--json", *arguments, stdin=stdin)
+        rows = [json.loads(line) for line in done.stdout.splitlines()]
+        assert [row["label"] for row in rows] == ["positive", "negative"]
+        assert all(0.5 <= row["probability"] <= 1 for row in rows)
+    empty = run("predict", adapter)
+    assert empty.returncode == 2 and "No sentences" in empty.stderr
+
+
+def test_export_is_the_merged_model(finished, tmp_path):
+    """The directory, loaded as a base without any adapter, predicts as base and adapter do."""
+    import jax.numpy as jnp
+
+    from experiments import classifier
+    from lora_jax.models import checkpoints
+
+    workdir, _ = finished
+    out = tmp_path / "merged"
+    done = run("export", f"--adapter={workdir}/adapter", f"--out={out}", "--merged")
+    assert done.returncode == 0, done.stderr
+    loaded = checkpoints.load_bert_classifier(out, num_labels=2)
+    assert not loaded.fresh
+    tokenizer = checkpoints.load_tokenizer(loaded.checkpoint)
+    ids = jnp.array([tokenizer.encode("the film was great").ids])
+    logits = np.asarray(loaded.model.apply(loaded.params, ids, jnp.ones_like(ids)), np.float64)
+    model = classifier.load(workdir / "adapter")
+    want = classifier.probabilities(model, ["the film was great"])
+    np.testing.assert_allclose(np.exp(logits) / np.exp(logits).sum(), want, atol=1e-5)
+    again = run("export", f"--adapter={workdir}/adapter", f"--out={out}", "--merged")
+    assert again.returncode == 2 and "not an empty directory" in again.stderr
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(inputs, finished, tmp_path):
+    """Killed twice, without warning, the run ends with the adapter and metrics of one left alone."""
+    workdir = tmp_path / "run"
+    arguments = command(*training(inputs, workdir))
+    for lines in (3, 20):
+        process = subprocess.Popen(
+            arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        metrics = workdir / "metrics.jsonl"
+        deadline = time.time() + 200
+        while process.poll() is None and time.time() < deadline:
+            if metrics.exists() and len(metrics.read_text().splitlines()) >= lines:
+                break
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = run(*training(inputs, workdir))
+    assert done.returncode == 0, done.stderr
+    assert weights(workdir) == weights(finished[0])
+    steps = lambda w: [
+        {k: v for k, v in json.loads(line).items() if k != "examples_per_second"}
+        for line in (w / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert steps(workdir) == steps(finished[0])
+
+
+def refused(done, *parts, status=2):
+    """One clear error on stderr, no traceback, and the right exit status."""
+    assert done.returncode == status, done.stdout + done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in done.stderr, done.stderr
+    for part in parts:
+        assert part in done.stderr, done.stderr
+
+
+CONFIG_MISTAKES = {
+    "target that matches nothing": (
+        dict(lora__targets="('qurey',)"),
+        "'qurey' matches no parameter",
+        "'query'",
+    ),
+    "rank zero": (dict(lora__rank=0), "rank must be a whole number of at least 1, got 0"),
+    "rank too large": (dict(lora__rank=17), "rank 17 is larger than the kernel", "(16, 16)"),
+    "alpha": (dict(lora__alpha=-1.0), "alpha must be positive, got -1"),
+    "dropout": (dict(lora__dropout=1.0), "dropout must be in [0, 1), got 1"),
+    "overlap": (dict(lora__targets="('query','classifier')"), "targets and train overlap"),
+    "unknown field": (dict(lora__rnk=4), "rnk", "rank"),
+    "dtype": (dict(model__dtype="float12"), "model.dtype must be one of", "float12"),
+    "no checkpoint": (dict(model__name="./nowhere"), "No checkpoint './nowhere' was found. Tried"),
+    "no data": (dict(data__source="/nowhere/at/all"), "/nowhere/at/all"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIG_MISTAKES)
+def test_mistakes_in_the_config(inputs, tmp_path, name):
+    changes, *says = CONFIG_MISTAKES[name]
+    refused(run(*training(inputs, tmp_path / "run", **changes)), *says)
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_malformed_data(inputs, tmp_path):
+    data = tiny.data(tmp_path / "data")
+    for line, says in (
+        ("only a sentence", "train.tsv:3"),
+        ("x\t7", "label"),
+        ("\t1", "train.tsv:3"),
+    ):
+        lines = (data / "train.tsv").read_text().splitlines()
+        (data / "train.tsv").write_text("\n".join([*lines[:2], line, *lines[3:]]) + "\n")
+        refused(run(*training(inputs, tmp_path / "run", data__source=data)), says, "train.tsv:3")
+
+
+def test_damaged_checkpoints(tmp_path, inputs):
+    model = tiny.checkpoint(tmp_path / "model")
+    path = model / "model.safetensors"
+    good = path.read_bytes()
+    path.write_bytes(good[: len(good) // 2])
+    refused(run(*training(inputs, tmp_path / "run", model__name=model)), "model.safetensors")
+    path.write_bytes(good)
+    about = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(about | {"intermediate_size": 25}))
+    refused(
+        run(*training(inputs, tmp_path / "run", model__name=model)), "intermediate.dense.weight"
+    )
+
+
+def test_adapter_of_another_base(finished, tmp_path):
+    workdir, _ = finished
+    other = tiny.checkpoint(tmp_path / "other", seed=5)
+    done = run("predict", f"--adapter={workdir}/adapter", f"--model={other}", "x")
+    refused(done, "made for base 'sha256:")
+    refused(run("predict", f"--adapter={tmp_path}/none", "x"), "No adapter in", "does not exist")
+
+
+def test_workdir_of_another_run(inputs, finished):
+    workdir, _ = finished
+    before = weights(workdir)
+    done = run(*training(inputs, workdir, lora__rank=3, epochs=9))
+    refused(done, "lora.rank is 2 there and 3 here", "epochs is 3 there and 9 here")
+    assert weights(workdir) == before
+
+
+def test_no_permission(inputs):
+    refused(run(*training(inputs, "/dev/null/run")), "/dev/null")
+
+
+def test_nan_loss(inputs, tmp_path):
+    """Steps so large that the loss overflows, after a first epoch that is kept."""
+    done = run(
+        *training(inputs, tmp_path / "run", optimizer__learning_rate=1e30, optimizer__warmup=0.4)
+    )
+    refused(done, "at step", status=1)
+    assert "nan" in done.stderr or "inf" in done.stderr
+
+
+def test_full_disk(inputs, finished, tmp_path):
+    """Saving over a limit on file sizes is an error, and the adapter that was there survives."""
+    code = (
+        "import resource, signal, sys\n"
+        "import jax, lora_jax as lora\n"
+        "from experiments import classifier\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "model = classifier.load(sys.argv[1])\n"
+        "config = lora.LoRAConfig(rank=2, targets=('query', 'value'), train=('classifier',))\n"
+        "adapter = jax.tree.map(lambda x: x + 1, model.adapter)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))\n"
+        "try:\n    lora.save(sys.argv[1], adapter, config)\n"
+        "except OSError as error:\n    sys.exit(f'error: {error}')\n"
+    )
+    workdir, _ = finished
+    before = weights(workdir)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(workdir / "adapter")], cwd=ROOT, capture_output=True,
+        text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    refused(done, "Could not write", status=1)
+    assert weights(workdir) == before
