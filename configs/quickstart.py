@@ -19,7 +19,9 @@ def get_config() -> ConfigDict:
     c.data.max_length = 64
     c.data.buckets = (32, 64)
     c.lora.targets = ("query", "key", "value", "dense")
-    c.optimizer.learning_rate = 1e-3
-    c.epochs = 4
+    c.batch_size = 32
+    c.optimizer.learning_rate = 2e-3
+    c.optimizer.warmup = 0.1
+    c.epochs = 6
     c.log_every = 10
     return c.lock()

@@ -66,6 +66,6 @@ def overrides(root):
         "epochs": 3,
         "log_every": 2,
         "lora.rank": 2,
-        "lora.train": "('classifier','word_embeddings')",
-        "optimizer.learning_rate": 0.02,
+        "lora.train": "('classifier','pooler','word_embeddings')",
+        "optimizer.learning_rate": 0.01,
     }
