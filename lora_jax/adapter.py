@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import lift as lifting
-from lora_jax import lowrank, paths
+from lora_jax import interpreter, lowrank, paths
 from lora_jax.config import ALL_LINEAR, LoRAConfig
+from lora_jax.lift import trace
 from lora_jax.lowrank import LowRank, Trained
 
 PyTree = Any
@@ -140,7 +140,7 @@ def kernel_uses(fn: Callable, params: PyTree, *args: Any, **kwargs: Any) -> dict
         for name, x in leaves.items()
     ]
     probed = jax.tree.structure(params).unflatten(probes)
-    events = [e for e in lifting.trace(fn, (probed, *args), kwargs) if _has_both_sides(e.roles)]
+    events = [e for e in trace(fn, (probed, *args), kwargs) if _has_both_sides(e.roles)]
     linear = {e.name for e in events if e.primitive != "gather"}
     found: dict[str, tuple] = {}
     for event in sorted(events, key=lambda e: e.primitive != "gather"):  # a stable sort
@@ -338,12 +338,12 @@ def explain(
     be given as ``jax.ShapeDtypeStruct``.
     """
     names = [n for n, node in nodes(adapter).items() if isinstance(node, LowRank)]
-    events = lifting.trace(fn, (bind(params, adapter), *args), kwargs)
+    events = trace(fn, (bind(params, adapter), *args), kwargs)
     uses = {name: [e for e in events if name in e.name.split(" + ")] for name in names}
     return Explanation({name: _kernel_use(found) for name, found in uses.items()})
 
 
-def _kernel_use(events: list[lifting.Event]) -> KernelUse:
+def _kernel_use(events: list[interpreter.Event]) -> KernelUse:
     formed = [e for e in events if e.reason]
     reasons = tuple(f"{e.primitive} ({e.reason}) at {e.source}" for e in formed)
     return KernelUse(len(events) - len(formed), reasons)

@@ -1,74 +1,21 @@
 """``lift``: a function of arrays becomes a function of low-rank sums, evaluated factored.
 
 ``lift(fn)`` traces ``fn`` to a jaxpr with each :class:`~lora_jax.lowrank.LowRank` node seen as the
-array that it stands for, then evaluates the jaxpr. An equation without such an input goes to JAX
-unchanged. One with such an input goes to its rule in :mod:`lora_jax.rules`; where there is none,
-or it does not fit, ``W + s·BA`` is formed there and the equation goes to JAX with plain arrays:
-never wrong, at worst slower. So a new JAX release can cost speed, not correctness.
-
-This file and the rules are the only ones that know jaxprs, and they use public names of JAX alone.
+array that it stands for, and hands the jaxpr to :mod:`lora_jax.interpreter`.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax import lax
-from jax.extend import core, source_info_util
 
-from lora_jax import lowrank, rules
+from lora_jax import lowrank
+from lora_jax.interpreter import Event, Scope, evaluate, formed
 from lora_jax.lowrank import LowRank, Trained
-from lora_jax.rules import Kernel, Unfactored
+from lora_jax.moves import Kernel
 
 Array = jax.Array
-
-
-class Event(NamedTuple):
-    """One use of one kernel, seen during a trace.
-
-    Attributes:
-      name: the kernel's path.
-      primitive: what used it.
-      reason: why it was formed in full there; empty if it stayed factored.
-      roles: role of each original axis in this use; only while roles are being found.
-      source: file and line in the user's code.
-    """
-
-    name: str
-    primitive: str
-    reason: str = ""
-    roles: str = ""
-    source: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Scope:
-    """What holds at one place of the evaluation.
-
-    Attributes:
-      strict: a fallback is an error.
-      rate: dropout rate of the low-rank branches; None for none.
-      key: the PRNG key of this place; each equation folds in its position.
-      events: where uses are recorded, by place, so that tracing a loop body twice counts once.
-      place: the equations around this one.
-    """
-
-    strict: bool = False
-    rate: Any = None
-    key: Array | None = None
-    events: dict[tuple, Event] = dataclasses.field(default_factory=dict)
-    place: tuple = ()
-
-    def at(self, index: Any, place: Any = None) -> "_Scope":
-        """The scope of the equation (or loop iteration) number ``index``."""
-        key = None if self.key is None else jax.random.fold_in(self.key, index)
-        return dataclasses.replace(self, key=key, place=(*self.place, place))
-
-    def record(self, event: Event) -> None:
-        self.events[(*self.place, event.name)] = event
 
 
 def lift(
@@ -105,7 +52,7 @@ def lift(
     @functools.wraps(fn)
     def lifted(*args: Any, **kwargs: Any) -> Any:
         key = None if rate is None else dropout_key
-        return _run(_Scope(strict=strict, rate=rate, key=key), fn, args, kwargs)
+        return _run(Scope(strict=strict, rate=rate, key=key), fn, args, kwargs)
 
     return lifted
 
@@ -131,7 +78,7 @@ def trace(fn: Callable, args: tuple, kwargs: dict) -> list[Event]:
     """
     leaves, treedef = jax.tree.flatten((args, kwargs))
     abstract = [k for k, x in enumerate(leaves) if isinstance(x, jax.ShapeDtypeStruct)]
-    scope = _Scope()
+    scope = Scope()
 
     def run(*values: Array) -> Any:
         filled = dict(zip(abstract, values, strict=True))
@@ -142,7 +89,7 @@ def trace(fn: Callable, args: tuple, kwargs: dict) -> list[Event]:
     return list(scope.events.values())
 
 
-def _run(scope: _Scope, fn: Callable, args: tuple, kwargs: dict) -> Any:
+def _run(scope: Scope, fn: Callable, args: tuple, kwargs: dict) -> Any:
     leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=lowrank.is_node)
     leaves = [leaf.value if isinstance(leaf, Trained) else leaf for leaf in leaves]
     nodes = {k: leaf for k, leaf in enumerate(leaves) if isinstance(leaf, LowRank)}
@@ -158,8 +105,8 @@ def _run(scope: _Scope, fn: Callable, args: tuple, kwargs: dict) -> Any:
     # was given: flags stay Python values, concrete arrays stay concrete, outer tracers outer.
     kernels = [_kernel(node) for node in nodes.values()]
     closed, shapes = jax.make_jaxpr(call, return_shape=True)(*[k.w for k in kernels])
-    outs = _evaluate(scope, closed.jaxpr, closed.consts, kernels)
-    outs = [_formed(scope, x, "output", "is returned by the function") for x in outs]
+    outs = evaluate(scope, closed.jaxpr, closed.consts, kernels)
+    outs = [formed(scope, x, "output", "is returned by the function") for x in outs]
     return jax.tree.unflatten(jax.tree.structure(shapes), outs)
 
 
@@ -173,276 +120,3 @@ def _kernel(node: LowRank) -> Kernel:
         origins = tuple(frozenset({(node.name, k, node.w.ndim)}) for k in range(node.w.ndim))
         return Kernel(node.w, None, None, origins, node.name)
     return Kernel(node.w, node.a, lowrank.scaled_b(node), tuple(node.axes), node.name)
-
-
-# ---- Evaluation of a jaxpr -----------------------------------------------------------------------
-
-
-def _evaluate(scope: _Scope, jaxpr: Any, consts: Sequence, args: Sequence) -> list:
-    """Evaluates a jaxpr some of whose inputs are kernels; outputs may be kernels too."""
-    env = dict(zip(jaxpr.constvars, consts, strict=True))
-    env.update(zip(jaxpr.invars, args, strict=True))
-    read = lambda atom: atom.val if isinstance(atom, core.Literal) else env[atom]
-    for index, eqn in enumerate(jaxpr.eqns):
-        vals = [read(atom) for atom in eqn.invars]
-        if any(isinstance(v, Kernel) for v in vals):
-            outs = _factored(scope.at(index, id(eqn)), eqn, vals)
-        else:
-            outs = _plain(eqn, vals)
-        env.update(zip(eqn.outvars, outs, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
-
-
-def _plain(eqn: Any, vals: Sequence) -> list:
-    """Hands one equation to JAX, as a jaxpr of its own: nothing of JAX is re-implemented here."""
-    variables = {
-        atom: v
-        for atom, v in zip(eqn.invars, vals, strict=True)
-        if not isinstance(atom, core.Literal)
-    }
-    kept = [k for k, v in enumerate(eqn.outvars) if not isinstance(v, core.DropVar)]
-    outvars = [eqn.outvars[k] for k in kept]
-    debug = core.DebugInfo("lift", eqn.primitive.name, None, None)
-    jaxpr = core.Jaxpr((), list(variables), outvars, [eqn], eqn.effects, debug)
-    results = dict(zip(kept, jax.core.eval_jaxpr(jaxpr, (), *variables.values()), strict=True))
-    return [results.get(k) for k in range(len(eqn.outvars))]
-
-
-def _factored(scope: _Scope, eqn: Any, vals: Sequence) -> list:
-    name = eqn.primitive.name
-    try:
-        if name in _CONTROL:
-            return _CONTROL[name](scope, eqn, vals)
-        if name in rules.MOVES:
-            return rules.MOVES[name](eqn.params, *vals)
-        if name in rules.USES:
-            return [_use(scope, eqn, vals, rules.USES[name])]
-        raise Unfactored("no rule keeps a low-rank sum factored here")
-    except Unfactored as why:
-        reason = str(why)
-    except (KeyError, TypeError) as error:
-        # An equation of a form that the rule does not know, as another JAX release may have.
-        reason = f"the rule does not know this form ({error!r})"
-    return _plain(eqn, [_formed(scope, v, name, reason, eqn) for v in vals])
-
-
-def _use(scope: _Scope, eqn: Any, vals: Sequence, use: rules.Use) -> Array:
-    which, sides = use.sides(eqn.params, vals)
-    kernel = vals[which]
-    (base,) = _plain(eqn, [v.w if v is kernel else v for v in vals])
-    event = Event(kernel.name, eqn.primitive.name, source=_source(eqn))
-    if kernel.a is None:
-        for name, roles in _roles(kernel, sides).items():
-            scope.record(event._replace(name=name, roles=roles))
-        return base
-    factors = rules.oriented(kernel, sides)
-    branch = use.branch(eqn.params, vals, factors, base, functools.partial(_drop, scope))
-    scope.record(event)
-    return base + branch.astype(base.dtype)
-
-
-def _drop(scope: _Scope, x: Array, shape: Sequence[int] | None = None) -> Array:
-    return x if scope.rate is None else lowrank.dropout(x, scope.rate, scope.key, shape)
-
-
-def _roles(kernel: Kernel, sides: rules.Sides) -> dict[str, str]:
-    """Roles of the original axes of the kernel (or kernels, concatenated) in one use.
-
-    An axis that is no longer there was stacked: a scan or an index took one entry of it.
-    """
-    found: dict[str, list[set[str]]] = {}
-    for k, axis in enumerate(kernel.axes):
-        role = (
-            lowrank.IN if k in sides.inputs else lowrank.BATCH if k in sides.batch else lowrank.OUT
-        )
-        for name, original, ndim in axis:
-            found.setdefault(name, [set() for _ in range(ndim)])[original].add(role)
-    # An axis that is used in two ways has no role.
-    clear = {name: axes for name, axes in found.items() if all(len(roles) < 2 for roles in axes)}
-    return {
-        name: "".join(roles.pop() if roles else lowrank.BATCH for roles in axes)
-        for name, axes in clear.items()
-    }
-
-
-def _formed(scope: _Scope, value: Any, primitive: str, reason: str, eqn: Any = None) -> Any:
-    """Falls back to ``W + s·BA`` if ``value`` is a kernel."""
-    if not isinstance(value, Kernel):
-        return value
-    source = "" if eqn is None else _source(eqn)
-    scope.record(Event(value.name, primitive, reason=reason, source=source))
-    if scope.rate is not None and value.a is not None:
-        raise ValueError(_cannot(value, primitive, reason, source, "dropout needs it factored"))
-    if scope.strict:
-        raise ValueError(_cannot(value, primitive, reason, source, "strict=True forbids it"))
-    return rules.materialise(value)
-
-
-def _cannot(kernel: Kernel, primitive: str, reason: str, source: str, why: str) -> str:
-    where = f" at {source}" if source else ""
-    return (
-        f"The kernel {kernel.name!r} would be formed in full as W + s·BA by {primitive!r}{where} "
-        f"({reason}), but {why}. Leave it out of the targets, train it in full, or change that use."
-    )
-
-
-def _source(eqn: Any) -> str:
-    return source_info_util.summarize(eqn.source_info)
-
-
-# ---- Control flow, by recursion ------------------------------------------------------------------
-
-
-def _call(scope: _Scope, eqn: Any, vals: Sequence) -> list:
-    """A nested ``jit``: evaluated in place, so that a kernel can go in and come out."""
-    closed = eqn.params["jaxpr"]
-    return _evaluate(scope, closed.jaxpr, closed.consts, vals)
-
-
-def _checkpoint(scope: _Scope, eqn: Any, vals: Sequence) -> list:
-    """``jax.checkpoint``, with its policy: the recomputation is factored like the computation."""
-    params = eqn.params
-    body = lambda *vals: _evaluate(scope, params["jaxpr"], (), vals)
-    if params["differentiated"] and params["prevent_cse"]:
-        # The recomputation of a gradient taken inside the function; JAX's own lowering puts this
-        # barrier there, so that the compiler does not undo the checkpoint.
-        return body(*lax.optimization_barrier(tuple(vals)))
-    return jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=params["policy"])(*vals)
-
-
-def _scan(scope: _Scope, eqn: Any, vals: Sequence) -> list:
-    """``lax.scan``: kernels may be constants, or be stacked along the scanned axis."""
-    params, closed = eqn.params, eqn.params["jaxpr"]
-    n_consts, n_carry = params["num_consts"], params["num_carry"]
-    consts = list(vals[:n_consts])
-    carry, kept = _hoisted(scope, closed.jaxpr, vals[n_consts : n_consts + n_carry], n_consts, eqn)
-    xs = [_scannable(scope, x, eqn) for x in vals[n_consts + n_carry :]]
-    stacked = {k: x for k, x in enumerate(xs) if isinstance(x, Kernel)}
-    arrays = [(x.w, x.a, x.b) if isinstance(x, Kernel) else x for x in xs]
-
-    def body(carry: list, slices: tuple) -> tuple[list, list]:
-        step, xs = slices
-        xs = [_step_kernel(stacked[k], *x) if k in stacked else x for k, x in enumerate(xs)]
-        inner = scope if step is None else scope.at(step)
-        outs = _evaluate(inner, closed.jaxpr, closed.consts, [*consts, *_refill(carry, kept), *xs])
-        outs = [
-            x if k in kept else _formed(inner, x, "scan", "is an output of the loop body", eqn)
-            for k, x in enumerate(outs)
-        ]
-        return [x for k, x in enumerate(outs[:n_carry]) if k not in kept], outs[n_carry:]
-
-    steps = None if scope.key is None else jnp.arange(params["length"])
-    options = {
-        k: params[k] for k in ("length", "reverse", "unroll", "_split_transpose") if k in params
-    }
-    carry, ys = lax.scan(body, carry, (steps, arrays), **options)
-    return [*_refill(carry, kept), *ys]
-
-
-def _scannable(scope: _Scope, x: Any, eqn: Any) -> Any:
-    """A kernel can be scanned along an axis of which every entry has its own factors."""
-    if not isinstance(x, Kernel) or x.a is None or x.axes[0] == lowrank.BATCH:
-        return x
-    return _formed(scope, x, "scan", f"scans over an axis with role {x.axes[0]!r}", eqn)
-
-
-def _step_kernel(stack: Kernel, w: Array, a: Array | None, b: Array | None) -> Kernel:
-    return Kernel(w, a, b, stack.axes[1:], stack.name)
-
-
-def _hoisted(
-    scope: _Scope, body: Any, carry: Sequence, offset: int, eqn: Any
-) -> tuple[list, dict[int, Kernel]]:
-    """Splits the carry of a loop: kernels that the body hands on unchanged become constants."""
-    kept, rest = {}, []
-    for k, value in enumerate(carry):
-        if isinstance(value, Kernel) and body.outvars[k] is body.invars[offset + k]:
-            kept[k] = value
-        else:
-            reason = "is changed by the loop body"
-            rest.append(_formed(scope, value, eqn.primitive.name, reason, eqn))
-    return rest, kept
-
-
-def _refill(rest: Sequence, kept: dict[int, Kernel]) -> Iterator:
-    """Puts the constants that :func:`_hoisted` took out of a carry back in their places."""
-    values = iter(rest)
-    for k in range(len(rest) + len(kept)):
-        yield kept[k] if k in kept else next(values)
-
-
-def _while(scope: _Scope, eqn: Any, vals: Sequence) -> list:
-    """``lax.while_loop``: kernels may be constants."""
-    params = eqn.params
-    n_test, n_body = params["cond_nconsts"], params["body_nconsts"]
-    test_consts, body_consts = vals[:n_test], vals[n_test : n_test + n_body]
-    test, body = params["cond_jaxpr"], params["body_jaxpr"]
-    carry, kept = _hoisted(scope, body.jaxpr, vals[n_test + n_body :], n_body, eqn)
-
-    def run(place: str, closed: Any, consts: Sequence, state: tuple) -> list:
-        step, carry = state
-        inner = scope.at(step, place)
-        args = [*consts, *_refill(carry, kept)]
-        outs = _evaluate(inner, closed.jaxpr, closed.consts, args)
-        return (
-            [
-                x if k in kept else _formed(inner, x, "while", "is an output of the loop body", eqn)
-                for k, x in enumerate(outs)
-            ]
-            if place == "body"
-            else outs
-        )
-
-    def step(state: tuple) -> tuple:
-        outs = run("body", body, body_consts, state)
-        return state[0] + 1, [x for k, x in enumerate(outs) if k not in kept]
-
-    go_on = lambda state: run("test", test, test_consts, state)[0]
-    _, carry = lax.while_loop(go_on, step, (jnp.int32(0), carry))
-    return list(_refill(carry, kept))
-
-
-def _cond(scope: _Scope, eqn: Any, vals: Sequence) -> list:
-    """``lax.cond`` and ``lax.switch``."""
-    if isinstance(vals[0], Kernel):
-        raise Unfactored("the kernel decides which branch is taken")
-
-    def branch(number: int, closed: Any) -> Callable:
-        def run(*vals: Any) -> list:
-            inner = scope.at(number, number)
-            outs = _evaluate(inner, closed.jaxpr, closed.consts, vals)
-            return [_formed(inner, x, "cond", "is an output of a branch", eqn) for x in outs]
-
-        return run
-
-    branches = [branch(k, closed) for k, closed in enumerate(eqn.params["branches"])]
-    return lax.switch(vals[0], branches, *vals[1:])
-
-
-def _custom(scope: _Scope, eqn: Any, vals: Sequence) -> list:
-    """A function with its own derivative rule: its rule is for arrays, so it gets arrays.
-
-    While roles are being found it is looked into, so that a kernel that is only used inside (a
-    quantised product, say) can still be adapted, by the fallback.
-    """
-    kernels = [v for v in vals if isinstance(v, Kernel)]
-    if any(k.a is not None for k in kernels):
-        raise Unfactored("its own derivative rule takes plain arrays")
-    closed = eqn.params["call_jaxpr"]
-    outs = _evaluate(scope, closed.jaxpr, closed.consts, vals)
-    return [rules.materialise(x) if isinstance(x, Kernel) else x for x in outs]
-
-
-_CONTROL = {
-    "jit": _call,
-    "closed_call": lambda scope, eqn, vals: _evaluate(
-        scope, eqn.params["call_jaxpr"].jaxpr, eqn.params["call_jaxpr"].consts, vals
-    ),
-    "checkpoint": _checkpoint,
-    "remat2": _checkpoint,
-    "scan": _scan,
-    "while": _while,
-    "cond": _cond,
-    "custom_jvp_call": _custom,
-    "custom_vjp_call": _custom,
-}

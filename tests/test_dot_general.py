@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 import lora_jax as lora
-from lora_jax import rules
+from lora_jax import moves
 from lora_jax.lowrank import LowRank, factor_shapes
 
 sizes = st.integers(1, 3)
@@ -93,7 +93,7 @@ def test_groups_of_a_reshape(shape, data):
         if len(new) > 8:
             new.append(size)
             break
-    groups = rules._groups(tuple(shape), tuple(new))
+    groups = moves._groups(tuple(shape), tuple(new))
     assert [k for old, _ in groups for k in old] == list(range(len(shape)))
     assert [k for _, added in groups for k in added] == list(range(len(new)))
     for old, added in groups:
@@ -109,17 +109,17 @@ def test_moves_commute_with_forming_the_kernel(permutation, seed):
     shape = rng.integers(2, 4, 4)
     a, b = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in factor_shapes(shape, axes, 2))
     w = jnp.asarray(rng.normal(size=shape), jnp.float32)
-    kernel = rules.Kernel(w, a, b, tuple(axes), "w")
-    formed = rules.materialise(kernel)
+    kernel = moves.Kernel(w, a, b, tuple(axes), "w")
+    formed = moves.materialise(kernel)
 
-    moved = rules.transpose(kernel, permutation=permutation)
+    moved = moves.transpose(kernel, permutation=permutation)
     formed = jnp.transpose(formed, permutation)
     cut = dict(start=[0, 1, 0, 0], limit=list(formed.shape), strides=[1, 1, 2, 1])
-    moved, formed = rules.slice_(moved, **cut), formed[:, 1:, ::2]
+    moved, formed = moves.slice_(moved, **cut), formed[:, 1:, ::2]
     target = (*formed.shape[:2], 1, *formed.shape[2:])
-    moved = rules.reshape(moved, shape=target)
-    moved = rules.concatenate([moved, moved, jnp.ones(target)], dimension=int(seed % 5))
+    moved = moves.reshape(moved, shape=target)
+    moved = moves.concatenate([moved, moved, jnp.ones(target)], dimension=int(seed % 5))
     formed = formed.reshape(target)
     formed = jnp.concatenate([formed, formed, jnp.ones(target)], axis=int(seed % 5))
-    np.testing.assert_allclose(rules.materialise(moved), formed, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(moves.materialise(moved), formed, rtol=1e-5, atol=1e-5)
     assert jax.tree.leaves(moved)[0].shape == formed.shape

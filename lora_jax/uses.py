@@ -1,0 +1,195 @@
+"""Uses: the primitives that consume a kernel that is a low-rank sum, and compute ``x·W + (x·A)·B``.
+
+A rule says how its primitive treats the kernel's axes, and computes what the low-rank term adds to
+the result. One that does not fit raises ``Unfactored`` with the reason.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax import lowrank
+from lora_jax.lowrank import BATCH, IN, OUT, positions
+from lora_jax.moves import Kernel, Unfactored
+
+Array = jax.Array
+
+
+class Sides(NamedTuple):
+    """How a use treats the kernel's axes: what it sums over or looks up, and what it batches."""
+
+    inputs: tuple[int, ...]
+    batch: tuple[int, ...] = ()
+
+
+class Factors(NamedTuple):
+    """Factors with the kernel's inputs on the side of ``a``."""
+
+    a: Array
+    b: Array
+    axes: str
+
+
+def oriented(kernel: Kernel, sides: Sides) -> Factors:
+    """The factors such that the use sums over the axes of ``a``.
+
+    Raises:
+      Unfactored: the use takes some input and some output axes, or part of one side.
+    """
+    axes = "".join(kernel.axes)
+    if not set(sides.batch) <= set(positions(axes, BATCH)):
+        raise Unfactored(f"batches over axes {sides.batch} of a kernel with axes {axes!r}")
+    if set(sides.inputs) == set(positions(axes, IN)):
+        return Factors(kernel.a, kernel.b, axes)
+    if set(sides.inputs) == set(positions(axes, OUT)):
+        return Factors(*lowrank.swap_sides(kernel.a, kernel.b, axes))
+    raise Unfactored(
+        f"contracts axes {sides.inputs} of a kernel with axes {axes!r}: neither all inputs (i) nor "
+        "all outputs (o)"
+    )
+
+
+def _branch_dtype(x: Array, result: Array) -> Any:
+    """The activation's dtype, so that a float32 adapter leaves a bfloat16 model in bfloat16."""
+    return x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else result.dtype
+
+
+def _only_kernel(vals: Sequence[Any], which: int) -> None:
+    """Raises unless operand number ``which``, and no other, is a kernel."""
+    kernels = [k for k, x in enumerate(vals) if isinstance(x, Kernel)]
+    if kernels != [which]:
+        raise Unfactored(
+            f"operands {kernels} are low-rank sums; the rule wants operand {which} only"
+        )
+
+
+def _dot_sides(params: dict, vals: Sequence[Any]) -> tuple[int, Sides]:
+    which = 0 if isinstance(vals[0], Kernel) else 1
+    _only_kernel(vals, which)
+    contracting, batch = params["dimension_numbers"]
+    return which, Sides(tuple(contracting[which]), tuple(batch[which]))
+
+
+def _dot(params: dict, vals: Sequence[Any], f: Factors, base: Array, drop: Callable) -> Array:
+    which = 0 if isinstance(vals[0], Kernel) else 1
+    x = vals[1 - which]
+    dtype = _branch_dtype(x, base)
+    contracting, batch = params["dimension_numbers"]
+    pairs = lambda dims: (dims[1 - which], dims[which])
+    (x_in, k_in), (x_batch, k_batch) = pairs(contracting), pairs(batch)
+    return lowrank.contract(
+        drop(x.astype(dtype)),
+        f.a.astype(dtype),
+        f.b.astype(dtype),
+        f.axes,
+        dims=((x_in, k_in), (x_batch, k_batch)),
+        x_first=which == 1,
+        precision=params["precision"],
+        preferred_element_type=base.dtype,
+    )
+
+
+def _gather_sides(params: dict, vals: Sequence[Any]) -> tuple[int, Sides]:
+    dims, sizes = params["dimension_numbers"], params["slice_sizes"]
+    _only_kernel(vals, 0)
+    rows = set(dims.collapsed_slice_dims)
+    whole = all(sizes[k] == n for k, n in enumerate(vals[0].w.shape) if k not in rows)
+    if dims.operand_batching_dims or not whole or rows != set(dims.start_index_map):
+        raise Unfactored("gather of something other than whole rows")
+    return 0, Sides(tuple(sorted(rows)))
+
+
+def _gather(params: dict, vals: Sequence[Any], f: Factors, base: Array, drop: Callable) -> Array:
+    """Rows of ``a`` at the indices, times ``b``: the lookup is a product with a one-hot input."""
+    if BATCH in f.axes:
+        raise Unfactored("gather from a stack of tables")
+    dims, indices = params["dimension_numbers"], vals[1]
+    rows, n_ids = positions(f.axes, IN), indices.ndim - 1
+    looked_up = lax.gather(
+        f.a,
+        indices,
+        lax.GatherDimensionNumbers(
+            offset_dims=(n_ids,),
+            collapsed_slice_dims=tuple(range(len(rows))),
+            start_index_map=tuple(rows.index(k) for k in dims.start_index_map),
+        ),
+        slice_sizes=(1,) * len(rows) + (f.a.shape[-1],),
+        indices_are_sorted=params["indices_are_sorted"],
+        unique_indices=params["unique_indices"],
+        mode=params["mode"],
+        fill_value=0,  # out of bounds the base's own fill value must stand
+    ).astype(base.dtype)
+    looked_up = drop(looked_up, (*looked_up.shape[:-1], 1))  # one draw a row: the input is one-hot
+    y = lax.dot_general(looked_up, f.b.astype(base.dtype), (((n_ids,), (0,)), ((), ())))
+    ids, offsets = iter(range(n_ids)), iter(range(n_ids, y.ndim))
+    return lax.transpose(
+        y, [next(offsets if k in dims.offset_dims else ids) for k in range(y.ndim)]
+    )
+
+
+def _conv_sides(params: dict, vals: Sequence[Any]) -> tuple[int, Sides]:
+    _only_kernel(vals, 1)
+    if params["batch_group_count"] != 1:
+        raise Unfactored("convolution with batch groups")
+    out = params["dimension_numbers"].rhs_spec[0]
+    return 1, Sides(tuple(k for k in range(vals[1].w.ndim) if k != out))
+
+
+def _conv(params: dict, vals: Sequence[Any], f: Factors, base: Array, drop: Callable) -> Array:
+    """A convolution with ``a`` to ``rank`` channels, then a 1×1 convolution with ``b``.
+
+    With ``g`` feature groups each group has its own inputs and outputs but shares ``a``, so that
+    the middle has ``g·rank`` channels, and ``b`` is grouped likewise.
+    """
+    spec, x = params["dimension_numbers"], vals[0]
+    if f.axes.count(OUT) != 1 or BATCH in f.axes:
+        raise Unfactored("convolution with a kernel whose output axis is not its only output")
+    dtype, groups = _branch_dtype(x, base), params["feature_group_count"]
+    rows, rank, n = positions(f.axes, IN), f.a.ndim - 1, f.a.ndim
+    a = jnp.tile(f.a.astype(dtype), (*[1] * rank, groups))
+    b = lax.expand_dims(f.b.astype(dtype), range(2, n))
+    a_spec = (rank, *(rows.index(k) for k in spec.rhs_spec[1:]))
+    t = lax.conv_general_dilated(
+        drop(x.astype(dtype)),
+        a,
+        params["window_strides"],
+        params["padding"],
+        params["lhs_dilation"],
+        params["rhs_dilation"],
+        lax.ConvDimensionNumbers(spec.lhs_spec, a_spec, spec.out_spec),
+        feature_group_count=groups,
+        precision=params["precision"],
+    )
+    return lax.conv_general_dilated(
+        t,
+        b,
+        (1,) * (n - 2),
+        "VALID",
+        dimension_numbers=lax.ConvDimensionNumbers(
+            spec.out_spec, (1, 0, *range(2, n)), spec.out_spec
+        ),
+        feature_group_count=groups,
+        precision=params["precision"],
+        preferred_element_type=base.dtype,
+    )
+
+
+class Use(NamedTuple):
+    """A primitive that consumes a kernel.
+
+    ``sides(params, inputs)`` says which input is the kernel and how its axes are used;
+    ``branch(params, inputs, factors, base, drop)`` computes what ``a·b`` adds to the result.
+    """
+
+    sides: Callable
+    branch: Callable
+
+
+USES: dict[str, Use] = {
+    "dot_general": Use(_dot_sides, _dot),
+    "gather": Use(_gather_sides, _gather),
+    "conv_general_dilated": Use(_conv_sides, _conv),
+}
