@@ -209,25 +209,28 @@ def _scan(scope: Scope, eqn: Any, vals: Sequence) -> list:
     consts = list(vals[:n_consts])
     carry, kept = _hoisted(scope, closed.jaxpr, vals[n_consts : n_consts + n_carry], n_consts, eqn)
     xs = [_scannable(scope, x, eqn) for x in vals[n_consts + n_carry :]]
-    stacked = {k: x for k, x in enumerate(xs) if isinstance(x, Kernel)}
-    arrays = [(x.w, x.a, x.b) if isinstance(x, Kernel) else x for x in xs]
 
     def body(carry: list, slices: tuple) -> tuple[list, list]:
         step, xs = slices
-        xs = [_step_kernel(stacked[k], *x) if k in stacked else x for k, x in enumerate(xs)]
+        xs = [_with_axes(x, lambda axes: axes[1:]) for x in xs]
         inner = scope if step is None else scope.at(step)
         outs = evaluate(inner, closed.jaxpr, closed.consts, [*consts, *_refill(carry, kept), *xs])
-        outs = [
-            x if k in kept else formed(inner, x, "scan", "is an output of the loop body", eqn)
-            for k, x in enumerate(outs)
+        reason = "is changed by the loop body"
+        carry = [
+            formed(inner, x, "scan", reason, eqn)
+            for k, x in enumerate(outs[:n_carry])
+            if k not in kept
         ]
-        return [x for k, x in enumerate(outs[:n_carry]) if k not in kept], outs[n_carry:]
+        return carry, outs[n_carry:]
 
     steps = None if scope.key is None else jnp.arange(params["length"])
     options = {
         k: params[k] for k in ("length", "reverse", "unroll", "_split_transpose") if k in params
     }
-    carry, ys = lax.scan(body, carry, (steps, arrays), **options)
+    carry, ys = lax.scan(body, carry, (steps, xs), **options)
+    # A kernel that every step hands out (as NNX does with the state of a layer) is a stack again.
+    stack = lambda y: lambda axes: (frozenset() if y.a is None else lowrank.BATCH, *axes)
+    ys = [_with_axes(y, stack(y)) for y in ys]
     return [*_refill(carry, kept), *ys]
 
 
@@ -238,8 +241,8 @@ def _scannable(scope: Scope, x: Any, eqn: Any) -> Any:
     return formed(scope, x, "scan", f"scans over an axis with role {x.axes[0]!r}", eqn)
 
 
-def _step_kernel(stack: Kernel, w: Array, a: Array | None, b: Array | None) -> Kernel:
-    return Kernel(w, a, b, stack.axes[1:], stack.name)
+def _with_axes(x: Any, change: Callable[[tuple], tuple]) -> Any:
+    return dataclasses.replace(x, axes=change(x.axes)) if isinstance(x, Kernel) else x
 
 
 def _hoisted(
@@ -303,12 +306,26 @@ def _cond(scope: Scope, eqn: Any, vals: Sequence) -> list:
         def run(*vals: Any) -> list:
             inner = scope.at(number, number)
             outs = evaluate(inner, closed.jaxpr, closed.consts, vals)
+            outs = [x for k, x in enumerate(outs) if k not in unchanged]
             return [formed(inner, x, "cond", "is an output of a branch", eqn) for x in outs]
 
         return run
 
+    jaxprs = [closed.jaxpr for closed in eqn.params["branches"]]
+    unchanged = _handed_on(jaxprs, vals[1:])
     branches = [branch(k, closed) for k, closed in enumerate(eqn.params["branches"])]
-    return lax.switch(vals[0], branches, *vals[1:])
+    rest = lax.switch(vals[0], branches, *vals[1:])
+    return list(_refill(rest, unchanged))
+
+
+def _handed_on(jaxprs: Sequence, vals: Sequence) -> dict[int, Kernel]:
+    """The outputs that are, whichever branch is taken, one and the same kernel that went in."""
+    kernels = {}
+    for k in range(len(jaxprs[0].outvars)):
+        for n, value in enumerate(vals):
+            if isinstance(value, Kernel) and all(j.outvars[k] is j.invars[n] for j in jaxprs):
+                kernels[k] = value
+    return kernels
 
 
 def _custom(scope: Scope, eqn: Any, vals: Sequence) -> list:

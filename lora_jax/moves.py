@@ -301,6 +301,9 @@ MOVES: dict[str, Callable[..., list[Kernel]]] = {
         concatenate([_new_axis(k, p["axis"]) for k in ks], dimension=p["axis"])
     ],
     "convert_element_type": lambda p, k: [convert(k, dtype=p["new_dtype"])],
+    "sharding_constraint": lambda p, k: [
+        dataclasses.replace(k, w=lax.with_sharding_constraint(k.w, p["sharding"]))
+    ],
     "copy": lambda p, k: [k],
     "copy_p": lambda p, k: [k],
     "stop_gradient": lambda p, k: [jax.tree.map(lax.stop_gradient, k)],

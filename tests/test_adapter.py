@@ -99,7 +99,7 @@ def test_other_collections_are_left_alone():
 def test_nnx_in_three_lines():
     model = zoo.NnxBlock(nnx.Rngs(0))
     graph, params, rest = nnx.split(model, nnx.Param, ...)
-    fn = lambda params, x: nnx.merge(graph, params, rest)(x)
+    fn = lambda params, x: nnx.merge(graph, params, rest, copy=True)(x)
     x = jnp.ones((2, 5, 8))
     adapter = lora.init(KEY, fn, params, lora.LoRAConfig(rank=2, targets=("value", "0")), x)
     assert list(nodes(adapter)) == ["attention/value/kernel", "layers/0/kernel"]
@@ -244,3 +244,47 @@ def test_abstract_parameters_and_trained_leaves():
     params = {"w": jax.ShapeDtypeStruct((4, 6), jnp.float32)}
     with pytest.raises(ValueError, match="values"):
         lora.init(KEY, fn, params, lora.LoRAConfig(targets=(), train=("w",)), jnp.ones((1, 4)))
+
+
+def test_nnx_scanned_and_rematerialised():
+    """Stacked layers made by `nnx.vmap` and run by `nnx.scan`, with state besides parameters."""
+
+    class Block(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(8, 8, rngs=rngs)
+            self.dropout = nnx.Dropout(0.1, deterministic=True, rngs=rngs)
+
+        def __call__(self, x):
+            return x + self.dropout(jnp.tanh(self.linear(x)))
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            make = nnx.vmap(Block, in_axes=(0,), out_axes=0)
+            self.blocks = nnx.split_rngs(splits=3)(make)(rngs)
+            self.table = nnx.Embed(10, 8, rngs=rngs)
+
+        def __call__(self, ids):
+            step = nnx.remat(lambda block, x: block(x))
+            run = nnx.scan(step, in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+            return self.table.attend(run(self.blocks, self.table(ids)))
+
+    graph, params, rest = nnx.split(Model(nnx.Rngs(0)), nnx.Param, ...)
+    fn = lambda params, ids: nnx.merge(graph, params, rest, copy=True)(ids)
+    ids = jnp.array([[1, 2, 9]])
+    adapter = lora.init(KEY, fn, params, lora.LoRAConfig(rank=2), ids)
+    assert {n: x.axes for n, x in nodes(adapter).items()} == {
+        "blocks/linear/kernel": "bio", "table/embedding": "io",
+    }  # fmt: skip
+    adapter = jax.tree.map(lambda x: x + 0.1, adapter)
+    got = jax.jit(lora.lift(fn, strict=True))(lora.bind(params, adapter), ids)
+    np.testing.assert_allclose(got, fn(lora.merge(params, adapter), ids), rtol=1e-4, atol=1e-5)
+
+
+def test_a_sharding_constraint_keeps_the_kernel_factored():
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    fn = lambda p, x: x @ jax.lax.with_sharding_constraint(p["w"], replicated)
+    params, x = {"w": jnp.ones((4, 6))}, jnp.ones((3, 4))
+    adapter = jax.tree.map(jnp.ones_like, lora.init(KEY, fn, params, lora.LoRAConfig(rank=2), x))
+    got = jax.jit(lora.lift(fn, strict=True))(lora.bind(params, adapter), x)
+    np.testing.assert_allclose(got, fn(lora.merge(params, adapter), x))

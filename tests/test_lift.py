@@ -169,6 +169,15 @@ FACTORED = {
         lambda p, x: lax.scan(jax.checkpoint(lambda c, w: (jnp.tanh(c @ w), None)), x, p["w"])[0],
         array(3, 4, 4), X, "bio",
     ),
+    "handed out by a scan": (
+        lambda p, x: x @ lax.scan(lambda c, w: (jnp.tanh(c @ w), w), x, p["w"])[1][1],
+        array(3, 4, 4), X, "bio",
+    ),
+    "handed on by a branch": (
+        lambda p, x: (lambda y, w: y @ w)(*lax.cond(
+            x[0, 0] > 9, lambda w: (x, w), lambda w: (jnp.tanh(x @ w), w), p["w"])),
+        array(4, 4), X, "io",
+    ),
     "carried by a loop": (
         lambda p, x: lax.scan(lambda c, _: ((c[0], jnp.tanh(c[1] @ c[0])), None), (p["w"], x), length=3)[0][1],
         array(4, 4), X, "io",

@@ -137,7 +137,7 @@ def _linen(module, x, **kwargs):
 
 def _nnx():
     graph, params, rest = nnx.split(NnxBlock(nnx.Rngs(0)), nnx.Param, ...)
-    fn = lambda params, x: nnx.merge(graph, params, rest)(x)
+    fn = lambda params, x: nnx.merge(graph, params, rest, copy=True)(x)
     return Model(fn, _random_biases(params), _tokens())
 
 
