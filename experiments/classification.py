@@ -62,7 +62,7 @@ def make_task(config: ConfigDict) -> train.Task:
         base=loaded.params,
         base_id=loaded.base_id,
         metadata=metadata(config),
-        notes=_notes(config, loaded, len(training.labels), len(evaluation.labels)),
+        notes=_notes(config, loaded, train_set, len(evaluation.labels)),
     )
 
 
@@ -98,14 +98,25 @@ def metadata(config: ConfigDict) -> dict[str, Any]:
 
 
 def _notes(
-    config: ConfigDict, loaded: checkpoints.Loaded, n_train: int, n_eval: int
+    config: ConfigDict, loaded: checkpoints.Loaded, train_set: data.Tokenized, n_eval: int
 ) -> tuple[str, ...]:
+    """The report at the start: where everything comes from, and what will be compiled."""
     fresh = f"; fresh: {', '.join(loaded.fresh)}" if loaded.fresh else ""
+    n_train = len(train_set.offsets) - 1
+    steps = config.epochs * data.steps_per_epoch(n_train, config.batch_size)
+    lengths = data.bucket_lengths_used(
+        train_set,
+        steps,
+        seed=config.data.seed,
+        batch_size=config.batch_size,
+        buckets=tuple(config.data.buckets),
+    )
+    shapes = ", ".join(f"{count} of {length} tokens" for length, count in lengths.items())
     device = jax.devices()[0]
     return (
         f"model: {loaded.checkpoint.name} from {loaded.checkpoint.origin}{fresh}",
-        f"data: {config.data.source}, {n_train} training and {n_eval} evaluation sentences, "
-        f"padded to {', '.join(map(str, config.data.buckets))} tokens (one compilation each)",
+        f"data: {config.data.source}, {n_train} training and {n_eval} evaluation sentences",
+        f"batches: {shapes}; the step is compiled {len(lengths)} times",
         f"device: {jax.device_count()} x {device.device_kind} ({device.platform})",
     )
 

@@ -86,3 +86,13 @@ def test_public_names():
     for name in lora_jax.__all__:
         if name != "__version__":
             assert getattr(lora_jax, name).__doc__
+
+
+@pytest.mark.parametrize("path", sorted(Path(ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
+def test_configs_are_locked_and_valid(path):
+    if path.stem in ("__init__", "common"):
+        pytest.skip("not a config of its own")
+    config = importlib.import_module(f"configs.{path.stem}").get_config()
+    assert config.is_locked and config.lora.is_locked
+    assert f"--config=configs/{path.name}" in path.read_text(encoding="utf-8")
+    lora_jax.LoRAConfig.from_dict(config.lora.to_dict())
