@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 import lora_jax as lora
-from experiments import data, metrics, train
+from experiments import data, metrics, optimisers, train
 from lora_jax.models import checkpoints
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -44,6 +44,7 @@ def make_task(config: ConfigDict) -> train.Task:
         key=key,
         dtype=dtype(config.model.dtype),
     )
+    _check_positions(config, loaded)
     training, evaluation = load_examples(config)
     tokenizer = checkpoints.load_tokenizer(loaded.checkpoint)
     tokenize = functools.partial(data.tokenize, tokenizer=tokenizer, max_length=c.max_length)
@@ -66,6 +67,15 @@ def make_task(config: ConfigDict) -> train.Task:
     )
 
 
+def _check_positions(config: ConfigDict, loaded: checkpoints.Loaded) -> None:
+    positions = loaded.model.config.max_position_embeddings
+    if config.data.buckets[-1] > positions:
+        raise ValueError(
+            f"data.buckets {tuple(config.data.buckets)} go beyond the {positions} positions that "
+            f"{loaded.checkpoint.name} has; lower them, and data.max_length."
+        )
+
+
 def load_examples(config: ConfigDict) -> tuple[data.Examples, data.Examples]:
     """Training and evaluation examples.
 
@@ -81,7 +91,12 @@ def load_examples(config: ConfigDict) -> tuple[data.Examples, data.Examples]:
         return data.subset(everything, c.train_examples, c.seed), load("validation")
     total = len(everything.labels)
     count = c.train_examples or total - c.holdout
-    both = data.subset(everything, min(count + c.holdout, total), c.seed)
+    if count < 1 or count + c.holdout > total:
+        raise ValueError(
+            f"data.train_examples {c.train_examples} and data.holdout {c.holdout} do not fit into "
+            f"the {total} training examples of {c.source}."
+        )
+    both = data.subset(everything, count + c.holdout, c.seed)
     part = lambda s: data.Examples(both.sentences[s], both.labels[s])
     return part(slice(0, count)), part(slice(count, None))
 
@@ -122,17 +137,42 @@ def _notes(
 
 
 def check(config: ConfigDict) -> None:
-    """Finds mistakes in a config before anything is loaded or written."""
+    """Finds mistakes in a config before anything is loaded or written.
+
+    Raises:
+      ValueError: the first that it finds.
+    """
     lora_config(config)
     dtype(config.model.dtype)
-    for field in ("batch_size", "eval_batch_size", "epochs", "log_every"):
-        if config[field] < 1:
-            raise ValueError(f"{field} must be at least 1, got {config[field]}.")
-    for field in ("checkpoint_every",):
-        if config[field] < 0:
-            raise ValueError(f"{field} must not be negative, got {config[field]}.")
-    if len(config.model.labels) != config.model.num_labels:
+    optimisers.check(config.optimizer)
+    least = {
+        "batch_size": 1,
+        "eval_batch_size": 1,
+        "epochs": 1,
+        "log_every": 1,
+        "checkpoint_every": 0,
+    }
+    least |= {"data.train_examples": 0, "data.holdout": 0, "data.max_length": 1, "data.seed": 0}
+    values = config.to_dict() | {f"data.{name}": value for name, value in config.data.items()}
+    for field, low in least.items():
+        if values[field] < low:
+            raise ValueError(f"{field} must be at least {low}, got {values[field]}.")
+    _check_buckets(config)
+    labels = tuple(config.model.labels)
+    if len(labels) != config.model.num_labels or len(set(labels)) < max(len(labels), 2):
         raise ValueError(
-            f"model.labels names {len(config.model.labels)} classes {tuple(config.model.labels)}, "
-            f"and model.num_labels is {config.model.num_labels}."
+            f"model.labels names {len(labels)} classes {labels}, and model.num_labels is "
+            f"{config.model.num_labels}: there must be one name, each another, for each of at "
+            "least two classes."
+        )
+
+
+def _check_buckets(config: ConfigDict) -> None:
+    buckets = tuple(config.data.buckets)
+    if not buckets or any(low >= high for low, high in zip((0, *buckets), buckets, strict=False)):
+        raise ValueError(f"data.buckets must be positive lengths that ascend, got {buckets}.")
+    if buckets[-1] < config.data.max_length:
+        raise ValueError(
+            f"data.buckets {buckets} end below data.max_length {config.data.max_length}: lower the "
+            "one, or add the other to the buckets."
         )

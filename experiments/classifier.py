@@ -38,12 +38,11 @@ def load(directory: str | Path, *, model: str | None = None) -> Classifier:
         together.
     """
     about = serialize.read_metadata(directory)
-    if about.get("task") != "text-classification":
-        raise ValueError(f"The adapter in {directory} is for the task {about.get('task')!r}.")
+    _check_metadata(directory, about)
     kind = about["model"]
     loaded = checkpoints.load_bert_classifier(
         model or kind["name"],
-        num_labels=kind["num_labels"],
+        num_labels=len(kind["labels"]),
         dtype=classification.dtype(kind["dtype"]),
     )
     adapter, _ = lora.load(directory, loaded.params, base=loaded.base_id)
@@ -55,6 +54,23 @@ def load(directory: str | Path, *, model: str | None = None) -> Classifier:
         about["max_length"],
         tuple(about["buckets"]),
     )
+
+
+_KINDS = {"task": str, "model": dict, "max_length": int, "buckets": list}
+_MODEL_KINDS = {"name": str, "labels": list, "dtype": str}
+
+
+def _check_metadata(directory: str | Path, about: dict[str, Any]) -> None:
+    model = about.get("model") if isinstance(about.get("model"), dict) else {}
+    wrong = [name for name, kind in _KINDS.items() if not isinstance(about.get(name), kind)]
+    wrong += [
+        f"model.{n}" for n, kind in _MODEL_KINDS.items() if not isinstance(model.get(n), kind)
+    ]
+    if wrong or about["task"] != "text-classification":
+        raise ValueError(
+            f"The adapter in {directory} is not one that experiments.sst2 has saved: its metadata "
+            f"has task {about.get('task')!r}, and lacks {', '.join(wrong) or 'nothing'}."
+        )
 
 
 def probabilities(classifier: Classifier, sentences: list[str]) -> np.ndarray:

@@ -12,17 +12,22 @@ _MISTAKES = (ValueError, KeyError, AttributeError, TypeError, OSError, FloatingP
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Runs ``main(positional arguments)`` as a program; a mistake ends it with status 1 or 2."""
+    """Runs ``main(positional arguments)`` as a program.
+
+    It exits with 0; 1 where the training diverged; 2 after a mistake; 130 if interrupted.
+    """
 
     def guarded(argv: Sequence[str]) -> int:
         if not _DEBUG.value:
-            logging.set_verbosity(logging.ERROR)  # Orbax tells of every file it writes
+            logging.set_verbosity(logging.FATAL)  # Orbax tells of every file it reads or writes
         try:
             main(list(argv[1:]))
         except FloatingPointError as error:
             return _fail(error, 1)
         except (ValueError, OSError) as error:
             return _fail(error, 2)
+        except KeyboardInterrupt as error:
+            return _fail(error, 130)
         return 0
 
     app.run(guarded, flags_parser=_parse)
@@ -36,9 +41,22 @@ def _parse(argv: Sequence[str]) -> list[str]:
         sys.exit(_fail(error, 2))
 
 
-def _fail(error: Exception, status: int) -> int:
+def _fail(error: BaseException, status: int) -> int:
     if flags.FLAGS.is_parsed() and _DEBUG.value:
         raise error
-    text = error.args[0] if isinstance(error, KeyError) and error.args else error
-    print(f"error: {text}", file=sys.stderr, flush=True)
+    print(f"error: {_text(error)}", file=sys.stderr, flush=True)
     return status
+
+
+def _text(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; a training run goes on from its last checkpoint if started again"
+    if isinstance(error, OSError) and error.strerror:
+        # One of ours has a sentence where the system's have a word or two and a file.
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    inner = error.args[0] if error.args else error
+    if isinstance(error, KeyError) or isinstance(inner, KeyError):
+        # ml_collections wraps what it says of a config field in a KeyError, sometimes in two.
+        said = inner.args[0] if isinstance(inner, KeyError) else inner
+        return f"unknown config field {said} (configs/common.py lists all)".replace("\n", ": ")
+    return str(error)

@@ -1,5 +1,6 @@
 """The optimiser that a config describes."""
 
+import math
 from typing import Any
 
 import optax
@@ -8,12 +9,25 @@ from ml_collections import ConfigDict
 import lora_jax as lora
 
 
-def schedule(config: ConfigDict, total_steps: int) -> optax.Schedule:
-    """Linear warm-up over a fraction of the steps, then linear decay to zero at the last one."""
+def check(config: ConfigDict) -> None:
+    """Finds settings that are out of their range.
+
+    Raises:
+      ValueError: names the field.
+    """
+    if not 0 < config.learning_rate < math.inf:
+        raise ValueError(f"optimizer.learning_rate must be positive, got {config.learning_rate}.")
+    for field in ("weight_decay", "clip_norm"):
+        if not 0 <= config[field] < math.inf:
+            raise ValueError(f"optimizer.{field} must not be negative, got {config[field]}.")
     if not 0 <= config.warmup < 1:
         raise ValueError(
             f"optimizer.warmup is a fraction in [0, 1) of all steps, got {config.warmup}."
         )
+
+
+def schedule(config: ConfigDict, total_steps: int) -> optax.Schedule:
+    """Linear warm-up over a fraction of the steps, then linear decay to zero at the last one."""
     warmup = round(config.warmup * total_steps)
     decay = optax.linear_schedule(config.learning_rate, 0.0, max(total_steps - warmup, 1))
     if not warmup:
@@ -26,13 +40,9 @@ def make(config: ConfigDict, adapter: Any, total_steps: int) -> optax.GradientTr
     """AdamW (Loshchilov & Hutter 2019) on the trainable leaves; the scales stay as they are.
 
     Raises:
-      ValueError: a setting is out of its range.
+      ValueError: as :func:`check`.
     """
-    if config.learning_rate <= 0:
-        raise ValueError(f"optimizer.learning_rate must be positive, got {config.learning_rate}.")
-    for field in ("weight_decay", "clip_norm"):
-        if config[field] < 0:
-            raise ValueError(f"optimizer.{field} must not be negative, got {config[field]}.")
+    check(config)
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     rate = schedule(config, total_steps)
     adamw = optax.adamw(rate, weight_decay=config.weight_decay)

@@ -27,18 +27,27 @@ def sentences(arguments: list[str], file: str | None) -> list[str]:
     """
     if arguments and file:
         raise ValueError("Give sentences as arguments or in --file, not both.")
-    if arguments:
-        lines = arguments
-    elif file and file != "-":
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
-    else:
-        lines = sys.stdin.read().splitlines()
+    # Not splitlines(), which also splits at characters that stand within sentences (U+0085, ...).
+    lines = arguments or _read(file).split("\n")
     found = [line.strip() for line in lines if line.strip()]
     if not found:
         raise ValueError(
             "No sentences: give them as arguments, in --file, or on stdin, one a line."
         )
     return found
+
+
+def _read(file: str | None) -> str:
+    if (not file or file == "-") and sys.stdin.isatty():
+        return ""  # nobody knows that a program waits for a line
+    data = Path(file).read_bytes() if file and file != "-" else sys.stdin.buffer.read()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{file or 'stdin'}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}); convert it."
+        ) from error
 
 
 def main(argv: list[str]) -> None:

@@ -7,7 +7,6 @@ Run again with the same config, it goes on where it stopped.
 """
 
 import logging
-import time
 from pathlib import Path
 
 from absl import flags
@@ -17,6 +16,7 @@ from experiments import classification, cli, train, workdirs
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
+flags.mark_flag_as_required("config")
 
 
 def main(argv: list[str]) -> None:
@@ -26,18 +26,17 @@ def main(argv: list[str]) -> None:
     config, workdir = _CONFIG.value, Path(_WORKDIR.value)
     logging.getLogger("lora_jax").setLevel(logging.ERROR)  # the report says what is fresh
     classification.check(config)
+    workdirs.check(workdir, config)
     task = classification.make_task(config)
-    workdirs.claim(workdir, config)
-    start = time.perf_counter()
     best = train.train(task, config, classification.lora_config(config), workdir)
-    minutes = (time.perf_counter() - start) / 60
     print(
         f"best validation accuracy {best.best_accuracy:.4f} (loss {best.best_loss:.4f}) at step "
-        f"{best.best_step}; {minutes:.1f} minutes; curves in {workdir / workdirs.CURVES}\n"
+        f"{best.best_step}; {best.seconds / 60:.1f} minutes; "
+        f"curves in {workdir / workdirs.CURVES}\n"
         "Next:\n"
-        f"  python -m experiments.predict --adapter={workdir / 'adapter'} "
+        f"  python -m experiments.predict --adapter={workdir / workdirs.ADAPTER} "
         '"The movie was absolutely wonderful!"\n'
-        f"  python -m experiments.export --adapter={workdir / 'adapter'} "
+        f"  python -m experiments.export --adapter={workdir / workdirs.ADAPTER} "
         f"--out={workdir / 'merged'} --merged"
     )
 

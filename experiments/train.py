@@ -15,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 import lora_jax as lora
-from experiments import checkpointing, optimisers, workdirs
+from experiments import checkpointing, metrics, optimisers, workdirs
+from experiments.meter import Meter
+from lora_jax import adapter as adapters
+from lora_jax import lowrank, paths
 
 PyTree = Any
 Batch = dict[str, np.ndarray]
@@ -60,11 +62,12 @@ class TrainState(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """The best evaluation so far; step -1 for none."""
+    """The best evaluation so far (step -1 for none), and the seconds that the run has taken."""
 
     best_step: int = -1
     best_accuracy: float = -1.0
     best_loss: float = math.inf
+    seconds: float = 0.0
 
 
 def make_train_step(task: Task, tx: optax.GradientTransformation, dropout: float) -> Callable:
@@ -79,10 +82,10 @@ def make_train_step(task: Task, tx: optax.GradientTransformation, dropout: float
             total, correct, count = task.metrics(logits, batch)
             return total / count, (total, correct, count)
 
-        grads, metrics = jax.grad(loss, has_aux=True)(state.adapter)
+        grads, sums = jax.grad(loss, has_aux=True)(state.adapter)
         updates, opt_state = tx.update(grads, state.opt_state, state.adapter)
         adapter = optax.apply_updates(state.adapter, updates)
-        return TrainState(state.step + 1, adapter, opt_state, state.key), metrics
+        return TrainState(state.step + 1, adapter, opt_state, state.key), sums
 
     return jax.jit(step, donate_argnums=0)
 
@@ -100,8 +103,8 @@ def make_eval_step(task: Task) -> Callable:
 def evaluate(eval_step: Callable, adapter: PyTree, task: Task) -> tuple[float, float]:
     """Mean loss and accuracy over all evaluation examples, each counted once."""
     sums = [eval_step(adapter, task.base, batch) for batch in task.eval_batches()]
-    loss, correct, count = (sum(float(x) for x in column) for column in zip(*sums, strict=True))
-    return loss / count, correct / count
+    means = metrics.combine(sums)
+    return means["loss"], means["accuracy"]
 
 
 def initial_state(task: Task, config: ConfigDict, lora_config: lora.LoRAConfig) -> tuple:
@@ -117,27 +120,47 @@ def initial_state(task: Task, config: ConfigDict, lora_config: lora.LoRAConfig) 
 def train(task: Task, config: ConfigDict, lora_config: lora.LoRAConfig, workdir: Path) -> Progress:
     """Trains to the end, or goes on from the last checkpoint in ``workdir``.
 
-    Writes ``adapter/`` (the best so far), ``checkpoints/``, ``metrics.jsonl``, TensorBoard events
-    and ``curves.png``.
+    Writes ``config.json``, ``adapter/`` (the best so far), ``checkpoints/``, ``metrics.jsonl``,
+    TensorBoard events and ``curves.png``.
 
     Raises:
       FloatingPointError: the loss became NaN or infinite; the best adapter so far is kept.
-      ValueError: the config and the model do not fit.
+      ValueError: the config and the model do not fit; or the workdir is another run's.
+      OSError: the workdir can't be written; what was there is intact.
     """
     state, tx = initial_state(task, config, lora_config)
+    workdirs.claim(workdir, config)  # not before all has been checked: a mistake claims nothing
+    print("\n".join([*task.notes, *report(task.base, state.adapter)]), flush=True)
     total = config.epochs * task.steps_per_epoch
-    print("\n".join([*task.notes, lora.summary(task.base, state.adapter)]), flush=True)
-    with (
-        checkpointing.manager(workdir / "checkpoints") as checkpoints,
-        workdirs.Log(workdir) as log,
-    ):
-        state, progress = _resumed(checkpoints, state)
-        log.rewind(int(state.step))
-        run = _Run(task, config, lora_config, workdir, checkpoints, log)
-        train_step = make_train_step(task, tx, lora_config.dropout)
-        progress = _loop(run, train_step, make_eval_step(task), state, progress, total)
-    workdirs.plot_curves(workdir)
-    return progress
+    with checkpointing.manager(workdir / workdirs.CHECKPOINTS) as checkpoints:
+        state, progress = _resumed(workdir, checkpoints, state)
+        start = int(state.step)
+        if start == total:
+            print(f"This run is finished: all {total} steps are done.", flush=True)
+            return progress
+        steps = make_train_step(task, tx, lora_config.dropout), make_eval_step(task)
+        with workdirs.Log(workdir, start) as log:
+            run = _Run(task, config, lora_config, workdir, checkpoints, log, *steps)
+            try:
+                return _loop(run, state, progress)
+            except FloatingPointError as error:
+                raise FloatingPointError(_diverged(error, workdir)) from error
+
+
+def report(base: PyTree, adapter: PyTree) -> list[str]:
+    """Lines that say what is trained."""
+    nodes = adapters.nodes(adapter)
+    kernels = {name: node for name, node in nodes.items() if isinstance(node, lowrank.LowRank)}
+    lines = []
+    if kernels:
+        ranks = sorted({node.a.shape[-1] for node in kernels.values()})
+        lines.append(
+            f"adapted with rank {', '.join(map(str, ranks))}, {len(kernels)} kernels: "
+            f"{paths.listing(kernels)}"
+        )
+    if full := [name for name in nodes if name not in kernels]:
+        lines.append(f"trained in full, {len(full)} leaves: {paths.listing(full)}")
+    return [*lines, lora.summary(base, adapter)]
 
 
 class _Run(NamedTuple):
@@ -146,124 +169,79 @@ class _Run(NamedTuple):
     lora_config: lora.LoRAConfig
     workdir: Path
     checkpoints: Any
-    log: Any
+    log: workdirs.Log
+    train_step: Callable
+    eval_step: Callable
 
 
-def _resumed(checkpoints: Any, state: TrainState) -> tuple[TrainState, Progress]:
+def _resumed(workdir: Path, checkpoints: Any, state: TrainState) -> tuple[TrainState, Progress]:
     found = checkpointing.restore(checkpoints, _storable(state))
     if found is None:
         return state, Progress()
-    stored, progress = found
-    state = stored._replace(key=jax.random.wrap_key_data(stored.key))
-    print(f"Going on from the checkpoint of step {int(state.step)}.", flush=True)
-    return state, Progress(**progress)
+    stored, progress = found[0], Progress(**found[1])
+    if progress.best_step >= 0 and not (workdir / workdirs.ADAPTER).is_dir():
+        raise FileNotFoundError(
+            f"The run in {workdir} has its best adapter from step {progress.best_step}, and its "
+            f"folder {workdirs.ADAPTER} is gone: put it back, or use a new workdir."
+        )
+    print(f"Going on from the checkpoint of step {int(stored.step)}.", flush=True)
+    return stored._replace(key=jax.random.wrap_key_data(stored.key)), progress
 
 
 def _storable(state: TrainState) -> TrainState:
     return state._replace(key=jax.random.key_data(state.key))
 
 
-def _loop(
-    run: _Run,
-    train_step: Callable,
-    eval_step: Callable,
-    state: TrainState,
-    progress: Progress,
-    total: int,
-) -> Progress:
+def _loop(run: _Run, state: TrainState, progress: Progress) -> Progress:
     """Runs the steps that are left, with evaluations and checkpoints between them."""
     start, per_epoch = int(state.step), run.task.steps_per_epoch
-    every = run.config.checkpoint_every
-    meter = _Meter(run, start, total)
-    previous = None
-    for step in range(start, total):
-        state, metrics = train_step(state, run.task.base, run.task.train_batch(step))
-        # Looked at one step late, so that the device need not wait for the host.
-        meter.add(step, previous)
-        previous = metrics
-        done = step + 1
-        at_epoch_end, at_checkpoint = done % per_epoch == 0, every and done % every == 0
-        if at_epoch_end or at_checkpoint:
-            meter.add(done, previous)
-            previous = None
-        if at_epoch_end:
-            progress = _evaluated(run, eval_step, state, progress)
-            meter.show_accuracy(progress)
-        if at_epoch_end or at_checkpoint:
+    total, every = run.config.epochs * per_epoch, run.config.checkpoint_every
+    begun = time.perf_counter() - progress.seconds
+    with Meter(
+        run.log, start=start, total=total, per_epoch=per_epoch, log_every=run.config.log_every
+    ) as meter:
+        for done in range(start + 1, total + 1):
+            batch = run.task.train_batch(done - 1)
+            state, metrics = run.train_step(state, run.task.base, batch)
+            meter.add(done, metrics)
+            at_epoch_end = done % per_epoch == 0
+            if not (at_epoch_end or (every and done % every == 0)):
+                continue
+            # A line at each checkpoint, so that a run that goes on from there logs the same.
+            meter.flush()
+            if at_epoch_end:
+                progress = _evaluated(run, state, progress)
+                meter.evaluated(progress.best_accuracy)
+            progress = progress._replace(seconds=time.perf_counter() - begun)
             checkpointing.save(run.checkpoints, done, _storable(state), progress._asdict())
-    meter.close()
     return progress
 
 
-def _evaluated(run: _Run, eval_step: Callable, state: TrainState, progress: Progress) -> Progress:
+def _evaluated(run: _Run, state: TrainState, progress: Progress) -> Progress:
     """Evaluates, and keeps the adapter if it is the best so far."""
     step = int(state.step)
-    loss, accuracy = evaluate(eval_step, state.adapter, run.task)
-    run.log.write(
-        step, epoch=step / run.task.steps_per_epoch, eval_loss=loss, eval_accuracy=accuracy
-    )
+    loss, accuracy = evaluate(run.eval_step, state.adapter, run.task)
     if not math.isfinite(loss):
-        raise FloatingPointError(_diverged(run.workdir, step, loss))
+        raise FloatingPointError(f"The validation loss is {loss} at step {step}")
+    epoch = step / run.task.steps_per_epoch
+    run.log.write(step, epoch=epoch, eval_loss=loss, eval_accuracy=accuracy)
+    workdirs.plot_curves(run.workdir)
     if accuracy <= progress.best_accuracy:
         return progress
     metadata = {**run.task.metadata, "step": step, "accuracy": accuracy, "loss": loss}
     lora.save(
-        run.workdir / "adapter", state.adapter, run.lora_config,
+        run.workdir / workdirs.ADAPTER, state.adapter, run.lora_config,
         base=run.task.base_id, metadata=metadata,
     )  # fmt: skip
     return Progress(step, accuracy, loss)
 
 
-def _diverged(workdir: Path, step: int, loss: float) -> str:
-    kept = "the best adapter so far is kept in " + str(workdir / "adapter")
-    if not (workdir / "adapter").exists():
+def _diverged(error: FloatingPointError, workdir: Path) -> str:
+    folder = workdir / workdirs.ADAPTER
+    kept = f"the best adapter so far is kept in {folder}"
+    if not folder.exists():
         kept = "there was no evaluation before, so no adapter is kept"
     return (
-        f"The loss is {loss} at step {step}: training stopped; {kept}. Lower "
-        "optimizer.learning_rate or lora.alpha, or set optimizer.clip_norm, in a new workdir."
+        f"{error}: training stopped; {kept}. Lower optimizer.learning_rate or lora.alpha, or set "
+        "optimizer.clip_norm, in a new workdir."
     )
-
-
-class _Meter:
-    """Checks, averages, logs and shows the training metrics."""
-
-    def __init__(self, run: _Run, start: int, total: int) -> None:
-        self._run, self._since, self._sums = run, start, []
-        self._clock = time.perf_counter()
-        self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, mininterval=1)
-
-    def add(self, done: int, metrics: tuple | None) -> None:
-        """Takes the metrics of step number ``done`` (1 for the first); None for none."""
-        if metrics is None:
-            return
-        loss, correct, count = (float(x) for x in metrics)
-        if not math.isfinite(loss):
-            self._bar.close()
-            raise FloatingPointError(_diverged(self._run.workdir, done, loss))
-        self._sums.append((loss, correct, count))
-        self._bar.update(1)
-        at_epoch_end = done % self._run.task.steps_per_epoch == 0
-        if done % self._run.config.log_every == 0 or at_epoch_end:
-            self._flush(done)
-
-    def _flush(self, done: int) -> None:
-        loss, correct, count = (sum(column) for column in zip(*self._sums, strict=True))
-        now = time.perf_counter()
-        shown = {"loss": loss / count, "accuracy": correct / count}
-        speed = count / (now - self._clock)
-        self._run.log.write(
-            done, epoch=done / self._run.task.steps_per_epoch, **shown, examples_per_second=speed
-        )
-        self._bar.set_postfix_str(
-            f"loss {shown['loss']:.3f}, accuracy {shown['accuracy']:.3f}, {speed:.0f} examples/s"
-        )
-        self._sums, self._clock = [], now
-
-    def show_accuracy(self, progress: Progress) -> None:
-        """Shows the best evaluation beside the bar; its time is no training time."""
-        self._bar.set_description(f"best validation accuracy {progress.best_accuracy:.4f}")
-        self._clock = time.perf_counter()
-
-    def close(self) -> None:
-        """Ends the bar."""
-        self._bar.close()

@@ -1,6 +1,9 @@
 """What a run leaves in its directory: its config, metrics by line, TensorBoard events, curves."""
 
+import contextlib
+import io
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -10,38 +13,63 @@ import matplotlib
 matplotlib.use("Agg")  # no display is needed to write a file
 
 import matplotlib.pyplot as plt  # noqa: E402
-import tensorboardX  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
+from tensorboardX import summary  # noqa: E402
+from tensorboardX.event_file_writer import EventsWriter  # noqa: E402
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # noqa: E402
 
 from lora_jax.files import write_atomically  # noqa: E402
 
-CONFIG, METRICS, CURVES = "config.json", "metrics.jsonl", "curves.png"
+CONFIG, METRICS, CURVES, ADAPTER = "config.json", "metrics.jsonl", "curves.png", "adapter"
+CHECKPOINTS, EVENTS = "checkpoints", "tensorboard"
+
+
+def check(workdir: Path, config: ConfigDict) -> None:
+    """Finds out, without a change to it, whether a run with this config may use the directory.
+
+    Raises:
+      ValueError: it holds a run with another config (the message shows the differences), or
+        checkpoints of an unknown one, or is a file.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"The workdir {workdir} is a file; give a directory, new or of this run.")
+    path = workdir / CONFIG
+    if not path.exists():
+        if (workdir / CHECKPOINTS).exists() or (workdir / ADAPTER).exists():
+            raise ValueError(
+                f"The workdir {workdir} holds a run, but not its {CONFIG}, so it is not known "
+                "whether it is this one; use a new workdir."
+            )
+        return
+    try:
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); use a new workdir.") from error
+    changes = list(_differences(theirs, _plain(config)))
+    if changes:
+        raise ValueError(
+            f"The workdir {workdir} holds a run with another config: {'; '.join(changes)}. "
+            "Use a new workdir, or the old config to go on with that run."
+        )
 
 
 def claim(workdir: Path, config: ConfigDict) -> None:
     """Takes the directory for this config, or finds that it already has it.
 
     Raises:
-      ValueError: it holds a run with another config; the message shows the differences.
+      ValueError: as :func:`check`.
       OSError: it can't be written.
     """
-    # Through JSON, so that tuples compare as they are stored.
-    mine = json.loads(config.to_json_best_effort())
+    check(workdir, config)
     path = workdir / CONFIG
-    if path.exists():
-        try:
-            theirs = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}); use a new workdir.") from error
-        changes = list(_differences(theirs, mine))
-        if changes:
-            raise ValueError(
-                f"The workdir {workdir} holds a run with another config: {'; '.join(changes)}. "
-                "Use a new workdir, or the old config to go on with that run."
-            )
-        return
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps(mine, indent=2) + "\n").encode())
+    if not path.exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, (json.dumps(_plain(config), indent=2) + "\n").encode())
+
+
+def _plain(config: ConfigDict) -> Any:
+    # Through JSON, so that tuples compare as they are stored.
+    return json.loads(config.to_json_best_effort())
 
 
 def _differences(old: Any, new: Any, field: str = "") -> Iterator[str]:
@@ -53,29 +81,40 @@ def _differences(old: Any, new: Any, field: str = "") -> Iterator[str]:
 
 
 class Log:
-    """Metrics of a run: one JSON object a line in ``metrics.jsonl``, and TensorBoard events."""
+    """Metrics of a run: one JSON object a line in ``metrics.jsonl``, and TensorBoard events.
 
-    def __init__(self, workdir: Path) -> None:
+    What was logged after ``step`` is dropped, as a resumed run will log it again.
+
+    TensorBoard's usual writer is a thread of its own, in which an error of the disk is lost; here
+    each event is written at once.
+    """
+
+    def __init__(self, workdir: Path, step: int) -> None:
         self._path = workdir / METRICS
-        self._events = tensorboardX.SummaryWriter(str(workdir / "tensorboard"))
+        kept = [json.dumps(line) + "\n" for line in read(self._path) if line["step"] <= step]
+        write_atomically(self._path, "".join(kept).encode())
+        (workdir / EVENTS).mkdir(exist_ok=True)
+        self._events = EventsWriter(str(workdir / EVENTS / "events"))
+        # Tells TensorBoard to hide the events of this and later steps in older files.
+        start = SessionLog(status=SessionLog.START)
+        self._events.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._events.close()
-
-    def rewind(self, step: int) -> None:
-        """Drops the lines after ``step``, which a resumed run will write again."""
-        kept = [json.dumps(line) + "\n" for line in read(self._path) if line["step"] <= step]
-        write_atomically(self._path, "".join(kept).encode())
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        # After an error of the disk, closing fails too, and would hide the first error.
+        with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
+            self._events.close()
 
     def write(self, step: int, **values: float) -> None:
         """Appends a line."""
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
         for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+            scalar = summary.scalar(name, value)
+            self._events.write_event(Event(wall_time=time.time(), step=step, summary=scalar))
+        self._events.flush()
 
 
 def read(path: Path) -> list[dict[str, float]]:
@@ -105,5 +144,7 @@ def plot_curves(workdir: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylim(bottom=0)
     panels[1].legend(frameon=False)
-    figure.savefig(workdir / CURVES, dpi=150)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=150)
     plt.close(figure)
+    write_atomically(workdir / CURVES, image.getvalue())

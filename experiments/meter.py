@@ -1,0 +1,88 @@
+"""Training metrics as they come: checked, averaged, logged and shown."""
+
+import math
+import sys
+import time
+from typing import Self
+
+from tqdm import tqdm
+
+from experiments import workdirs
+
+
+class Meter:
+    """Takes the metrics of each step, writes a line every ``log_every``, and shows a bar.
+
+    Metrics are looked at when the next step has been dispatched, so that the device need not wait
+    for the host.
+    """
+
+    def __init__(
+        self, log: workdirs.Log, *, start: int, total: int, per_epoch: int, log_every: int
+    ) -> None:
+        self._log, self._per_epoch, self._log_every = log, per_epoch, log_every
+        self._pending: tuple[int, tuple] | None = None
+        self._sums: list[tuple[float, ...]] = []
+        self._last = start
+        self._clock = time.perf_counter()
+        # In a file, which keeps every update, a line now and then is enough.
+        seconds = 1 if sys.stderr.isatty() else 10
+        self._bar = tqdm(
+            total=total, initial=start, unit="step", dynamic_ncols=True, mininterval=seconds
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def add(self, done: int, metrics: tuple) -> None:
+        """Takes the sums of loss, correct answers and examples of step ``done`` (1 is the first).
+
+        Raises:
+          FloatingPointError: the loss of the step before is NaN or infinite.
+        """
+        self._look()
+        self._pending = done, metrics
+
+    def flush(self) -> None:
+        """Looks at the last step, and writes what has come since the last line, if anything.
+
+        Raises:
+          FloatingPointError: the loss of the last step is NaN or infinite.
+        """
+        self._look()
+        if self._sums:
+            self._write()
+
+    def evaluated(self, best_accuracy: float) -> None:
+        """Shows the best evaluation beside the bar; its time is no training time."""
+        self._bar.set_description(f"best validation accuracy {best_accuracy:.4f}", refresh=False)
+        self._clock = time.perf_counter()
+
+    def _look(self) -> None:
+        if self._pending is None:
+            return
+        self._last, metrics = self._pending
+        self._pending = None
+        sums = tuple(float(x) for x in metrics)
+        if not math.isfinite(sums[0]):
+            raise FloatingPointError(f"The training loss is {sums[0]} at step {self._last}")
+        self._sums.append(sums)
+        self._bar.update(1)
+        if self._last % self._log_every == 0:
+            self._write()
+
+    def _write(self) -> None:
+        loss, correct, count = (sum(column) for column in zip(*self._sums, strict=True))
+        now = time.perf_counter()
+        loss, accuracy, speed = loss / count, correct / count, count / (now - self._clock)
+        epoch = self._last / self._per_epoch
+        self._log.write(
+            self._last, epoch=epoch, loss=loss, accuracy=accuracy, examples_per_second=speed
+        )
+        self._bar.set_postfix_str(
+            f"loss {loss:.3f}, accuracy {accuracy:.3f}, {speed:.0f} examples/s", refresh=False
+        )
+        self._sums, self._clock = [], now
