@@ -20,6 +20,11 @@ def array(*shape):
     return jnp.asarray(RNG.normal(size=shape), jnp.float32)
 
 
+@pytest.fixture(autouse=True)
+def _the_same_values_in_any_order_of_tests():
+    RNG.bit_generator.state = np.random.default_rng(1).bit_generator.state
+
+
 X = array(5, 4)
 IDS = jnp.array([[1, 3], [0, 1]])
 
@@ -47,7 +52,8 @@ def check(fn, w, *args, axes=None, factored=True, rank=2, uses=None):
     assert got.dtype == want.dtype
     got, want = jax.jit(jax.grad(total(lifted)))(adapter), jax.jit(jax.grad(total(merged)))(adapter)
     for g, m in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(g, m, rtol=1e-4, atol=1e-4)
+        # Relative to the largest entry: a small one is the float32 sum of large ones of both signs.
+        np.testing.assert_allclose(g, m, rtol=1e-4, atol=1e-4 * max(1.0, np.abs(m).max()))
     use = lora.explain(fn, params, adapter, *args).kernels["w"]
     assert bool(use.fallbacks) != factored
     if uses is not None:
@@ -198,7 +204,7 @@ FALLBACK = {
         W, X,
     ),
     "joins input and output": (lambda p, x: x @ p["w"] + jnp.tile(x, 6)[:, :24] @ p["w"].reshape(24, 1), W, X),
-    "product of the kernel with itself": (lambda p, x: x @ p["w"] @ (p["w"].T @ p["w"]), W, X),
+    "product of the kernel with itself": (lambda p, x: 0.1 * x @ p["w"] @ (p["w"].T @ p["w"]), W, X),
     "custom derivative": (
         lambda p, x: jax.nn.relu(p["w"]).sum() + x @ p["w"], W, X,
     ),
