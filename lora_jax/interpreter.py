@@ -108,14 +108,37 @@ def _factored(scope: Scope, eqn: Any, vals: Sequence) -> list:
         if name in moves.MOVES:
             return moves.MOVES[name](eqn.params, *vals)
         if name in uses.USES:
-            return [_use(scope, eqn, vals, uses.USES[name])]
+            return [_use(scope, eqn, each, uses.USES[name]) for each in _one_by_one(vals)][:1]
         raise Unfactored("no rule keeps a low-rank sum factored here")
     except Unfactored as why:
         reason = str(why)
     except (KeyError, TypeError) as error:
         # An equation of a form that the rule does not know, as another JAX release may have.
         reason = f"the rule does not know this form ({error!r})"
-    return _plain(eqn, [formed(scope, v, name, reason, eqn) for v in vals])
+    outs = _plain(eqn, [formed(scope, v, name, reason, eqn) for v in vals])
+    return _traced_through(eqn, vals, outs)
+
+
+def _traced_through(eqn: Any, vals: Sequence, outs: list) -> list:
+    """While roles are being found, a kernel is still itself after an operation on each entry.
+
+    So a kernel that is normalised, masked or scaled by columns before its product can be adapted,
+    by the fallback.
+    """
+    kernels = [v for v in vals if isinstance(v, Kernel)]
+    same = lambda x: x.shape == outs[0].shape and jnp.issubdtype(x.dtype, jnp.floating)
+    known = eqn.primitive.name in uses.USES or any(k.a is not None for k in kernels)
+    if known or len(outs) > 1 or not same(outs[0]) or not all(same(k.w) for k in kernels):
+        return outs
+    return [moves.without_factors(outs[0], kernels)]
+
+
+def _one_by_one(vals: Sequence) -> list[list]:
+    """While roles are being found, both factors of a product of two kernels have theirs."""
+    kernels = [k for k, v in enumerate(vals) if isinstance(v, Kernel)]
+    if any(vals[k].a is not None for k in kernels):
+        return [list(vals)]
+    return [[v.w if n in kernels and n != k else v for n, v in enumerate(vals)] for k in kernels]
 
 
 def _use(scope: Scope, eqn: Any, vals: Sequence, use: uses.Use) -> Array:
@@ -338,8 +361,7 @@ def _custom(scope: Scope, eqn: Any, vals: Sequence) -> list:
     if any(k.a is not None for k in kernels):
         raise Unfactored("its own derivative rule takes plain arrays")
     closed = eqn.params["call_jaxpr"]
-    outs = evaluate(scope, closed.jaxpr, closed.consts, vals)
-    return [moves.materialise(x) if isinstance(x, Kernel) else x for x in outs]
+    return evaluate(scope, closed.jaxpr, closed.consts, vals)
 
 
 _CONTROL = {

@@ -185,6 +185,25 @@ def convert(kernel: Kernel, *, dtype: Any) -> Kernel:
     return dataclasses.replace(kernel, w=kernel.w.astype(dtype))
 
 
+def scaled(kernel: Kernel, factor: Any) -> Kernel:
+    """The kernel times a number: ``c·(w + a·b) = c·w + a·(c·b)``."""
+    if isinstance(factor, Kernel) or jnp.ndim(factor):
+        raise Unfactored("multiplied with something other than a single number")
+    w = kernel.w * jnp.asarray(factor, kernel.w.dtype)
+    if kernel.a is None:
+        return dataclasses.replace(kernel, w=w)
+    return dataclasses.replace(kernel, w=w, b=kernel.b * jnp.asarray(factor, kernel.b.dtype))
+
+
+def reverse(kernel: Kernel, *, dimensions: Sequence[int]) -> Kernel:
+    """``lax.rev``."""
+
+    def move(x: Array, old: list[int], new: list[int]) -> Array:
+        return lax.rev(x, [old.index(k) for k in dimensions if k in old])
+
+    return _moved(kernel, lax.rev(kernel.w, dimensions), kernel.axes, move)
+
+
 def concatenate(parts: Sequence[Kernel | Array], *, dimension: int) -> Kernel:
     """``lax.concatenate``, as when gates or query, key and value are computed in one product.
 
@@ -193,17 +212,25 @@ def concatenate(parts: Sequence[Kernel | Array], *, dimension: int) -> Kernel:
     """
     kernels = [p for p in parts if isinstance(p, Kernel)]
     w = lax.concatenate([p.w if isinstance(p, Kernel) else p for p in parts], dimension)
-    name = " + ".join(k.name for k in kernels)
     if kernels[0].a is None:
-        origins = zip(*(k.axes for k in kernels), strict=True)
-        axes = tuple(frozenset().union(*origin) for origin in origins)
-        return Kernel(w, None, None, axes, name)
+        return without_factors(w, kernels)
     axes = kernels[0].axes
     if any(k.axes != axes for k in kernels):
         raise Unfactored("concatenates kernels whose axes have different roles")
     factors = [_factors(part, like=kernels[0]) for part in parts]
     a, b = _concatenated(factors, [p.shape[dimension] for p in _arrays(parts)], axes, dimension)
-    return Kernel(w, a, b, axes, name)
+    return Kernel(w, a, b, axes, _joint_name(kernels))
+
+
+def without_factors(w: Array, kernels: Sequence[Kernel]) -> Kernel:
+    """A kernel made of several while roles are being found: an axis has the origins of all."""
+    origins = zip(*(k.axes for k in kernels), strict=True)
+    axes = tuple(frozenset().union(*origin) for origin in origins)
+    return Kernel(w, None, None, axes, _joint_name(kernels))
+
+
+def _joint_name(kernels: Sequence[Kernel]) -> str:
+    return " + ".join(k.name for k in kernels)
 
 
 def _arrays(parts: Sequence[Kernel | Array]) -> list[Array]:
@@ -272,6 +299,26 @@ def _move_reshape(params: dict, kernel: Kernel) -> list[Kernel]:
     return [reshape(kernel, shape=params["new_sizes"])]
 
 
+def pad(kernel: Kernel, value: Array, *, config: Sequence[tuple[int, int, int]]) -> Kernel:
+    """``lax.pad``: the frozen part is padded with the value, the factors with zeros."""
+
+    def move(x: Array, old: list[int], new: list[int]) -> Array:
+        zero = jnp.zeros((), x.dtype)
+        return lax.pad(x, zero, [*(config[k] for k in old), (0, 0, 0)])
+
+    return _moved(kernel, lax.pad(kernel.w, value, config), kernel.axes, move)
+
+
+def _move_mul(params: dict, x: Any, y: Any) -> list[Kernel]:
+    return [scaled(x, y) if isinstance(x, Kernel) else scaled(y, x)]
+
+
+def _move_div(params: dict, x: Any, y: Any) -> list[Kernel]:
+    if isinstance(y, Kernel) or jnp.ndim(y):
+        raise Unfactored("a division by, or of, something other than a single number")
+    return [scaled(x, 1 / y)]
+
+
 def _move_dynamic_slice(params: dict, kernel: Any, *indices: Any) -> list[Kernel]:
     return [dynamic_slice(kernel, indices, sizes=params["slice_sizes"])]
 
@@ -294,6 +341,11 @@ MOVES: dict[str, Callable[..., list[Kernel]]] = {
         slice_(k, start=p["start_indices"], limit=p["limit_indices"], strides=p["strides"])
     ],
     "dynamic_slice": _move_dynamic_slice,
+    "pad": lambda p, k, value: [pad(k, value, config=p["padding_config"])],
+    "rev": lambda p, k: [reverse(k, dimensions=p["dimensions"])],
+    "neg": lambda p, k: [scaled(k, -1)],
+    "mul": _move_mul,
+    "div": _move_div,
     "split": lambda p, k: _split(k, p["sizes"], p["axis"]),
     "unstack": _move_unstack,
     "concatenate": lambda p, *ks: [concatenate(ks, dimension=p["dimension"])],

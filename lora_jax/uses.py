@@ -92,6 +92,25 @@ def _dot(params: dict, vals: Sequence[Any], f: Factors, base: Array, drop: Calla
     )
 
 
+def _ragged_sides(params: dict, vals: Sequence[Any]) -> tuple[int, Sides]:
+    _only_kernel(vals, 1)
+    dims = params["ragged_dot_dimension_numbers"]
+    (_, contracting), (_, batch) = dims.dot_dimension_numbers
+    return 1, Sides(tuple(contracting), (*batch, *dims.rhs_group_dimensions))
+
+
+def _ragged(params: dict, vals: Sequence[Any], f: Factors, base: Array, drop: Callable) -> Array:
+    """A product in which each group of rows has its expert's kernel, with that expert's factors."""
+    x, _, sizes = vals
+    if x.ndim != 2 or f.axes != "bio" or params["group_offset"] is not None:
+        raise Unfactored("a ragged product of other than (rows, in) and (experts, in, out)")
+    dtype = _branch_dtype(x, base)
+    t = lax.ragged_dot(drop(x.astype(dtype)), f.a.astype(dtype), sizes, params["precision"])
+    return lax.ragged_dot(
+        t, f.b.astype(dtype), sizes, params["precision"], preferred_element_type=base.dtype
+    )
+
+
 def _gather_sides(params: dict, vals: Sequence[Any]) -> tuple[int, Sides]:
     dims, sizes = params["dimension_numbers"], params["slice_sizes"]
     _only_kernel(vals, 0)
@@ -191,5 +210,6 @@ class Use(NamedTuple):
 USES: dict[str, Use] = {
     "dot_general": Use(_dot_sides, _dot),
     "gather": Use(_gather_sides, _gather),
+    "ragged_dot_general": Use(_ragged_sides, _ragged),
     "conv_general_dilated": Use(_conv_sides, _conv),
 }

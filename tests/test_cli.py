@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,12 +125,12 @@ def test_export_is_the_merged_model(finished, tmp_path):
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(inputs, finished, tmp_path):
-    """Killed twice, without warning, the run ends with the adapter and metrics of one left alone."""
+    """Stopped by Ctrl-C, then killed, the run ends with the adapter and metrics of one left alone."""
     workdir = tmp_path / "run"
     arguments = command(*training(inputs, workdir))
-    for lines in (3, 20):
+    for lines, kill, status in ((3, signal.SIGINT, 130), (20, signal.SIGKILL, -signal.SIGKILL)):
         process = subprocess.Popen(
-            arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
         metrics = workdir / "metrics.jsonl"
         deadline = time.time() + 200
@@ -137,8 +138,10 @@ def test_a_killed_run_goes_on_to_the_same_bits(inputs, finished, tmp_path):
             if metrics.exists() and len(metrics.read_text().splitlines()) >= lines:
                 break
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.send_signal(kill)
+        _, err = process.communicate()
+        assert process.returncode == status, err
+        assert "Traceback" not in err and ("error: interrupted" in err) == (status == 130), err
     done = run(*training(inputs, workdir))
     assert done.returncode == 0, done.stderr
     assert weights(workdir) == weights(finished[0])
@@ -225,16 +228,31 @@ def test_workdir_of_another_run(inputs, finished):
     assert weights(workdir) == before
 
 
-def test_no_permission(inputs):
+def test_a_workdir_inside_a_file(inputs):
     refused(run(*training(inputs, "/dev/null/run")), "/dev/null")
 
 
+def test_no_permission(inputs, tmp_path):
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    locked.chmod(0o555)
+    without = []
+    if os.geteuid() == 0:  # root may write anywhere, unless it gives that right up
+        if not shutil.which("setpriv"):
+            pytest.skip("runs as root, and setpriv (util-linux) is not there")
+        without = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override"]
+    done = subprocess.run(
+        [*without, *command(*training(inputs, locked / "run"))],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    refused(done, "Permission denied", str(locked))
+    assert not list(locked.iterdir())
+
+
 def test_nan_loss(inputs, tmp_path):
-    """Steps so large that the loss overflows, after a first epoch that is kept."""
-    done = run(
-        *training(inputs, tmp_path / "run", optimizer__learning_rate=1e30, optimizer__warmup=0.4)
-    )
-    refused(done, "at step", status=1)
+    """Steps so large that the loss overflows; tests/test_train.py has what is kept then."""
+    done = run(*training(inputs, tmp_path / "run", optimizer__learning_rate=1e30))
+    refused(done, "at step", "Lower optimizer.learning_rate", status=1)
     assert "nan" in done.stderr or "inf" in done.stderr
 
 
