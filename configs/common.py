@@ -32,6 +32,7 @@ def base_config() -> ConfigDict:
     c.data.holdout = 0  # evaluate on so many other training examples, not on the validation set
     c.data.max_length = 128
     c.data.buckets = (32, 64, 128)  # batches are padded to the first of these that is long enough
+    c.data.alike = 0  # so many batches at a time are filled by length, to pad less; 0 for none
 
     c.batch_size = 16
     c.eval_batch_size = 64

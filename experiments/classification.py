@@ -54,7 +54,12 @@ def make_task(config: ConfigDict) -> train.Task:
         apply=functools.partial(apply, loaded.model),
         metrics=lambda logits, b: metrics.cross_entropy(logits, b["labels"], b["weights"]),
         train_batch=lambda step: data.train_batch(
-            train_set, step, seed=c.seed, batch_size=config.batch_size, buckets=buckets
+            train_set,
+            step,
+            seed=c.seed,
+            batch_size=config.batch_size,
+            buckets=buckets,
+            alike=c.alike,
         ),
         eval_batches=lambda: data.eval_batches(
             eval_set, batch_size=config.eval_batch_size, buckets=buckets
@@ -125,6 +130,7 @@ def _notes(
         seed=config.data.seed,
         batch_size=config.batch_size,
         buckets=tuple(config.data.buckets),
+        alike=config.data.alike,
     )
     shapes = ", ".join(f"{count} of {length} tokens" for length, count in lengths.items())
     device = jax.devices()[0]
@@ -153,6 +159,7 @@ def check(config: ConfigDict) -> None:
         "checkpoint_every": 0,
     }
     least |= {"data.train_examples": 0, "data.holdout": 0, "data.max_length": 1, "data.seed": 0}
+    least |= {"data.alike": 0}
     values = config.to_dict() | {f"data.{name}": value for name, value in config.data.items()}
     for field, low in least.items():
         if values[field] < low:

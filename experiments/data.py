@@ -98,7 +98,13 @@ def steps_per_epoch(n: int, batch_size: int) -> int:
 
 
 def train_batch(
-    data: Tokenized, step: int, *, seed: int, batch_size: int, buckets: Sequence[int]
+    data: Tokenized,
+    step: int,
+    *,
+    seed: int,
+    batch_size: int,
+    buckets: Sequence[int],
+    alike: int = 0,
 ) -> dict[str, np.ndarray]:
     """The training batch of ``step``, a pure function of its arguments.
 
@@ -113,6 +119,9 @@ def train_batch(
       batch_size: B, the rows of every batch.
       buckets: ascending lengths, such as ``(32, 64, 128)``. The length L of a batch is the smallest
         that holds its longest row, so there are at most ``len(buckets)`` shapes to compile.
+      alike: with more than 1, so many batches at a time are filled by length, and then all batches
+        of the epoch are shuffled: rows of like length pad each other less, and the order stays
+        random otherwise.
 
     Returns:
       ``input_ids`` (B, L) int32; ``attention_mask`` (B, L) int32; ``labels`` (B,) int32;
@@ -124,20 +133,49 @@ def train_batch(
     if data.labels is None:
         raise ValueError("training needs labels, and these examples have none (a test split?)")
     _check_buckets(data, buckets)
-    return _batch(data, _train_rows(len(data.labels), step, seed, batch_size), batch_size, buckets)
+    rows = _train_rows(data, step, seed=seed, batch_size=batch_size, alike=alike)
+    return _batch(data, rows, batch_size, buckets)
 
 
-def _train_rows(n: int, step: int, seed: int, batch_size: int) -> np.ndarray:
+def _train_rows(
+    data: Tokenized, step: int, *, seed: int, batch_size: int, alike: int
+) -> np.ndarray:
     if step < 0:
         raise ValueError(f"step {step} is negative")
+    n = len(data.offsets) - 1
     epoch, place = divmod(step, steps_per_epoch(n, batch_size))
-    return _epoch_order(n, seed, epoch)[place * batch_size : (place + 1) * batch_size]
+    if alike > 1:
+        # Bytes, because the cache needs something with a hash.
+        order = _order_by_length(data.offsets.tobytes(), seed, epoch, batch_size, alike)
+    else:
+        order = _epoch_order(n, seed, epoch)
+    return order[place * batch_size : (place + 1) * batch_size]
 
 
 @functools.lru_cache(maxsize=1)
 def _epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     order = permutation(n, seed, stream=epoch)
     order.flags.writeable = False  # every step of the epoch gets a view of this one array
+    return order
+
+
+_SHUFFLE = 2**63  # streams of random numbers beyond those of the epochs
+
+
+@functools.lru_cache(maxsize=1)
+def _order_by_length(
+    offsets: bytes, seed: int, epoch: int, batch_size: int, alike: int
+) -> np.ndarray:
+    lengths = np.diff(np.frombuffer(offsets, np.int64))
+    order = _epoch_order(len(lengths), seed, epoch)
+    # A last batch that is not full stays the last.
+    full = len(order) - len(order) % batch_size
+    windows = np.split(order[:full], range(alike * batch_size, full, alike * batch_size))
+    by_length = [rows[np.argsort(lengths[rows], kind="stable")] for rows in windows]
+    batches = np.concatenate([order[:0], *by_length]).reshape(-1, batch_size)
+    shuffled = batches[permutation(len(batches), seed, stream=_SHUFFLE + epoch)].reshape(-1)
+    order = np.concatenate([shuffled, order[full:]])
+    order.flags.writeable = False
     return order
 
 
@@ -165,21 +203,25 @@ def eval_batches(
 
 
 def bucket_lengths_used(
-    data: Tokenized, steps: int, *, seed: int, batch_size: int, buckets: Sequence[int]
+    data: Tokenized,
+    steps: int,
+    *,
+    seed: int,
+    batch_size: int,
+    buckets: Sequence[int],
+    alike: int = 0,
 ) -> dict[int, int]:
     """How many of the first ``steps`` training batches have each length, ascending by length.
 
-    Every length means one compilation of the train step.
+    Every length means one compilation of the train step. Arguments as :func:`train_batch`.
 
     Raises:
       ValueError: no examples, or buckets that do not ascend or do not hold every row.
     """
     _check_buckets(data, buckets)
     lengths = np.diff(data.offsets)
-    longest = (
-        int(lengths[_train_rows(len(lengths), step, seed, batch_size)].max())
-        for step in range(steps)
-    )
+    rows = functools.partial(_train_rows, data, seed=seed, batch_size=batch_size, alike=alike)
+    longest = (int(lengths[rows(step)].max()) for step in range(steps))
     return dict(sorted(Counter(_bucket(length, buckets) for length in longest).items()))
 
 

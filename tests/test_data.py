@@ -313,14 +313,15 @@ def test_permutation_range(seed, stream):
 
 lengths_strategy = st.lists(st.integers(1, 12), min_size=1, max_size=23)
 seeds = st.integers(0, 2**64 - 1)
+windows = st.sampled_from([0, 1, 2, 5, 1000])
 
 
 @settings(deadline=None, max_examples=60)
-@given(lengths_strategy, st.integers(1, 7), seeds, st.integers(0, 5))
-def test_every_example_once_per_epoch(lengths, batch_size, seed, epoch):
+@given(lengths_strategy, st.integers(1, 7), seeds, st.integers(0, 5), windows)
+def test_every_example_once_per_epoch(lengths, batch_size, seed, epoch, alike):
     data = ragged(lengths)
     steps = D.steps_per_epoch(len(lengths), batch_size)
-    options = {"seed": seed, "batch_size": batch_size, "buckets": (4, 12)}
+    options = {"seed": seed, "batch_size": batch_size, "buckets": (4, 12), "alike": alike}
     batches = [D.train_batch(data, epoch * steps + step, **options) for step in range(steps)]
     seen = [row for batch in batches for row in rows_of(batch)]
     assert sorted(seen) == sorted(examples_of(data))
@@ -330,11 +331,13 @@ def test_every_example_once_per_epoch(lengths, batch_size, seed, epoch):
 
 
 @settings(deadline=None, max_examples=40)
-@given(lengths_strategy, st.integers(1, 7), seeds, st.lists(st.integers(0, 60), min_size=1))
-def test_a_batch_depends_on_seed_and_step_alone(lengths, batch_size, seed, steps):
+@given(
+    lengths_strategy, st.integers(1, 7), seeds, st.lists(st.integers(0, 60), min_size=1), windows
+)
+def test_a_batch_depends_on_seed_and_step_alone(lengths, batch_size, seed, steps, alike):
     """In any order of the steps, and with other runs between them, the batches are the same."""
     data = ragged(lengths)
-    options = {"batch_size": batch_size, "buckets": (12,)}
+    options = {"batch_size": batch_size, "buckets": (12,), "alike": alike}
     first = {step: D.train_batch(data, step, seed=seed, **options) for step in sorted(set(steps))}
     for step in steps:
         D.train_batch(data, step + 1, seed=seed ^ 1, **options)
@@ -360,6 +363,19 @@ def test_shapes_dtypes_and_padding(lengths, batch_size):
         }
         assert np.array_equal(batch["input_ids"] == 99_999, batch["attention_mask"] == 0)
         assert batch["attention_mask"].sum(1).min() >= 1
+
+
+def test_batches_of_like_length_pad_less_and_come_in_random_order():
+    data = ragged(np.random.default_rng(0).integers(1, 41, 400).tolist())
+    options = {"seed": 1, "batch_size": 8, "buckets": range(1, 41)}
+    plain, alike = (
+        [D.train_batch(data, step, **options, alike=n)["input_ids"].shape[1] for step in range(50)]
+        for n in (0, 10)
+    )
+    assert sum(alike) < 0.7 * sum(plain)
+    assert sum(alike) * 8 < 1.2 * data.offsets[-1]
+    # Not from short to long: neighbours differ as those of a random order do.
+    assert np.abs(np.diff(alike)).mean() > 0.5 * np.abs(np.subtract.outer(alike, alike)).mean()
 
 
 def test_epochs_and_seeds_differ():
@@ -414,10 +430,10 @@ def test_eval_without_labels_and_training_without_them():
 
 
 @settings(deadline=None, max_examples=30)
-@given(lengths_strategy, st.integers(1, 7), st.integers(0, 40))
-def test_bucket_lengths_used_counts_the_batches(lengths, batch_size, steps):
+@given(lengths_strategy, st.integers(1, 7), st.integers(0, 40), windows)
+def test_bucket_lengths_used_counts_the_batches(lengths, batch_size, steps, alike):
     data = ragged(lengths)
-    options = {"seed": 9, "batch_size": batch_size, "buckets": (2, 5, 12)}
+    options = {"seed": 9, "batch_size": batch_size, "buckets": (2, 5, 12), "alike": alike}
     batches = [D.train_batch(data, step, **options) for step in range(steps)]
     seen = Counter(batch["input_ids"].shape[1] for batch in batches)
     used = D.bucket_lengths_used(data, steps, **options)
