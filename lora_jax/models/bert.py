@@ -7,11 +7,13 @@ kernel is stored as Flax does, ``(d_in, d_out)``. :func:`names` is the table bet
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from lora_jax.names import Name
 
 Array = jax.Array
 
@@ -300,20 +302,6 @@ def _check(
             f"{input_ids.shape[1]} tokens, and the model has positions for "
             f"{config.max_position_embeddings}; truncate the input."
         )
-
-
-class Name(NamedTuple):
-    """One row of a table of names.
-
-    Attributes:
-      flax: path of the leaf, its components joined by "/".
-      hf: name of the tensor in a Hugging Face checkpoint.
-      transpose: whether the tensor is the leaf transposed (a torch Linear is ``(d_out, d_in)``).
-    """
-
-    flax: str
-    hf: str
-    transpose: bool = False
 
 
 # Flax module -> Hugging Face module, inside a layer.
