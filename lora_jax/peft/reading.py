@@ -31,6 +31,16 @@ def is_peft(directory: str | Path) -> bool:
     return (Path(directory) / CONFIG).is_file()
 
 
+def tensor_shapes(directory: str | Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of an adapter, by their names in the torch model.
+
+    Raises:
+      FileNotFoundError, ValueError: there is no weights file, or it is damaged.
+    """
+    tensors = _read(Path(directory), _SLACK)
+    return {n.removeprefix(plan.PREFIX): x.shape for n, x in tensors.items()}
+
+
 def load_peft(
     directory: str | Path, params: PyTree, *, names: Sequence[Name], base: str | None = None
 ) -> tuple[dict[str, Any], LoRAConfig]:
