@@ -82,9 +82,10 @@ def _load_peft(directory: str | Path, model: str | None) -> Classifier:
     tokenizer = checkpoints.load_tokenizer(loaded.checkpoint)
     longest = loaded.model.config.max_position_embeddings
     buckets = (*(b for b in _BUCKETS if b < longest), longest)
+    source = "those of the base" if labels is said else "the base has none for them"
     notes = (
         f"base {name}, from {loaded.checkpoint.origin}",
-        f"labels {', '.join(labels)} ({'those of the base' if labels is said else 'the base has none for them'})",
+        f"labels {', '.join(labels)} ({source})",
         f"at most {longest} tokens, all that the base has positions for",
     )
     return Classifier(loaded, adapter, config, tokenizer, labels, longest, buckets, notes)
