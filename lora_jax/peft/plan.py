@@ -90,7 +90,7 @@ def _unused(words: Mapping[str, Any], model: Model, chosen: list[str]) -> list[s
     if not chosen:
         problems.append("target_modules selects no module of the model")
     elif isinstance(words["target_modules"], list):
-        problems += _no_hits("target_modules", words["target_modules"], chosen)
+        problems += _no_hits("target_modules", words["target_modules"], model.modules)
     heads = HEADS.get(words["task_type"], ())
     for entry in dict.fromkeys(words["modules_to_save"] or []):
         if entry not in heads and not matching.saved([entry], model):
@@ -105,8 +105,9 @@ def _unused(words: Mapping[str, Any], model: Model, chosen: list[str]) -> list[s
     return problems
 
 
-def _no_hits(what: str, entries: list[str], chosen: list[str]) -> list[str]:
-    endings = {s for m in chosen for s in matching.suffixes(m)}
+def _no_hits(what: str, entries: list[str], modules: list[str]) -> list[str]:
+    """Entries that fit no module, not even one that other words then take out."""
+    endings = {s for m in modules for s in matching.suffixes(m)}
     missing = [entry for entry in dict.fromkeys(entries) if entry not in endings]
     return [f"{what} entry {entry!r} selects no module" for entry in missing[:20]]
 
