@@ -17,7 +17,7 @@ from lora_jax import adapter as adapters
 from lora_jax import names, paths
 from lora_jax.lowrank import LowRank
 from lora_jax.names import Name
-from lora_jax.peft import is_peft, load_peft, save_peft
+from lora_jax.peft import is_peft, load_peft, matching, save_peft
 
 GOLDENS = Path(__file__).parent / "goldens" / "peft"
 VARIANTS = {
@@ -295,6 +295,8 @@ def test_dtypes_survive(bert, dtype, tmp_path, key):
         ({"r": 10**9}, "r: must be"),
         ({"lora_alpha": 0}, "lora_alpha: must be a positive number"),
         ({"lora_alpha": 10**400}, "lora_alpha"),
+        ({"lora_alpha": 1e308}, "lora_alpha"),
+        ({"alpha_pattern": {"query": 1e-308}}, "alpha_pattern"),
         ({"lora_dropout": -0.1}, "lora_dropout"),
         ({"bias": "foo"}, "bias: must be none, all or lora_only"),
         ({"task_type": "FOO"}, "task_type"),
@@ -307,12 +309,31 @@ def test_dtypes_survive(bert, dtype, tmp_path, key):
         ({"target_modules": "(a|a)*query"}, "could take for ever"),
         ({"target_modules": ".*" * 40 + "query"}, "could take for ever"),
         ({"rank_pattern": {"(x+)+y": 3}}, "rank_pattern.*could take for ever"),
+        ({"target_modules": ["query"] * 6000}, "target_modules: must be a list of up to 5000"),
     ],
 )  # fmt: skip
 def test_words_are_refused_by_name(bert, words, message, tmp_path):
     _, table, params, _ = bert
     with pytest.raises(ValueError, match=message):
         load_peft(copy(tmp_path, **words), params, names=table)
+
+
+def test_expressions_have_a_time_limit(bert, tmp_path, monkeypatch):
+    _, table, params, _ = bert
+    monkeypatch.setattr(matching, "_MOST_SECONDS", 0.0)
+    with pytest.raises(ValueError, match="target_modules: its regular expressions take too long"):
+        load_peft(copy(tmp_path, target_modules=".*e.*e.*e.*query"), params, names=table)
+
+
+@pytest.mark.parametrize("pattern, explosive", [
+    (r".*\.(q_proj|v_proj)", False), (r"^(?!.*visual).*(?:q_proj|k_proj).*", False),
+    (r".*layer\.\d+\.attention\.self\.(query|value)", False), (r"[a-z(+*]+[)|]x{2}", False),
+    (r"(.*\.)?query", False), (r"(?:.*?(?:text|language)(?:.*?).*?(?:q_proj|v_proj).*?)", False),
+    (r"\(a+\)+", False), (r"(a+)+", True), (r"(a|b)*c", True), (r"((a?)b){9}", True),
+    (r"(?:x*y){2,}", True), (r"(a{1,9}){1,9}", True),
+])  # fmt: skip
+def test_which_expressions_could_explode(pattern, explosive):
+    assert matching._is_explosive(pattern) == explosive
 
 
 def test_all_unsupported_words_at_once(bert, tmp_path):

@@ -4,8 +4,6 @@ PEFT multiplies column vectors as the paper does, so its A is ``a`` transposed a
 transposed, with the axes of each side joined; a convolution's A has the window last.
 """
 
-import math
-
 import numpy as np
 
 from lora_jax import lowrank, names
@@ -33,8 +31,3 @@ def from_file(weight: Weight, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray,
 def node_axes(weight: Weight) -> str:
     """Roles of the axes of the leaf, with its axis of layers if it has one."""
     return ("" if weight.layer is None else lowrank.BATCH) + names.axes(weight)
-
-
-def size(shape: tuple[int, ...]) -> int:
-    """Number of elements."""
-    return math.prod(shape)

@@ -1,6 +1,8 @@
 """Which modules PEFT's words select, by PEFT's rules, and the shortest words for a selection."""
 
+import functools
 import re
+import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,7 +13,9 @@ from lora_jax.names import Weight
 _LINEAR_HEADS = ("classifier", "score")  # what "all-linear" spares in a SEQ_CLS model
 _OUTPUTS = ("lm_head", "embed_out", "output_layer")  # and in a language model
 _MOST_REPEATS, _MOST_UNBOUNDED, _MOST_LENGTH = 16, 6, 10_000
+_MOST_SECONDS = 10.0
 _Found = Callable[[str], bool]
+_Match = Callable[[str], re.Match | None]
 
 
 class Model(NamedTuple):
@@ -79,8 +83,8 @@ def _targets(words: Mapping[str, Any], model: Model) -> _Found:
 
 def _selects(entries: str | Sequence[str], what: str) -> _Found:
     if isinstance(entries, str):
-        whole = compiled(entries, what)
-        return lambda m: whole.fullmatch(m) is not None
+        whole = _timed([compiled(entries, what).fullmatch], what)[0]
+        return lambda m: whole(m) is not None
     known = set(entries)
     return lambda m: not known.isdisjoint(suffixes(m))
 
@@ -103,10 +107,11 @@ def _in_layers(words: Mapping[str, Any]) -> _Found:
     # The first number with a name before it; without a pattern, one more name must come before.
     patterns = [patterns] if isinstance(patterns, str) else patterns
     expressions = [rf"(?:^|.*?\.)(?:{p})\.(?P<idx>\d+)\." for p in patterns or []]
-    found = [compiled(e, "layers_pattern") for e in expressions or [r".*?\.[^.]*\.(?P<idx>\d+)\."]]
+    expressions = expressions or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
+    found = _timed([compiled(e, "layers_pattern").match for e in expressions], "layers_pattern")
 
     def right(m: str) -> bool:
-        match = next((hit for e in found if (hit := e.match(m))), None)
+        match = next((hit for e in found if (hit := e(m))), None)
         return match is not None and int(match["idx"]) in chosen
 
     return right
@@ -119,21 +124,35 @@ def saved(entries: Iterable[str], model: Model) -> list[str]:
     return [m for m in hits if not any(m.startswith(f"{other}.") for other in hits)]
 
 
-def value_of(
-    module: str, patterns: Sequence[tuple[re.Pattern, Any]], default: Any
-) -> tuple[Any, int]:
+def value_of(module: str, patterns: Sequence[tuple[_Match, Any]], default: Any) -> tuple[Any, int]:
     """The value for a module, and which pattern gave it (-1: none); the first that fits wins."""
-    for k, (pattern, value) in enumerate(patterns):
-        if pattern.match(module):
+    for k, (match, value) in enumerate(patterns):
+        if match(module):
             return value, k
     return default, -1
 
 
-def patterns(by_pattern: Mapping[str, Any] | None, what: str) -> list[tuple[re.Pattern, Any]]:
-    """Compiles the keys of rank_pattern or alpha_pattern, expressions for the ends of names."""
-    return [
-        (compiled(rf"(.*\.)?({key})$", what), value) for key, value in (by_pattern or {}).items()
-    ]
+def patterns(by_pattern: Mapping[str, Any] | None, what: str) -> list[tuple[_Match, Any]]:
+    """The keys of rank_pattern or alpha_pattern, expressions for the ends of names, as matchers."""
+    by_pattern = by_pattern or {}
+    matchers = [compiled(rf"(.*\.)?({key})$", what).match for key in by_pattern]
+    return list(zip(_timed(matchers, what), by_pattern.values(), strict=True))
+
+
+def _timed(matchers: Sequence[_Match], what: str) -> list[_Match]:
+    """The same matchers, which have so much time together and no more."""
+    spent = 0.0
+
+    def run(match: _Match, text: str) -> re.Match | None:
+        nonlocal spent
+        begun = time.process_time()
+        hit = match(text)
+        spent += time.process_time() - begun
+        if spent > _MOST_SECONDS:
+            raise ValueError(f"{what}: its regular expressions take too long to match")
+        return hit
+
+    return [functools.partial(run, match) for match in matchers]
 
 
 def compiled(pattern: str, what: str) -> re.Pattern:

@@ -98,9 +98,8 @@ def _unused(words: Mapping[str, Any], model: Model, chosen: list[str]) -> list[s
     for what in ("rank_pattern", "alpha_pattern"):
         patterns = matching.patterns(words[what], what)
         used = {matching.value_of(m, patterns, None)[1] for m in chosen}
-        reach = lambda pattern: any(pattern.match(m) for m in chosen)
-        for k, (key, (pattern, _)) in enumerate(zip(words[what] or {}, patterns, strict=True)):
-            if k not in used and not reach(pattern):
+        for k, (key, (match, _)) in enumerate(zip(words[what] or {}, patterns, strict=True)):
+            if k not in used and not any(map(match, chosen)):
                 problems.append(f"{what} key {key!r} matches no adapted module")
     return problems
 

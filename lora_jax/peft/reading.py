@@ -1,9 +1,11 @@
 """``load_peft``: from a PEFT directory to an adapter of this library."""
 
+import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import jax.numpy as jnp
@@ -32,13 +34,20 @@ def is_peft(directory: str | Path) -> bool:
 
 
 def tensor_shapes(directory: str | Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of an adapter, by their names in the torch model.
+    """Shapes that the weights file claims for its tensors, by their names in the torch model.
 
     Raises:
-      FileNotFoundError, ValueError: there is no weights file, or it is damaged.
+      FileNotFoundError, ValueError: there is no weights file, or its header is damaged.
     """
-    tensors = _read(Path(directory), _SLACK)
-    return {n.removeprefix(plan.PREFIX): x.shape for n, x in tensors.items()}
+    path = _weights_file(Path(directory))
+    with path.open("rb") as file:
+        length = _header_length(path, file)
+        try:
+            header = json.loads(file.read(length))
+            shapes = {n: tuple(x["shape"]) for n, x in header.items() if n != "__metadata__"}
+        except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"The header of {path} is damaged: {error}.") from error
+    return {n.removeprefix(plan.PREFIX): shape for n, shape in shapes.items()}
 
 
 def load_peft(
@@ -89,11 +98,10 @@ def load_peft(
 
 
 def _most_bytes(leaves: Mapping[str, Any]) -> int:
-    return _SLACK + 8 * sum(layouts.size(np.shape(x)) for x in leaves.values())
+    return _SLACK + 8 * sum(math.prod(np.shape(x)) for x in leaves.values())
 
 
-def _read(directory: Path, most: int) -> dict[str, np.ndarray]:
-    """The tensors; a file is not read before its size and its header's are plausible."""
+def _weights_file(directory: Path) -> Path:
     path = directory / WEIGHTS
     if not path.is_file():
         hint = ""
@@ -104,12 +112,25 @@ def _read(directory: Path, most: int) -> dict[str, np.ndarray]:
                 "safe_serialization=True)."
             )
         raise FileNotFoundError(f"The weights file {path} of the adapter is missing.{hint}")
+    return path
+
+
+def _header_length(path: Path, file: BinaryIO) -> int:
+    """Reads the length of the header, and sees that the file could hold it."""
+    size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+    if length > min(size, _MOST_HEADER):
+        raise ValueError(f"{path} is damaged: a header of {length} bytes, in {size} in all.")
+    return length
+
+
+def _read(directory: Path, most: int) -> dict[str, np.ndarray]:
+    """The tensors; a file is not read before its size and its header's are plausible."""
+    path = _weights_file(directory)
     with path.open("rb") as file:
-        size, header = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+        size = os.fstat(file.fileno()).st_size
         if size > most:
             raise ValueError(f"{path} has {size} bytes, more than the whole base model.")
-        if header > min(size, _MOST_HEADER):
-            raise ValueError(f"{path} is damaged: a header of {header} bytes, in {size} in all.")
+        _header_length(path, file)
         file.seek(0)
         data = file.read()
     try:

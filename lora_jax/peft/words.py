@@ -11,6 +11,7 @@ CONFIG = "adapter_config.json"
 VERSION = "0.21.2"  # of PEFT, whose keys these are
 _MOST_BYTES = 4 << 20  # PEFT's own files have a few thousand
 _MOST_RANK = 1 << 16
+_MOST_ENTRIES = 5000  # of a list or of patterns
 
 TASKS = (
     "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION",
@@ -158,11 +159,12 @@ def _is_rank(x: Any) -> bool:
 
 
 def _is_alpha(x: Any) -> bool:
-    return _is_number(x) and x > 0
+    return _is_number(x) and 1e-30 < x < 1e30  # so that float32 holds every scale
 
 
 def _is_strings(x: Any) -> bool:
-    return isinstance(x, list) and all(isinstance(s, str) and s for s in x)
+    small = isinstance(x, list) and len(x) <= _MOST_ENTRIES
+    return small and all(isinstance(s, str) and s for s in x)
 
 
 def _is_choice(x: Any) -> bool:
@@ -175,14 +177,15 @@ def _is_layers(x: Any) -> bool:
 
 
 def _is_map(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda x: x is None or (isinstance(x, dict) and all(map(of, x.values())))
+    small = lambda x: isinstance(x, dict) and len(x) <= _MOST_ENTRIES
+    return lambda x: x is None or (small(x) and all(map(of, x.values())))
 
 
 _BOOL = ("true or false", lambda x: isinstance(x, bool))
-_CHOICE = ("a list of names, or a regular expression", _is_choice)
+_CHOICE = (f"a list of up to {_MOST_ENTRIES} names, or a regular expression", _is_choice)
 _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "r": (f"a whole number from 1 to {_MOST_RANK}", _is_rank),
-    "lora_alpha": ("a positive number", _is_alpha),
+    "lora_alpha": ("a positive number, of sensible size", _is_alpha),
     "lora_dropout": ("a number in [0, 1)", lambda x: _is_number(x) and 0 <= x < 1),
     "use_rslora": _BOOL,
     "fan_in_fan_out": _BOOL,
@@ -193,7 +196,7 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "layers_to_transform": ("a whole number or a list of them", _is_layers),
     "modules_to_save": ("a list of names", lambda x: x is None or _is_strings(x)),
     "rank_pattern": (f"an object with ranks from 1 to {_MOST_RANK}", _is_map(_is_rank)),
-    "alpha_pattern": ("an object with positive numbers", _is_map(_is_alpha)),
+    "alpha_pattern": ("an object with positive numbers, of sensible size", _is_map(_is_alpha)),
     "init_lora_weights": (
         f"one of {_INITS}: the others change the base model, which is not supported",
         lambda x: isinstance(x, bool | str) and x in _INITS,

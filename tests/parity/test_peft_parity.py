@@ -34,6 +34,9 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
+# Threads cost tiny models more than they give, the more so where tests run side by side.
+torch.set_num_threads(1)
+
 ROOT = Path(__file__).parents[2]
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 STEPS, BATCH, LENGTH = 200, 4, 10
