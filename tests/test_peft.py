@@ -226,6 +226,24 @@ def test_linen_variables_and_a_native_save_keep_peft_words(bert, tmp_path):
     assert is_peft(tmp_path / "peft") and not is_peft(tmp_path / "native")
 
 
+def test_old_words_are_dropped_when_they_no_longer_hold(bert, tmp_path, key):
+    fn, table, params, golden = bert
+    _, config = load_peft(copy(tmp_path, base_model_name_or_path="one"), params, names=table)
+    changed = dataclasses.replace(config, rank=1, targets=("key",), alpha=5.0)
+    adapter = lora.init(key, fn, params, changed, *inputs(golden))
+    save_peft(tmp_path / "out", params, adapter, changed, names=table)
+    words = json.loads((tmp_path / "out" / CONFIG).read_text())
+    said = {"r": 1, "lora_alpha": 5, "target_modules": ["key"], "task_type": "SEQ_CLS",
+            "base_model_name_or_path": "one", "modules_to_save": ["classifier", "score"]}  # fmt: skip
+    assert {k: words[k] for k in said} == said
+    for origin in ({"words": 3}, {"words": {"r": "x"}}, {"older": 1, "dtypes": {}}, {}):
+        plain = dataclasses.replace(changed, origin=origin)
+        save_peft(tmp_path / "out", params, adapter, plain, names=table)
+        assert_identical(load_peft(tmp_path / "out", params, names=table)[0], adapter)
+    with pytest.raises(ValueError, match="origin must hold JSON types"):
+        dataclasses.replace(config, origin={"words": object()})
+
+
 def test_words_of_an_adapter_made_here(bert, tmp_path, key):
     fn, table, params, golden = bert
     config = lora.LoRAConfig(rank=2, targets=("query", "value"), train=("classifier",), dropout=0.1)

@@ -58,13 +58,19 @@ def read_words(directory: str | Path) -> dict[str, Any]:
     """
     path = Path(directory) / CONFIG
     words = _parsed(path)
-    problems = _refused(words) + [
-        f"{name}: {error}" for name in DEFAULTS if (error := _ill_formed(name, words))
-    ]
-    problems += _contradictions(words) if not problems else []
+    problems = problems_of(words)
     if problems:
         raise ValueError(f"{path} can't be used: {'; '.join(problems)}.")
     return DEFAULTS | words
+
+
+def problems_of(words: Any) -> list[str]:
+    """Says what is malformed or not supported among an adapter's words."""
+    if not isinstance(words, dict):
+        return ["no JSON object"]
+    ill_formed = {name: _ill_formed(name, words) for name in DEFAULTS}
+    problems = _refused(words) + [f"{n}: {error}" for n, error in ill_formed.items() if error]
+    return problems or _contradictions(words)
 
 
 def _parsed(path: Path) -> dict[str, Any]:

@@ -21,9 +21,10 @@ from lora_jax.peft import layouts, matching, plan
 from lora_jax.peft.matching import Model
 from lora_jax.peft.plan import Part, Plan
 from lora_jax.peft.reading import WEIGHTS, base_tensor, holds
-from lora_jax.peft.words import ABOUT, CONFIG, DEFAULTS, HEADS, TASKS, to_bytes
+from lora_jax.peft.words import ABOUT, CONFIG, DEFAULTS, HEADS, TASKS, problems_of, to_bytes
 
 PyTree = Any
+_DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 
 class _Content(NamedTuple):
@@ -76,13 +77,16 @@ def save_peft(
     """
     leaves, nodes = paths.named_leaves(params), adapters.nodes(adapter)
     problems = adapters.misfits(leaves, nodes) + _wrong_about(about)
-    _refuse(problems)
+    if problems:
+        raise _refusal(problems)
     older = bool(config.origin.get("older", False))
     model = matching.model(_weights(names, leaves, older=older))
     content, problems = _content(nodes, model, config)
-    _refuse(problems)
+    if problems:
+        raise _refusal(problems)
     words, wanted = _words(content, model, config, about)
-    dtypes = config.origin.get("dtypes", {})
+    dtypes = config.origin.get("dtypes")
+    dtypes = dtypes if isinstance(dtypes, dict) else {}
     tensors = {
         n: _stored(_tensor(part, content.nodes, leaves), dtypes.get(n))
         for n, part in wanted.parts.items()
@@ -94,9 +98,8 @@ def save_peft(
     write_atomically(directory / CONFIG, to_bytes(words))
 
 
-def _refuse(problems: Sequence[str]) -> None:
-    if problems:
-        raise ValueError(f"The adapter can't be saved in PEFT's format: {'; '.join(problems)}.")
+def _refusal(problems: Sequence[str]) -> ValueError:
+    return ValueError(f"The adapter can't be saved in PEFT's format: {'; '.join(problems)}.")
 
 
 def _weights(table: Sequence[Name], leaves: Mapping[str, Any], *, older: bool) -> list[Weight]:
@@ -177,27 +180,27 @@ def _words(
     content: _Content, model: Model, config: LoRAConfig, about: Mapping[str, Any]
 ) -> tuple[dict[str, Any], Plan]:
     """Words that stand for exactly this adapter: those that it came with, or new ones."""
-    old = config.origin.get("words")
-    reasons: list[str] = []
-    for base in [_deduplicated(old), None] if old else [None]:
-        words = DEFAULTS | (old or {}) | dict(about)
-        words |= {"lora_dropout": config.dropout, "use_rslora": config.rank_stabilized}
-        if base is None:
-            words |= _fresh(content, model, words, config)
-        else:
-            words |= {"modules_to_save": base["modules_to_save"]}
-        words = _canonical(words, old or {})
-        wanted = plan.make(words, model)
-        reasons = _differences(content, wanted, config.rank_stabilized)
-        if not reasons:
-            return words, wanted
-    _refuse(reasons)
-    raise AssertionError  # unreachable: _refuse raises where there are reasons
+    told = {**about, "lora_dropout": config.dropout, "use_rslora": config.rank_stabilized}
+    old = config.origin.get("words", {})
+    if old and not problems_of(old):
+        kept = _canonical(DEFAULTS | _deduplicated(old) | told, old)
+        wanted = plan.make(kept, model)
+        if not _differences(content, wanted, config.rank_stabilized):
+            return kept, wanted
+        # The adapter has changed since; what says something of it as a whole still holds.
+        told = {name: old.get(name) for name in ABOUT} | told
+    words = DEFAULTS | told
+    words = _canonical(words | _fresh(content, model, words, config), {})
+    wanted = plan.make(words, model)
+    differences = _differences(content, wanted, config.rank_stabilized)
+    if differences:
+        raise _refusal(differences)
+    return words, wanted
 
 
-def _deduplicated(words: Mapping[str, Any] | None) -> dict[str, Any]:
+def _deduplicated(words: Mapping[str, Any]) -> dict[str, Any]:
     """PEFT adds the heads of a task to modules_to_save each time that it loads an adapter."""
-    words = dict(words or {})
+    words = dict(words)
     if words.get("modules_to_save"):
         words["modules_to_save"] = list(dict.fromkeys(words["modules_to_save"]))
     return words
@@ -215,7 +218,14 @@ def _fresh(
     """Words made for the adapter, the shortest that there are."""
     saved, rest = _whole_modules(content, model)
     heads = HEADS.get(words["task_type"], ())
-    _refuse(_untrained_heads(heads, saved, words["task_type"], model))
+    untrained = _untrained_heads(heads, saved, model)
+    if untrained:
+        raise _refusal(
+            [
+                f"task_type {words['task_type']} means that {', '.join(untrained)} is trained in "
+                "full, and it is not"
+            ]
+        )
     entries = [e for e in _saved_entries(saved, model) if e not in heads]
     inside = [m for m in model.modules if any(f"{m}.".startswith(f"{s}.") for s in saved)]
     targets = matching.shortest(content.kernels, model, inside)
@@ -258,15 +268,9 @@ def _whole_modules(content: _Content, model: Model) -> tuple[list[str], dict[str
     return whole, rest
 
 
-def _untrained_heads(
-    heads: Iterable[str], saved: Sequence[str], task: str | None, model: Model
-) -> list[str]:
-    known = [m for m in matching.saved(heads, model) if m not in saved]
-    inside = tuple(f"{m}." for m in saved)
-    left = [m for m in known if not (inside and m.startswith(inside))]
-    if not left:
-        return []
-    return [f"task_type {task} means that {', '.join(left)} is trained in full, and it is not"]
+def _untrained_heads(heads: Iterable[str], saved: Sequence[str], model: Model) -> list[str]:
+    inside = lambda m: any(f"{m}.".startswith(f"{other}.") for other in saved)
+    return [m for m in matching.saved(heads, model) if not inside(m)]
 
 
 def _saved_entries(saved: Sequence[str], model: Model) -> list[str]:
@@ -277,7 +281,7 @@ def _saved_entries(saved: Sequence[str], model: Model) -> list[str]:
         entry = next((e for e in matching.suffixes(m) if fits(e)), None)
         if entry is None:
             also = [x for x in matching.saved([m], model) if x not in saved]
-            _refuse(
+            raise _refusal(
                 [
                     f"{m} is trained in full, and PEFT would train {', '.join(also)} with it, "
                     "whose name ends in the same letters; train that as well"
@@ -296,14 +300,13 @@ def _bias(rest: Mapping[str, Weight], content: _Content, model: Model) -> str:
         return "all"
     if set(rest) == {n for n in biases if names.module(n) in content.kernels}:
         return "lora_only"
-    _refuse(
+    raise _refusal(
         [
             f"{paths.listing(w.leaf for w in rest.values())} is trained in full, and PEFT trains "
             "whole modules, all biases, or the biases of the adapted modules; train the whole "
             "module, or leave it out"
         ]
     )
-    raise AssertionError  # unreachable
 
 
 def _differences(content: _Content, wanted: Plan, root: bool) -> list[str]:
@@ -342,6 +345,6 @@ def _tensor(part: Part, nodes: Mapping[str, Any], leaves: Mapping[str, Any]) -> 
 
 def _stored(value: np.ndarray, dtype: str | None) -> np.ndarray:
     """In the dtype that the tensor had in the file it came from, if that loses nothing."""
-    if dtype is not None and holds(value, jnp.dtype(dtype)):
+    if dtype in _DTYPES and holds(value, jnp.dtype(dtype)):
         value = value.astype(jnp.dtype(dtype))
     return np.ascontiguousarray(value)
