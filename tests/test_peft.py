@@ -373,6 +373,20 @@ def test_words_without_effect_are_read_over(bert, words, tmp_path):
     assert_identical(adapter, load_peft(GOLDENS / "bert" / "qv", params, names=table)[0])
 
 
+@pytest.mark.parametrize("case, words", [
+    ("all_linear", {"target_modules": "all-linear"}), ("all_linear", {"target_modules": "ALL-LINEAR"}),
+    ("layers", {"layers_to_transform": 1}), ("layers", {"layers_pattern": None}),
+    ("layers", {"layers_pattern": ["h", "layer"]}), ("layers", {"layers_pattern": "encoder.layer"}),
+    ("exclude", {"exclude_modules": r".*(pooler|0\.output)\.dense"}),
+    ("qv", {"target_modules": r".*\.(query|value)"}), ("qv", {"modules_to_save": ["classifier"]}),
+    ("bias_all", {"modules_to_save": ["score", "classifier"], "task_type": "SEQ_CLS"}),
+])  # fmt: skip
+def test_other_words_for_the_same_modules(bert, case, words, tmp_path):
+    _, table, params, _ = bert
+    adapter, _ = load_peft(copy(tmp_path, case, **words), params, names=table)
+    assert_identical(adapter, load_peft(GOLDENS / "bert" / case, params, names=table)[0])
+
+
 def test_a_minimal_config_means_what_it_means_to_peft(bert, tmp_path):
     """PEFT's defaults: r 8, alpha 8, nothing trained in full."""
     _, table, params, _ = bert
@@ -650,6 +664,9 @@ def test_leaves_and_axes_that_the_table_does_not_know(tmp_path):
         save(both, table[:2])
     with pytest.raises(ValueError, match="axes 'oi' in the adapter and 'io' axes in the table"):
         save({"query": {"kernel": node(3, 3, axes="oi")}}, table)
+    for scale in (0.0, -1.0):
+        with pytest.raises(ValueError, match="alpha must be positive"):
+            save({"query": {"kernel": node(3, 3, scale=scale)}}, table)
     with pytest.raises(ValueError, match="no parameter at nope"):
         save({"nope": jnp.ones(2)}, table)
     bad = {"query": {"kernel": LowRank(jnp.full((3, 2), jnp.nan), jnp.ones((2, 3)), jnp.ones(()))}}

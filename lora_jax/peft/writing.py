@@ -129,7 +129,7 @@ def _content(
             modules = {names.module(w.hf): w for w in rows}
             content.kernels.update(modules)
             content.ranks.update(dict.fromkeys(modules, node.a.shape[-1]))
-            content.alphas.update(dict.fromkeys(modules, _alpha(leaf, node, config)))
+            content.alphas.update(dict.fromkeys(modules, _alpha(node, config)))
         else:
             content.trained.update({w.hf: w for w in rows})
     if not content.kernels and not problems:
@@ -152,6 +152,8 @@ def _inexpressible(leaf: str, node: Any, rows: Sequence[Weight]) -> str:
         return ""
     if not rows[0].hf.endswith(".weight") or not names.kind(rows[0]):
         return f"{leaf} is {rows[0].hf} there, which PEFT does not adapt"
+    if not np.asarray(node.scale) > 0:
+        return f"{leaf} has scale {float(node.scale)}, and alpha must be positive"
     axes = layouts.node_axes(rows[0])
     if node.axes != axes or not names.axes(rows[0]):
         return (
@@ -161,7 +163,7 @@ def _inexpressible(leaf: str, node: Any, rows: Sequence[Weight]) -> str:
     return ""
 
 
-def _alpha(leaf: str, node: LowRank, config: LoRAConfig) -> float:
+def _alpha(node: LowRank, config: LoRAConfig) -> float:
     """An alpha that gives exactly the scale of the node, the config's if that does."""
     rank, root = node.a.shape[-1], config.rank_stabilized
     scale = np.asarray(node.scale)
