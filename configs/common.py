@@ -8,6 +8,7 @@ def base_config() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0  # initial draw of factors and head, and all dropout
 
+    c.adapter = ""  # directory of an adapter to go on from, ours or PEFT's; its settings win
     c.model = ConfigDict()
     c.model.name = "bert-base-uncased"  # a directory, or a name to look up in cache and Hub
     c.model.num_labels = 2

@@ -1,5 +1,6 @@
 """The text-classification task: model, data and metrics, from a config."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 import lora_jax as lora
-from experiments import data, metrics, optimisers, train
+from experiments import adapters, data, metrics, optimisers, train
 from lora_jax.models import checkpoints
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -17,6 +18,12 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 def lora_config(config: ConfigDict) -> lora.LoRAConfig:
     """The library's config from the ``lora`` part of an experiment's."""
     return lora.LoRAConfig.from_dict(config.lora.to_dict())
+
+
+def settings(config: lora.LoRAConfig) -> ConfigDict:
+    """The inverse of :func:`lora_config`: for the run's directory, what holds in the run."""
+    fields = {n: x for n, x in config.to_dict().items() if n != "origin"}
+    return ConfigDict({n: tuple(x) if isinstance(x, list) else x for n, x in fields.items()})
 
 
 def dtype(name: str) -> Any:
@@ -34,8 +41,8 @@ def apply(model: Any, params: Any, batch: dict, key: jax.Array | None) -> jax.Ar
     )
 
 
-def make_task(config: ConfigDict) -> train.Task:
-    """Loads model and data."""
+def make_task(config: ConfigDict) -> tuple[train.Task, lora.LoRAConfig]:
+    """Loads model and data, and an adapter to go on from, whose settings then hold."""
     c = config.data
     key = jax.random.fold_in(jax.random.key(config.seed), 1)  # the head is drawn by the run's seed
     loaded = checkpoints.load_bert_classifier(
@@ -50,7 +57,11 @@ def make_task(config: ConfigDict) -> train.Task:
     tokenize = functools.partial(data.tokenize, tokenizer=tokenizer, max_length=c.max_length)
     train_set, eval_set = tokenize(training), tokenize(evaluation)
     buckets = tuple(c.buckets)
-    return train.Task(
+    start, lora_settings = None, lora_config(config)
+    if config.adapter:
+        start, theirs = adapters.load(config.adapter, loaded)
+        lora_settings = dataclasses.replace(theirs, dropout=config.lora.dropout)
+    task = train.Task(
         apply=functools.partial(apply, loaded.model),
         metrics=lambda logits, b: metrics.cross_entropy(logits, b["labels"], b["weights"]),
         train_batch=lambda step: data.train_batch(
@@ -69,7 +80,9 @@ def make_task(config: ConfigDict) -> train.Task:
         base_id=loaded.base_id,
         metadata=metadata(config),
         notes=_notes(config, loaded, train_set, len(evaluation.labels)),
+        adapter=start,
     )
+    return task, lora_settings
 
 
 def _check_positions(config: ConfigDict, loaded: checkpoints.Loaded) -> None:
@@ -134,7 +147,9 @@ def _notes(
     )
     shapes = ", ".join(f"{count} of {length} tokens" for length, count in lengths.items())
     device = jax.devices()[0]
+    start = (f"going on from: {config.adapter}, with its settings",) if config.adapter else ()
     return (
+        *start,
         f"model: {loaded.checkpoint.name} from {loaded.checkpoint.origin}{fresh}",
         f"data: {config.data.source}, {n_train} training and {n_eval} evaluation sentences",
         f"batches: {shapes}; the step is compiled {len(lengths)} times",

@@ -8,35 +8,39 @@ import numpy as np
 import tokenizers
 
 import lora_jax as lora
-from experiments import classification, data
-from lora_jax import serialize
+from experiments import adapters, classification, data
+from lora_jax import peft, serialize
 from lora_jax.models import checkpoints
 
 PyTree = Any
 
 
 class Classifier(NamedTuple):
-    """A base model with an adapter."""
+    """A base model with an adapter; ``notes`` say what was assumed where a file is silent."""
 
     loaded: checkpoints.Loaded
     adapter: PyTree
+    config: lora.LoRAConfig
     tokenizer: tokenizers.Tokenizer
     labels: tuple[str, ...]
     max_length: int
     buckets: tuple[int, ...]
+    notes: tuple[str, ...] = ()
 
 
 def load(directory: str | Path, *, model: str | None = None) -> Classifier:
     """Loads an adapter and the base that it was made for.
 
     Args:
-      directory: of the adapter, as training leaves it.
+      directory: of the adapter, as training leaves it or in PEFT's format.
       model: name or directory of the base, where it is no longer found under its old name.
 
     Raises:
       FileNotFoundError, ValueError: adapter or base is missing, damaged, or they do not belong
         together.
     """
+    if peft.is_peft(directory):
+        return _load_peft(directory, model)
     about = serialize.read_metadata(directory)
     _check_metadata(directory, about)
     kind = about["model"]
@@ -45,15 +49,57 @@ def load(directory: str | Path, *, model: str | None = None) -> Classifier:
         num_labels=len(kind["labels"]),
         dtype=classification.dtype(kind["dtype"]),
     )
-    adapter, _ = lora.load(directory, loaded.params, base=loaded.base_id)
+    adapter, config = adapters.load(directory, loaded)
     return Classifier(
         loaded,
         adapter,
+        config,
         checkpoints.load_tokenizer(loaded.checkpoint),
         tuple(kind["labels"]),
         about["max_length"],
         tuple(about["buckets"]),
     )
+
+
+_BUCKETS = (32, 64, 128, 256, 512)
+
+
+def _load_peft(directory: str | Path, model: str | None) -> Classifier:
+    """A PEFT directory names its base, perhaps, and says nothing of labels and lengths."""
+    words = peft.read_words(directory)
+    name = model or words["base_model_name_or_path"]
+    if not name:
+        raise ValueError(
+            f"The adapter in {directory} does not name its base; give it with --model."
+        )
+    base = checkpoints.resolve(name).config
+    said = _said_labels(base)
+    shape = peft.tensor_shapes(directory).get("classifier.bias", ())
+    count = shape[0] if len(shape) == 1 else len(said) or 2  # transformers' default
+    labels = said if len(said) == count else tuple(f"LABEL_{k}" for k in range(count))
+    loaded = checkpoints.load_bert_classifier(name, num_labels=count)
+    adapter, config = adapters.load(directory, loaded)
+    tokenizer = checkpoints.load_tokenizer(loaded.checkpoint)
+    longest = loaded.model.config.max_position_embeddings
+    buckets = (*(b for b in _BUCKETS if b < longest), longest)
+    source = "those of the base" if labels is said else "the base has none for them"
+    notes = (
+        f"base {name}, from {loaded.checkpoint.origin}",
+        f"labels {', '.join(labels)} ({source})",
+        f"at most {longest} tokens, all that the base has positions for",
+    )
+    return Classifier(loaded, adapter, config, tokenizer, labels, longest, buckets, notes)
+
+
+def _said_labels(config: dict[str, Any]) -> tuple[str, ...]:
+    """The names of the classes in a config.json, if it has any."""
+    names = config.get("id2label")
+    if isinstance(names, dict) and all(isinstance(x, str) for x in names.values()):
+        by_number = {str(k): x for k, x in names.items()}
+        found = tuple(by_number.get(str(k)) for k in range(len(by_number)))
+        if found and None not in found and len(set(found)) == len(found):
+            return found
+    return ()
 
 
 _KINDS = {"task": str, "model": dict, "max_length": int, "buckets": list}

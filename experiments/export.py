@@ -1,34 +1,48 @@
 """Writes a trained adapter in a form that other tools read.
 
 python -m experiments.export --adapter=runs/quickstart/adapter --out=runs/merged --merged
+python -m experiments.export --adapter=runs/quickstart/adapter --out=runs/peft --peft
+
+The adapter may be one that training has left, or a directory in PEFT's format.
 """
 
+import sys
 from pathlib import Path
 
 from absl import flags
 
 import lora_jax as lora
-from experiments import classifier, cli
+from experiments import adapters, classifier, cli
 from lora_jax.models import checkpoints
 
 _ADAPTER = flags.DEFINE_string("adapter", None, "Directory of the adapter.", required=True)
 _MODEL = flags.DEFINE_string("model", None, "The base model, if it moved since training.")
 _OUT = flags.DEFINE_string("out", None, "Directory to write.", required=True)
 _MERGED = flags.DEFINE_bool("merged", False, "Write a Hugging Face directory of merged weights.")
+_PEFT = flags.DEFINE_bool("peft", False, "Write the adapter in PEFT's format.")
 
 
 def main(argv: list[str]) -> None:
-    """Merges the adapter into its base and writes the result."""
+    """Writes the adapter merged into its base, or in another format."""
     if argv:
         raise ValueError(f"Unexpected arguments {argv}; options start with --.")
-    if not _MERGED.value:
+    if _MERGED.value == _PEFT.value:
         raise ValueError(
-            "Say what to write: --merged for the merged weights in Hugging Face's layout."
+            "Say what to write: either --merged for the merged weights in Hugging Face's layout, "
+            "or --peft for the adapter in PEFT's format."
         )
     out = Path(_OUT.value)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty directory; choose another --out.")
     model = classifier.load(_ADAPTER.value, model=_MODEL.value)
+    for note in model.notes:
+        print(f"assumed: {note}", file=sys.stderr)
+    if _PEFT.value:
+        # A name that PEFT wrote stays, unless the base has moved.
+        base = _MODEL.value if model.config.origin else model.loaded.checkpoint.name
+        adapters.save_peft(out, model.loaded, model.adapter, model.config, base=base)
+        print(f"Wrote {out}: open it with peft, PeftModel.from_pretrained(base, directory).")
+        return
     merged = lora.merge(model.loaded.params, model.adapter)
     checkpoints.save_hf(out, merged, model.loaded.checkpoint, labels=model.labels)
     print(f"Wrote {out}: open it with transformers, AutoModelForSequenceClassification.")

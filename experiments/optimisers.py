@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
@@ -29,11 +30,12 @@ def check(config: ConfigDict) -> None:
 def schedule(config: ConfigDict, total_steps: int) -> optax.Schedule:
     """Linear warm-up over a fraction of the steps, then linear decay to zero at the last one."""
     warmup = round(config.warmup * total_steps)
-    decay = optax.linear_schedule(config.learning_rate, 0.0, max(total_steps - warmup, 1))
-    if not warmup:
-        return decay
-    rise = optax.linear_schedule(0.0, config.learning_rate, warmup)
-    return optax.join_schedules([rise, decay], [warmup])
+    whole = optax.linear_schedule(config.learning_rate, 0.0, max(total_steps - warmup, 1))
+    if warmup:
+        rise = optax.linear_schedule(0.0, config.learning_rate, warmup)
+        whole = optax.join_schedules([rise, whole], [warmup])
+    # An integer step gives float32 whatever is enabled; this is as exact as JAX is set to be.
+    return lambda step: whole(jnp.asarray(step, float))
 
 
 def make(config: ConfigDict, adapter: Any, total_steps: int) -> optax.GradientTransformation:

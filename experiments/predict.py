@@ -2,6 +2,8 @@
 
 python -m experiments.predict --adapter=runs/quickstart/adapter "The movie was wonderful!"
 python -m experiments.predict --adapter=runs/quickstart/adapter --json < sentences.txt
+
+The adapter may be one that training has left, or a directory in PEFT's format.
 """
 
 import json
@@ -54,6 +56,8 @@ def main(argv: list[str]) -> None:
     """Prints a label and its probability for each sentence."""
     given = sentences(argv, _FILE.value)
     model = classifier.load(_ADAPTER.value, model=_MODEL.value)
+    for note in model.notes:
+        print(f"assumed: {note}", file=sys.stderr)
     for sentence, row in zip(given, classifier.probabilities(model, given), strict=True):
         best = int(row.argmax())
         label, probability = model.labels[best], round(float(row[best]), 4)

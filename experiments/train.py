@@ -39,6 +39,7 @@ class Task(NamedTuple):
       base_id: their content hash.
       metadata: saved with the adapter, so that it can be used without the config.
       notes: lines for the report at the start.
+      adapter: to start from, in place of a fresh one.
     """
 
     apply: Callable
@@ -50,6 +51,7 @@ class Task(NamedTuple):
     base_id: str
     metadata: dict
     notes: tuple[str, ...] = ()
+    adapter: PyTree | None = None
 
 
 class TrainState(NamedTuple):
@@ -111,7 +113,10 @@ def initial_state(task: Task, config: ConfigDict, lora_config: lora.LoRAConfig) 
     """The state at step 0, and the optimiser."""
     key = jax.random.key(config.seed)
     init_key, run_key = jax.random.split(key)
-    adapter = lora.init(init_key, task.apply, task.base, lora_config, task.train_batch(0), None)
+    if task.adapter is None:
+        adapter = lora.init(init_key, task.apply, task.base, lora_config, task.train_batch(0), None)
+    else:  # a copy, since the step donates its state
+        adapter = jax.tree.map(lambda x: jnp.array(x, copy=True), task.adapter)
     tx = optimisers.make(config.optimizer, adapter, config.epochs * task.steps_per_epoch)
     state = TrainState(jnp.int32(0), adapter, tx.init(adapter), jax.random.key_data(run_key))
     return state._replace(key=jax.random.wrap_key_data(state.key)), tx

@@ -4,6 +4,7 @@ An adapter overlays a parameter tree: ``merge(params, adapter)`` says what it me
 ``lift(fn)(bind(params, adapter), ...)`` computes the same without forming the merged weights.
 """
 
+from lora_jax import peft as peft
 from lora_jax.adapter import bind, explain, init, labels, mask, merge, summary
 from lora_jax.config import LoRAConfig
 from lora_jax.lift import lift

@@ -30,6 +30,8 @@ class LoRAConfig:
       rank_stabilized: divide alpha by the square root of the rank.
       rank_pattern: rank of the kernels matching a pattern; the first pattern that matches wins.
       alpha_pattern: alpha of the kernels matching a pattern; the first pattern that matches wins.
+      origin: what a file in another format says besides, in JSON types, kept for writing that
+        format again; it means nothing here and makes no difference to equality.
 
     Raises:
       ValueError: a value is out of its range; the message names the field.
@@ -52,6 +54,7 @@ class LoRAConfig:
     # Hashed without the dictionaries: equal configs still have equal hashes.
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict, hash=False)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
+    origin: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         put = lambda name, value: object.__setattr__(self, name, value)  # the dataclass is frozen
@@ -62,6 +65,7 @@ class LoRAConfig:
         put("dropout", _number("dropout", self.dropout))
         put("rank_pattern", _by_pattern("rank_pattern", self.rank_pattern, _whole))
         put("alpha_pattern", _by_pattern("alpha_pattern", self.alpha_pattern, _positive))
+        put("origin", _json_object("origin", self.origin))
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}.")
         if not isinstance(self.rank_stabilized, bool):
@@ -89,6 +93,8 @@ class LoRAConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types."""
         fields = dataclasses.asdict(self)
+        if not self.origin:
+            del fields["origin"]
         return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
     def to_json(self) -> str:
@@ -155,6 +161,16 @@ def _by_pattern(name: str, values: Any, check: Any) -> dict[str, Any]:
     for pattern in values:
         _check_pattern(name, pattern)
     return {pattern: check(f"{name}[{pattern!r}]", v) for pattern, v in values.items()}
+
+
+def _json_object(name: str, value: Any) -> dict[str, Any]:
+    try:
+        copy = json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{name} must hold JSON types only: {error}") from error
+    if not isinstance(copy, dict):
+        raise ValueError(f"{name} must be a mapping, got {value!r}.")
+    return copy
 
 
 def _check_pattern(name: str, pattern: Any) -> None:

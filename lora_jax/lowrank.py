@@ -111,18 +111,20 @@ def delta(a: Array, b: Array, axes: str) -> Array:
 
 
 def dense(w: Array, a: Array, b: Array, axes: str) -> Array:
-    """``w + a·b`` in the factors' precision, rounded once to the kernel's dtype."""
-    change = delta(a, b, axes)
+    """``w + a·b`` in float32 or the factors' precision, rounded once to the kernel's dtype."""
+    wide = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
+    change = delta(a.astype(wide), b.astype(wide), axes)
     dtype = jnp.promote_types(w.dtype, change.dtype)
     return (w.astype(dtype) + change.astype(dtype)).astype(w.dtype)
 
 
 def scaled_b(node: LowRank) -> Array:
-    """``s·b`` in the factors' precision: the cheapest place for the scale, and the most exact.
+    """``s·b`` in the wider precision of the two: the cheapest place for the scale, and most exact.
 
     No gradient reaches the scale, which is a hyperparameter.
     """
-    return node.b * lax.stop_gradient(node.scale).astype(node.b.dtype)
+    dtype = jnp.promote_types(node.b.dtype, node.scale.dtype)
+    return node.b.astype(dtype) * lax.stop_gradient(node.scale).astype(dtype)
 
 
 def merged(w: Array, node: LowRank) -> Array:

@@ -278,3 +278,107 @@ def test_full_disk(inputs, finished, tmp_path):
     )  # fmt: skip
     refused(done, "Could not write", status=1)
     assert weights(workdir) == before
+
+
+# PEFT's directories.
+
+
+@pytest.fixture(scope="session")
+def exported(finished, tmp_path_factory):
+    out = tmp_path_factory.mktemp("exported") / "peft"
+    done = run("export", f"--adapter={finished[0]}/adapter", f"--out={out}", "--peft")
+    assert done.returncode == 0 and "PeftModel.from_pretrained" in done.stdout, done.stderr
+    return out
+
+
+def test_export_in_the_format_of_peft(inputs, finished, exported, tmp_path):
+    assert sorted(p.name for p in exported.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    words = json.loads((exported / "adapter_config.json").read_text())
+    said = {
+        "r": 2, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": ["query", "value"],
+        "modules_to_save": ["pooler", "word_embeddings", "classifier", "score"],
+        "task_type": "SEQ_CLS", "base_model_name_or_path": str(inputs / "model"),
+    }  # fmt: skip
+    assert {k: words[k] for k in said} == said
+    again = run("export", f"--adapter={exported}", f"--out={tmp_path}/again", "--peft")
+    assert again.returncode == 0, again.stderr
+    for path in exported.iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_predict_and_merge_from_peft(inputs, finished, exported, tmp_path):
+    sentences = ["the film was great", "the film was awful"]
+    rows = {}
+    for name, adapter in (("ours", f"{finished[0]}/adapter"), ("peft", exported)):
+        done = run("predict", f"--adapter={adapter}", "--json", *sentences)
+        rows[name] = [json.loads(line) for line in done.stdout.splitlines()]
+        assert len(rows[name]) == 2, done.stderr
+    assert "assumed: labels LABEL_0, LABEL_1 (the base has none for them)" in done.stderr
+    assert "assumed: at most 20 tokens" in done.stderr
+    assert [r["probability"] for r in rows["peft"]] == [r["probability"] for r in rows["ours"]]
+    assert [r["label"] for r in rows["peft"]] == ["LABEL_1", "LABEL_0"]
+
+    merged = {}
+    for name, adapter in (("ours", f"{finished[0]}/adapter"), ("peft", exported)):
+        done = run("export", f"--adapter={adapter}", f"--out={tmp_path}/{name}", "--merged")
+        assert done.returncode == 0, done.stderr
+        merged[name] = (tmp_path / name / "model.safetensors").read_bytes()
+    assert merged["ours"] == merged["peft"]
+    # labels of a base that has them
+    about = json.loads((inputs / "model" / "config.json").read_text())
+    named = tiny.checkpoint(tmp_path / "named")
+    (named / "config.json").write_text(json.dumps(about | {"id2label": {"0": "no", "1": "yes"}}))
+    done = run("predict", f"--adapter={exported}", f"--model={named}", "--json", *sentences)
+    assert [json.loads(x)["label"] for x in done.stdout.splitlines()] == ["yes", "no"], done.stderr
+
+
+@pytest.mark.parametrize("kind", ["ours", "peft"])
+def test_training_goes_on_from_an_adapter(inputs, finished, exported, tmp_path, kind):
+    adapter = exported if kind == "peft" else finished[0] / "adapter"
+    arguments = training(inputs, tmp_path / "run", epochs=1, optimizer__learning_rate=1e-5)
+    arguments = [a for a in arguments if not a.startswith("--config.lora")]
+    done = run(*arguments, f"--adapter={adapter}")
+    assert done.returncode == 0, done.stderr
+    assert f"going on from: {adapter}" in done.stdout
+    # so small a rate changes nothing to speak of: it starts where the other run ended
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["accuracy"] >= 0.9
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["adapter"] == str(adapter) and config["lora"]["rank"] == 2
+    assert config["lora"]["train"][0].startswith("classifier") or kind == "peft"
+    again = run(*arguments, f"--adapter={adapter}")
+    assert again.returncode == 0 and "This run is finished" in again.stdout, again.stderr
+    out = tmp_path / "out"
+    done = run("export", f"--adapter={tmp_path}/run/adapter", f"--out={out}", "--peft")
+    assert done.returncode == 0, done.stderr
+    words = [json.loads((d / "adapter_config.json").read_text()) for d in (out, exported)]
+    assert words[0] == words[1]
+
+
+def test_mistakes_with_peft_directories(inputs, exported, tmp_path):
+    refused(
+        run(*training(inputs, tmp_path / "run"), f"--adapter={exported}"),
+        "lora.rank, lora.train can't be set together with an adapter",
+    )
+    export = ["export", f"--adapter={exported}", f"--out={tmp_path}/x"]
+    refused(run(*export), "either --merged")
+    refused(run(*export, "--peft", "--merged"), "either --merged")
+    path = exported / "adapter_config.json"
+    text = path.read_text()
+    try:
+        path.write_text(text.replace('"use_dora": false', '"use_dora": true'))
+        refused(run("predict", f"--adapter={exported}", "x"), "use_dora is True")
+        path.write_text(json.dumps(json.loads(text) | {"base_model_name_or_path": None}))
+        refused(run("predict", f"--adapter={exported}", "x"), "does not name its base", "--model")
+    finally:
+        path.write_text(text)
+    weights = exported / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    try:
+        weights.write_bytes(whole[:-5])
+        refused(run("predict", f"--adapter={exported}", "x"), "adapter_model.safetensors")
+    finally:
+        weights.write_bytes(whole)

@@ -7,11 +7,13 @@ kernel is stored as Flax does, ``(d_in, d_out)``. :func:`names` is the table bet
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from lora_jax.names import Name
 
 Array = jax.Array
 
@@ -168,9 +170,8 @@ class BertAttention(_Part):
         query, key, value = (
             split(self._dense(c.hidden_size, name)(x)) for name in ("query", "key", "value")
         )
-        scores = jnp.einsum(
-            "bqhd,bkhd->bhqk", query * size**-0.5, key, preferred_element_type=jnp.float32
-        )
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query * size**-0.5, key, preferred_element_type=wide)
         weights = nn.softmax(scores + bias).astype(self.dtype)
         weights = nn.Dropout(c.attention_probs_dropout_prob)(weights, deterministic=deterministic)
         y = jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(x.shape)
@@ -274,7 +275,7 @@ class BertForSequenceClassification(nn.Module):
         *,
         deterministic: bool = True,
     ) -> Array:
-        """Computes logits ``(batch, num_labels)``, float32; arguments as :class:`BertModel`."""
+        """Logits ``(batch, num_labels)``, at least float32; arguments as :class:`BertModel`."""
         c = self.config
         encoder = BertModel(c, dtype=self.dtype, name="bert")
         _, pooled = encoder(input_ids, attention_mask, token_type_ids, deterministic=deterministic)
@@ -282,7 +283,7 @@ class BertForSequenceClassification(nn.Module):
         pooled = nn.Dropout(rate)(pooled, deterministic=deterministic)
         init = nn.initializers.normal(c.initializer_range)
         head = nn.Dense(self.num_labels, kernel_init=init, dtype=self.dtype, name="classifier")
-        return head(pooled).astype(jnp.float32)
+        return head(pooled).astype(jnp.promote_types(self.dtype, jnp.float32))
 
 
 def _check(
@@ -300,20 +301,6 @@ def _check(
             f"{input_ids.shape[1]} tokens, and the model has positions for "
             f"{config.max_position_embeddings}; truncate the input."
         )
-
-
-class Name(NamedTuple):
-    """One row of a table of names.
-
-    Attributes:
-      flax: path of the leaf, its components joined by "/".
-      hf: name of the tensor in a Hugging Face checkpoint.
-      transpose: whether the tensor is the leaf transposed (a torch Linear is ``(d_out, d_in)``).
-    """
-
-    flax: str
-    hf: str
-    transpose: bool = False
 
 
 # Flax module -> Hugging Face module, inside a layer.

@@ -1,0 +1,146 @@
+"""Tables of names: which leaf of a model here is which tensor of a Hugging Face checkpoint.
+
+A model family has one table, a list of :class:`Name`; checkpoints and adapters are read and written
+by it. The layouts of the two sides differ, and this file is where they are turned into each other.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+LINEAR, EMBEDDING, CONV = "linear", "embedding", "conv"
+STACK = "{}"  # in a tensor's name: the number of the layer, one tensor for each
+
+
+class Name(NamedTuple):
+    """One row of a table of names.
+
+    Attributes:
+      flax: path of the leaf, its components joined by "/".
+      hf: name of the tensor in a Hugging Face checkpoint. With ``{}`` for a number in it, the leaf
+        has a leading axis of layers (a scan), and there is one tensor for each.
+      transpose: whether the tensor is the leaf transposed (a torch Linear is ``(d_out, d_in)``).
+        GPT-2's Conv1D is stored ``(d_in, d_out)`` on both sides.
+      axes: role of each axis of a kernel after the axis of layers, "i" for input and "o" for
+        output, if it is not "io": "ioo" for ``(d, heads, head_dim)``. The tensor is a matrix.
+      kind: "linear", "embedding" or "conv" (the tensor is ``(out, in, *window)``, the leaf
+        ``(*window, in, out)``); by default a leaf called "embedding" is one, and others are linear.
+      older: the tensor's name in transformers 4, where it has changed since.
+      tied: names of further tensors that are the same weight (an output head tied to the embedding)
+        and so have no leaf of their own.
+    """
+
+    flax: str
+    hf: str
+    transpose: bool = False
+    axes: str = ""
+    kind: str = ""
+    older: str = ""
+    tied: tuple[str, ...] = ()
+
+
+class Weight(NamedTuple):
+    """One tensor of the checkpoint, and where it is here.
+
+    Attributes:
+      hf: the tensor's name.
+      leaf: path of the leaf.
+      layer: its place along the leaf's leading axis; None where the leaf is not stacked.
+      shape: of the leaf, without the axis of layers.
+      row: its row in the table.
+    """
+
+    hf: str
+    leaf: str
+    layer: int | None
+    shape: tuple[int, ...]
+    row: Name
+
+
+def weights(table: Sequence[Name], leaves: Mapping[str, Any], *, older: bool = False) -> list:
+    """The tensors that the leaves of a model are made of, in the table's order.
+
+    Args:
+      table: rows without a leaf are left out (a headless model, say).
+      leaves: arrays or shapes by path; Linen's collection ``params/`` may precede the paths.
+      older: with the names of transformers 4 where a row has one.
+    """
+    found = []
+    for row in table:
+        leaf = next((n for n in (row.flax, f"params/{row.flax}") if n in leaves), None)
+        if leaf is None:
+            continue
+        shape = tuple(np.shape(leaves[leaf]))
+        for hf in ((row.older if older and row.older else row.hf), *row.tied):
+            if STACK in hf:
+                found += [
+                    Weight(hf.replace(STACK, str(k)), leaf, k, shape[1:], row)
+                    for k in range(shape[0])
+                ]
+            else:
+                found.append(Weight(hf, leaf, None, shape, row))
+    return found
+
+
+def module(tensor: str) -> str:
+    """Name of the torch module that holds a tensor."""
+    return tensor.rpartition(".")[0]
+
+
+def kind(weight: Weight) -> str:
+    """What the leaf is: a linear or convolution kernel, an embedding, or "" for anything else."""
+    if weight.hf.rpartition(".")[2] == "bias" or len(weight.shape) < 2:
+        return ""
+    by_name = EMBEDDING if weight.leaf.rpartition("/")[2] == "embedding" else LINEAR
+    return weight.row.kind or by_name
+
+
+def axes(weight: Weight) -> str:
+    """Roles of the axes of a kernel, without the axis of layers; "" where the table is silent."""
+    if weight.row.axes:
+        return weight.row.axes
+    if kind(weight) == CONV:
+        return "i" * (len(weight.shape) - 1) + "o"
+    return "io" if len(weight.shape) == 2 else ""
+
+
+def is_conv1d(weight: Weight) -> bool:
+    """Whether torch has the linear layer as ``(d_in, d_out)``, as GPT-2's Conv1D does."""
+    return kind(weight) == LINEAR and axes(weight).startswith("i") and not weight.row.transpose
+
+
+def tensor_shape(weight: Weight) -> tuple[int, ...]:
+    """Shape of the tensor in a checkpoint."""
+    return to_tensor(weight, np.broadcast_to(np.int8(0), weight.shape)).shape
+
+
+def to_tensor(weight: Weight, value: np.ndarray) -> np.ndarray:
+    """The checkpoint's tensor of a leaf (of one layer of it)."""
+    if kind(weight) == CONV:
+        n = value.ndim
+        return value.transpose(n - 1, n - 2, *range(n - 2))
+    if weight.hf.rpartition(".")[2] == "bias":
+        return value.reshape(-1)
+    matrix = value.reshape(_matrix(weight)) if value.ndim > 2 and axes(weight) else value
+    return matrix.T if weight.row.transpose else matrix
+
+
+def from_tensor(weight: Weight, value: np.ndarray) -> np.ndarray:
+    """The inverse of :func:`to_tensor`."""
+    if kind(weight) == CONV:
+        return value.transpose(*range(2, value.ndim), 1, 0)
+    return (value.T if weight.row.transpose else value).reshape(weight.shape)
+
+
+def _matrix(weight: Weight) -> tuple[int, int]:
+    """The leaf's shape with the axes of each side joined; the sides must not be mixed."""
+    roles = axes(weight)
+    first = len(roles) - len(roles.lstrip(roles[0]))
+    if len(roles) != len(weight.shape) or len(set(roles[first:])) != 1:
+        raise ValueError(
+            f"{weight.leaf} has shape {weight.shape}, and axes {roles!r} in the table of names do "
+            "not say which of them are inputs and which outputs, one side after the other."
+        )
+    return math.prod(weight.shape[:first]), math.prod(weight.shape[first:])

@@ -1,0 +1,12 @@
+"""PEFT's directory format: ``adapter_model.safetensors`` and ``adapter_config.json``.
+
+Read and written so that PEFT and this library compute the same thing with the same files. This
+package is the only place with PEFT's words. What PEFT has and this library has not (DoRA, ...) is
+refused by name; nothing is left out in silence.
+"""
+
+from lora_jax.peft.reading import is_peft, load_peft, tensor_shapes
+from lora_jax.peft.words import read_words
+from lora_jax.peft.writing import save_peft
+
+__all__ = ["is_peft", "load_peft", "read_words", "save_peft", "tensor_shapes"]

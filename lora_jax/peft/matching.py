@@ -1,0 +1,242 @@
+"""Which modules PEFT's words select, by PEFT's rules, and the shortest words for a selection."""
+
+import functools
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from lora_jax import names
+from lora_jax.names import Weight
+
+_LINEAR_HEADS = ("classifier", "score")  # what "all-linear" spares in a SEQ_CLS model
+_OUTPUTS = ("lm_head", "embed_out", "output_layer")  # and in a language model
+_MOST_REPEATS, _MOST_UNBOUNDED, _MOST_LENGTH = 16, 6, 10_000
+_MOST_SECONDS = 10.0
+_Found = Callable[[str], bool]
+_Match = Callable[[str], re.Match | None]
+
+
+class Model(NamedTuple):
+    """A torch model as far as its tensors tell.
+
+    Attributes:
+      weights: the tensors by name.
+      kernels: the weight of each module that PEFT can adapt.
+      modules: all modules, with those that only contain others, parents first.
+    """
+
+    weights: dict[str, Weight]
+    kernels: dict[str, Weight]
+    modules: list[str]
+
+
+def model(weights: Iterable[Weight]) -> Model:
+    """Derives the modules from the tensors."""
+    by_name = {w.hf: w for w in weights}
+    kernels = {
+        names.module(n): w for n, w in by_name.items() if n.endswith(".weight") and names.kind(w)
+    }
+    modules = {}
+    for name in by_name:
+        parts = names.module(name).split(".")
+        modules |= dict.fromkeys(".".join(parts[: k + 1]) for k in range(len(parts)))
+    return Model(by_name, kernels, list(modules))
+
+
+def adapted(words: Mapping[str, Any], model: Model) -> list[str]:
+    """Modules that PEFT would adapt.
+
+    An entry of a list selects the module of this name and those whose name ends in a dot and it; a
+    string is a regular expression for whole names, or "all-linear". Excluded modules come first,
+    then those trained in full, then the layers asked for.
+
+    Raises:
+      ValueError: a regular expression is malformed, or could take for ever.
+    """
+    excluded = _selects(words["exclude_modules"] or [], "exclude_modules")
+    saved = [f".{entry}." for entry in words["modules_to_save"] or []]
+    targets = _targets(words, model)
+    right_layer = _in_layers(words)
+    exact = set(words["target_modules"]) if isinstance(words["target_modules"], list) else set()
+    return [
+        m
+        for m in model.modules
+        if targets(m)
+        and not excluded(m)
+        and not any(entry in f".{m}." for entry in saved)
+        # A name in full is not subject to the choice of layers.
+        and (m in exact or right_layer(m))
+    ]
+
+
+def _targets(words: Mapping[str, Any], model: Model) -> _Found:
+    targets = words["target_modules"]
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        linear = {m for m, w in model.kernels.items() if names.kind(w) == names.LINEAR}
+        heads = _LINEAR_HEADS if words["task_type"] == "SEQ_CLS" else ()
+        spared = [m for m in (*_OUTPUTS, *heads) if m in linear][:1]
+        return (linear - set(spared)).__contains__
+    return _selects(targets, "target_modules")
+
+
+def _selects(entries: str | Sequence[str], what: str) -> _Found:
+    if isinstance(entries, str):
+        whole = _timed([compiled(entries, what).fullmatch], what)[0]
+        return lambda m: whole(m) is not None
+    known = set(entries)
+    return lambda m: not known.isdisjoint(suffixes(m))
+
+
+def suffixes(module: str) -> list[str]:
+    """Names that select the module, the shortest first.
+
+    >>> suffixes("layer.0.query")
+    ['query', '0.query', 'layer.0.query']
+    """
+    parts = module.split(".")
+    return [".".join(parts[k:]) for k in range(len(parts) - 1, -1, -1)]
+
+
+def _in_layers(words: Mapping[str, Any]) -> _Found:
+    layers, patterns = words["layers_to_transform"], words["layers_pattern"]
+    if layers is None or layers == []:
+        return lambda m: True
+    chosen = {layers} if isinstance(layers, int) else set(layers)
+    # The first number with a name before it; without a pattern, one more name must come before.
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    expressions = [rf"(?:^|.*?\.)(?:{p})\.(?P<idx>\d+)\." for p in patterns or []]
+    expressions = expressions or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
+    found = _timed([compiled(e, "layers_pattern").match for e in expressions], "layers_pattern")
+
+    def right(m: str) -> bool:
+        match = next((hit for e in found if (hit := e(m))), None)
+        return match is not None and int(match["idx"]) in chosen
+
+    return right
+
+
+def saved(entries: Iterable[str], model: Model) -> list[str]:
+    """Modules that PEFT would train in full: those whose name ends in an entry, without a dot."""
+    entries = tuple(entries)
+    hits = [m for m in model.modules if entries and m.endswith(entries)]
+    return [m for m in hits if not any(m.startswith(f"{other}.") for other in hits)]
+
+
+def value_of(module: str, patterns: Sequence[tuple[_Match, Any]], default: Any) -> tuple[Any, int]:
+    """The value for a module, and which pattern gave it (-1: none); the first that fits wins."""
+    for k, (match, value) in enumerate(patterns):
+        if match(module):
+            return value, k
+    return default, -1
+
+
+def patterns(by_pattern: Mapping[str, Any] | None, what: str) -> list[tuple[_Match, Any]]:
+    """The keys of rank_pattern or alpha_pattern, expressions for the ends of names, as matchers."""
+    by_pattern = by_pattern or {}
+    matchers = [compiled(rf"(.*\.)?({key})$", what).match for key in by_pattern]
+    return list(zip(_timed(matchers, what), by_pattern.values(), strict=True))
+
+
+def _timed(matchers: Sequence[_Match], what: str) -> list[_Match]:
+    """The same matchers, which have so much time together and no more."""
+    spent = 0.0
+
+    def run(match: _Match, text: str) -> re.Match | None:
+        nonlocal spent
+        begun = time.process_time()
+        hit = match(text)
+        spent += time.process_time() - begun
+        if spent > _MOST_SECONDS:
+            raise ValueError(f"{what}: its regular expressions take too long to match")
+        return hit
+
+    return [functools.partial(run, match) for match in matchers]
+
+
+def compiled(pattern: str, what: str) -> re.Pattern:
+    """Compiles a regular expression that is safe to run.
+
+    Python's matcher backtracks: on a hostile expression it runs for years. Repeated groups that
+    repeat or choose again inside, and long rows of repetitions, are refused; no adapter needs them.
+
+    Raises:
+      ValueError: it is malformed or not safe; the message names the field.
+    """
+    if len(pattern) > _MOST_LENGTH or _is_explosive(pattern):
+        raise ValueError(
+            f"{what}: the regular expression {pattern[:100]!r} could take for ever to match; list "
+            "the modules by name instead"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{what}: {pattern[:100]!r} is no regular expression: {error}") from error
+
+
+_TOKEN = re.compile(
+    r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\((?:\?[^)]?)?|\)|(?:[*+?]|\{\d*(?:,\d*)?\})[?+]?|\||.",
+    re.DOTALL,
+)
+
+
+def _is_explosive(pattern: str) -> bool:
+    """Whether matching may take more than polynomial time of a low degree."""
+    busy = [False]  # per open group: whether it repeats or chooses inside
+    closed = False  # the same of the group that has just been closed
+    repeats = unbounded = 0
+    for token in _TOKEN.findall(pattern):
+        repeat = token[0] in "*+?" or (token[0] == "{" and len(token) > 1)
+        if repeat:
+            many = token[0] != "?"
+            if many and closed:
+                return True
+            repeats, unbounded = repeats + 1, unbounded + many
+            busy[-1] = True
+        elif token == "|":
+            busy[-1] = True
+        closed = False
+        if token.startswith("("):
+            busy.append(False)
+        elif token == ")" and len(busy) > 1:
+            closed = busy.pop()
+            busy[-1] = busy[-1] or closed
+    return repeats > _MOST_REPEATS or unbounded > _MOST_UNBOUNDED
+
+
+def shortest(wanted: Iterable[str], model: Model, indifferent: Iterable[str] = ()) -> list[str]:
+    """The shortest entries for a list that selects the wanted modules and no other, sorted.
+
+    A name in full may still select more (``query`` selects ``x.query``); the caller checks.
+
+    Args:
+      wanted: names of modules.
+      model: has them all.
+      indifferent: modules that may be selected as well.
+    """
+    free = _unambiguous(wanted, model, indifferent)
+    return sorted({entry or m for m, entry in free.items()})
+
+
+def shortest_patterns(values: Mapping[str, Any], model: Model, default: Any) -> dict[str, Any]:
+    """The shortest patterns that give each module its value where it is not the default."""
+    found = {}
+    for value in {v for v in values.values() if v != default}:
+        same = {m for m, v in values.items() if v == value}
+        indifferent = set(model.modules) - set(values)
+        for m, entry in _unambiguous(same, model, indifferent).items():
+            found[re.escape(entry) if entry else f"^{re.escape(m)}"] = value
+    return found
+
+
+def _unambiguous(
+    wanted: Iterable[str], model: Model, indifferent: Iterable[str]
+) -> dict[str, str | None]:
+    """For each module its shortest ending that no other module shares, or None."""
+    wanted = set(wanted)
+    others = set(model.modules) - wanted - set(indifferent)
+    spoilt = {ending for m in others for ending in suffixes(m)}
+    return {m: next((s for s in suffixes(m) if s not in spoilt), None) for m in wanted}

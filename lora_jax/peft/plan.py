@@ -1,0 +1,202 @@
+"""The tensors of an adapter file: what PEFT's words make of a model, tensor by tensor.
+
+Reading and writing follow the same plan, so that a file is whole exactly if it holds the plan.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from lora_jax import names
+from lora_jax.names import Weight
+from lora_jax.peft import matching
+from lora_jax.peft.matching import Model
+from lora_jax.peft.words import HEADS
+
+PREFIX = "base_model.model."
+# Targeted by these names, PEFT's file holds the frozen weight of the module beside its factors.
+_COPIED = ("embed_tokens", "lm_head")
+
+A, B, TRAINED, BASE = "a", "b", "trained", "base"
+
+
+class Part(NamedTuple):
+    """One tensor of the file.
+
+    Attributes:
+      role: factor ``a`` or ``b`` of the weight, the weight as trained, or as it is in the base.
+      weight: of the model.
+      shape: in the file.
+    """
+
+    role: str
+    weight: Weight
+    shape: tuple[int, ...]
+
+
+class Plan(NamedTuple):
+    """What the words stand for.
+
+    Attributes:
+      parts: the tensors of the file by name.
+      leaves: path of the kernel of each adapted module.
+      ranks: its rank.
+      alphas: its alpha.
+      trained: modules trained in full.
+      problems: words that do not fit the model.
+    """
+
+    parts: dict[str, Part]
+    leaves: dict[str, str]
+    ranks: dict[str, int]
+    alphas: dict[str, float]
+    trained: list[str]
+    problems: list[str]
+
+
+def make(words: Mapping[str, Any], model: Model) -> Plan:
+    """Plans the file for the words.
+
+    Raises:
+      ValueError: a regular expression among the words can't be used.
+    """
+    chosen = matching.adapted(words, model)
+    trained = matching.saved(words["modules_to_save"] or [], model)
+    problems = _unused(words, model, chosen) + _unfit(chosen, trained, model)
+    kernels = [m for m in chosen if m in model.kernels and _is_plain(model.kernels[m])]
+    ranks, alphas = _values(words, kernels, "rank"), _values(words, kernels, "alpha")
+    parts = dict(_factors(kernels, model, ranks))
+    parts |= dict(_full(trained, model)) | dict(_biases(words["bias"], kernels, trained, model))
+    parts |= dict(_copies(words, kernels, model))
+    parts = {PREFIX + n: part for n, part in parts.items()}
+    leaves = {m: model.kernels[m].leaf for m in kernels}
+    return Plan(parts, leaves, ranks, alphas, trained, problems)
+
+
+def scale(alpha: float, rank: int, *, root: bool) -> float:
+    """PEFT's scaling: ``alpha / r``, or ``alpha / sqrt(r)`` with use_rslora."""
+    return alpha / math.sqrt(rank) if root else alpha / rank
+
+
+def _values(words: Mapping[str, Any], kernels: list[str], what: str) -> dict[str, Any]:
+    patterns = matching.patterns(words[f"{what}_pattern"], f"{what}_pattern")
+    default = words[{"rank": "r", "alpha": "lora_alpha"}[what]]
+    return {m: matching.value_of(m, patterns, default)[0] for m in kernels}
+
+
+def _unused(words: Mapping[str, Any], model: Model, chosen: list[str]) -> list[str]:
+    """Words that select nothing: PEFT goes on without them, and one does not notice."""
+    problems = []
+    if not chosen:
+        problems.append("target_modules selects no module of the model")
+    elif isinstance(words["target_modules"], list):
+        problems += _no_hits("target_modules", words["target_modules"], model.modules)
+    heads = HEADS.get(words["task_type"], ())
+    for entry in dict.fromkeys(words["modules_to_save"] or []):
+        if entry not in heads and not matching.saved([entry], model):
+            problems.append(f"modules_to_save entry {entry!r} selects no module")
+    for what in ("rank_pattern", "alpha_pattern"):
+        patterns = matching.patterns(words[what], what)
+        used = {matching.value_of(m, patterns, None)[1] for m in chosen}
+        for k, (key, (match, _)) in enumerate(zip(words[what] or {}, patterns, strict=True)):
+            if k not in used and not any(map(match, chosen)):
+                problems.append(f"{what} key {key!r} matches no adapted module")
+    return problems
+
+
+def _no_hits(what: str, entries: list[str], modules: list[str]) -> list[str]:
+    """Entries that fit no module, not even one that other words then take out."""
+    endings = {s for m in modules for s in matching.suffixes(m)}
+    missing = [entry for entry in dict.fromkeys(entries) if entry not in endings]
+    return [f"{what} entry {entry!r} selects no module" for entry in missing[:20]]
+
+
+def _unfit(chosen: list[str], trained: list[str], model: Model) -> list[str]:
+    """Modules that can't be adapted or trained in full as PEFT would."""
+    problems = []
+    for m in chosen:
+        weight = model.kernels.get(m)
+        if weight is None:
+            problems.append(f"the module {m} has no kernel that could be adapted")
+        elif not names.axes(weight):
+            problems.append(
+                f"{weight.leaf} has shape {weight.shape}, and the table of names does not say "
+                "which axes are inputs and which outputs (axes='ioo', ...)"
+            )
+    full = [w for m in trained for w in weights_in(m, model)]
+    for weight in [*(model.kernels[m] for m in chosen if m in model.kernels), *full]:
+        if weight.row.tied:
+            problems.append(
+                f"{weight.leaf} is one weight with several uses here ({weight.row.hf}, "
+                f"{', '.join(weight.row.tied)}), and PEFT changes the use in {weight.hf} alone; "
+                "give each use a leaf of its own"
+            )
+    return problems
+
+
+def weights_in(module: str, model: Model) -> list[Weight]:
+    """The weights of a module and of those within it."""
+    return [w for n, w in model.weights.items() if n.startswith(f"{module}.")]
+
+
+def _is_plain(weight: Weight) -> bool:
+    return bool(names.axes(weight)) and not weight.row.tied
+
+
+def _factors(kernels: list[str], model: Model, ranks: Mapping[str, int]) -> Iterator[tuple]:
+    for m in kernels:
+        weight, rank = model.kernels[m], ranks[m]
+        a, b = factor_shapes(weight, rank)
+        if names.kind(weight) == names.EMBEDDING:
+            yield f"{m}.lora_embedding_A", Part(A, weight, a)
+            yield f"{m}.lora_embedding_B", Part(B, weight, b)
+        else:
+            yield f"{m}.lora_A.weight", Part(A, weight, a)
+            yield f"{m}.lora_B.weight", Part(B, weight, b)
+
+
+def factor_shapes(weight: Weight, rank: int) -> tuple[tuple, tuple]:
+    """Shapes of the two factors in the file."""
+    if names.kind(weight) == names.CONV:
+        *window, d_in, d_out = weight.shape
+        return (rank, d_in, *window), (d_out, rank, *[1] * len(window))
+    side = lambda role: math.prod(
+        n for n, r in zip(weight.shape, names.axes(weight), strict=True) if r == role
+    )
+    return (rank, side("i")), (side("o"), rank)
+
+
+def _full(trained: list[str], model: Model) -> Iterator[tuple]:
+    for m in trained:
+        for weight in weights_in(m, model):
+            yield weight.hf, Part(TRAINED, weight, names.tensor_shape(weight))
+
+
+def _biases(bias: str, kernels: list[str], trained: list[str], model: Model) -> Iterator[tuple]:
+    if bias == "none":
+        return
+    for name, weight in model.weights.items():
+        module, _, last = name.rpartition(".")
+        shape = names.tensor_shape(weight)
+        saved = next((m for m in trained if name.startswith(f"{m}.")), None)
+        if last != "bias" or (bias == "lora_only" and module not in kernels):
+            continue
+        if module in kernels:
+            yield f"{module}.base_layer.bias", Part(TRAINED, weight, shape)
+        elif saved:
+            # PEFT holds a frozen and a trained copy of the module, and saves the biases of both.
+            rest = name.removeprefix(f"{saved}.")
+            yield f"{saved}.modules_to_save.{rest}", Part(TRAINED, weight, shape)
+            yield f"{saved}.original_module.{rest}", Part(BASE, weight, shape)
+        else:
+            yield name, Part(TRAINED, weight, shape)
+
+
+def _copies(words: Mapping[str, Any], kernels: list[str], model: Model) -> Iterator[tuple]:
+    targets = words["target_modules"]
+    if isinstance(targets, str) or not set(targets) & set(_COPIED):
+        return
+    for m in kernels:
+        weight = model.kernels[m]
+        if m.rpartition(".")[2] in _COPIED:
+            yield f"{m}.base_layer.weight", Part(BASE, weight, names.tensor_shape(weight))

@@ -1,0 +1,326 @@
+"""``load_peft``: from a PEFT directory to an adapter of this library."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax import names, paths
+from lora_jax.config import LoRAConfig
+from lora_jax.files import read_safetensors
+from lora_jax.lowrank import LowRank
+from lora_jax.names import Name
+from lora_jax.peft import layouts, matching, plan
+from lora_jax.peft.plan import Part, Plan
+from lora_jax.peft.words import CONFIG, read_words
+
+PyTree = Any
+WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+_SLACK = 64 << 20  # bytes that a file may have beyond all weights of the base
+_MOST_HEADER = 16 << 20
+_REAL = (np.float64, np.float32, np.float16, jnp.bfloat16)
+_SHOWN = 30  # problems in one message
+
+
+def is_peft(directory: str | Path) -> bool:
+    """Whether a directory is in PEFT's format, judged by its names of files."""
+    return (Path(directory) / CONFIG).is_file()
+
+
+def tensor_shapes(directory: str | Path) -> dict[str, tuple[int, ...]]:
+    """Shapes that the weights file claims for its tensors, by their names in the torch model.
+
+    Raises:
+      FileNotFoundError, ValueError: there is no weights file, or its header is damaged.
+    """
+    path = _weights_file(Path(directory))
+    with path.open("rb") as file:
+        length = _header_length(path, file)
+        try:
+            header = json.loads(file.read(length))
+            shapes = {n: tuple(x["shape"]) for n, x in header.items() if n != "__metadata__"}
+        except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"The header of {path} is damaged: {error}.") from error
+    return {n.removeprefix(plan.PREFIX): shape for n, shape in shapes.items()}
+
+
+def load_peft(
+    directory: str | Path, params: PyTree, *, names: Sequence[Name], base: str | None = None
+) -> tuple[dict[str, Any], LoRAConfig]:
+    """Reads an adapter that PEFT, or :func:`save_peft`, has written.
+
+    The factors keep the dtype that they have in the file; leaves trained in full get that of the
+    base. Either naming of transformers (4 and 5) is read where the table has both. What the
+    config has no field for (the kind of task, the name of the base) is kept in ``config.origin``,
+    for :func:`save_peft`.
+
+    Args:
+      directory: with ``adapter_config.json`` and ``adapter_model.safetensors``.
+      params: the base parameters, for which the adapter is meant (arrays, since copies of frozen
+        weights in the file are compared with them).
+      names: the model family's table of names.
+      base: name of the base at hand; if given, the adapter's own must be the same.
+
+    Raises:
+      FileNotFoundError: there is no adapter in ``directory``.
+      ValueError: damaged files; words that are not supported, each named; or an adapter that does
+        not fit. All problems are in one message: missing, unexpected and misshapen tensors, wrong
+        dtypes, NaN, another base.
+    """
+    words = read_words(directory)
+    leaves = paths.named_leaves(params)
+    tensors = _read(Path(directory), _most_bytes(leaves))
+    try:
+        older, wanted = _best_plan(words, names, leaves, tensors)
+    except ValueError as error:
+        raise ValueError(f"{Path(directory) / CONFIG} can't be used: {error}.") from error
+    problems = wanted.problems + _misfits(wanted.parts, tensors, leaves)
+    theirs = words["base_model_name_or_path"]
+    if base is not None and theirs and base != theirs:
+        problems.append(f"it was made for base {theirs!r}, and this base is {base!r}")
+    nodes: dict[str, Any] = {}
+    if not problems:
+        nodes, problems = _nodes(wanted, tensors, leaves, root=words["use_rslora"])
+    if problems:
+        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise ValueError(
+            f"The adapter in {directory} can't be used: {'; '.join(problems[:_SHOWN])}{more}."
+        )
+    nodes = {n: nodes[n] for n in leaves if n in nodes}
+    origin = {"words": words, "older": older, "dtypes": _dtypes(wanted, tensors, leaves)}
+    return paths.nest(jax.tree.map(jnp.asarray, nodes)), _config(words, wanted, leaves, origin)
+
+
+def _most_bytes(leaves: Mapping[str, Any]) -> int:
+    return _SLACK + 8 * sum(math.prod(np.shape(x)) for x in leaves.values())
+
+
+def _weights_file(directory: Path) -> Path:
+    path = directory / WEIGHTS
+    if not path.is_file():
+        hint = ""
+        if (directory / PICKLE).is_file():
+            hint = (
+                f" A pickled {PICKLE} can run code when opened, and is not read here; convert it "
+                "once with PEFT: load the adapter, and save_pretrained(new, "
+                "safe_serialization=True)."
+            )
+        raise FileNotFoundError(f"The weights file {path} of the adapter is missing.{hint}")
+    return path
+
+
+def _header_length(path: Path, file: BinaryIO) -> int:
+    """Reads the length of the header, and sees that the file could hold it."""
+    size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+    if length > min(size, _MOST_HEADER):
+        raise ValueError(f"{path} is damaged: a header of {length} bytes, in {size} in all.")
+    return length
+
+
+def _read(directory: Path, most: int) -> dict[str, np.ndarray]:
+    """The tensors; a file is not read before its size and its header's are plausible."""
+    path = _weights_file(directory)
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise ValueError(f"{path} has {size} bytes, more than the whole base model.")
+        _header_length(path, file)
+        file.seek(0)
+        data = file.read()
+    try:
+        return read_safetensors(data)
+    except ValueError as error:
+        raise ValueError(f"{path} can't be read: {error}.") from error
+
+
+def _best_plan(
+    words: Mapping[str, Any],
+    table: Sequence[Name],
+    leaves: Mapping[str, Any],
+    tensors: Mapping[str, Any],
+) -> tuple[bool, Plan]:
+    """The plan with the generation of names that the file fits better."""
+    candidates = []
+    for older in (False, True)[: 1 + any(row.older for row in table)]:
+        model = matching.model(names.weights(table, leaves, older=older))
+        wanted = plan.make(words, model)
+        differ = len(set(tensors) ^ set(wanted.parts))
+        candidates.append((differ, older, wanted))
+    return min(candidates, key=lambda c: c[:2])[1:]
+
+
+def _misfits(
+    parts: Mapping[str, Part], tensors: Mapping[str, np.ndarray], leaves: Mapping[str, Any]
+) -> list[str]:
+    problems = [f"tensor {n} is missing" for n in parts if n not in tensors]
+    extra = sorted(set(tensors) - set(parts))
+    problems += [f"tensor {n} is unexpected{_hint(n)}" for n in extra]
+    for name, part in parts.items():
+        if name in tensors:
+            problems += _misfit(name, part, tensors[name], leaves)
+    return problems
+
+
+def _hint(name: str) -> str:
+    if not name.startswith(plan.PREFIX):
+        return f" (all names start with {plan.PREFIX!r})"
+    for word, what in (("magnitude", "DoRA"), ("lora_diag", "KaSA"), ("token_adapter", "tokens")):
+        if word in name:
+            return f" (of {what}, which is not supported)"
+    return ""
+
+
+def _misfit(name: str, part: Part, value: np.ndarray, leaves: Mapping[str, Any]) -> list[str]:
+    problems = []
+    if value.shape != part.shape:
+        problems.append(f"tensor {name} has shape {value.shape} instead of {part.shape}")
+    if value.dtype not in _REAL:
+        problems.append(f"tensor {name} has dtype {value.dtype}, which is no real number")
+    elif not np.all(np.isfinite(value)):
+        problems.append(f"NaN or infinity in tensor {name}")
+    elif jax.dtypes.canonicalize_dtype(value.dtype) != value.dtype:
+        problems.append(f"tensor {name} is 64 bits wide; set jax_enable_x64 to load it exactly")
+    if problems or part.role not in (plan.BASE, plan.TRAINED):
+        return problems
+    leaf = leaves[part.weight.leaf]
+    if part.role == plan.TRAINED and not holds(value, leaf.dtype):
+        return [f"tensor {name} has dtype {value.dtype}, and {part.weight.leaf} has {leaf.dtype}"]
+    known = not isinstance(leaf, jax.ShapeDtypeStruct)
+    if part.role == plan.BASE and known and not np.array_equal(value, base_tensor(part, leaves)):
+        return [f"it was made for another base: its copy of the frozen {name} differs from it"]
+    return []
+
+
+def holds(value: np.ndarray, dtype: Any) -> bool:
+    """Whether the values are the same in another dtype."""
+    with np.errstate(over="ignore"):
+        return np.array_equal(value.astype(dtype).astype(value.dtype), value)
+
+
+def base_tensor(part: Part, leaves: Mapping[str, Any]) -> np.ndarray:
+    """A weight of the base as a tensor of the file."""
+    value = np.asarray(leaves[part.weight.leaf])
+    value = value if part.weight.layer is None else value[part.weight.layer]
+    return names.to_tensor(part.weight, value)
+
+
+def _nodes(
+    wanted: Plan, tensors: Mapping[str, np.ndarray], leaves: Mapping[str, Any], *, root: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """The adapter's entries by path; the layers of a stacked leaf become one."""
+    by_leaf: dict[str, dict[str, dict]] = {}
+    problems = []
+    for name, part in wanted.parts.items():
+        layers = by_leaf.setdefault(part.weight.leaf, {}).setdefault(part.role, {})
+        if not np.array_equal(layers.setdefault(part.weight.layer, tensors[name]), tensors[name]):
+            problems.append(f"tensor {name} differs from its other copy")
+    weight = {part.weight.leaf: part.weight for part in wanted.parts.values()}
+    numbers = _numbers(wanted)
+    nodes = {}
+    for leaf, roles in by_leaf.items():
+        roles.pop(plan.BASE, None)
+        problem = _uneven(leaf, roles, leaves[leaf], numbers.get(leaf, set()), weight[leaf])
+        if problem:
+            problems.append(problem)
+        elif plan.A in roles:
+            ((rank, alpha),) = numbers[leaf]
+            nodes[leaf] = _node(weight[leaf], roles, plan.scale(alpha, rank, root=root))
+        elif plan.TRAINED in roles:
+            whole = {k: names.from_tensor(weight[leaf], x) for k, x in roles[plan.TRAINED].items()}
+            nodes[leaf] = _stacked(whole).astype(leaves[leaf].dtype)
+    return nodes, problems
+
+
+def _numbers(wanted: Plan) -> dict[str, set[tuple[int, float]]]:
+    """Rank and alpha of each adapted leaf; several if its layers differ."""
+    found: dict[str, set] = {}
+    for module, rank in wanted.ranks.items():
+        found.setdefault(wanted.leaves[module], set()).add((rank, wanted.alphas[module]))
+    return found
+
+
+def _uneven(leaf: str, roles: dict, value: Any, numbers: set, weight: names.Weight) -> str:
+    """Says why the layers of a stacked leaf can't be one entry."""
+    if weight.layer is None:
+        return ""
+    layers = {role: sorted(found) for role, found in roles.items()}
+    if any(found != list(range(np.shape(value)[0])) for found in layers.values()):
+        some = next(iter(layers.values()))
+        return (
+            f"{leaf} holds {np.shape(value)[0]} layers in one array, and the adapter has only "
+            f"layers {some} of it"
+        )
+    if len(numbers) > 1:
+        return f"{leaf} holds all layers in one array, and their ranks or alphas differ"
+    return ""
+
+
+def _node(weight: names.Weight, roles: dict, scale: float) -> LowRank:
+    pairs = {
+        k: layouts.from_file(weight, roles[plan.A][k], roles[plan.B][k]) for k in roles[plan.A]
+    }
+    a, b = (_stacked({k: pair[i] for k, pair in pairs.items()}) for i in (0, 1))
+    dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
+    return LowRank(a, b, np.asarray(scale, dtype), axes=layouts.node_axes(weight))
+
+
+def _stacked(layers: dict[int | None, np.ndarray]) -> np.ndarray:
+    return layers[None] if None in layers else np.stack([layers[k] for k in sorted(layers)])
+
+
+def _dtypes(
+    wanted: Plan, tensors: Mapping[str, np.ndarray], leaves: Mapping[str, Any]
+) -> dict[str, str]:
+    """Dtypes in the file of leaves that have another one here."""
+    return {
+        name: str(tensors[name].dtype)
+        for name, part in wanted.parts.items()
+        if part.role in (plan.TRAINED, plan.BASE)
+        and tensors[name].dtype != leaves[part.weight.leaf].dtype
+    }
+
+
+def _config(
+    words: Mapping[str, Any],
+    wanted: Plan,
+    leaves: Mapping[str, Any],
+    origin: dict[str, Any],
+) -> LoRAConfig:
+    """The same selection and hyperparameters as a config of this library."""
+    numbers = {leaf: next(iter(found)) for leaf, found in _numbers(wanted).items()}
+    full = {p.weight.leaf for p in wanted.parts.values() if p.role == plan.TRAINED}
+    # A pattern of targets may also match what is no kernel, as long as it is not trained either.
+    others = [n for n, x in leaves.items() if np.ndim(x) > 1 or n in full]
+    return LoRAConfig(
+        rank=words["r"],
+        alpha=words["lora_alpha"],
+        targets=_patterns(set(numbers), others),
+        train=_patterns(full, leaves),
+        dropout=words["lora_dropout"],
+        rank_stabilized=words["use_rslora"],
+        rank_pattern={n: rank for n, (rank, _) in numbers.items() if rank != words["r"]},
+        alpha_pattern={n: a for n, (_, a) in numbers.items() if a != words["lora_alpha"]},
+        origin=origin,
+    )
+
+
+def _patterns(wanted: set[str], leaves: Iterable[str]) -> tuple[str, ...]:
+    """The shortest patterns that select exactly the wanted leaves."""
+    found = dict.fromkeys(_pattern(n, wanted, leaves) for n in leaves if n in wanted)
+    return tuple(found)
+
+
+def _pattern(name: str, wanted: set[str], leaves: Iterable[str]) -> str:
+    parts = name.split("/")
+    for last in (len(parts) - 1, len(parts)):
+        for first in range(last - 1, -1, -1):
+            candidate = "/".join(parts[first:last])
+            if all(n in wanted for n in leaves if paths.matches(candidate, n)):
+                return candidate
+    return name

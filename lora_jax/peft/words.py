@@ -1,0 +1,216 @@
+"""``adapter_config.json``: PEFT's words for an adapter, read with suspicion and written whole."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+CONFIG = "adapter_config.json"
+VERSION = "0.21.2"  # of PEFT, whose keys these are
+_MOST_BYTES = 4 << 20  # PEFT's own files have a few thousand
+_MOST_RANK = 1 << 16
+_MOST_ENTRIES = 5000  # of a list or of patterns
+
+TASKS = (
+    "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION",
+)  # fmt: skip
+# Modules that PEFT trains in full by itself for a task, those of them that the model has.
+HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+# Every key that PEFT writes, with its default.
+DEFAULTS: dict[str, Any] = {
+    "alora_invocation_tokens": None, "alpha_pattern": {}, "arrow_config": None,
+    "auto_mapping": None, "base_model_name_or_path": None, "bias": "none", "corda_config": None,
+    "ensure_weight_tying": False, "eva_config": None, "exclude_modules": None,
+    "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
+    "kasa_config": None, "layer_replication": None, "layers_pattern": None,
+    "layers_to_transform": None, "loftq_config": {}, "lora_alpha": 8, "lora_bias": False,
+    "lora_dropout": 0.0, "lora_ga_config": None, "megatron_config": None,
+    "megatron_core": "megatron.core", "modules_to_save": None, "monteclora_config": None,
+    "peft_type": "LORA", "peft_version": VERSION, "qalora_group_size": 16, "r": 8,
+    "rank_pattern": {}, "revision": None, "target_modules": None, "target_parameters": None,
+    "task_type": None, "trainable_token_indices": None, "use_bdlora": None, "use_dora": False,
+    "use_qalora": False, "use_rslora": False, "velora_config": None,
+}  # fmt: skip
+# Words about an adapter that do not change what it computes; the caller of `save_peft` sets them.
+ABOUT = ("task_type", "base_model_name_or_path", "revision", "auto_mapping")
+# Further words without a meaning for finished factors: how they were first drawn, settings that
+# act only together with a refused one.
+_IDLE = (*ABOUT, "inference_mode", "peft_version", "eva_config", "megatron_core",
+         "qalora_group_size", "runtime_config")  # fmt: skip
+# Initial values that leave the base as it is. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA)
+# change it, and an adapter trained so does not belong to the base that its name says.
+_INITS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+def read_words(directory: str | Path) -> dict[str, Any]:
+    """The content of ``adapter_config.json``, checked, with PEFT's defaults for absent keys.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is damaged, or asks for what is not supported; names every such field.
+    """
+    path = Path(directory) / CONFIG
+    words = _parsed(path)
+    problems = problems_of(words)
+    if problems:
+        raise ValueError(f"{path} can't be used: {'; '.join(problems)}.")
+    return DEFAULTS | words
+
+
+def problems_of(words: Any) -> list[str]:
+    """Says what is malformed or not supported among an adapter's words."""
+    if not isinstance(words, dict):
+        return ["no JSON object"]
+    ill_formed = {name: _ill_formed(name, words) for name in DEFAULTS}
+    problems = _refused(words) + [f"{n}: {error}" for n, error in ill_formed.items() if error]
+    return problems or _contradictions(words)
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        there = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else None
+        what = "does not exist" if there is None else f"holds {there[:20] or 'nothing'}"
+        raise FileNotFoundError(
+            f"No PEFT adapter in {path.parent}: no {CONFIG}; the directory {what}."
+        )
+    if path.stat().st_size > _MOST_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes; no adapter's config is so big.")
+    try:
+        words = json.loads(
+            path.read_bytes().decode(), object_pairs_hook=_no_twins, parse_constant=_no_constant
+        )
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}.") from error
+    if not isinstance(words, dict):
+        raise ValueError(f"{path} is damaged: it holds no JSON object.")
+    return words
+
+
+def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    twins = [name for name, n in Counter(name for name, _ in pairs).items() if n > 1]
+    if twins:
+        raise ValueError(f"the keys {twins[:5]} are there more than once")
+    return dict(pairs)
+
+
+def _no_constant(text: str) -> None:
+    raise ValueError(f"{text} is no JSON number")
+
+
+def _refused(words: Mapping[str, Any]) -> list[str]:
+    """Says which words stand for something that this library does not do."""
+    problems = []
+    if words.get("peft_type") != "LORA":
+        problems.append(f"peft_type is {words.get('peft_type')!r}, and only 'LORA' is supported")
+    known = {*_CHECKS, *_IDLE, "peft_type"}
+    for name, value in words.items():
+        # What a newer PEFT says of a feature that is not in use.
+        off = (
+            value is None or value is False or (isinstance(value, str | list | dict) and not value)
+        )
+        if name not in known and not off:
+            what = "is not supported" if name in DEFAULTS else "is not known here"
+            problems.append(f"{name} is {_short(value)}, which {what}")
+    return problems
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 80 else f"{text[:60]}..."
+
+
+def _ill_formed(name: str, words: Mapping[str, Any]) -> str:
+    check = _CHECKS.get(name)
+    if check is None or name not in words:
+        return ""
+    wanted, fits = check
+    return "" if fits(words[name]) else f"must be {wanted}, got {_short(words[name])}"
+
+
+def _contradictions(words: Mapping[str, Any]) -> list[str]:
+    targets = words.get("target_modules")
+    problems = []
+    if targets is None or targets == [] or targets == "":
+        problems.append(
+            "target_modules names nothing; write down the modules that the adapter is for"
+        )
+    for name in ("layers_to_transform", "layers_pattern"):
+        if isinstance(targets, str) and words.get(name) not in (None, [], ""):
+            problems.append(f"{name} can't be used with target_modules {targets!r}, a string")
+    if words.get("layers_pattern") and words.get("layers_to_transform") is None:
+        problems.append("layers_pattern needs layers_to_transform")
+    return problems
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(_float(x))
+
+
+def _float(x: float) -> float:
+    try:
+        return float(x)
+    except OverflowError:  # a whole number of hundreds of digits
+        return math.inf
+
+
+def _is_rank(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and 1 <= x <= _MOST_RANK
+
+
+def _is_alpha(x: Any) -> bool:
+    return _is_number(x) and 1e-30 < x < 1e30  # so that float32 holds every scale
+
+
+def _is_strings(x: Any) -> bool:
+    small = isinstance(x, list) and len(x) <= _MOST_ENTRIES
+    return small and all(isinstance(s, str) and s for s in x)
+
+
+def _is_choice(x: Any) -> bool:
+    return x is None or isinstance(x, str) or _is_strings(x)
+
+
+def _is_layers(x: Any) -> bool:
+    whole = lambda k: isinstance(k, int) and not isinstance(k, bool)
+    return x is None or whole(x) or (isinstance(x, list) and all(map(whole, x)))
+
+
+def _is_map(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    small = lambda x: isinstance(x, dict) and len(x) <= _MOST_ENTRIES
+    return lambda x: x is None or (small(x) and all(map(of, x.values())))
+
+
+_BOOL = ("true or false", lambda x: isinstance(x, bool))
+_CHOICE = (f"a list of up to {_MOST_ENTRIES} names, or a regular expression", _is_choice)
+_CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "r": (f"a whole number from 1 to {_MOST_RANK}", _is_rank),
+    "lora_alpha": ("a positive number, of sensible size", _is_alpha),
+    "lora_dropout": ("a number in [0, 1)", lambda x: _is_number(x) and 0 <= x < 1),
+    "use_rslora": _BOOL,
+    "fan_in_fan_out": _BOOL,
+    "bias": ("none, all or lora_only", lambda x: x in ("none", "all", "lora_only")),
+    "target_modules": _CHOICE,
+    "exclude_modules": _CHOICE,
+    "layers_pattern": _CHOICE,
+    "layers_to_transform": ("a whole number or a list of them", _is_layers),
+    "modules_to_save": ("a list of names", lambda x: x is None or _is_strings(x)),
+    "rank_pattern": (f"an object with ranks from 1 to {_MOST_RANK}", _is_map(_is_rank)),
+    "alpha_pattern": ("an object with positive numbers, of sensible size", _is_map(_is_alpha)),
+    "init_lora_weights": (
+        f"one of {_INITS}: the others change the base model, which is not supported",
+        lambda x: isinstance(x, bool | str) and x in _INITS,
+    ),
+    "task_type": (f"null or one of {TASKS}", lambda x: x is None or x in TASKS),
+}
+
+
+def to_bytes(words: Mapping[str, Any]) -> bytes:
+    """The file's content, laid out as PEFT does; its keys are sorted, also within patterns."""
+    return json.dumps(words, indent=2, sort_keys=True, allow_nan=False).encode()

@@ -1,0 +1,352 @@
+"""``save_peft``: from an adapter of this library to a PEFT directory."""
+
+import collections
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+
+from lora_jax import adapter as adapters
+from lora_jax import names, paths
+from lora_jax.config import LoRAConfig
+from lora_jax.files import write_atomically
+from lora_jax.lowrank import LowRank
+from lora_jax.names import Name, Weight
+from lora_jax.peft import layouts, matching, plan
+from lora_jax.peft.matching import Model
+from lora_jax.peft.plan import Part, Plan
+from lora_jax.peft.reading import WEIGHTS, base_tensor, holds
+from lora_jax.peft.words import ABOUT, CONFIG, DEFAULTS, HEADS, TASKS, problems_of, to_bytes
+
+PyTree = Any
+_DTYPES = ("float64", "float32", "float16", "bfloat16")
+
+
+class _Content(NamedTuple):
+    """An adapter in the terms of the torch model.
+
+    Attributes:
+      nodes: its entries by path.
+      kernels: adapted weights by module.
+      trained: weights trained in full by tensor name.
+      ranks: by module.
+      alphas: by module; with them PEFT computes exactly the scales of the adapter.
+    """
+
+    nodes: dict[str, Any]
+    kernels: dict[str, Weight]
+    trained: dict[str, Weight]
+    ranks: dict[str, int]
+    alphas: dict[str, float]
+
+
+def save_peft(
+    directory: str | Path,
+    params: PyTree,
+    adapter: PyTree,
+    config: LoRAConfig,
+    *,
+    names: Sequence[Name],
+    **about: Any,
+) -> None:
+    """Writes an adapter as a directory that PEFT, and all that reads PEFT's format, opens.
+
+    Ranks and scales are those of the adapter, whatever the config says. The words are chosen so
+    that PEFT selects exactly the modules that the adapter has; an adapter that came from a PEFT
+    directory keeps that directory's words as long as they describe it. The same arguments always
+    give the same bytes.
+
+    Args:
+      directory: made if need be.
+      params: the base parameters.
+      adapter: for them.
+      config: gives dropout and rank stabilisation, and ``origin``.
+      names: the model family's table of names.
+      **about: PEFT's words about the adapter as a whole: ``task_type`` ("SEQ_CLS", ...),
+        ``base_model_name_or_path``, ``revision``, ``auto_mapping``.
+
+    Raises:
+      ValueError: the adapter does not fit the parameters, holds NaN, or is something that PEFT's
+        format can't express; the message names the leaves.
+      OSError: a file can't be written.
+    """
+    leaves, nodes = paths.named_leaves(params), adapters.nodes(adapter)
+    problems = adapters.misfits(leaves, nodes) + _wrong_about(about)
+    if problems:
+        raise _refusal(problems)
+    older = bool(config.origin.get("older", False))
+    model = matching.model(_weights(names, leaves, older=older))
+    content, problems = _content(nodes, model, config)
+    if problems:
+        raise _refusal(problems)
+    words, wanted = _words(content, model, config, about)
+    dtypes = config.origin.get("dtypes")
+    dtypes = dtypes if isinstance(dtypes, dict) else {}
+    tensors = {
+        n: _stored(_tensor(part, content.nodes, leaves), dtypes.get(n))
+        for n, part in wanted.parts.items()
+    }
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    data = safetensors.numpy.save(tensors, metadata={"format": "pt"})
+    write_atomically(directory / WEIGHTS, data)
+    write_atomically(directory / CONFIG, to_bytes(words))
+
+
+def _refusal(problems: Sequence[str]) -> ValueError:
+    return ValueError(f"The adapter can't be saved in PEFT's format: {'; '.join(problems)}.")
+
+
+def _weights(table: Sequence[Name], leaves: Mapping[str, Any], *, older: bool) -> list[Weight]:
+    return names.weights(table, leaves, older=older)
+
+
+def _wrong_about(about: Mapping[str, Any]) -> list[str]:
+    problems = [f"{n} is none of the words {ABOUT}" for n in about if n not in ABOUT]
+    if about.get("task_type") not in (None, *TASKS):
+        problems.append(f"task_type {about['task_type']!r} is none of {TASKS}")
+    return problems
+
+
+def _content(
+    nodes: Mapping[str, Any], model: Model, config: LoRAConfig
+) -> tuple[_Content, list[str]]:
+    by_leaf: dict[str, list[Weight]] = {}
+    for weight in model.weights.values():
+        by_leaf.setdefault(weight.leaf, []).append(weight)
+    content, problems = _Content(dict(nodes), {}, {}, {}, {}), []
+    for leaf, node in nodes.items():
+        rows = by_leaf.get(leaf, [])
+        problem = _inexpressible(leaf, node, rows)
+        if problem:
+            problems.append(problem)
+        elif isinstance(node, LowRank):
+            modules = {names.module(w.hf): w for w in rows}
+            content.kernels.update(modules)
+            content.ranks.update(dict.fromkeys(modules, node.a.shape[-1]))
+            content.alphas.update(dict.fromkeys(modules, _alpha(node, config)))
+        else:
+            content.trained.update({w.hf: w for w in rows})
+    if not content.kernels and not problems:
+        problems.append("no kernel is adapted, and PEFT has no adapter without one")
+    return content, problems
+
+
+def _inexpressible(leaf: str, node: Any, rows: Sequence[Weight]) -> str:
+    if not rows:
+        return f"the table of names has no row for {leaf}"
+    if rows[0].row.tied:
+        return (
+            f"{leaf} is one weight with several uses here ({', '.join(w.hf for w in rows)}), and "
+            "PEFT would change one of them alone"
+        )
+    parts = (node.a, node.b, node.scale) if isinstance(node, LowRank) else (node,)
+    if not all(np.all(np.isfinite(np.asarray(x))) for x in parts):
+        return f"NaN or infinity in {leaf}"
+    if not isinstance(node, LowRank):
+        return ""
+    if not rows[0].hf.endswith(".weight") or not names.kind(rows[0]):
+        return f"{leaf} is {rows[0].hf} there, which PEFT does not adapt"
+    if not np.asarray(node.scale) > 0:
+        return f"{leaf} has scale {float(node.scale)}, and alpha must be positive"
+    axes = layouts.node_axes(rows[0])
+    if node.axes != axes or not names.axes(rows[0]):
+        return (
+            f"{leaf} has axes {node.axes!r} in the adapter and {axes or 'no'!r} axes in the table "
+            "of names"
+        )
+    return ""
+
+
+def _alpha(node: LowRank, config: LoRAConfig) -> float:
+    """An alpha that gives exactly the scale of the node, the config's if that does."""
+    rank, root = node.a.shape[-1], config.rank_stabilized
+    scale = np.asarray(node.scale)
+    exact = float(scale) * (rank**0.5 if root else rank)
+    nearby = [float(np.nextafter(exact, side)) for side in (0, np.inf)]
+    candidates = [
+        config.alpha, *config.alpha_pattern.values(), float(round(exact)), round(exact, 4), exact,
+        *nearby,
+    ]  # fmt: skip
+    same = lambda alpha: scale.dtype.type(plan.scale(alpha, rank, root=root)) == scale
+    alpha = next((alpha for alpha in candidates if alpha > 0 and same(alpha)), exact)
+    return int(alpha) if float(alpha).is_integer() else alpha
+
+
+def _words(
+    content: _Content, model: Model, config: LoRAConfig, about: Mapping[str, Any]
+) -> tuple[dict[str, Any], Plan]:
+    """Words that stand for exactly this adapter: those that it came with, or new ones."""
+    told = {**about, "lora_dropout": config.dropout, "use_rslora": config.rank_stabilized}
+    old = config.origin.get("words", {})
+    if old and not problems_of(old):
+        kept = _canonical(DEFAULTS | _deduplicated(old) | told, old)
+        wanted = plan.make(kept, model)
+        if not _differences(content, wanted, config.rank_stabilized):
+            return kept, wanted
+        # The adapter has changed since; what says something of it as a whole still holds.
+        told = {name: old.get(name) for name in ABOUT} | told
+    words = DEFAULTS | told
+    words = _canonical(words | _fresh(content, model, words, config), {})
+    wanted = plan.make(words, model)
+    differences = _differences(content, wanted, config.rank_stabilized)
+    if differences:
+        raise _refusal(differences)
+    return words, wanted
+
+
+def _deduplicated(words: Mapping[str, Any]) -> dict[str, Any]:
+    """PEFT adds the heads of a task to modules_to_save each time that it loads an adapter."""
+    words = dict(words)
+    if words.get("modules_to_save"):
+        words["modules_to_save"] = list(dict.fromkeys(words["modules_to_save"]))
+    return words
+
+
+def _canonical(words: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
+    """The words as they will be read back (keys sorted), equal numbers written as they were."""
+    words = {n: old[n] if n in old and old[n] == v else v for n, v in words.items()}
+    return json.loads(to_bytes(words))
+
+
+def _fresh(
+    content: _Content, model: Model, words: Mapping[str, Any], config: LoRAConfig
+) -> dict[str, Any]:
+    """Words made for the adapter, the shortest that there are."""
+    saved, rest = _whole_modules(content, model)
+    heads = HEADS.get(words["task_type"], ())
+    untrained = _untrained_heads(heads, saved, model)
+    if untrained:
+        raise _refusal(
+            [
+                f"task_type {words['task_type']} means that {', '.join(untrained)} is trained in "
+                "full, and it is not"
+            ]
+        )
+    entries = [e for e in _saved_entries(saved, model) if e not in heads]
+    inside = [m for m in model.modules if any(f"{m}.".startswith(f"{s}.") for s in saved)]
+    targets = matching.shortest(content.kernels, model, inside)
+    rank, alpha = _usual(content.ranks, config.rank), _usual(content.alphas, config.alpha)
+    fresh = {
+        "modules_to_save": [*entries, *heads] or None,
+        "target_modules": targets,
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "bias": _bias(rest, content, model),
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": matching.shortest_patterns(content.ranks, model, rank),
+        "alpha_pattern": matching.shortest_patterns(content.alphas, model, alpha),
+        "fan_in_fan_out": any(names.is_conv1d(w) for w in content.kernels.values()),
+    }
+    if set(matching.adapted(dict(words) | fresh, model)) != set(content.kernels):
+        # No list can: one name is the ending of another.
+        fresh["target_modules"] = "|".join(re.escape(m) for m in sorted(content.kernels))
+    return fresh
+
+
+def _usual(values: Mapping[str, Any], configured: float) -> Any:
+    """The config's value where it is in use; otherwise the most frequent, the smallest of those."""
+    counts = collections.Counter(values.values())
+    return min(counts, key=lambda v: (v != configured, -counts[v], v))
+
+
+def _whole_modules(content: _Content, model: Model) -> tuple[list[str], dict[str, Weight]]:
+    """Modules all of whose weights are trained, the largest such, and the weights left over."""
+    whole: list[str] = []
+    for m in model.modules:  # parents first
+        inner = plan.weights_in(m, model)
+        covered = any(m.startswith(f"{other}.") for other in whole)
+        if inner and not covered and all(w.hf in content.trained for w in inner):
+            whole.append(m)
+    inside = tuple(f"{m}." for m in whole)
+    rest = {n: w for n, w in content.trained.items() if not (inside and n.startswith(inside))}
+    return whole, rest
+
+
+def _untrained_heads(heads: Iterable[str], saved: Sequence[str], model: Model) -> list[str]:
+    inside = lambda m: any(f"{m}.".startswith(f"{other}.") for other in saved)
+    return [m for m in matching.saved(heads, model) if not inside(m)]
+
+
+def _saved_entries(saved: Sequence[str], model: Model) -> list[str]:
+    """For modules_to_save, where a name also selects all names that end in it, dot or no dot."""
+    entries = {}
+    for m in saved:
+        fits = lambda e: set(matching.saved([e], model)) <= set(saved)
+        entry = next((e for e in matching.suffixes(m) if fits(e)), None)
+        if entry is None:
+            also = [x for x in matching.saved([m], model) if x not in saved]
+            raise _refusal(
+                [
+                    f"{m} is trained in full, and PEFT would train {', '.join(also)} with it, "
+                    "whose name ends in the same letters; train that as well"
+                ]
+            )
+        entries[entry] = m
+    return sorted(entries)
+
+
+def _bias(rest: Mapping[str, Weight], content: _Content, model: Model) -> str:
+    """Which setting of bias stands for the weights that no whole module explains."""
+    if not rest:
+        return "none"
+    biases = {n for n in model.weights if n.rpartition(".")[2] == "bias"}
+    if biases <= set(content.trained) and set(rest) <= biases:
+        return "all"
+    if set(rest) == {n for n in biases if names.module(n) in content.kernels}:
+        return "lora_only"
+    raise _refusal(
+        [
+            f"{paths.listing(w.leaf for w in rest.values())} is trained in full, and PEFT trains "
+            "whole modules, all biases, or the biases of the adapted modules; train the whole "
+            "module, or leave it out"
+        ]
+    )
+
+
+def _differences(content: _Content, wanted: Plan, root: bool) -> list[str]:
+    """Says where words do not stand for exactly the adapter."""
+    problems = list(wanted.problems)
+    theirs, ours = set(wanted.ranks), set(content.kernels)
+    trained = {p.weight.hf for p in wanted.parts.values() if p.role == plan.TRAINED}
+    for what, more in (
+        ("would adapt", theirs - ours),
+        ("would not adapt", ours - theirs),
+        ("would train", trained - set(content.trained)),
+        ("would not train", set(content.trained) - trained),
+    ):
+        if more:
+            problems.append(f"PEFT {what} {paths.listing(sorted(more))}")
+    for m in sorted(theirs & ours):
+        node = content.nodes[content.kernels[m].leaf]
+        scale = plan.scale(wanted.alphas[m], wanted.ranks[m], root=root)
+        if wanted.ranks[m] != content.ranks[m]:
+            problems.append(f"PEFT would give {m} rank {wanted.ranks[m]}")
+        elif np.asarray(node.scale).dtype.type(scale) != np.asarray(node.scale):
+            problems.append(f"PEFT would give {m} scale {scale}")
+    return problems
+
+
+def _tensor(part: Part, nodes: Mapping[str, Any], leaves: Mapping[str, Any]) -> np.ndarray:
+    if part.role == plan.BASE:
+        return base_tensor(part, leaves)
+    node, layer = nodes[part.weight.leaf], part.weight.layer
+    pick = lambda x: np.asarray(x) if layer is None else np.asarray(x)[layer]
+    if part.role == plan.TRAINED:
+        return names.to_tensor(part.weight, pick(node))
+    a, b = layouts.to_file(part.weight, pick(node.a), pick(node.b))
+    return a if part.role == plan.A else b
+
+
+def _stored(value: np.ndarray, dtype: str | None) -> np.ndarray:
+    """In the dtype that the tensor had in the file it came from, if that loses nothing."""
+    if dtype in _DTYPES and holds(value, jnp.dtype(dtype)):
+        value = value.astype(jnp.dtype(dtype))
+    return np.ascontiguousarray(value)
