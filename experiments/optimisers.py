@@ -74,6 +74,7 @@ def schedule(settings: Settings) -> optax.Schedule:
     s = settings
 
     def rate(step: jax.Array) -> jax.Array:
+        step = jnp.asarray(step, float)
         rise = step / jnp.maximum(s.warmup_steps, 1)
         left = (s.total_steps - step) / jnp.maximum(s.total_steps - s.warmup_steps, 1)
         fraction = jnp.where(step < s.warmup_steps, rise, left)
