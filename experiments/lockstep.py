@@ -235,10 +235,11 @@ def _batched(on: Program, name: str) -> Callable:
         if devices == 1:
             return local(members, base, batch)
         runs, shared = PartitionSpec(_AXIS), PartitionSpec()
-        # By hand rather than by the compiler's choice: no run ever waits for another device.
-        return jax.shard_map(local, mesh=on.mesh, in_specs=(runs, shared, shared), out_specs=runs)(
-            members, base, batch
-        )
+        specs = {"in_specs": (runs, shared, shared), "out_specs": runs}
+        # By hand rather than by the compiler's choice: no run ever waits for another device. JAX's
+        # check of what varies puts marks on the kernels, which `lift` would have to see through.
+        spread = jax.shard_map(local, mesh=on.mesh, check_vma=False, **specs)
+        return spread(members, base, batch)
 
     step.__name__ = f"sweep_{name}_step"
     return step

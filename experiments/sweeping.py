@@ -195,7 +195,7 @@ def run(sweep: Sweep, base: ConfigDict, say: Callable[[str], None]) -> dict[str,
                 if pending := unfinished(sweep, part):
                     _train(sweep, ready(number), pending, programs=programs, rung=rung, bar=bar)
             if rung:
-                _drop(sweep, rung, say)
+                _drop(sweep, rung, say=say, bar=bar)
                 programs.forget()
     return programs.compilations()
 
@@ -297,7 +297,7 @@ def _program_key(point: Point) -> str:
     return f"{config.model.to_json()}{tuple(config.lora.targets)}{tuple(config.lora.train)}"
 
 
-def _drop(sweep: Sweep, rung: int, say: Callable[[str], None]) -> None:
+def _drop(sweep: Sweep, rung: int, *, say: Callable[[str], None], bar: Bar) -> None:
     """Finishes the runs that are not among the best at a rung."""
     folder = functools.partial(sweepdirs.run_dir, sweep.workdir)
     seen = {p.id: cohort.rungs(folder(p)).get(str(rung)) for p in sweep.points}
@@ -309,5 +309,6 @@ def _drop(sweep: Sweep, rung: int, say: Callable[[str], None]) -> None:
         entry = seen[point.id]
         values = {"status": sweepdirs.DROPPED, "steps": entry["step"], **entry["summary"]}
         sweepdirs.finish(sweep.workdir, point, values)
+        bar.at(point, 1.0)
     if losers:
         say(f"rung {rung}: {len(losers)} runs dropped, {min(keep, len(ranked))} go on")
