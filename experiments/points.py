@@ -151,10 +151,11 @@ def _number(value: Any) -> str:
 
 
 def swept(configs: Iterable[ConfigDict]) -> list[str]:
-    """The fields that are not the same in all configs."""
+    """The fields that are not the same in all configs: rank and alpha first, the seed last."""
     configs = list(configs)
     differ = lambda f: len({json.dumps(_plain_value(c, f)) for c in configs}) > 1
-    return [field for field in fields(configs[0]) if differ(field)]
+    found = [field for field in fields(configs[0]) if differ(field)]
+    return sorted(found, key=lambda f: (f == "seed", f != "lora.rank", f != "lora.alpha"))
 
 
 def _plain_value(config: ConfigDict, field: str) -> Any:
