@@ -84,10 +84,11 @@ def against(found: Results) -> Picture | None:
     x = fields[0]
     lines = _lines(found, x)
     figure, (panel,) = _figure(1, width=6.4, height=3.8)
-    values = sorted({row.values[x] for row in found.rows})
+    _scale(panel, sorted({row.values[x] for row in found.rows}))
     for k, (label, cells) in enumerate(lines):
-        _spread_line(panel, x, cells, label=label, color=f"C{k % 10}")
-    _scale(panel, values)
+        # A little to the side of each other, so that no bar hides another.
+        beside = _beside(panel, k - (len(lines) - 1) / 2)
+        _spread_line(panel, beside, {c.values[x]: c for c in cells}, label=label, color=f"C{k}")
     panel.set(xlabel=results.name(x), ylabel="validation accuracy")
     if len(lines) > 1:
         panel.legend(frameon=False, fontsize=9)
@@ -99,13 +100,26 @@ def against(found: Results) -> Picture | None:
     )
 
 
-def _spread_line(panel: Axes, x: str, cells: Sequence[Cell], *, label: str, color: str) -> None:
-    cells = sorted((c for c in cells if c.mean is not None), key=lambda c: c.values[x])
-    at = [c.values[x] for c in cells]
-    spread = [c.spread or 0.0 for c in cells]
+def _beside(panel: Axes, places: float) -> Callable[[float], float]:
+    if panel.get_xscale() == "log":
+        return lambda x: x * 1.05**places
+    low, high = min(panel.get_xticks()), max(panel.get_xticks())
+    return lambda x: x + 0.01 * (high - low) * places
+
+
+def _spread_line(
+    panel: Axes,
+    beside: Callable[[float], float],
+    by_x: dict[Any, Cell],
+    *,
+    label: str,
+    color: str,
+) -> None:
+    done = [(x, by_x[x]) for x in sorted(by_x) if by_x[x].mean is not None]
+    at, cells = [beside(x) for x, _ in done], [cell for _, cell in done]
     panel.errorbar(
-        at, [c.mean for c in cells], spread, fmt="o-", label=label, color=color, capsize=3,
-        markersize=5,
+        at, [c.mean for c in cells], [c.spread or 0.0 for c in cells], fmt="o-", label=label,
+        color=color, capsize=2, elinewidth=1, markersize=5,
     )  # fmt: skip
     for place, cell in zip(at, cells, strict=True):
         n = len(cell.accuracies)
@@ -141,7 +155,8 @@ def _rules(cells: Sequence[Cell]) -> list[tuple[str, list[Cell]]]:
     for cell in cells:
         rank, alpha = cell.values[RANK], cell.values[ALPHA]
         times = alpha / rank
-        kinds.setdefault(f"alpha = {results.number(times)} × rank", []).append(cell)
+        rule = "alpha = rank" if times == 1 else f"alpha = {results.number(times)} × rank"
+        kinds.setdefault(rule, []).append(cell)
         kinds.setdefault(f"alpha = {results.number(alpha)}", []).append(cell)
     return [(rule, group) for rule, group in kinds.items() if len(group) == len(ranks)]
 
@@ -242,7 +257,8 @@ def similarity(found: Results) -> Picture | None:
         for axis in (panel.xaxis, panel.yaxis):
             axis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, ax=panels, label="subspace similarity φ(i, j)")
-    inputs = _factor(pairs[0][1][0], kernel).reshape(-1, values.shape[0]).shape[0]
+    last = _factor(pairs[-1][1][0], kernel)
+    inputs = last.size // last.shape[-1]
     chance = analysis.random_similarity(inputs, min(values.shape))
     caption = (
         f"Hu et al. 2021, section 7.2, equation 4, for A of {kernel}: the share of the i leading "
