@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart sweep-quickstart test lint clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
@@ -19,6 +19,12 @@ $(VENV)/.test: $(VENV)/.base
 # Fine-tunes MiniLM on the embedded reviews, on whatever device JAX finds.
 quickstart: $(VENV)/.base
 	$(VENV)/bin/python -m experiments.sst2 --config=configs/quickstart.py --workdir=runs/quickstart
+
+# Twelve runs, one compiled step, and a page with what they show: runs/quickstart_sweep/report.
+sweep-quickstart: $(VENV)/.base
+	$(VENV)/bin/python -m experiments.sweep --config=configs/quickstart_sweep.py \
+		--workdir=runs/quickstart_sweep
+	$(VENV)/bin/python -m experiments.report runs/quickstart_sweep
 
 test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -q -n 2 --dist loadgroup

@@ -1,6 +1,20 @@
 """The fields that every text-classification config has, with the reference recipe's values."""
 
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
 from ml_collections import ConfigDict
+
+
+def product(axes: Mapping[str, Iterable[Any]]) -> Iterator[dict[str, Any]]:
+    """Every combination of the values of some fields, for a sweep; the last one varies fastest.
+
+    >>> list(product({"lora.rank": (1, 2), "seed": range(2)}))[:3]
+    [{'lora.rank': 1, 'seed': 0}, {'lora.rank': 1, 'seed': 1}, {'lora.rank': 2, 'seed': 0}]
+    """
+    for values in itertools.product(*axes.values()):
+        yield dict(zip(axes, values, strict=True))
 
 
 def base_config() -> ConfigDict:

@@ -44,11 +44,10 @@ def apply(model: Any, params: Any, batch: dict, key: jax.Array | None) -> jax.Ar
 def make_task(config: ConfigDict) -> tuple[train.Task, lora.LoRAConfig]:
     """Loads model and data, and an adapter to go on from, whose settings then hold."""
     c = config.data
-    key = jax.random.fold_in(jax.random.key(config.seed), 1)  # the head is drawn by the run's seed
     loaded = checkpoints.load_bert_classifier(
         config.model.name,
         num_labels=config.model.num_labels,
-        key=key,
+        key=_head_key(config.seed),
         dtype=dtype(config.model.dtype),
     )
     _check_positions(config, loaded)
@@ -81,8 +80,14 @@ def make_task(config: ConfigDict) -> tuple[train.Task, lora.LoRAConfig]:
         metadata=metadata(config),
         notes=_notes(config, loaded, train_set, len(evaluation.labels)),
         adapter=start,
+        base_of=lambda seed: checkpoints.redraw(loaded, _head_key(seed)),
     )
     return task, lora_settings
+
+
+def _head_key(seed: int) -> jax.Array:
+    """The key of what the checkpoint lacks: a run's seed draws its head, too."""
+    return jax.random.fold_in(jax.random.key(seed), 1)
 
 
 def _check_positions(config: ConfigDict, loaded: checkpoints.Loaded) -> None:

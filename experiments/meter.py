@@ -3,11 +3,26 @@
 import math
 import sys
 import time
+from collections.abc import Sequence
 from typing import Self
 
 from tqdm import tqdm
 
 from experiments import workdirs
+
+
+def means(sums: Sequence[Sequence[float]], seconds: float) -> dict[str, float]:
+    """A log line's values from the sums of loss, right answers and examples of its steps.
+
+    >>> means([(4.0, 1.0, 2.0), (2.0, 2.0, 2.0)], seconds=0.5)
+    {'loss': 1.5, 'accuracy': 0.75, 'examples_per_second': 8.0}
+    """
+    loss, correct, count = (sum(column) for column in zip(*sums, strict=True))
+    return {
+        "loss": loss / count,
+        "accuracy": correct / count,
+        "examples_per_second": count / seconds,
+    }
 
 
 class Meter:
@@ -75,14 +90,12 @@ class Meter:
             self._write()
 
     def _write(self) -> None:
-        loss, correct, count = (sum(column) for column in zip(*self._sums, strict=True))
         now = time.perf_counter()
-        loss, accuracy, speed = loss / count, correct / count, count / (now - self._clock)
-        epoch = self._last / self._per_epoch
-        self._log.write(
-            self._last, epoch=epoch, loss=loss, accuracy=accuracy, examples_per_second=speed
-        )
+        values = means(self._sums, now - self._clock)
+        self._log.write(self._last, epoch=self._last / self._per_epoch, **values)
         self._bar.set_postfix_str(
-            f"loss {loss:.3f}, accuracy {accuracy:.3f}, {speed:.0f} examples/s", refresh=False
+            f"loss {values['loss']:.3f}, accuracy {values['accuracy']:.3f}, "
+            f"{values['examples_per_second']:.0f} examples/s",
+            refresh=False,
         )
         self._sums, self._clock = [], now

@@ -9,7 +9,7 @@ import numpy as np
 
 
 class Sums(NamedTuple):
-    """Sums over examples, each counted by its weight; scalars, float32.
+    """Sums over examples, each counted by its weight; scalars, float32 or the logits' if wider.
 
     Attributes:
       loss: the cross-entropy, in nats.
@@ -23,7 +23,7 @@ class Sums(NamedTuple):
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> Sums:
-    """Sums of ``-log softmax(logits)[label]`` and of right answers, in float32.
+    """Sums of ``-log softmax(logits)[label]`` and of right answers, in float32 or wider.
 
     A row of weight 0 counts for nothing, whatever stands in it, NaN included; its gradient is 0.
 
@@ -36,12 +36,13 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> S
     >>> [round(float(x), 4) for x in sums]
     [1.3863, 2.0, 2.0]
     """
-    weights = weights.astype(jnp.float32)
+    dtype = jnp.promote_types(logits.dtype, jnp.float32)
+    weights = weights.astype(dtype)
     # Before the logarithm: 0 times a NaN would be a NaN, in the loss and in its gradient.
-    real = jnp.where(weights[:, None] > 0, logits.astype(jnp.float32), 0.0)
+    real = jnp.where(weights[:, None] > 0, logits.astype(dtype), 0.0)
     log_probs = jax.nn.log_softmax(real, axis=-1)
     losses = -jnp.take_along_axis(log_probs, labels[:, None], axis=-1)[:, 0]
-    correct = (jnp.argmax(real, axis=-1) == labels).astype(jnp.float32)
+    correct = (jnp.argmax(real, axis=-1) == labels).astype(dtype)
     return Sums(jnp.sum(weights * losses), jnp.sum(weights * correct), jnp.sum(weights))
 
 

@@ -40,6 +40,8 @@ class Task(NamedTuple):
       metadata: saved with the adapter, so that it can be used without the config.
       notes: lines for the report at the start.
       adapter: to start from, in place of a fresh one.
+      base_of: the frozen parameters as a run with another seed has them, for tasks that draw some
+        by the run's seed: ``base``, with other arrays for those leaves alone. None if none are.
     """
 
     apply: Callable
@@ -52,6 +54,7 @@ class Task(NamedTuple):
     metadata: dict
     notes: tuple[str, ...] = ()
     adapter: PyTree | None = None
+    base_of: Callable[[int], PyTree] | None = None
 
 
 class TrainState(NamedTuple):
@@ -72,8 +75,11 @@ class Progress(NamedTuple):
     seconds: float = 0.0
 
 
-def make_train_step(task: Task, tx: optax.GradientTransformation, dropout: float) -> Callable:
-    """``(state, base, batch) -> (state, metrics)``, compiled; the state is donated."""
+def train_step(task: Task, tx: optax.GradientTransformation, dropout: Any) -> Callable:
+    """``(state, base, batch) -> (state, metrics)``, a pure function.
+
+    The dropout rate, and the numbers in ``tx``, may be JAX scalars: a sweep maps over them.
+    """
 
     def step(state: TrainState, base: PyTree, batch: Batch) -> tuple[TrainState, tuple]:
         model_key, branch_key = jax.random.split(jax.random.fold_in(state.key, state.step))
@@ -89,17 +95,29 @@ def make_train_step(task: Task, tx: optax.GradientTransformation, dropout: float
         adapter = optax.apply_updates(state.adapter, updates)
         return TrainState(state.step + 1, adapter, opt_state, state.key), sums
 
-    return jax.jit(step, donate_argnums=0)
+    return step
 
 
-def make_eval_step(task: Task) -> Callable:
-    """``(adapter, base, batch) -> metrics``, compiled."""
+def make_train_step(task: Task, tx: optax.GradientTransformation, dropout: float) -> Callable:
+    """:func:`train_step`, compiled; the state is donated."""
+    # As an array, so that one minus the rate is rounded as in a sweep, and the masks are the same.
+    rate = jnp.asarray(dropout, float) if dropout else 0.0
+    return jax.jit(train_step(task, tx, rate), donate_argnums=0)
+
+
+def eval_step(task: Task) -> Callable:
+    """``(adapter, base, batch) -> metrics``, a pure function."""
 
     def step(adapter: PyTree, base: PyTree, batch: Batch) -> tuple:
         logits = lora.lift(task.apply)(lora.bind(base, adapter), batch, None)
         return task.metrics(logits, batch)
 
-    return jax.jit(step)
+    return step
+
+
+def make_eval_step(task: Task) -> Callable:
+    """:func:`eval_step`, compiled."""
+    return jax.jit(eval_step(task))
 
 
 def evaluate(eval_step: Callable, adapter: PyTree, task: Task) -> tuple[float, float]:
@@ -143,11 +161,11 @@ def train(task: Task, config: ConfigDict, lora_config: lora.LoRAConfig, workdir:
         if start == total:
             print(f"This run is finished: all {total} steps are done.", flush=True)
             return progress
-        steps = make_train_step(task, tx, lora_config.dropout), make_eval_step(task)
+        steps = _Steps(make_train_step(task, tx, lora_config.dropout), make_eval_step(task))
         with workdirs.Log(workdir, start) as log:
-            run = _Run(task, config, lora_config, workdir, checkpoints, log, *steps)
+            run = Run(task, config, lora_config, workdir, log)
             try:
-                return _loop(run, state, progress)
+                return _loop(run, steps, checkpoints, state, progress)
             except FloatingPointError as error:
                 raise FloatingPointError(_diverged(error, workdir)) from error
 
@@ -168,19 +186,31 @@ def report(base: PyTree, adapter: PyTree) -> list[str]:
     return [*lines, lora.summary(base, adapter)]
 
 
-class _Run(NamedTuple):
+class Run(NamedTuple):
+    """What one run is, and where it writes."""
+
     task: Task
     config: ConfigDict
     lora_config: lora.LoRAConfig
     workdir: Path
-    checkpoints: Any
     log: workdirs.Log
-    train_step: Callable
-    eval_step: Callable
+
+
+class Evaluation(NamedTuple):
+    """Means over the evaluation examples after ``step`` steps."""
+
+    step: int
+    loss: float
+    accuracy: float
+
+
+class _Steps(NamedTuple):
+    train: Callable
+    evaluate: Callable
 
 
 def _resumed(workdir: Path, checkpoints: Any, state: TrainState) -> tuple[TrainState, Progress]:
-    found = checkpointing.restore(checkpoints, _storable(state))
+    found = checkpointing.restore(checkpoints, storable(state))
     if found is None:
         return state, Progress()
     stored, progress = found[0], Progress(**found[1])
@@ -190,14 +220,22 @@ def _resumed(workdir: Path, checkpoints: Any, state: TrainState) -> tuple[TrainS
             f"folder {workdirs.ADAPTER} is gone: put it back, or use a new workdir."
         )
     print(f"Going on from the checkpoint of step {int(stored.step)}.", flush=True)
-    return stored._replace(key=jax.random.wrap_key_data(stored.key)), progress
+    return usable(stored), progress
 
 
-def _storable(state: TrainState) -> TrainState:
+def storable(state: TrainState) -> TrainState:
+    """The state with its PRNG key as plain integers."""
     return state._replace(key=jax.random.key_data(state.key))
 
 
-def _loop(run: _Run, state: TrainState, progress: Progress) -> Progress:
+def usable(stored: TrainState) -> TrainState:
+    """The inverse of :func:`storable`."""
+    return stored._replace(key=jax.random.wrap_key_data(stored.key))
+
+
+def _loop(
+    run: Run, steps: _Steps, checkpoints: Any, state: TrainState, progress: Progress
+) -> Progress:
     """Runs the steps that are left, with evaluations and checkpoints between them."""
     start, per_epoch = int(state.step), run.task.steps_per_epoch
     total, every = run.config.epochs * per_epoch, run.config.checkpoint_every
@@ -207,7 +245,7 @@ def _loop(run: _Run, state: TrainState, progress: Progress) -> Progress:
     ) as meter:
         for done in range(start + 1, total + 1):
             batch = run.task.train_batch(done - 1)
-            state, metrics = run.train_step(state, run.task.base, batch)
+            state, metrics = steps.train(state, run.task.base, batch)
             meter.add(done, metrics)
             at_epoch_end = done % per_epoch == 0
             if not (at_epoch_end or (every and done % every == 0)):
@@ -215,30 +253,34 @@ def _loop(run: _Run, state: TrainState, progress: Progress) -> Progress:
             # A line at each checkpoint, so that a run that goes on from there logs the same.
             meter.flush()
             if at_epoch_end:
-                progress = _evaluated(run, state, progress)
+                loss, accuracy = evaluate(steps.evaluate, state.adapter, run.task)
+                progress = recorded(run, state.adapter, Evaluation(done, loss, accuracy), progress)
+                workdirs.plot_curves(run.workdir)
                 meter.evaluated(progress.best_accuracy)
             progress = progress._replace(seconds=time.perf_counter() - begun)
-            checkpointing.save(run.checkpoints, done, _storable(state), progress._asdict())
+            checkpointing.save(checkpoints, done, storable(state), progress._asdict())
     return progress
 
 
-def _evaluated(run: _Run, state: TrainState, progress: Progress) -> Progress:
-    """Evaluates, and keeps the adapter if it is the best so far."""
-    step = int(state.step)
-    loss, accuracy = evaluate(run.eval_step, state.adapter, run.task)
+def recorded(run: Run, adapter: PyTree, found: Evaluation, progress: Progress) -> Progress:
+    """Logs an evaluation, and keeps the adapter if it is the best so far.
+
+    Raises:
+      FloatingPointError: the loss is NaN or infinite.
+    """
+    step, loss, accuracy = found
     if not math.isfinite(loss):
         raise FloatingPointError(f"The validation loss is {loss} at step {step}")
     epoch = step / run.task.steps_per_epoch
     run.log.write(step, epoch=epoch, eval_loss=loss, eval_accuracy=accuracy)
-    workdirs.plot_curves(run.workdir)
     if accuracy <= progress.best_accuracy:
         return progress
     metadata = {**run.task.metadata, "step": step, "accuracy": accuracy, "loss": loss}
     lora.save(
-        run.workdir / workdirs.ADAPTER, state.adapter, run.lora_config,
+        run.workdir / workdirs.ADAPTER, adapter, run.lora_config,
         base=run.task.base_id, metadata=metadata,
     )  # fmt: skip
-    return Progress(step, accuracy, loss)
+    return Progress(step, accuracy, loss, progress.seconds)
 
 
 def _diverged(error: FloatingPointError, workdir: Path) -> str:

@@ -22,6 +22,7 @@ from lora_jax.files import write_atomically  # noqa: E402
 
 CONFIG, METRICS, CURVES, ADAPTER = "config.json", "metrics.jsonl", "curves.png", "adapter"
 CHECKPOINTS, EVENTS = "checkpoints", "tensorboard"
+SWEEP = "sweep.json"  # in the directory of a sweep, whose runs are in directories below it
 
 
 def check(workdir: Path, config: ConfigDict) -> None:
@@ -33,6 +34,8 @@ def check(workdir: Path, config: ConfigDict) -> None:
     """
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"The workdir {workdir} is a file; give a directory, new or of this run.")
+    if (workdir / SWEEP).exists():
+        raise ValueError(f"The workdir {workdir} is that of a sweep; use a new workdir for a run.")
     path = workdir / CONFIG
     if not path.exists():
         if (workdir / CHECKPOINTS).exists() or (workdir / ADAPTER).exists():
@@ -45,7 +48,7 @@ def check(workdir: Path, config: ConfigDict) -> None:
         theirs = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); use a new workdir.") from error
-    changes = list(_differences(theirs, _plain(config)))
+    changes = list(differences(theirs, plain(config)))
     if changes:
         raise ValueError(
             f"The workdir {workdir} holds a run with another config: {'; '.join(changes)}. "
@@ -64,18 +67,19 @@ def claim(workdir: Path, config: ConfigDict) -> None:
     path = workdir / CONFIG
     if not path.exists():
         workdir.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, (json.dumps(_plain(config), indent=2) + "\n").encode())
+        write_atomically(path, (json.dumps(plain(config), indent=2) + "\n").encode())
 
 
-def _plain(config: ConfigDict) -> Any:
-    # Through JSON, so that tuples compare as they are stored.
+def plain(config: ConfigDict) -> Any:
+    """The config as JSON types; through JSON, so that tuples compare as they are stored."""
     return json.loads(config.to_json_best_effort())
 
 
-def _differences(old: Any, new: Any, field: str = "") -> Iterator[str]:
+def differences(old: Any, new: Any, field: str = "") -> Iterator[str]:
+    """Says which fields of two configs differ, in a sentence each."""
     if isinstance(old, dict) and isinstance(new, dict):
         for name in sorted(old.keys() | new.keys()):
-            yield from _differences(old.get(name), new.get(name), f"{field}.{name}".lstrip("."))
+            yield from differences(old.get(name), new.get(name), f"{field}.{name}".lstrip("."))
     elif old != new:
         yield f"{field} is {old!r} there and {new!r} here"
 

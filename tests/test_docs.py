@@ -56,7 +56,7 @@ def test_readme_commands_name_what_exists():
     assert commands[:2] == ["make quickstart", "make test"]
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for command in commands:
-        for target in re.findall(r"^make (\w+)", command):
+        for target in re.findall(r"^make ([\w-]+)", command):
             assert f"\n{target}:" in makefile
         for module in re.findall(r"-m (experiments[\w.]*)", command):
             assert (ROOT / f"{module.replace('.', '/')}.py").is_file()

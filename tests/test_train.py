@@ -31,7 +31,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def task(config):
-    return classification.make_task(config)
+    return classification.make_task(config)[0]
 
 
 PER_EPOCH = 8  # 64 examples, 8 a batch

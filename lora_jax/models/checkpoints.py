@@ -26,6 +26,7 @@ __all__ = [
     "load_bert_classifier",
     "load_params",
     "load_tokenizer",
+    "redraw",
     "resolve",
     "save_hf",
 ]
@@ -85,6 +86,13 @@ def load_bert_classifier(
     params = _fill(params, fresh, key=key, stddev=config.initializer_range)
     tree = jax.tree.map(jnp.asarray, paths.nest(params))
     return Loaded(model, {"params": tree}, checkpoint, base_id(checkpoint), fresh)
+
+
+def redraw(loaded: Loaded, key: jax.Array) -> PyTree:
+    """The parameters with what the checkpoint lacks drawn from another key; all else is shared."""
+    leaves = paths.named_leaves(loaded.params["params"])
+    stddev = loaded.model.config.initializer_range
+    return {"params": paths.nest(_fill(leaves, loaded.fresh, key=key, stddev=stddev))}
 
 
 def _config(checkpoint: Checkpoint) -> bert.BertConfig:

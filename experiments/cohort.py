@@ -1,0 +1,257 @@
+"""The loop of a sweep: some runs of one group, step by step through the same compiled program.
+
+Each run writes its directory as if it were alone: at true rank, with a checkpoint of its own. Which
+runs go together is forgotten between one cohort and the next, so that a sweep that was killed may
+go on in any arrangement.
+"""
+
+import contextlib
+import json
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import lora_jax as lora
+from experiments import checkpointing, lockstep, meter, metrics, sweepdirs, train, workdirs
+from experiments.bar import Bar
+from experiments.lockstep import Member, Program
+from experiments.points import Point
+from lora_jax.files import write_atomically
+
+PyTree = Any
+RUNGS = "rungs.json"  # evaluations for halving, in the directory of a run
+
+
+class Group(NamedTuple):
+    """Runs that one program can train.
+
+    Attributes:
+      task: of all of them.
+      members: each at step 0, by the id of its point.
+      shapes: that hold every one of them.
+    """
+
+    task: train.Task
+    members: dict[str, Member]
+    shapes: PyTree
+
+
+class Job(NamedTuple):
+    """A run under way: what it is, where it stands, and where it writes."""
+
+    point: Point
+    run: train.Run
+    checkpoints: Any
+    initial: Member
+    progress: train.Progress
+    diverged: int = 0  # the step whose loss was not finite; 0 for none
+
+
+class Stop(NamedTuple):
+    """Where a cohort stops, and the halving rung that it is evaluated for there, if any."""
+
+    step: int
+    rung: str = ""
+
+
+def saved_step(workdir: Path, point: Point) -> int:
+    """The step of the run's newest checkpoint; 0 for none."""
+    directory = sweepdirs.run_dir(workdir, point) / workdirs.CHECKPOINTS
+    if not directory.is_dir():
+        return 0
+    with checkpointing.manager(directory) as checkpoints:
+        return checkpoints.latest_step() or 0
+
+
+def advance(
+    group: Group, points: list[Point], *, on: Program, workdir: Path, to: Stop, bar: Bar
+) -> None:
+    """Takes runs that stand at one step on to another, and finishes those that are done."""
+    with contextlib.ExitStack() as stack:
+        found = [_open(stack, group, point, workdir) for point in points]
+        jobs, states = [job for job, _ in found], [state for _, state in found]
+        members = [j.initial._replace(state=s) for j, s in zip(jobs, states, strict=True)]
+        padded = [lockstep.pad(m, group.shapes) for m in members]
+        stacked = lockstep.place(on, lockstep.stack(padded, on.count))
+        jobs = _loop(group.task, jobs, stacked, on=on, to=to, bar=bar)
+    for job in jobs:
+        if job.diverged or to.step == _total(group.task, job):
+            _finish(workdir, job, job.diverged or to.step)
+            bar.at(job.point, 1.0)
+
+
+def settle(group: Group, point: Point, workdir: Path) -> None:
+    """Finishes a run whose newest checkpoint is its last: it was killed just before its result."""
+    with contextlib.ExitStack() as stack:
+        job, state = _open(stack, group, point, workdir)
+    _finish(workdir, job, int(state.step))
+
+
+def _finish(workdir: Path, job: Job, steps: int) -> None:
+    status = sweepdirs.DIVERGED if job.diverged else sweepdirs.FINISHED
+    values = {"status": status, "steps": steps, **summary(job.progress, job.initial)}
+    sweepdirs.finish(workdir, job.point, values)
+
+
+def summary(progress: train.Progress, member: Member) -> dict[str, Any]:
+    """What a result says of any run; None where there was no evaluation."""
+    seen = progress.best_step >= 0
+    adapter = member.state.adapter
+    sizes = jax.tree.map(lambda x, trained: x.size if trained else 0, adapter, lora.mask(adapter))
+    return {
+        "best_step": progress.best_step if seen else None,
+        "best_accuracy": progress.best_accuracy if seen else None,
+        "best_loss": progress.best_loss if seen else None,
+        "trainable_parameters": sum(jax.tree.leaves(sizes)),
+        "seconds": round(progress.seconds, 3),
+    }
+
+
+def rungs(directory: Path) -> dict[str, dict[str, Any]]:
+    """The evaluations for halving that the run in a directory has had, by rung."""
+    path = directory / RUNGS
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _total(task: train.Task, job: Job) -> int:
+    return job.run.config.epochs * task.steps_per_epoch
+
+
+def _open(
+    stack: contextlib.ExitStack, group: Group, point: Point, workdir: Path
+) -> tuple[Job, PyTree]:
+    """Opens the directory of a run, and finds where it stands."""
+    initial, directory = group.members[point.id], sweepdirs.run_dir(workdir, point)
+    workdirs.claim(directory, point.config)
+    folder = directory / workdirs.CHECKPOINTS
+    checkpoints = stack.enter_context(checkpointing.manager(folder))
+    found = checkpointing.restore(checkpoints, initial.state)
+    state, progress = found or (initial.state, {})
+    state = jax.tree.map(np.asarray, state)
+    log = stack.enter_context(workdirs.Log(directory, int(state.step)))
+    config = point.config
+    task = group.task._replace(metadata=group.task.metadata | {"seed": config.seed})
+    lora_config = lora.LoRAConfig.from_dict(config.lora.to_dict())
+    run = train.Run(task, config, lora_config, directory, log)
+    return Job(point, run, checkpoints, initial, train.Progress(**progress)), state
+
+
+def _loop(
+    task: train.Task, jobs: list[Job], members: Member, *, on: Program, to: Stop, bar: Bar
+) -> list[Job]:
+    start, config = int(members.state.step[0]), jobs[0].run.config
+    base, clock, sums = lockstep.replicate(on, task.base), _Clock(on), []
+    for done in range(start + 1, to.step + 1):
+        batch = task.train_batch(done - 1)
+        members, new = lockstep.call(on, "train", members, base, batch)
+        sums.append(new)
+        for job in jobs:
+            bar.at(job.point, done / _total(task, job))
+        epoch_end = done % task.steps_per_epoch == 0
+        every = config.checkpoint_every
+        pause = epoch_end or done == to.step or (every and done % every == 0)
+        if not pause and done % config.log_every:
+            continue
+        jobs, sums = _logged(jobs, done, sums, clock.lap("log")), []
+        if not pause:
+            continue
+        rung = to.rung if done == to.step else ""
+        found = []
+        if epoch_end or rung:
+            found = _evaluations(task, jobs, members, on=on, base=base, step=done)
+        jobs = _timed(jobs, clock.lap("progress"))
+        jobs = _recorded(jobs, members, found, epoch_end=epoch_end, rung=rung)
+        for k, job in enumerate(jobs):
+            _save(job, members.state, k)
+            bar.found(job.point, job.progress.best_accuracy)
+        if all(job.diverged for job in jobs):
+            break
+    return jobs
+
+
+class _Clock:
+    """Seconds since the last lap of a name, without those that compilation took."""
+
+    def __init__(self, on: Program) -> None:
+        self._on, self._last = on, {}
+        self._begin = self._now()
+
+    def _now(self) -> float:
+        return time.perf_counter() - lockstep.compile_seconds(self._on)
+
+    def lap(self, name: str) -> float:
+        now, last = self._now(), self._last.get(name, self._begin)
+        self._last[name] = now
+        return max(now - last, 1e-9)
+
+
+def _logged(jobs: list[Job], done: int, sums: list, seconds: float) -> list[Job]:
+    """Writes a line for each run, and marks those whose loss is not finite."""
+    values = np.asarray(jax.device_get(sums), np.float64)  # (steps, 3, runs)
+    first = done - len(sums) + 1
+    new = []
+    for k, job in enumerate(jobs):
+        bad = np.flatnonzero(~np.isfinite(values[:, 0, k]))
+        if not job.diverged and bad.size:
+            job = job._replace(diverged=first + int(bad[0]))
+        if not job.diverged:
+            line = meter.means(values[:, :, k].tolist(), seconds / len(jobs))
+            job.run.log.write(done, epoch=done / job.run.task.steps_per_epoch, **line)
+        new.append(job)
+    return new
+
+
+def _evaluations(
+    task: train.Task, jobs: list[Job], members: Member, *, on: Program, base: PyTree, step: int
+) -> list[train.Evaluation]:
+    sums = [lockstep.call(on, "evaluate", members, base, batch) for batch in task.eval_batches()]
+    sums = jax.device_get(sums)
+    of_run = lambda k: metrics.combine(metrics.Sums(*(x[k] for x in s)) for s in sums)
+    means = [of_run(k) for k in range(len(jobs))]
+    return [train.Evaluation(step, m["loss"], m["accuracy"]) for m in means]
+
+
+def _recorded(
+    jobs: list[Job], members: Member, found: list[train.Evaluation], *, epoch_end: bool, rung: str
+) -> list[Job]:
+    """Keeps adapters that are the best so far, and what halving wants to know."""
+    new = list(jobs)
+    for k, evaluation in enumerate(found):
+        job = jobs[k]
+        if job.diverged:
+            continue
+        adapter = lockstep.unstack(members.state.adapter, k)
+        adapter = lockstep.cut(adapter, job.initial.state.adapter)
+        if not all(np.isfinite(x).all() for x in jax.tree.leaves((adapter, evaluation))):
+            new[k] = job._replace(diverged=evaluation.step)
+            continue
+        if epoch_end:
+            progress = train.recorded(job.run, adapter, evaluation, job.progress)
+            new[k] = job._replace(progress=progress)
+        if rung:
+            _write_rung(new[k], rung, evaluation)
+    return new
+
+
+def _timed(jobs: list[Job], seconds: float) -> list[Job]:
+    """Adds each run's share of the time since the last pause."""
+    add = lambda progress: progress._replace(seconds=progress.seconds + seconds / len(jobs))
+    return [job._replace(progress=add(job.progress)) for job in jobs]
+
+
+def _write_rung(job: Job, rung: str, found: train.Evaluation) -> None:
+    """Notes how the run did at a rung, and the result that it has should it be dropped there."""
+    entry = found._asdict() | {"summary": summary(job.progress, job.initial)}
+    text = json.dumps(rungs(job.run.workdir) | {rung: entry}, indent=2)
+    write_atomically(job.run.workdir / RUNGS, text.encode())
+
+
+def _save(job: Job, states: train.TrainState, index: int) -> None:
+    """Saves a checkpoint of a run, unless it has diverged."""
+    if not job.diverged:
+        state = lockstep.cut(lockstep.unstack(states, index), job.initial.state)
+        progress = job.progress._asdict()
+        checkpointing.save(job.checkpoints, int(state.step), state, progress)
