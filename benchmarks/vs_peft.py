@@ -76,7 +76,7 @@ def batches(case: Case):
 
 
 def ours(case: Case):
-    """This library, by way of its own training loop's step."""
+    """The training loop of this repository, with its own step."""
     import functools
 
     import jax
