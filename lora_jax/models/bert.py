@@ -12,7 +12,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
+from lora_jax.models.attention import attention
 from lora_jax.names import Name
 
 Array = jax.Array
@@ -25,8 +27,20 @@ _RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dro
 # What a config may say of the variants that Hugging Face has and this file has not.
 _BUILT = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
 
+
+@jax.checkpoint
+def _gelu(x: Array) -> Array:
+    """``x·Φ(x)`` (Hendrycks & Gimpel 2016), with erf as in the paper's code.
+
+    Its gradient starts again from ``x``: erf is cheaper than writing it for the widest activations
+    of the model and reading it back. A bfloat16 ``1 + erf`` would have no digits left on the left.
+    """
+    high = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (0.5 * high * (1 + lax.erf(high * 0.5**0.5))).astype(x.dtype)
+
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": functools.partial(nn.gelu, approximate=False),  # with erf, as in the paper's code
+    "gelu": _gelu,
     "gelu_new": nn.gelu,
     "gelu_pytorch_tanh": nn.gelu,
     "relu": nn.relu,
@@ -170,11 +184,8 @@ class BertAttention(_Part):
         query, key, value = (
             split(self._dense(c.hidden_size, name)(x)) for name in ("query", "key", "value")
         )
-        wide = jnp.promote_types(self.dtype, jnp.float32)
-        scores = jnp.einsum("bqhd,bkhd->bhqk", query * size**-0.5, key, preferred_element_type=wide)
-        weights = nn.softmax(scores + bias).astype(self.dtype)
-        weights = nn.Dropout(c.attention_probs_dropout_prob)(weights, deterministic=deterministic)
-        y = jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(x.shape)
+        drop = nn.Dropout(c.attention_probs_dropout_prob, deterministic=deterministic)
+        y = attention(query, key, value, bias, drop=drop).reshape(x.shape)
         return self._part(BertOutput, "output")(y, x, deterministic=deterministic)
 
 
