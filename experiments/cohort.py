@@ -8,6 +8,7 @@ go on in any arrangement.
 import contextlib
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,13 +31,15 @@ class Group(NamedTuple):
 
     Attributes:
       task: of all of them.
-      members: each at step 0, by the id of its point.
+      member: the run with an id, at step 0.
       shapes: that hold every one of them.
+      dropout: whether any of them has dropout on its low-rank branches.
     """
 
     task: train.Task
-    members: dict[str, Member]
+    member: Callable[[str], Member]
     shapes: PyTree
+    dropout: bool
 
 
 class Job(NamedTuple):
@@ -124,7 +127,7 @@ def _open(
     stack: contextlib.ExitStack, group: Group, point: Point, workdir: Path
 ) -> tuple[Job, PyTree]:
     """Opens the directory of a run, and finds where it stands."""
-    initial, directory = group.members[point.id], sweepdirs.run_dir(workdir, point)
+    initial, directory = group.member(point.id), sweepdirs.run_dir(workdir, point)
     workdirs.claim(directory, point.config)
     folder = directory / workdirs.CHECKPOINTS
     checkpoints = stack.enter_context(checkpointing.manager(folder))
@@ -163,9 +166,10 @@ def _loop(
         if epoch_end or rung:
             found = _evaluations(task, jobs, members, on=on, base=base, step=done)
         jobs = _timed(jobs, clock.lap("progress"))
-        jobs = _recorded(jobs, members, found, epoch_end=epoch_end, rung=rung)
+        states = jax.device_get(members.state)
+        jobs = _recorded(jobs, states.adapter, found, epoch_end=epoch_end, rung=rung)
         for k, job in enumerate(jobs):
-            _save(job, members.state, k)
+            _save(job, states, k)
             bar.found(job.point, job.progress.best_accuracy)
         if all(job.diverged for job in jobs):
             break
@@ -215,7 +219,7 @@ def _evaluations(
 
 
 def _recorded(
-    jobs: list[Job], members: Member, found: list[train.Evaluation], *, epoch_end: bool, rung: str
+    jobs: list[Job], adapters: PyTree, found: list[train.Evaluation], *, epoch_end: bool, rung: str
 ) -> list[Job]:
     """Keeps adapters that are the best so far, and what halving wants to know."""
     new = list(jobs)
@@ -223,8 +227,7 @@ def _recorded(
         job = jobs[k]
         if job.diverged:
             continue
-        adapter = lockstep.unstack(members.state.adapter, k)
-        adapter = lockstep.cut(adapter, job.initial.state.adapter)
+        adapter = lockstep.cut(lockstep.unstack(adapters, k), job.initial.state.adapter)
         if not all(np.isfinite(x).all() for x in jax.tree.leaves((adapter, evaluation))):
             new[k] = job._replace(diverged=evaluation.step)
             continue

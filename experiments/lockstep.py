@@ -81,12 +81,6 @@ def kernels(run: Member) -> list[str]:
     return [name for name, x in nodes.items() if isinstance(x, lowrank.LowRank)]
 
 
-def ranks(run: Member) -> list[int]:
-    """The ranks of the kernels that are adapted, at this shape."""
-    nodes = adapters.nodes(run.state.adapter)
-    return [nodes[name].a.shape[-1] for name in kernels(run)]
-
-
 def common_shapes(members: Sequence[Member]) -> PyTree:
     """The smallest shapes that hold every run: those of the largest rank of each kernel."""
     largest = lambda *xs: tuple(map(max, zip(*(x.shape for x in xs), strict=True)))
@@ -121,7 +115,8 @@ def stack(members: Sequence[Member], count: int) -> Member:
 
 def unstack(tree: PyTree, index: int) -> PyTree:
     """Run number ``index`` of the stack, in numpy arrays."""
-    return jax.tree.map(lambda x: np.asarray(x[index]), tree)
+    # Indexed by numpy: JAX would compile each index of each shape.
+    return jax.tree.map(lambda x: np.asarray(x)[index], tree)
 
 
 def train_step(task: train.Task, *, dropout: bool) -> Callable:

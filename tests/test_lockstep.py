@@ -63,12 +63,13 @@ def alone(task, config, steps):
     return np.array(losses), state
 
 
-def together(task, configs, steps, count):
-    """The same of several, ``count`` at a time."""
+def together(task, configs, steps, program):
+    """The same of several, so many at a time, or by a program that was made for such runs."""
     members = [lockstep.member(task, c, classification.lora_config(c)) for c in configs]
     shapes = lockstep.common_shapes(members)
-    program = lockstep.program(task, count, dropout=True)
-    losses, states = [], []
+    if isinstance(program, int):
+        program = lockstep.program(task, program, dropout=True)
+    losses, states, count = [], [], program.count
     for first in range(0, len(members), count):
         chosen = members[first : first + count]
         stacked = lockstep.stack([lockstep.pad(m, shapes) for m in chosen], count)
@@ -154,16 +155,18 @@ def test_a_nan_run_is_frozen_and_disturbs_nobody(root):
     found = add_points(root, [good, bad, {"lora.rank": 1}])
     task, _ = classification.make_task(found[0].config)
     configs = [p.config for p in found]
-    _, early, *_ = together(task, configs, 8, 3)
-    losses, states, *_ = together(task, configs, 20, 3)
+    _, early, _, program = together(task, configs, 8, 3)
+    losses, states, *_ = together(task, configs, 20, program)
     assert not np.isfinite(losses[1]).all() and not states[1].alive
     assert int(states[1].state.step) < 8
     for x, y in zip(jax.tree.leaves(early[1]), jax.tree.leaves(states[1]), strict=True):
         np.testing.assert_array_equal(x, y)
-    without, *_ = together(task, [configs[0], configs[2], configs[2]], 20, 3)
+    good = [configs[0], configs[0].copy_and_resolve_references(), configs[2]]
+    good[1].unlock().lora.rank = 4  # the same shapes, so that the same program serves
+    without, *_ = together(task, good, 20, program)
     assert states[0].alive and states[2].alive
-    np.testing.assert_allclose(losses[0], without[0], rtol=1e-6)
-    np.testing.assert_allclose(losses[2], without[1], rtol=1e-6)
+    np.testing.assert_array_equal(losses[0], without[0])
+    np.testing.assert_array_equal(losses[2], without[2])
 
 
 def test_an_untrained_fresh_head_is_each_runs_own(root):
