@@ -169,8 +169,7 @@ def test_together_spread_and_in_shards_is_the_same(finished, inputs, grid, tmp_p
         assert "2 runs finished" in out
     same(outcome(shards), wanted)
     succeed([sys.executable, "-m", "experiments.report", shards])
-    text = (shards / "report" / "results.csv").read_text()
-    rows = list(csv.DictReader(text.splitlines()))
+    rows = list(csv.DictReader((shards / "report" / "results.csv").read_text().splitlines()))
     assert [(row["lora.rank"], row["seed"]) for row in rows] == [
         ("1", "0"), ("1", "1"), ("3", "0"), ("3", "1"),
     ]  # fmt: skip
