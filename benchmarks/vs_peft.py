@@ -12,6 +12,7 @@ CPU, bfloat16 activations on an accelerator. Sentences fill half of the length o
 
     step_s           median and least seconds of one step, until its results are there
     cpu_s            the same in processor seconds, of all threads together
+    loss, trained    of the first step; how many parameters are trained: the same on both sides
     first_step_s     from the model in memory to the end of its first step: adapters, compilation
     peak_mb          high-water mark of the process (on an accelerator, of its memory) above what
                      the process held once its libraries were imported
@@ -72,7 +73,15 @@ def batches(case: Case):
         }
 
 
-# ---- The two sides: imports, then the model; then `start` gives `step` and `peak` ----------------
+class Step(NamedTuple):
+    """What a side tells of one step: its loss, parameters trained, peak of the device's memory."""
+
+    loss: float
+    trained: int
+    peak: int | None
+
+
+# ---- The two sides: each yields after its imports, with its model, and then after every step -----
 
 
 def ours(case: Case):
@@ -111,11 +120,14 @@ def ours(case: Case):
         rank=RANK, alpha=ALPHA, targets=tuple(TARGETS), train=(HEAD,), dropout=case.dropout
     )
     state, tx = train.initial_state(task, config, lora_config)
+    leaves = zip(*map(jax.tree.leaves, (state.adapter, lora.mask(state.adapter))), strict=True)
+    trained = sum(x.size for x, wanted in leaves if wanted)
     compiled = train.make_train_step(task, tx, lora_config.dropout)
     while True:
         state, sums = compiled(state, base, next(data))
         jax.block_until_ready((state.adapter, sums))
-        yield (device.memory_stats() or {}).get("peak_bytes_in_use")
+        peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
+        yield Step(float(sums[0] / sums[2]), trained, peak)
 
 
 def theirs(case: Case, *, compiled: bool = False):
@@ -155,8 +167,9 @@ def theirs(case: Case, *, compiled: bool = False):
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        loss.item()  # waits for the device
-        yield torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+        value = loss.item()  # waits for the device
+        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+        yield Step(value, sum(p.numel() for p in trained), peak)
 
 
 SIDES = {
@@ -170,23 +183,25 @@ SIDES = {
 
 
 def serve(pipe, side: str, case: Case) -> None:
-    """The life of one side's process: starts, answers each message with a step's time."""
+    """The life of one side's process: starts, then answers each message with a step's time."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: case.threads])
+    run = SIDES[side](case)
+    device, held = next(run), memory("VmRSS")
+    next(run)
+    begun = time.perf_counter()
     try:
-        run = SIDES[side](case)
-        device, held = next(run), memory("VmRSS")
-        next(run)
-        begun = time.perf_counter()
-        peak = next(run)
-        pipe.send({"device": device, "first_step_s": time.perf_counter() - begun})
-        while pipe.recv():
-            begun = time.perf_counter(), time.process_time()
-            peak = next(run)
-            pipe.send((time.perf_counter() - begun[0], time.process_time() - begun[1]))
-        bytes_ = memory("VmHWM") - held if peak is None else peak
-        pipe.send({"peak_mb": round(bytes_ / 1e6, 1), "imports_mb": round(held / 1e6, 1)})
-    except Exception as error:
-        pipe.send({"error": f"{type(error).__name__}: {error}".splitlines()[0]})
+        step = next(run)
+    except Exception as error:  # torch.compile needs a compiler that knows the machine
+        return pipe.send({"error": f"{type(error).__name__}: {error}".splitlines()[0]})
+    first = round(time.perf_counter() - begun, 2)
+    about = {"device": device, "trained": step.trained, "loss": round(step.loss, 4)}
+    pipe.send(about | {"first_step_s": first})
+    while pipe.recv():
+        begun = time.perf_counter(), time.process_time()
+        step = next(run)
+        pipe.send((time.perf_counter() - begun[0], time.process_time() - begun[1]))
+    most = memory("VmHWM") - held if step.peak is None else step.peak
+    return pipe.send({"peak_mb": round(most / 1e6, 1), "imports_mb": round(held / 1e6, 1)})
 
 
 def memory(field: str) -> int:
@@ -233,11 +248,8 @@ def compared(rows: dict) -> dict:
         for side, row in rows.items()
         for what in ("step_s", "cpu_s")
         for of in ("median", "min")
-        if side != "ours" and what in row
+        if side != "ours" and what in row and what in rows["ours"]
     }
-    for row in rows.values():
-        if "first_step_s" in row:
-            row["first_step_s"] = round(row["first_step_s"], 2)
     return {"ratio": ratios, **rows}
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import doctest
 import functools
+import math
 from pathlib import Path
 
 import jax
@@ -194,6 +195,25 @@ def test_token_types_default_to_zero_and_are_used():
     zeros = run(model, params, ids, mask, jnp.zeros_like(ids))
     np.testing.assert_allclose(without, zeros, atol=2e-6)
     assert np.abs(without - run(model, params, ids, mask, jnp.ones_like(ids))).max() > 1e-3
+
+
+def phi(x):
+    return np.array([0.5 * math.erfc(-v / math.sqrt(2)) for v in x])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float64", 1e-14), ("float32", 1e-6), ("bfloat16", 2e-2)]
+)
+def test_gelu_is_the_exact_one(dtype, tolerance):
+    with jax.enable_x64(dtype == "float64"):
+        x = jnp.linspace(-6, 6, 97, dtype=dtype)
+        y, back = jax.vjp(bert.ACTIVATIONS["gelu"], x)
+        (slope,) = back(jnp.ones_like(y))
+        assert y.dtype == slope.dtype == jnp.dtype(dtype)
+        x, y, slope = (np.asarray(v, np.float64) for v in (x, y, slope))
+    density = np.exp(-0.5 * x**2) / math.sqrt(2 * math.pi)
+    np.testing.assert_allclose(y, x * phi(x), rtol=0, atol=tolerance)
+    np.testing.assert_allclose(slope, phi(x) + x * density, rtol=0, atol=tolerance)
 
 
 RATES = ["hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"]

@@ -22,8 +22,8 @@ def attention(
     Written for speed in three places. The heads go before the positions, so that both products
     and their gradients are plain matrix products, batched. The softmax's division comes after the
     weighted sum, where there are ``d`` numbers a query rather than one for each key, and so the
-    unnormalised weights are all that is kept for the gradient. The largest score is subtracted as
-    a constant, because the result does not depend on it.
+    unnormalised weights are all that is kept for the gradient (not in bfloat16, see below). The
+    largest score is subtracted as a constant, because the result does not depend on it.
 
     Args:
       query: ``(batch, queries, heads, d)``.
@@ -48,6 +48,9 @@ def attention(
     scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=high) + bias
     weights = jnp.exp(scores - lax.stop_gradient(scores.max(-1, keepdims=True)))
     total = weights.sum(-1, keepdims=True)
+    if value.dtype != high:
+        # The two parts of the scores' gradient cancel, so both must be rounded in the same place.
+        weights, total = weights / total, 1.0
     weights = drop(weights.astype(value.dtype))
     y = jnp.einsum("bhqk,bhkd->bhqd", weights, value, preferred_element_type=high)
     return heads_first(y / total).astype(value.dtype)
