@@ -140,6 +140,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(inputs, finished, tmp_path):
             time.sleep(0.01)
         process.send_signal(kill)
         _, err = process.communicate()
+        if process.returncode == 0:  # on a busy machine it may end before this process wakes up
+            continue
         assert process.returncode == status, err
         assert "Traceback" not in err and ("error: interrupted" in err) == (status == 130), err
     done = run(*training(inputs, workdir))
