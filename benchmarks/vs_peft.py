@@ -14,8 +14,10 @@ CPU, bfloat16 activations on an accelerator. Sentences fill half of the length o
     cpu_s            the same in processor seconds, of all threads together
     loss, trained    of the first step; how many parameters are trained: the same on both sides
     first_step_s     from the model in memory to the end of its first step: adapters, compilation
-    peak_mb          high-water mark of the process (on an accelerator, of its memory) above what
-                     the process held once its libraries were imported
+    start_peak_mb    high-water mark of the process from its imports to the end of the first step,
+                     above what it held after the imports: drawing the model and compilation count
+    peak_mb          the same of the steps after it; on an accelerator, of its memory, first step
+                     included
 """
 
 import argparse
@@ -52,6 +54,7 @@ class Case(NamedTuple):
     dropout: float
     threads: int
     prng: str
+    full: bool
 
     @property
     def config(self) -> dict:
@@ -65,7 +68,8 @@ def batches(case: Case):
     rng = np.random.default_rng(0)
     vocabulary = case.config.get("vocab_size", 30522)
     while True:
-        lengths = rng.integers(case.length // 2, case.length + 1, case.size)
+        least = case.length if case.full else case.length // 2
+        lengths = rng.integers(least, case.length + 1, case.size)
         yield {
             "input_ids": rng.integers(1, vocabulary, (case.size, case.length)).astype(np.int32),
             "attention_mask": (np.arange(case.length) < lengths[:, None]).astype(np.int32),
@@ -194,8 +198,11 @@ def serve(pipe, side: str, case: Case) -> None:
     except Exception as error:  # torch.compile needs a compiler that knows the machine
         return pipe.send({"error": f"{type(error).__name__}: {error}".splitlines()[0]})
     first = round(time.perf_counter() - begun, 2)
+    start = memory("VmHWM") - held
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the high-water mark starts again from here: after compilation
     about = {"device": device, "trained": step.trained, "loss": round(step.loss, 4)}
-    pipe.send(about | {"first_step_s": first})
+    pipe.send(about | {"first_step_s": first, "start_peak_mb": round(start / 1e6, 1)})
     while pipe.recv():
         begun = time.perf_counter(), time.process_time()
         step = next(run)
@@ -262,6 +269,7 @@ def main() -> None:
     parser.add_argument("--cases", default=CASES, help="MODEL:BATCHxLENGTH, separated by commas")
     parser.add_argument("--dropout", type=float, default=0.0, help="of the model and the branches")
     parser.add_argument("--prng", default="threefry2x32", help="JAX's generator, for dropout")
+    parser.add_argument("--full", action="store_true", help="sentences without padding")
     parser.add_argument("--compile", action="store_true", help="also PEFT under torch.compile")
     parser.add_argument("--steps", type=int, default=20, help="steps that are timed, on each side")
     parser.add_argument("--warmup", type=int, default=3)
@@ -271,7 +279,7 @@ def main() -> None:
     for name in args.cases.split(","):
         model, shape = name.split(":")
         size, length = map(int, shape.split("x"))
-        case = Case(model, size, length, args.dropout, args.threads, args.prng)
+        case = Case(model, size, length, args.dropout, args.threads, args.prng, args.full)
         row = measure(case, sides, steps=args.steps, warmup=args.warmup)
         print(json.dumps(row | {"machine": platform.machine()}), flush=True)
 
