@@ -3,7 +3,8 @@
     python -m experiments.sst2 --config=configs/sst2_minilm.py --workdir=runs/sst2_minilm \
         --config.data.source=DIRECTORY_OF_SST2
 
-expected: (to be measured)
+expected: validation accuracy 0.8280, 0.8372, 0.8303 for seeds 0, 1, 2 (mean 0.8318, standard
+deviation 0.0048); two CPU cores, 7 to 12 minutes a run
 """
 
 from ml_collections import ConfigDict

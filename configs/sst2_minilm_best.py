@@ -6,7 +6,8 @@
 Rank 16 on every linear layer, 5 epochs. The learning rate was chosen on 1,000 other examples of the
 training set (--config.data.holdout=1000), never on the validation set: after one epoch 5e-4 was at
 0.865 there, while 1e-3 had not learned (0.565).
-expected: (to be measured)
+expected: validation accuracy 0.8624, 0.8578, 0.8716 for seeds 0, 1, 2 (mean 0.8639, standard
+deviation 0.0070); 20 to 31 minutes a run on two CPU cores that had other work as well
 """
 
 from ml_collections import ConfigDict
