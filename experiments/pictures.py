@@ -213,13 +213,13 @@ def curves(found: Results) -> Picture | None:
         for panel, key in ((left, "loss"), (right, "eval_accuracy")):
             at = [(line["epoch"], line[key]) for line in row.curve if key in line]
             if at:
-                style = "-" if key == "loss" else "o-"
+                style = "-" if key == "loss" and len(at) > 3 else "o-"
                 panel.plot(
                     *zip(*at, strict=True), style, color=color_of(row), alpha=0.6, linewidth=1.1,
                     markersize=3,
                 )  # fmt: skip
-    left.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
-    right.set(xlabel="epoch", ylabel="validation accuracy")
+    left.set(xlabel="epoch", ylabel="training loss", xlim=(0, None), ylim=(0, None))
+    right.set(xlabel="epoch", ylabel="validation accuracy", xlim=(0, None))
     for value, color in values:
         right.plot([], [], color=color, label=results.number(value))
     if values:
@@ -245,11 +245,12 @@ def similarity(found: Results) -> Picture | None:
         return None
     kernel = _middle_kernel(pairs[0][1][0])
     maps = [(text, _similarity(*rows, kernel)) for text, rows in pairs]
+    highest = max(values.max() for _, values in maps)  # of a few steps they are far below 1
     figure, panels = _figure(len(maps), width=4.4, height=3.6)
     for panel, (text, values) in zip(panels, maps, strict=True):
         panel.grid(False)
         image = panel.imshow(
-            values, origin="lower", cmap="viridis", vmin=0, vmax=1, aspect="auto",
+            values, origin="lower", cmap="viridis", vmin=0, vmax=highest, aspect="auto",
             extent=(0.5, values.shape[1] + 0.5, 0.5, values.shape[0] + 0.5),
         )  # fmt: skip
         panel.set(title=text[0], ylabel=text[1], xlabel=text[2])
