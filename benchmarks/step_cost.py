@@ -1,6 +1,6 @@
 """Cost of one gradient: full fine-tuning, LoRA merged in the loss, and LoRA lifted.
 
-    python benchmarks/step_cost.py [--model=bert_base,minilm] [--time]
+    python -m benchmarks.step_cost [--model=bert_base,minilm] [--time]
 
 One JSON object a line and case. FLOPs and bytes are XLA's own counts of the compiled gradient;
 times are medians, and only to be compared within one run. Runs on whatever device JAX finds.
