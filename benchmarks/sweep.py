@@ -1,13 +1,13 @@
 """What a sweep saves: against a process for each run, and by runs at a time.
 
-    python benchmarks/sweep.py processes [--steps=100] [--only=seed=0] [--parallel=1,auto]
-    python benchmarks/sweep.py throughput [--model=minilm] [--at_once=1,2,4] [--batch=16x32]
+    python -m benchmarks.sweep processes [--steps=100] [--only=seed=0] [--parallel=1,auto]
+    python -m benchmarks.sweep throughput [--model=minilm] [--at_once=1,2,4] [--batch=16x32]
 
 ``processes`` trains the runs of configs/quickstart_sweep.py (MiniLM, 16 x 32 tokens) as separate
 processes one after another, and as one sweep, turn by turn. ``throughput`` times the compiled step
 for several runs at a time on whatever device JAX finds; on a GPU:
 
-    python benchmarks/sweep.py throughput --model=bert_base --batch=16x64 --at_once=1,2,4,8,16,32 \
+    python -m benchmarks.sweep throughput --model=bert_base --batch=16x64 --at_once=1,2,4,8,16,32 \
         --dtype=bfloat16
 
 One JSON object a line. Times are only to be compared within one output; ``cpu_s`` is the processor

@@ -185,14 +185,15 @@ def convert(kernel: Kernel, *, dtype: Any) -> Kernel:
     return dataclasses.replace(kernel, w=kernel.w.astype(dtype))
 
 
-def scaled(kernel: Kernel, factor: Any) -> Kernel:
-    """The kernel times a number: ``c·(w + a·b) = c·w + a·(c·b)``."""
-    if isinstance(factor, Kernel) or jnp.ndim(factor):
-        raise Unfactored("multiplied with something other than a single number")
-    w = kernel.w * jnp.asarray(factor, kernel.w.dtype)
-    if kernel.a is None:
-        return dataclasses.replace(kernel, w=w)
-    return dataclasses.replace(kernel, w=w, b=kernel.b * jnp.asarray(factor, kernel.b.dtype))
+def scaled(kernel: Kernel, change: Callable[[Array], Array], *numbers: Any) -> Kernel:
+    """A negative, or a product or quotient with a number: ``c·(w + a·b) = c·w + a·(c·b)``.
+
+    ``change`` is applied to both terms as it is, so that the frozen part keeps its very bits.
+    """
+    if any(isinstance(x, Kernel) or jnp.ndim(x) for x in numbers):
+        raise Unfactored("multiplied or divided by something other than a single number")
+    b = None if kernel.b is None else change(kernel.b)
+    return dataclasses.replace(kernel, w=change(kernel.w), b=b)
 
 
 def reverse(kernel: Kernel, *, dimensions: Sequence[int]) -> Kernel:
@@ -310,13 +311,14 @@ def pad(kernel: Kernel, value: Array, *, config: Sequence[tuple[int, int, int]])
 
 
 def _move_mul(params: dict, x: Any, y: Any) -> list[Kernel]:
-    return [scaled(x, y) if isinstance(x, Kernel) else scaled(y, x)]
+    kernel, number = (x, y) if isinstance(x, Kernel) else (y, x)
+    return [scaled(kernel, lambda k: k * jnp.asarray(number, k.dtype), number)]
 
 
 def _move_div(params: dict, x: Any, y: Any) -> list[Kernel]:
-    if isinstance(y, Kernel) or jnp.ndim(y):
-        raise Unfactored("a division by, or of, something other than a single number")
-    return [scaled(x, 1 / y)]
+    if not isinstance(x, Kernel):
+        raise Unfactored("divides something by the kernel")
+    return [scaled(x, lambda k: k / jnp.asarray(y, k.dtype), y)]
 
 
 def _move_dynamic_slice(params: dict, kernel: Any, *indices: Any) -> list[Kernel]:
@@ -343,7 +345,7 @@ MOVES: dict[str, Callable[..., list[Kernel]]] = {
     "dynamic_slice": _move_dynamic_slice,
     "pad": lambda p, k, value: [pad(k, value, config=p["padding_config"])],
     "rev": lambda p, k: [reverse(k, dimensions=p["dimensions"])],
-    "neg": lambda p, k: [scaled(k, -1)],
+    "neg": lambda p, k: [scaled(k, jnp.negative)],
     "mul": _move_mul,
     "div": _move_div,
     "split": lambda p, k: _split(k, p["sizes"], p["axis"]),

@@ -260,6 +260,44 @@ def test_falls_back_and_is_still_right(name):
         lifted(lora.bind(params, adapter), x)
 
 
+CHANGED = {
+    "times": lambda w: w * 0.3,
+    "divided": lambda w: w / 3.0,
+    "negative": lambda w: -w,
+    "padded and cut": lambda w: jnp.pad(w, ((0, 0), (1, 1)))[:, 1:-1],
+    "reversed twice": lambda w: w[::-1][::-1],
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_a_changed_kernel_starts_as_the_base_bit_for_bit(name):
+    fn = lambda p, x: x @ CHANGED[name](p["w"])
+    w = array(64, 48)
+    params, x = {"w": w}, array(5, 64)
+    adapter = lora.init(jax.random.key(0), fn, params, lora.LoRAConfig(rank=2, targets=("w",)), x)
+    lifted = lora.lift(fn, strict=True)(lora.bind(params, adapter), x)  # op by op, as written
+    np.testing.assert_array_equal(lifted, fn(params, x))
+
+
+SIDE_EFFECTS = {
+    "callback": lambda w: jax.debug.callback(lambda _: None, w),
+    "unused": lambda w: lax.sin(w),
+    "two outputs": lambda w: lax.optimization_barrier((w, 2 * w)),
+}
+
+
+@pytest.mark.parametrize("name", SIDE_EFFECTS)
+def test_what_else_happens_to_a_kernel_does_not_hide_its_product(name):
+    def fn(p, x):
+        SIDE_EFFECTS[name](p["w"])
+        return x @ p["w"]
+
+    params, adapter = made(fn, W, X)
+    assert adapter["w"].axes == "io"
+    got = lora.lift(fn)(lora.bind(params, adapter), X)
+    np.testing.assert_allclose(got, fn(lora.merge(params, adapter), X), rtol=1e-5, atol=1e-5)
+
+
 def test_while_loop():
     """Not reverse-differentiable in JAX, so values only."""
 
