@@ -3,10 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.models import bert
+from lora_jax.models import bert, distilbert, roberta
 from lora_jax.models.families import Family
 
-FAMILIES: tuple[Family, ...] = (bert.FAMILY,)
+FAMILIES: tuple[Family, ...] = (
+    bert.FAMILY,
+    distilbert.FAMILY,
+    roberta.FAMILY,
+    roberta.XLM,
+)
 
 
 def find(config: Mapping[str, Any]) -> Family:
