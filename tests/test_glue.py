@@ -1,6 +1,5 @@
 """The tasks of GLUE: their files, their scores, runs on tiny models, and what becomes of adapters."""
 
-import ast
 import doctest
 import json
 import math
@@ -19,6 +18,7 @@ from experiments import (
     classifier,
     data,
     glue_tasks,
+    results,
     scores,
     settings,
     sources,
@@ -248,9 +248,9 @@ FIELDS = {
     "epochs": 2, "log_every": 2, "lora.rank": 2, "optimizer.learning_rate": 0.01,
 }  # fmt: skip
 TARGETS = {
-    "bert": {"lora.train": ("classifier", "pooler")},
+    "bert": {"lora.train": ("default", "pooler")},
     "roberta": {},
-    "distilbert": {"lora.targets": ("q_lin", "v_lin"), "lora.train": ("pre_classifier", "classifier")},
+    "distilbert": {},
 }  # fmt: skip
 
 
@@ -283,7 +283,7 @@ EPOCHS = 4
 @pytest.mark.parametrize("task", REPORTED)
 def test_a_run_reports_the_scores_of_its_task(task, inputs, tmp_path):
     kind, names, selects = REPORTED[task]
-    learnt = (*TARGETS[kind].get("lora.train", ("classifier",)), "word_embeddings")
+    learnt = (*TARGETS[kind].get("lora.train", ("default",)), "word_embeddings")
     config = config_of(inputs, task, kind, epochs=EPOCHS, lora__train=learnt)
     _, best = trained(config, tmp_path)
     lines = [x for x in workdirs.read(tmp_path / "metrics.jsonl") if "eval_loss" in x]
@@ -413,12 +413,65 @@ def test_the_papers_recipes():
         roberta_base_glue.get_config("wnli")
 
 
-def test_labels_must_be_the_tasks():
-    config = glue_minilm.get_config("mnli").copy_and_resolve_references()
+def test_labels_must_be_the_tasks(inputs):
+    config = common.glue_config("mnli")
+    config.model.name = str(inputs / "bert")
     config.update_from_flattened_dict({"model.labels": ("a", "b"), "model.num_labels": 2})
     with pytest.raises(ValueError, match="'mnli' has 3"):
         settings.check(settings.resolved(config))
-    assert (
-        ast.literal_eval(str(settings.resolved(glue_minilm.get_config("stsb")).model.num_labels))
-        == 1
-    )
+    config = settings.resolved(glue_minilm.get_config("stsb").unlock())
+    assert config.model.labels == ("similarity",) and config.model.num_labels == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets", "train"),
+    [
+        ("bert", ("query", "value"), ("classifier",)),
+        ("roberta", ("query", "value"), ("classifier",)),
+        ("distilbert", ("q_lin", "v_lin"), ("pre_classifier", "classifier")),
+    ],
+)
+def test_what_is_adapted_by_default_is_the_familys(kind, targets, train, inputs):
+    config = common.glue_config("rte")
+    config.model.name = str(inputs / kind)
+    found = settings.resolved(config)
+    assert (found.lora.targets, found.lora.train) == (targets, train)
+    config.lora.targets = ("default", "word_embeddings")
+    assert settings.resolved(config).lora.targets == (*targets, "word_embeddings")
+    assert config.lora.train == ("default",)  # the config itself is unchanged
+
+
+SWEEP = """
+from configs import common
+
+def get_config():
+    c = common.glue_config("stsb")
+    return c.lock()
+
+def sweep(add):
+    for rank in (1, 3):
+        add(**{"lora.rank": rank})
+"""
+
+
+@pytest.mark.xdist_group("cli")
+def test_a_sweep_goes_by_the_score_of_its_task(inputs, tmp_path):
+    (tmp_path / "ranks.py").write_text(SWEEP)
+    workdir = tmp_path / "sweep"
+    fields = {k: v for k, v in FIELDS.items() if k != "lora.rank"}
+    fields |= {"model.name": inputs / "distilbert", "data.source": inputs / "glue"}
+    done = run(
+        "sweep", f"--config={tmp_path / 'ranks.py'}", f"--workdir={workdir}", "--parallel=2",
+        *(f"--config.{name}={value}" for name, value in fields.items()),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(p.read_text()) for p in workdir.glob("runs/*/result.json")]
+    assert len(found) == 2
+    for result, folder in zip(found, workdir.glob("runs/*"), strict=True):
+        lines = workdirs.read(folder / "metrics.jsonl")
+        best = max(line["eval_pearson"] for line in lines if "eval_pearson" in line)
+        assert result["score"] == "pearson" and result["best_pearson"] == best
+    best = max(result["best_pearson"] for result in found)
+    assert f"best validation pearson {best:.4f}" in done.stdout
+    page = results.as_csv(results.load(workdir))
+    assert "best_pearson" in page.splitlines()[0]
