@@ -20,19 +20,20 @@ def product(axes: Mapping[str, Iterable[Any]]) -> Iterator[dict[str, Any]]:
 def base_config() -> ConfigDict:
     """A config with all fields set; a config file changes what it needs and locks it."""
     c = ConfigDict()
+    c.task = "sst2"  # of GLUE
     c.seed = 0  # initial draw of factors and head, and all dropout
 
     c.adapter = ""  # directory of an adapter to go on from, ours or PEFT's; its settings win
     c.model = ConfigDict()
     c.model.name = "bert-base-uncased"  # a directory, or a name to look up in cache and Hub
     c.model.num_labels = 2
-    c.model.labels = ("negative", "positive")  # what predictions are called
+    c.model.labels = ("negative", "positive")  # what predictions are called; () for the task's own
     c.model.dtype = "float32"  # of the activations: float32 or bfloat16
 
     c.lora = ConfigDict()  # the fields of lora_jax.LoRAConfig
     c.lora.rank = 8
     c.lora.alpha = 16.0
-    c.lora.targets = ("query", "value")
+    c.lora.targets = ("query", "value")  # ("default",) for those of the model's family
     c.lora.train = ("classifier",)
     c.lora.dropout = 0.1
     c.lora.rank_stabilized = False
@@ -40,7 +41,8 @@ def base_config() -> ConfigDict:
     c.lora.alpha_pattern = ConfigDict()
 
     c.data = ConfigDict()
-    c.data.source = "tfds:glue/sst2"  # tfds:NAME, "reviews", or a directory in the GLUE layout
+    # tfds:NAME, "reviews", or a directory in the GLUE layout; empty for the task's own in TFDS
+    c.data.source = "tfds:glue/sst2"
     c.data.data_dir = ""  # where TFDS keeps data; empty for its default
     c.data.seed = 0  # which examples are taken, and their order
     c.data.train_examples = 5000  # the first so many of the shuffled training set; 0 for all
@@ -60,4 +62,18 @@ def base_config() -> ConfigDict:
     c.optimizer.warmup = 0.0  # fraction of all steps, before the linear decay to zero
     c.optimizer.weight_decay = 0.01
     c.optimizer.clip_norm = 1.0  # of the gradient's global norm; 0 for none
+    return c
+
+
+def glue_config(task: str) -> ConfigDict:
+    """The same for a task of GLUE on all its training examples.
+
+    Labels are the task's own; adapted and trained is what PEFT has for the model's family.
+    """
+    c = base_config()
+    c.task = task
+    c.model.labels, c.model.num_labels = (), 0
+    c.lora.targets = c.lora.train = ("default",)
+    c.data.source = ""
+    c.data.train_examples = 0
     return c
