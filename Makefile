@@ -13,7 +13,7 @@ $(VENV)/.base: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.test: $(VENV)/.base
-	$(PIP) -e '.[test,tfds-prepare]'
+	$(PIP) -e '.[test,tfds-prepare,examples]'
 	touch $@
 
 # Fine-tunes MiniLM on the embedded reviews, on whatever device JAX finds.

@@ -1,0 +1,1 @@
+"""Models that this project did not write, each adapted, trained for ten steps and merged."""
