@@ -17,8 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from lora_jax.models import blocks
 from lora_jax.models.attention import attention
-from lora_jax.models.t5_config import ACTIVATIONS, T5Config, names
+from lora_jax.models.families import SEQ2SEQ_LM, TOKENS, Family
+from lora_jax.models.t5_config import T5Config, names
 
 Array = jax.Array
 PyTree = Any
@@ -108,8 +110,8 @@ class _Part(nn.Module):
         init = nn.initializers.normal(self.config.initializer_factor * stddev)
         return nn.Dense(features, use_bias=False, kernel_init=init, dtype=self.dtype, name=name)
 
-    def _norm(self) -> nn.RMSNorm:
-        return nn.RMSNorm(epsilon=self.config.layer_norm_epsilon, dtype=self.dtype)
+    def _norm(self) -> blocks.RMSNorm:
+        return blocks.RMSNorm(self.config.layer_norm_epsilon, self.dtype)
 
     def _dropout(self) -> nn.Dropout:
         return nn.Dropout(self.config.dropout_rate)
@@ -155,7 +157,7 @@ class T5Dense(_Part):
         gated, _, activation = c.feed_forward_proj.rpartition("-")
         wide = lambda name: self._dense(c.d_ff, c.d_model**-0.5, name)(x)
         # The name "gated-gelu" has always stood for the approximation by tanh.
-        activate = ACTIVATIONS["gelu_new" if gated and activation == "gelu" else activation]
+        activate = blocks.ACTIVATIONS["gelu_new" if gated and activation == "gelu" else activation]
         y = activate(wide("wi_0")) * wide("wi_1") if gated else activate(wide("wi"))
         y = self._dropout()(y, deterministic=deterministic)
         return self._dense(c.d_model, c.d_ff**-0.5, "wo")(y)
@@ -408,3 +410,17 @@ def _check(ids: Array, mask: Array, slots: tuple[int, ...]) -> None:
             f"The tokens must have shape (batch, length) and the mask one entry for each, or for "
             f"each of the cache's slots {slots}; got {ids.shape} and {mask.shape}."
         )
+
+
+FAMILY = Family(
+    model_type=("t5",),
+    config=T5Config,
+    names=names,
+    models={SEQ2SEQ_LM: T5ForConditionalGeneration},
+    architectures={SEQ2SEQ_LM: "T5ForConditionalGeneration"},
+    prefix="",
+    # A table that the oldest checkpoints carry, and no version has used.
+    ignored=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
+    targets=("q", "v"),
+    inputs=lambda head: (TOKENS, TOKENS, TOKENS),
+)
