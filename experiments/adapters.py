@@ -10,7 +10,7 @@ import lora_jax as lora
 from lora_jax import adapter as adapters
 from lora_jax import peft
 from lora_jax.lowrank import LowRank
-from lora_jax.models import bert, checkpoints
+from lora_jax.models import checkpoints
 
 PyTree = Any
 
@@ -26,7 +26,7 @@ def load(
     """
     if not peft.is_peft(directory):
         return lora.load(directory, loaded.params, base=loaded.base_id)
-    table = bert.names(loaded.model.config)
+    table = checkpoints.names(loaded)
     adapter, config = peft.load_peft(directory, loaded.params, names=table)
     random = untold(adapter, loaded)
     if random:
@@ -76,7 +76,7 @@ def save_peft(
     if not config.origin and "params/classifier/kernel" in adapters.nodes(adapter):
         head = adapters.nodes(adapter)["params/classifier/kernel"]
         about |= {} if isinstance(head, LowRank) else {"task_type": "SEQ_CLS"}
-    table = bert.names(loaded.model.config)
+    table = checkpoints.names(loaded)
     peft.save_peft(directory, loaded.params, adapter, config, names=table, **about)
 
 

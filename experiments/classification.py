@@ -44,8 +44,9 @@ def apply(model: Any, params: Any, batch: dict, key: jax.Array | None) -> jax.Ar
 def make_task(config: ConfigDict) -> tuple[train.Task, lora.LoRAConfig]:
     """Loads model and data, and an adapter to go on from, whose settings then hold."""
     c = config.data
-    loaded = checkpoints.load_bert_classifier(
+    loaded = checkpoints.load(
         config.model.name,
+        head="classifier",
         num_labels=config.model.num_labels,
         key=_head_key(config.seed),
         dtype=dtype(config.model.dtype),

@@ -44,8 +44,9 @@ def load(directory: str | Path, *, model: str | None = None) -> Classifier:
     about = serialize.read_metadata(directory)
     _check_metadata(directory, about)
     kind = about["model"]
-    loaded = checkpoints.load_bert_classifier(
+    loaded = checkpoints.load(
         model or kind["name"],
+        head="classifier",
         num_labels=len(kind["labels"]),
         dtype=classification.dtype(kind["dtype"]),
     )
@@ -77,7 +78,7 @@ def _load_peft(directory: str | Path, model: str | None) -> Classifier:
     shape = peft.tensor_shapes(directory).get("classifier.bias", ())
     count = shape[0] if len(shape) == 1 else len(said) or 2  # transformers' default
     labels = said if len(said) == count else tuple(f"LABEL_{k}" for k in range(count))
-    loaded = checkpoints.load_bert_classifier(name, num_labels=count)
+    loaded = checkpoints.load(name, head="classifier", num_labels=count)
     adapter, config = adapters.load(directory, loaded)
     tokenizer = checkpoints.load_tokenizer(loaded.checkpoint)
     longest = loaded.model.config.max_position_embeddings

@@ -44,7 +44,9 @@ def main(argv: list[str]) -> None:
         print(f"Wrote {out}: open it with peft, PeftModel.from_pretrained(base, directory).")
         return
     merged = lora.merge(model.loaded.params, model.adapter)
-    checkpoints.save_hf(out, merged, model.loaded.checkpoint, labels=model.labels)
+    checkpoints.save_hf(
+        out, merged, model.loaded.checkpoint, head=model.loaded.head, labels=model.labels
+    )
     print(f"Wrote {out}: open it with transformers, AutoModelForSequenceClassification.")
 
 

@@ -1,9 +1,13 @@
 """Files: written whole or not at all, and safetensors read into numpy."""
 
 import contextlib
+import json
+import math
 import os
 import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -43,12 +47,82 @@ def read_safetensors(data: bytes) -> dict[str, np.ndarray]:
     }
 
 
-def write_atomically(path: str | Path, data: bytes) -> None:
+class Stored(NamedTuple):
+    """A tensor in a safetensors file, not read yet; ``offset`` is in bytes from the start."""
+
+    path: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+
+def open_safetensors(path: str | Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file by name; only its header is read.
+
+    Raises:
+      ValueError: not a whole safetensors file, or a dtype that has no counterpart in numpy.
+    """
+    path = Path(path)
+    try:
+        with safetensors.safe_open(path, "numpy"):
+            pass  # checks the header, and that the file is as long as it says
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"no safetensors file: {error}") from error
+    header.pop("__metadata__", None)
+    unknown = sorted({entry["dtype"] for entry in header.values()} - set(_DTYPES))
+    if unknown:
+        raise ValueError(f"tensors of dtype {unknown}, where {sorted(_DTYPES)} are read")
+    return {
+        name: Stored(
+            path,
+            np.dtype(_DTYPES[entry["dtype"]]),
+            tuple(entry["shape"]),
+            8 + size + entry["data_offsets"][0],
+        )
+        for name, entry in header.items()
+    }
+
+
+def read_tensor(stored: Stored) -> np.ndarray:
+    """Reads one tensor, and no other of its file."""
+    count = math.prod(stored.shape) * stored.dtype.itemsize
+    raw = np.fromfile(stored.path, np.uint8, count, offset=stored.offset)
+    if raw.size < count:
+        raise OSError(f"{stored.path} has become shorter while it was read")
+    return raw.view(stored.dtype).reshape(stored.shape)
+
+
+def safetensors_pieces(
+    shapes: Mapping[str, Any], values: Iterable[np.ndarray], metadata: Mapping[str, str]
+) -> Iterable[bytes]:
+    """The content of a safetensors file of float32 tensors, in pieces, so that it need not fit.
+
+    Args:
+      shapes: of the tensors by name.
+      values: the tensors in the same order, each asked for when the one before is written.
+      metadata: strings for the header.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+    yield len(text).to_bytes(8, "little") + text
+    for value in values:
+        yield np.ascontiguousarray(value, "<f4").tobytes()
+
+
+def write_atomically(path: str | Path, data: bytes | Iterable[bytes]) -> None:
     """Writes ``data`` to ``path`` through a temporary file, fsync and rename.
 
     Args:
       path: in a directory that exists.
-      data: the whole content.
+      data: the whole content, at once or in pieces.
 
     Raises:
       OSError: no space, no permission, ...; the file that was there before is intact.
@@ -63,12 +137,12 @@ def write_atomically(path: str | Path, data: bytes) -> None:
         ) from error
 
 
-def _replace(path: Path, data: bytes) -> None:
+def _replace(path: Path, data: bytes | Iterable[bytes]) -> None:
     # In the same directory, because a rename is atomic within one file system only.
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            file.writelines([data] if isinstance(data, bytes) else data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes it private to the user

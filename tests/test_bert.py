@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lora_jax import paths
-from lora_jax.models import bert, checkpoints
+from lora_jax.models import bert, blocks, checkpoints, registry, tables
 
 # Made by scripts/make_bert_goldens.py.
 GOLDENS = Path(__file__).parent / "goldens" / "bert"
@@ -63,8 +63,9 @@ def golden(case):
     return args, values
 
 
-def test_doctests():
-    assert doctest.testmod(bert).failed == 0
+@pytest.mark.parametrize("module", [bert, blocks, registry, tables])
+def test_doctests(module):
+    assert doctest.testmod(module).failed == 0
 
 
 def test_goldens_cover_what_a_config_may_change():
@@ -77,7 +78,9 @@ def test_goldens_cover_what_a_config_may_change():
 @pytest.mark.parametrize("case", CASES)
 def test_logits_equal_transformers(case):
     args, values = golden(case)
-    loaded = checkpoints.load_bert_classifier(GOLDENS / case, num_labels=values["logits"].shape[1])
+    loaded = checkpoints.load(
+        GOLDENS / case, head="classifier", num_labels=values["logits"].shape[1]
+    )
     assert loaded.fresh == ()
     logits = run(loaded.model, loaded.params, *args)
     assert np.abs(values["logits"]).max() > 0.1
@@ -85,9 +88,22 @@ def test_logits_equal_transformers(case):
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_scanned_layers_compute_the_same(case):
+    args, values = golden(case)
+    labels = values["logits"].shape[1]
+    loaded = checkpoints.load(
+        GOLDENS / case, head="classifier", num_labels=labels, scan_layers=True
+    )
+    logits = run(loaded.model, loaded.params, *args)
+    np.testing.assert_allclose(logits, values["logits"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_encoder_alone_equals_transformers(case):
     (ids, mask, types), values = golden(case)
-    loaded = checkpoints.load_bert_classifier(GOLDENS / case, num_labels=values["logits"].shape[1])
+    loaded = checkpoints.load(
+        GOLDENS / case, head="classifier", num_labels=values["logits"].shape[1]
+    )
     encoder = bert.BertModel(loaded.model.config)
     params = {"params": loaded.params["params"]["bert"]}
     hidden, pooled = run(encoder, params, ids, mask, types)
@@ -100,7 +116,9 @@ def test_encoder_alone_equals_transformers(case):
 def test_bfloat16_computes_near_float32_and_keeps_parameters(case):
     args, values = golden(case)
     labels = values["logits"].shape[1]
-    loaded = checkpoints.load_bert_classifier(GOLDENS / case, num_labels=labels, dtype=jnp.bfloat16)
+    loaded = checkpoints.load(
+        GOLDENS / case, head="classifier", num_labels=labels, dtype=jnp.bfloat16
+    )
     assert {x.dtype for x in jax.tree.leaves(loaded.params)} == {jnp.dtype(jnp.float32)}
     logits = run(loaded.model, loaded.params, *args)
     assert logits.dtype == jnp.float32
@@ -118,12 +136,13 @@ def test_parameter_count_of_bert_base():
     assert sum(x.size for x in jax.tree.leaves(shapes)) == 109_483_778
 
 
-@pytest.mark.parametrize("classifier", [True, False])
-def test_table_is_a_bijection_onto_the_tree(classifier):
-    kind = bert.BertForSequenceClassification if classifier else bert.BertModel
-    variables = jax.eval_shape(kind(TINY).init, jax.random.key(0), *inputs())
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("head", ["classifier", "encoder"])
+def test_table_is_a_bijection_onto_the_tree(head, scan):
+    model = bert.FAMILY.models[head](TINY, scan_layers=scan)
+    variables = jax.eval_shape(model.init, jax.random.key(0), *inputs())
     leaves = paths.named_leaves(variables["params"])
-    rows = bert.names(TINY, classifier=classifier)
+    rows = bert.names(TINY, head=head, scan_layers=scan)
     assert sorted(row.flax for row in rows) == sorted(leaves)
     assert len({row.hf for row in rows}) == len(rows)
     assert {row.flax for row in rows if row.transpose} == {n for n in leaves if "kernel" in n}
@@ -207,7 +226,7 @@ def phi(x):
 def test_gelu_is_the_exact_one(dtype, tolerance):
     with jax.enable_x64(dtype == "float64"):
         x = jnp.linspace(-6, 6, 97, dtype=dtype)
-        y, back = jax.vjp(bert.ACTIVATIONS["gelu"], x)
+        y, back = jax.vjp(blocks.ACTIVATIONS["gelu"], x)
         (slope,) = back(jnp.ones_like(y))
         assert y.dtype == slope.dtype == jnp.dtype(dtype)
         x, y, slope = (np.asarray(v, np.float64) for v in (x, y, slope))
@@ -265,7 +284,7 @@ def test_bad_inputs(args, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hidden_act": "swish"}, "hidden_act 'swish' is not one of.*gelu"),
+        ({"hidden_act": "mish"}, "hidden_act 'mish' is not one of.*gelu"),
         ({"num_attention_heads": 5}, "hidden_size 768 does not divide.*5"),
         ({"hidden_size": 0}, "hidden_size must be a whole number"),
         ({"vocab_size": "many"}, "vocab_size.*'many'"),

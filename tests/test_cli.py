@@ -112,7 +112,7 @@ def test_export_is_the_merged_model(finished, tmp_path):
     out = tmp_path / "merged"
     done = run("export", f"--adapter={workdir}/adapter", f"--out={out}", "--merged")
     assert done.returncode == 0, done.stderr
-    loaded = checkpoints.load_bert_classifier(out, num_labels=2)
+    loaded = checkpoints.load(out, head="classifier", num_labels=2)
     assert not loaded.fresh
     tokenizer = checkpoints.load_tokenizer(loaded.checkpoint)
     ids = jnp.array([tokenizer.encode("the film was great").ids])

@@ -26,7 +26,7 @@ def checkpoint(directory, seed=0):
     shapes = paths.named_leaves(jax.eval_shape(model.init, jax.random.key(0), ids, ids)["params"])
     rng = np.random.default_rng(seed)
     tensors = {}
-    for row in bert.names(config, classifier=False):
+    for row in bert.names(config, head="encoder"):
         shape = shapes[row.flax].shape
         center = 1.0 if row.flax.endswith("scale") else 0.0
         value = (center + 0.3 * rng.normal(size=shape)).astype(np.float32)

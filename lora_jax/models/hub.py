@@ -13,7 +13,9 @@ from huggingface_hub import constants, errors
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model",
+    "sentencepiece.bpe.model", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
 # Everything that is read from a checkpoint, and nothing else of a repository that may be large.
 FILES = ("config.json", "model*.safetensors", INDEX, *TOKENIZER_FILES)

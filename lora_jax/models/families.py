@@ -1,0 +1,47 @@
+"""What a model family says of itself, so that checkpoints of every family load and save alike."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+CLASSIFIER, CAUSAL_LM, SEQ2SEQ_LM, ENCODER = "classifier", "causal-lm", "seq2seq-lm", "encoder"
+
+
+class Family(NamedTuple):
+    """One model family; its file ends with ``FAMILY = Family(...)``.
+
+    Attributes:
+      model_type: values of ``model_type`` in a ``config.json``.
+      config: dataclass with ``from_hf`` and ``to_hf``.
+      names: ``(config, *, head, scan_layers=False)`` -> the table, a list of
+        :class:`lora_jax.names.Name`. A weight that is tied has one row, with the other tensors'
+        names in ``tied``.
+      models: head -> Linen module class, made as ``cls(config, dtype=..., scan_layers=...)``, a
+        classifier with ``num_labels=...`` as well.
+      architectures: head -> the class of ``transformers`` that a saved checkpoint is of.
+      prefix: what the tensors' names lack in a bare backbone's checkpoint ("bert.").
+      ignored: shell patterns of tensors, prefix apart, that are left out: buffers, other heads. A
+        pattern for a head does not count where that head is loaded.
+      optional: Flax modules that a checkpoint may lack entirely; they are then made afresh.
+      labelled: Flax module with one output for each label; it is made afresh if the checkpoint's
+        has another number of them. "" where no head has labels.
+      targets: what PEFT adapts by default, as names of modules here.
+      inputs: head -> shapes of arguments that the module can be initialised with.
+    """
+
+    model_type: tuple[str, ...]
+    config: type
+    names: Callable
+    models: Mapping[str, Callable]
+    architectures: Mapping[str, str]
+    prefix: str
+    ignored: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    labelled: str = ""
+    targets: tuple[str, ...] = ()
+    inputs: Callable = lambda head: (TOKENS, TOKENS)  # token ids and their mask
+
+
+TOKENS = jax.ShapeDtypeStruct((1, 1), jnp.int32)

@@ -1,0 +1,76 @@
+"""Checks that the families' config dataclasses share, and their reading from ``config.json``."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+def read(
+    cls: type, config: Mapping[str, Any], *, model_type: Iterable[str], built: Mapping[str, Any]
+) -> Any:
+    """Makes a config dataclass from a parsed ``config.json``; other keys are left out.
+
+    Args:
+      cls: the dataclass, with field names as in the file.
+      config: the file's content.
+      model_type: what it may be.
+      built: keys of variants that the model has not, with the one value that is built. A key that
+        is absent or null is no variant.
+
+    Raises:
+      ValueError: another architecture, or variants that are not built, all in one message.
+    """
+    kinds = tuple(model_type)
+    if config.get("model_type") not in kinds:
+        raise ValueError(
+            f"model_type is {config.get('model_type')!r} in this config; "
+            f"only {' or '.join(map(repr, kinds))} is built here."
+        )
+    variants = [
+        f"{name} is {config[name]!r} in this config; only {value!r} is built."
+        for name, value in built.items()
+        if config.get(name, value) not in (value, None)
+    ]
+    if variants:
+        raise ValueError(" ".join(variants))
+    return cls(**{f.name: config[f.name] for f in dataclasses.fields(cls) if f.name in config})
+
+
+def check_sizes(config: Any, names: Iterable[str]) -> None:
+    """Raises ValueError unless each of these fields is a whole number of at least 1."""
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+
+
+def check_rates(config: Any, names: Iterable[str], *, optional: Iterable[str] = ()) -> None:
+    """Raises ValueError unless each field is in [0, 1); optional ones may be None."""
+    optional = tuple(optional)
+    for name in (*names, *optional):
+        value = getattr(config, name)
+        none = name in optional and value is None
+        if not none and not (isinstance(value, int | float) and 0 <= value < 1):
+            raise ValueError(f"{name} must be a number in [0, 1), got {value!r}.")
+
+
+def check_positive(config: Any, names: Iterable[str]) -> None:
+    """Raises ValueError unless each of these fields is a finite number above 0."""
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise ValueError(f"{name} must be a positive number, got {value!r}.")
+
+
+def check_one_of(config: Any, name: str, known: Iterable[str]) -> None:
+    """Raises ValueError unless the field is one of the known words."""
+    value = getattr(config, name)
+    if value not in known:
+        raise ValueError(f"{name} {value!r} is not one of {sorted(known)}.")
+
+
+def check_divides(config: Any, whole: str, part: str) -> None:
+    """Raises ValueError unless the one field divides into the other."""
+    total, count = getattr(config, whole), getattr(config, part)
+    if total % count:
+        raise ValueError(f"{whole} {total} does not divide into {part} {count}.")
