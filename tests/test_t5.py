@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+import lora_jax as lora
 from lora_jax import names, paths
-from lora_jax.models import hub, t5, t5_config
+from lora_jax.models import checkpoints, hub, t5, t5_config
 
 # Made by scripts/make_t5_goldens.py.
 GOLDENS = Path(__file__).parent / "goldens" / "t5"
@@ -34,16 +35,9 @@ def config(case):
 
 @functools.cache
 def load(case, scan_layers=False):
-    """Parameters from the files, by the table, and the model."""
-    model = t5.T5ForConditionalGeneration(config(case), scan_layers=scan_layers)
-    tensors = safetensors.numpy.load_file(GOLDENS / case / "model.safetensors")
-    leaves = {}
-    for weight in names.weights(t5.names(config(case), scan_layers=scan_layers), shapes(model)):
-        if weight.hf in tensors:
-            value = names.from_tensor(weight, tensors[weight.hf])
-            leaves.setdefault(weight.leaf, {})[weight.layer] = value
-    whole = lambda x: x[None] if None in x else np.stack([x[k] for k in range(len(x))])
-    return model, {"params": paths.nest({n: jnp.asarray(whole(x)) for n, x in leaves.items()})}
+    loaded = checkpoints.load(GOLDENS / case, head="seq2seq-lm", scan_layers=scan_layers)
+    assert loaded.fresh == ()
+    return loaded.model, loaded.params
 
 
 def shapes(model):
@@ -274,3 +268,69 @@ def test_bad_inputs(args, message):
     model, params = load("v1_0")
     with pytest.raises(ValueError, match=message):
         run(model, params, *args)
+
+
+def test_what_is_saved_is_read_again_stacked_or_not(tmp_path):
+    for case in CASES:
+        loaded = checkpoints.load(GOLDENS / case, head="seq2seq-lm", scan_layers=True)
+        checkpoints.save_hf(tmp_path / case, loaded.params, loaded.checkpoint, head="seq2seq-lm")
+        again = checkpoints.load(tmp_path / case, head="seq2seq-lm")
+        jax.tree.map(np.testing.assert_array_equal, again.params, load(case)[1])
+
+
+def copy(case, directory, change):
+    """The case with other tensors."""
+    tensors = safetensors.numpy.load_file(GOLDENS / case / "model.safetensors")
+    change(tensors)
+    directory.mkdir()
+    (directory / "config.json").write_bytes((GOLDENS / case / "config.json").read_bytes())
+    safetensors.numpy.save_file(tensors, directory / "model.safetensors")
+    return checkpoints.load(directory, head="seq2seq-lm").params["params"]
+
+
+def test_other_layouts_of_the_embedding(tmp_path):
+    """A head that equals the embedding is not stored; old files have the embedding four times."""
+    params = copy("v1_1", tmp_path / "no head", lambda t: t.pop("lm_head.weight"))
+    np.testing.assert_array_equal(params["lm_head"]["kernel"], params["shared"]["embedding"].T)
+    unused = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+    tied = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
+    old = lambda t: t.update(
+        {n: t["shared.weight"].copy() for n in tied}, **{unused: np.ones((8, 2), np.float32)}
+    )
+    params = copy("v1_0", tmp_path / "old", old)
+    jax.tree.map(np.testing.assert_array_equal, params, load("v1_0")[1]["params"])
+    with pytest.raises(ValueError, match="lm_head.weight differs from .*, to which it is tied"):
+        other = lambda t: t.update({"lm_head.weight": t["shared.weight"] + 1})
+        copy("v1_0", tmp_path / "other", other)
+
+
+TRAINED = {"q": ("q", "v"), "linear": ("all-linear",), "tables": ("shared", "re:.*bias/embedding")}
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("what", TRAINED)
+def test_lift_equals_merge(what, scan_layers):
+    """In training, and in decoding step by step."""
+    model, params = load("v1_1" if what == "linear" else "v1_0", scan_layers)
+    args = golden("v1_0")[0]
+    config = lora.LoRAConfig(rank=2, targets=TRAINED[what])
+    adapter = lora.init(jax.random.key(0), model.apply, params, config, *args)
+    adapter = jax.tree.map(lambda x: x + 0.1 if x.ndim > 1 else x, adapter)
+
+    def steps(params, ids, mask, out, out_mask):
+        memory = model.apply(params, ids, mask, method="encode")
+        cache = t5.init_cache(model.config, len(out), 10, scan_layers=scan_layers)
+        logits = []
+        for k in (0, 5):
+            new, cache = model.apply(
+                params, out[:, k : k + 5], out_mask, memory=memory, cache=cache, method="decode"
+            )
+            logits.append(new)
+        return jnp.concatenate(logits, 1)
+
+    real = args[3] > 0
+    merged = run(model, lora.merge(params, adapter), *args)[real]
+    assert np.abs(merged - run(model, params, *args)[real]).max() > 1e-2
+    for fn in (model.apply, steps):
+        lifted = jax.jit(lora.lift(fn, strict=True))(lora.bind(params, adapter), *args)
+        np.testing.assert_allclose(lifted[real], merged, rtol=0, atol=1e-4)
