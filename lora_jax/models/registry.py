@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.models import bert, distilbert, roberta
+from lora_jax.models import bert, distilbert, roberta, t5
 from lora_jax.models.families import Family
 
 FAMILIES: tuple[Family, ...] = (
@@ -11,6 +11,7 @@ FAMILIES: tuple[Family, ...] = (
     distilbert.FAMILY,
     roberta.FAMILY,
     roberta.XLM,
+    t5.FAMILY,
 )
 
 
