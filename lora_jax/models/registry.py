@@ -3,10 +3,16 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.models import bert, t5
+from lora_jax.models import bert, distilbert, roberta, t5
 from lora_jax.models.families import Family
 
-FAMILIES: tuple[Family, ...] = (bert.FAMILY, t5.FAMILY)
+FAMILIES: tuple[Family, ...] = (
+    bert.FAMILY,
+    distilbert.FAMILY,
+    roberta.FAMILY,
+    roberta.XLM,
+    t5.FAMILY,
+)
 
 
 def find(config: Mapping[str, Any]) -> Family:
