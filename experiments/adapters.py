@@ -11,6 +11,7 @@ from lora_jax import adapter as adapters
 from lora_jax import peft
 from lora_jax.lowrank import LowRank
 from lora_jax.models import checkpoints
+from lora_jax.models.families import SEQ2SEQ_LM
 
 PyTree = Any
 
@@ -76,6 +77,8 @@ def save_peft(
     if not config.origin and "params/classifier/kernel" in adapters.nodes(adapter):
         head = adapters.nodes(adapter)["params/classifier/kernel"]
         about |= {} if isinstance(head, LowRank) else {"task_type": "SEQ_CLS"}
+    if not config.origin and loaded.head == SEQ2SEQ_LM:
+        about |= {"task_type": "SEQ_2_SEQ_LM"}
     table = checkpoints.names(loaded)
     peft.save_peft(directory, loaded.params, adapter, config, names=table, **about)
 

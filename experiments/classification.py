@@ -2,15 +2,19 @@
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import tokenizers
 from ml_collections import ConfigDict
 
 import lora_jax as lora
-from experiments import adapters, data, metrics, optimisers, train
-from lora_jax.models import checkpoints
+from experiments import adapters, data, metrics, optimisers, text_to_text, train
+from lora_jax.models import checkpoints, registry
+from lora_jax.models.families import CLASSIFIER, SEQ2SEQ_LM
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -41,12 +45,51 @@ def apply(model: Any, params: Any, batch: dict, key: jax.Array | None) -> jax.Ar
     )
 
 
+class Scoring(NamedTuple):
+    """How a model classifies.
+
+    Attributes:
+      prompts: what it reads for the sentences.
+      apply: ``(params, batch, key or None) -> scores (batch, classes)``; their softmax is the
+        classes' probabilities.
+      metrics: ``(scores, batch) -> sums``.
+    """
+
+    prompts: Callable[[data.Examples], data.Examples]
+    apply: Callable
+    metrics: Callable
+
+
+def load_model(name: str | Path, **options: Any) -> checkpoints.Loaded:
+    """Loads a model that classifies: with a classifier, or, as T5, by writing the class.
+
+    Raises:
+      FileNotFoundError, ValueError: as :func:`checkpoints.load`, which takes the options.
+    """
+    models = registry.find(checkpoints.resolve(name).config).models
+    text = CLASSIFIER not in models and SEQ2SEQ_LM in models
+    return checkpoints.load(name, head=SEQ2SEQ_LM if text else CLASSIFIER, **options)
+
+
+def scoring(
+    loaded: checkpoints.Loaded, labels: Sequence[str], tokenizer: tokenizers.Tokenizer
+) -> Scoring:
+    """How the model, whose tokeniser this is, tells the labels apart."""
+    if loaded.head == SEQ2SEQ_LM:
+        words = text_to_text.words(labels, tokenizer, loaded.model.config)
+        score = functools.partial(text_to_text.apply, loaded.model, words)
+        prompts, measure = text_to_text.prompts, text_to_text.likelihood
+    else:
+        score = functools.partial(apply, loaded.model)
+        prompts, measure = lambda examples: examples, metrics.cross_entropy
+    return Scoring(prompts, score, lambda x, b: measure(x, b["labels"], b["weights"]))
+
+
 def make_task(config: ConfigDict) -> tuple[train.Task, lora.LoRAConfig]:
     """Loads model and data, and an adapter to go on from, whose settings then hold."""
     c = config.data
-    loaded = checkpoints.load(
+    loaded = load_model(
         config.model.name,
-        head="classifier",
         num_labels=config.model.num_labels,
         key=_head_key(config.seed),
         dtype=dtype(config.model.dtype),
@@ -54,16 +97,19 @@ def make_task(config: ConfigDict) -> tuple[train.Task, lora.LoRAConfig]:
     _check_positions(config, loaded)
     training, evaluation = load_examples(config)
     tokenizer = checkpoints.load_tokenizer(loaded.checkpoint)
-    tokenize = functools.partial(data.tokenize, tokenizer=tokenizer, max_length=c.max_length)
-    train_set, eval_set = tokenize(training), tokenize(evaluation)
+    ways = scoring(loaded, config.model.labels, tokenizer)
+    train_set, eval_set = (
+        data.tokenize(ways.prompts(examples), tokenizer, max_length=c.max_length)
+        for examples in (training, evaluation)
+    )
     buckets = tuple(c.buckets)
     start, lora_settings = None, lora_config(config)
     if config.adapter:
         start, theirs = adapters.load(config.adapter, loaded)
         lora_settings = dataclasses.replace(theirs, dropout=config.lora.dropout)
     task = train.Task(
-        apply=functools.partial(apply, loaded.model),
-        metrics=lambda logits, b: metrics.cross_entropy(logits, b["labels"], b["weights"]),
+        apply=ways.apply,
+        metrics=ways.metrics,
         train_batch=lambda step: data.train_batch(
             train_set,
             step,
@@ -91,9 +137,14 @@ def _head_key(seed: int) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), 1)
 
 
+def longest(loaded: checkpoints.Loaded) -> int | None:
+    """The most tokens that the model has positions for; None where they are relative."""
+    return getattr(loaded.model.config, "max_position_embeddings", None)
+
+
 def _check_positions(config: ConfigDict, loaded: checkpoints.Loaded) -> None:
-    positions = loaded.model.config.max_position_embeddings
-    if config.data.buckets[-1] > positions:
+    positions = longest(loaded)
+    if positions is not None and config.data.buckets[-1] > positions:
         raise ValueError(
             f"data.buckets {tuple(config.data.buckets)} go beyond the {positions} positions that "
             f"{loaded.checkpoint.name} has; lower them, and data.max_length."

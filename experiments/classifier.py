@@ -8,9 +8,10 @@ import numpy as np
 import tokenizers
 
 import lora_jax as lora
-from experiments import adapters, classification, data
+from experiments import adapters, classification, data, text_to_text
 from lora_jax import peft, serialize
 from lora_jax.models import checkpoints
+from lora_jax.models.families import SEQ2SEQ_LM
 
 PyTree = Any
 
@@ -44,9 +45,8 @@ def load(directory: str | Path, *, model: str | None = None) -> Classifier:
     about = serialize.read_metadata(directory)
     _check_metadata(directory, about)
     kind = about["model"]
-    loaded = checkpoints.load(
+    loaded = classification.load_model(
         model or kind["name"],
-        head="classifier",
         num_labels=len(kind["labels"]),
         dtype=classification.dtype(kind["dtype"]),
     )
@@ -78,16 +78,20 @@ def _load_peft(directory: str | Path, model: str | None) -> Classifier:
     shape = peft.tensor_shapes(directory).get("classifier.bias", ())
     count = shape[0] if len(shape) == 1 else len(said) or 2  # transformers' default
     labels = said if len(said) == count else tuple(f"LABEL_{k}" for k in range(count))
-    loaded = checkpoints.load(name, head="classifier", num_labels=count)
+    source = "those of the base" if labels is said else "the base has none for them"
+    loaded = classification.load_model(name, num_labels=count)
+    if loaded.head == SEQ2SEQ_LM:
+        labels, source = text_to_text.LABELS, "words that the model may write"
     adapter, config = adapters.load(directory, loaded)
     tokenizer = checkpoints.load_tokenizer(loaded.checkpoint)
-    longest = loaded.model.config.max_position_embeddings
+    positions = classification.longest(loaded)
+    longest = positions or _BUCKETS[-1]
     buckets = (*(b for b in _BUCKETS if b < longest), longest)
-    source = "those of the base" if labels is said else "the base has none for them"
     notes = (
         f"base {name}, from {loaded.checkpoint.origin}",
         f"labels {', '.join(labels)} ({source})",
-        f"at most {longest} tokens, all that the base has positions for",
+        f"at most {longest} tokens"
+        + (", all that the base has positions for" if positions else ""),
     )
     return Classifier(loaded, adapter, config, tokenizer, labels, longest, buckets, notes)
 
@@ -123,12 +127,12 @@ def _check_metadata(directory: str | Path, about: dict[str, Any]) -> None:
 def probabilities(classifier: Classifier, sentences: list[str]) -> np.ndarray:
     """Class probabilities ``(len(sentences), num_labels)`` float32, through the merged weights."""
     examples = data.Examples(tuple(sentences), np.zeros(len(sentences), np.int32))
-    tokens = data.tokenize(examples, classifier.tokenizer, max_length=classifier.max_length)
-    params = lora.merge(classifier.loaded.params, classifier.adapter)
-    model = classifier.loaded.model
-    step = jax.jit(
-        lambda params, batch: jax.nn.softmax(classification.apply(model, params, batch, None))
+    ways = classification.scoring(classifier.loaded, classifier.labels, classifier.tokenizer)
+    tokens = data.tokenize(
+        ways.prompts(examples), classifier.tokenizer, max_length=classifier.max_length
     )
+    params = lora.merge(classifier.loaded.params, classifier.adapter)
+    step = jax.jit(lambda params, batch: jax.nn.softmax(ways.apply(params, batch, None)))
     result = np.zeros((len(sentences), len(classifier.labels)), np.float32)
     size = min(64, len(sentences))
     for batch in data.eval_batches(tokens, batch_size=size, buckets=classifier.buckets):

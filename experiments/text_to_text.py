@@ -16,6 +16,7 @@ import tokenizers
 from experiments import data, metrics
 
 PREFIX = "sst2 sentence: "
+LABELS = ("negative", "positive")
 
 
 class Words(NamedTuple):
