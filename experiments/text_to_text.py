@@ -1,4 +1,4 @@
-"""Sentence classification as text to text (Raffel et al. 2020, section 2.4): classes are words.
+"""Tasks of GLUE as text to text (Raffel et al. 2020, section 2.4): the classes are words.
 
 The model reads ``sst2 sentence: ...``, and writes ``positive`` or ``negative``. It is trained on
 the likelihood of the right word, and judged by which of the words it finds likeliest, so that there
@@ -13,10 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
-from experiments import data, metrics
-
-PREFIX = "sst2 sentence: "
-LABELS = ("negative", "positive")
+from experiments import data, glue_tasks, metrics
 
 
 class Words(NamedTuple):
@@ -33,13 +30,19 @@ class Words(NamedTuple):
     mask: np.ndarray
 
 
-def prompts(examples: data.Examples) -> data.Examples:
-    """The sentences as the model is asked about them.
+def prompts(examples: data.Examples, *, task: str) -> data.Examples:
+    """The examples as the model is asked about them.
 
-    >>> prompts(data.Examples(("Fine.",), None)).sentences
+    >>> prompts(data.Examples(("Fine.",), None), task="sst2").sentences
     ('sst2 sentence: Fine.',)
+    >>> prompts(data.Examples(("A.",), None, ("B.",)), task="mnli").sentences
+    ('mnli premise: A. hypothesis: B.',)
     """
-    return examples._replace(sentences=tuple(PREFIX + s for s in examples.sentences))
+    columns = [x for x in (examples.sentences, examples.pairs) if x is not None]
+    fields = glue_tasks.find(task).layout.text
+    ask = lambda texts: [f"{name}: {text}" for name, text in zip(fields, texts, strict=True)]
+    sentences = (" ".join([task, *ask(texts)]) for texts in zip(*columns, strict=True))
+    return examples._replace(sentences=tuple(sentences), pairs=None)
 
 
 def words(labels: Sequence[str], tokenizer: tokenizers.Tokenizer, config: Any) -> Words:

@@ -32,7 +32,9 @@ def tokenizer(loaded):
 
 
 def batch(loaded):
-    examples = text_to_text.prompts(data.Examples(SENTENCES, np.array([1, 0, 1], np.int32)))
+    examples = text_to_text.prompts(
+        data.Examples(SENTENCES, np.array([1, 0, 1], np.int32)), task="sst2"
+    )
     tokens = data.tokenize(examples, tokenizer(loaded), max_length=16)
     return next(data.eval_batches(tokens, batch_size=4, buckets=(16,)))
 
@@ -111,7 +113,7 @@ def test_training_predicting_and_exporting(inputs, tmp_path):
     sentences = ["the film was great", "the film was awful"]
     done = run("predict", f"--adapter={adapter}", *sentences)
     assert [x.split()[0] for x in done.stdout.splitlines()] == ["positive", "negative"], done.stderr
-    expected = classifier.probabilities(classifier.load(adapter), sentences)
+    expected = classifier.outputs(classifier.load(adapter), sentences)
     np.testing.assert_allclose(expected.sum(-1), 1, rtol=1e-6)
 
     done = run("export", f"--adapter={adapter}", f"--out={tmp_path / 'peft'}", "--peft")
@@ -119,11 +121,11 @@ def test_training_predicting_and_exporting(inputs, tmp_path):
     about = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert about["task_type"] == "SEQ_2_SEQ_LM" and about["target_modules"] == sorted(kernels)
     again = classifier.load(tmp_path / "peft")
-    assert again.labels == LABELS and "words that the model may write" in again.notes[1]
-    np.testing.assert_allclose(classifier.probabilities(again, sentences), expected, atol=1e-6)
+    assert again.labels == LABELS and "the words of SST-2" in again.notes[1]
+    np.testing.assert_allclose(classifier.outputs(again, sentences), expected, atol=1e-6)
 
     done = run("export", f"--adapter={adapter}", f"--out={tmp_path / 'merged'}", "--merged")
     assert done.returncode == 0 and "AutoModelForSeq2SeqLM" in done.stdout, done.stderr
     merged = classification.load_model(tmp_path / "merged")
     plain = again._replace(loaded=merged, adapter={})
-    np.testing.assert_allclose(classifier.probabilities(plain, sentences), expected, atol=1e-6)
+    np.testing.assert_allclose(classifier.outputs(plain, sentences), expected, atol=1e-6)
