@@ -6,7 +6,7 @@ before it.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -220,6 +220,18 @@ def load(directory: str | Path, *, model: str | None = None) -> LanguageModel:
 def metadata(config: ConfigDict) -> dict[str, Any]:
     """What using the adapter takes, besides the adapter."""
     return {"task": TASK, "model": config.model.to_dict(), "seed": config.seed}
+
+
+def check_sizes(config: ConfigDict, least: Mapping[str, int]) -> None:
+    """Raises ValueError if a field ("data.seed") is below the least value that it may have."""
+    for field, low in least.items():
+        part, _, name = field.rpartition(".")
+        value = (config[part] if part else config)[name]
+        if value < low:
+            raise ValueError(f"{field} must be at least {low}, got {value}.")
+    buckets = tuple(config.data.buckets)
+    if not buckets or any(low >= high for low, high in zip((0, *buckets), buckets, strict=False)):
+        raise ValueError(f"data.buckets must be positive lengths that ascend, got {buckets}.")
 
 
 def _check_positions(config: ConfigDict, loaded: checkpoints.Loaded) -> None:
