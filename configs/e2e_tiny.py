@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     c.data.buckets = (56, 64, 80, 192)
     c.data.alike = 20
     c.batch_size = 32
-    c.epochs = 5
+    c.epochs = 8
     c.optimizer.learning_rate = 4e-3
     c.optimizer.warmup = 0.05
     c.decode.beams = 4

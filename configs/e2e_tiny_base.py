@@ -26,10 +26,11 @@ def get_config() -> ConfigDict:
     c.lora.dropout = 0.0
     c.data.train = "valid.txt"
     c.data.holdout = 40
-    c.data.buckets = (32, 48, 128)
-    c.data.alike = 20
-    c.batch_size = 32
-    c.epochs = 4
+    c.data.length = 128  # tokens in a row
+    c.data.buckets = (128,)
+    c.batch_size = 8
+    c.eval_batch_size = 8
+    c.epochs = 8
     c.optimizer.learning_rate = 2e-3
     c.optimizer.warmup = 0.05
     return c.lock()

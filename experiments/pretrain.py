@@ -3,10 +3,11 @@ r"""Trains a small GPT-2 from nothing, as a plain language model, on the lines o
     python -m experiments.pretrain --config=configs/e2e_tiny_base.py --workdir=runs/e2e_base \
         --config.data.source=DIRECTORY_OF_E2E
 
-Each meaning representation and each reference is a text of its own, so that the model learns both
-languages and nothing of how the one is put into the other. The tokeniser is made from the same
-texts. ``WORKDIR/model`` is a directory as Hugging Face has it. Training in full is a value of the
-adapter's config: the loop is the one that adapts.
+Each meaning representation and each reference is a text of its own, and texts follow each other in
+random order, as in GPT-2's own training: the model learns both languages, and nothing of how the
+one is put into the other. The tokeniser is made from the same texts. ``WORKDIR/model`` is a
+directory as Hugging Face has it. Training in full is a value of the adapter's config: the loop is
+the one that adapts.
 """
 
 import json
@@ -19,6 +20,7 @@ from ml_collections import ConfigDict
 
 import lora_jax as lora
 from experiments import cli, e2e_data, finetuning, language, optimisers, train, workdirs
+from experiments.sources import permutation
 from lora_jax.files import write_atomically
 from lora_jax.models import checkpoints, gpt2, hub
 from lora_jax.models.families import CAUSAL_LM, TOKENS
@@ -27,7 +29,8 @@ START, MODEL = "start", "model"
 _END = "<|endoftext|>"
 _LEAST = {
     "batch_size": 1, "eval_batch_size": 1, "epochs": 1, "log_every": 1, "checkpoint_every": 0,
-    "data.holdout": 1, "data.seed": 0, "data.alike": 0, "model.vocab_size": 257,
+    "data.holdout": 1, "data.seed": 0, "data.alike": 0,
+    "data.length": 2, "model.vocab_size": 257,
 }  # fmt: skip
 
 
@@ -43,11 +46,7 @@ def main(argv: list[str]) -> None:
     training, evaluation = (_lines(part) for part in parts)
     tokenizer = make_tokenizer(training, config.model.vocab_size)
     loaded = make_model(workdir / START, config, tokenizer)
-    end = tokenizer.token_to_id(_END)
-    texts = [
-        language.texts([([end], [*row.ids, end]) for row in tokenizer.encode_batch_fast(lines)])
-        for lines in (training, evaluation)
-    ]
+    texts = [packed(lines, tokenizer, config.data) for lines in (training, evaluation)]
     task, settings = language.make_task(config, loaded, *texts)
     best = train.train(task, config, settings, workdir)
     adapter, _ = lora.load(workdir / workdirs.ADAPTER, loaded.params, base=loaded.base_id)
@@ -71,6 +70,15 @@ def make_tokenizer(lines: list[str], vocab_size: int) -> tokenizers.Tokenizer:
         lines, vocab_size=vocab_size, special_tokens=[_END], show_progress=False
     )
     return tokenizers.Tokenizer.from_str(made.to_str())
+
+
+def packed(lines: list[str], tokenizer: tokenizers.Tokenizer, c: ConfigDict) -> language.Texts:
+    """All lines in random order, each after the token that ends one, cut to ``c.length`` tokens."""
+    end = tokenizer.token_to_id(_END)
+    rows = tokenizer.encode_batch_fast(lines)
+    stream = [t for k in permutation(len(rows), c.seed, stream=0) for t in (end, *rows[k].ids)]
+    pieces = [stream[k : k + c.length] for k in range(0, len(stream), c.length)]
+    return language.texts([(p[:1], p[1:]) for p in pieces if len(p) > 1], pad_id=end)
 
 
 def make_model(

@@ -39,7 +39,7 @@ def decoding(config: ConfigDict, stop: tuple[int, ...]) -> Decoding:
       ValueError: as :class:`Decoding`.
     """
     fields = config.decode.to_dict()
-    names = ("batch_size", "buckets", "seed")
+    names = ("batch_size", "buckets", "seed", "unadapted")  # of the programs
     return Decoding(
         stop=stop, pad_id=stop[0], **{k: x for k, x in fields.items() if k not in names}
     )
