@@ -2,9 +2,10 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import tokenizers
-from tokenizers import implementations
+from tokenizers import implementations, processors
 
 from lora_jax.models.hub import Checkpoint
 
@@ -17,8 +18,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> tokenizers.Tokenizer:
 def read_tokenizer(directory: str | Path) -> tokenizers.Tokenizer:
     """The tokeniser in a directory: tokenizer.json or, failing that, its vocabulary.
 
-    That is ``vocab.txt``, as BERT has it, or ``vocab.json`` with ``merges.txt``, as GPT-2 does.
-    BERT's adds ``[CLS]`` and ``[SEP]``, GPT-2's nothing; none pads or truncates, whatever the file
+    That is ``vocab.txt``, as BERT has it, or ``vocab.json`` with ``merges.txt``, as GPT-2 and
+    RoBERTa do. BERT's adds ``[CLS]`` and ``[SEP]``, RoBERTa's ``<s>`` and ``</s>``, which its
+    vocabulary is known by, and GPT-2's nothing; none pads or truncates, whatever the file
     says.
 
     Raises:
@@ -48,16 +50,35 @@ def _whole(directory: Path) -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
 
 
+_ROBERTA = ("<s>", "<pad>", "</s>", "<unk>")
+
+
 def _byte_level(directory: Path) -> tokenizers.Tokenizer:
     files = (str(directory / "vocab.json"), str(directory / "merges.txt"))
-    made = implementations.ByteLevelBPETokenizer.from_file(*files)
-    made.add_special_tokens([t for t in ("<|endoftext|>",) if made.token_to_id(t) is not None])
-    return tokenizers.Tokenizer.from_str(made.to_str())
+    options = _settings(directory)
+    made = implementations.ByteLevelBPETokenizer.from_file(
+        *files, add_prefix_space=options.get("add_prefix_space", False)
+    )
+    special = ("<|endoftext|>", *_ROBERTA)
+    made.add_special_tokens([t for t in special if made.token_to_id(t) is not None])
+    tokenizer = tokenizers.Tokenizer.from_str(made.to_str())
+    if all(tokenizer.token_to_id(t) is not None for t in _ROBERTA):
+        # It stands for the space before it, too.
+        tokenizer.add_special_tokens([tokenizers.AddedToken("<mask>", lstrip=True)])
+        ends = [(t, tokenizer.token_to_id(t)) for t in ("</s>", "<s>")]
+        tokenizer.post_processor = processors.RobertaProcessing(
+            *ends, add_prefix_space=options.get("add_prefix_space", False)
+        )
+    return tokenizer
+
+
+def _settings(directory: Path) -> dict[str, Any]:
+    path = directory / "tokenizer_config.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _wordpiece(directory: Path) -> tokenizers.Tokenizer:
-    settings = directory / "tokenizer_config.json"
-    options = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    options = _settings(directory)
     made = implementations.BertWordPieceTokenizer(
         str(directory / "vocab.txt"),
         lowercase=options.get("do_lower_case", True),
