@@ -2,19 +2,22 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
 from ml_collections import ConfigDict
 
 import lora_jax as lora
-from experiments import adapters, data, glue_tasks, metrics, train
+from experiments import adapters, data, glue_tasks, metrics, text_to_text, train
 from experiments.glue_tasks import GlueTask
 from experiments.scores import SCORES
-from lora_jax.models import checkpoints
+from lora_jax.models import checkpoints, registry
+from lora_jax.models.families import CLASSIFIER, SEQ2SEQ_LM
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -50,12 +53,69 @@ def has_types(loaded: checkpoints.Loaded) -> bool:
     return getattr(loaded.model.config, "type_vocab_size", 1) > 1
 
 
+class Scoring(NamedTuple):
+    """How a model classifies.
+
+    Attributes:
+      prompts: what it reads for the examples.
+      apply: ``(params, batch, key or None) -> scores (batch, classes)``; their softmax is the
+        classes' probabilities. Of a regression, the number ``(batch, 1)``.
+      metrics: ``(scores, batch) -> sums``.
+    """
+
+    prompts: Callable[[data.Examples], data.Examples]
+    apply: Callable
+    metrics: Callable
+
+
+def load_model(name: str | Path, **options: Any) -> checkpoints.Loaded:
+    """Loads a model that classifies: with a classifier, or, as T5, by writing the class.
+
+    Raises:
+      FileNotFoundError, ValueError: as :func:`checkpoints.load`, which takes the options.
+    """
+    try:
+        models = registry.find(checkpoints.resolve(name).config).models
+    except ValueError:  # which loading explains better
+        models = {}
+    text = CLASSIFIER not in models and SEQ2SEQ_LM in models
+    return checkpoints.load(name, head=SEQ2SEQ_LM if text else CLASSIFIER, **options)
+
+
+def scoring(
+    loaded: checkpoints.Loaded,
+    labels: Sequence[str],
+    tokenizer: tokenizers.Tokenizer,
+    *,
+    task: str,
+) -> Scoring:
+    """How a model, whose tokeniser this is, tells the labels of a task of GLUE apart.
+
+    Raises:
+      ValueError: it can't: a regression by writing, or labels that have the same tokens.
+    """
+    glue = glue_tasks.find(task)
+    if loaded.head != SEQ2SEQ_LM:
+        measure = _regression if glue.regression else _classes
+        return Scoring(lambda examples: examples, functools.partial(apply, loaded.model), measure)
+    if glue.regression:
+        raise ValueError(
+            f"The task {task!r} is a regression, and {loaded.checkpoint.name} writes classes; "
+            "choose a model with a classifier for it."
+        )
+    words = text_to_text.words(labels, tokenizer, loaded.model.config)
+    return Scoring(
+        functools.partial(text_to_text.prompts, task=task),
+        functools.partial(text_to_text.apply, loaded.model, words),
+        lambda x, batch: text_to_text.likelihood(x, batch["labels"], batch["weights"]),
+    )
+
+
 def make_task(config: ConfigDict) -> tuple[train.Task, lora.LoRAConfig]:
     """Loads model and data, and an adapter to go on from, whose settings then hold."""
     c, glue = config.data, glue_tasks.find(config.task)
-    loaded = checkpoints.load(
+    loaded = load_model(
         config.model.name,
-        head="classifier",
         num_labels=config.model.num_labels,
         key=head_key(config.seed),
         dtype=dtype(config.model.dtype),
@@ -64,18 +124,19 @@ def make_task(config: ConfigDict) -> tuple[train.Task, lora.LoRAConfig]:
     training, evaluations = load_examples(config)
     evaluation = data.joined(evaluations)
     tokenizer = checkpoints.load_tokenizer(loaded.checkpoint)
+    ways = scoring(loaded, config.model.labels, tokenizer, task=config.task)
     tokenize = functools.partial(
         data.tokenize, tokenizer=tokenizer, max_length=c.max_length, types=has_types(loaded)
     )
-    train_set, eval_set = tokenize(training), tokenize(evaluation)
+    train_set, eval_set = (tokenize(ways.prompts(x)) for x in (training, evaluation))
     buckets = tuple(c.buckets)
     start, lora_settings, note = None, lora_config(config), ""
     if config.adapter:
         start, theirs, note = adapters.start(config.adapter, loaded)
         lora_settings = dataclasses.replace(theirs, dropout=config.lora.dropout)
     task = train.Task(
-        apply=functools.partial(apply, loaded.model),
-        metrics=_regression if glue.regression else _classes,
+        apply=ways.apply,
+        metrics=ways.metrics,
         train_batch=lambda step: data.train_batch(
             train_set,
             step,
@@ -137,7 +198,7 @@ def _scores(glue: GlueTask, labels: list[np.ndarray]) -> Callable | None:
 
 def _check_positions(config: ConfigDict, loaded: checkpoints.Loaded) -> None:
     positions = loaded.model.config.positions
-    if config.data.buckets[-1] > positions:
+    if positions is not None and config.data.buckets[-1] > positions:
         raise ValueError(
             f"data.buckets {tuple(config.data.buckets)} go beyond the {positions} positions that "
             f"{loaded.checkpoint.name} has; lower them, and data.max_length."
@@ -181,6 +242,7 @@ def metadata(config: ConfigDict) -> dict[str, Any]:
         "max_length": config.data.max_length,
         "buckets": list(config.data.buckets),
         "seed": config.seed,
+        "glue": config.task,
         "pairs": glue_tasks.find(config.task).pairs,
     }
 

@@ -8,9 +8,10 @@ import numpy as np
 import tokenizers
 
 import lora_jax as lora
-from experiments import adapters, classification, data
+from experiments import adapters, classification, data, glue_tasks
 from lora_jax import peft, serialize
 from lora_jax.models import checkpoints
+from lora_jax.models.families import SEQ2SEQ_LM
 
 PyTree = Any
 
@@ -27,6 +28,7 @@ class Classifier(NamedTuple):
       max_length: in tokens.
       buckets: lengths that batches are padded to.
       pairs: whether it takes pairs of sentences, parted by a tab; None for both.
+      glue: name of the task.
       notes: what was assumed where a file is silent.
     """
 
@@ -38,6 +40,7 @@ class Classifier(NamedTuple):
     max_length: int
     buckets: tuple[int, ...]
     pairs: bool | None = False
+    glue: str = "sst2"
     notes: tuple[str, ...] = ()
 
 
@@ -57,9 +60,8 @@ def load(directory: str | Path, *, model: str | None = None) -> Classifier:
     about = serialize.read_metadata(directory)
     _check_metadata(directory, about)
     kind = about["model"]
-    loaded = checkpoints.load(
+    loaded = classification.load_model(
         model or kind["name"],
-        head="classifier",
         num_labels=len(kind["labels"]),
         key=classification.head_key(about["seed"]),
         dtype=classification.dtype(kind["dtype"]),
@@ -74,6 +76,7 @@ def load(directory: str | Path, *, model: str | None = None) -> Classifier:
         about["max_length"],
         tuple(about["buckets"]),
         about.get("pairs", False),
+        about.get("glue", "sst2"),
     )
 
 
@@ -92,19 +95,27 @@ def _load_peft(directory: str | Path, model: str | None) -> Classifier:
     said = _said_labels(base)
     count = adapters.count_labels(directory, base) or len(said) or 2  # transformers' default
     labels = said if len(said) == count else tuple(f"LABEL_{k}" for k in range(count))
-    loaded = checkpoints.load(name, head="classifier", num_labels=count)
+    source = "those of the base" if labels is said else "the base has none for them"
+    loaded = classification.load_model(name, num_labels=count)
+    pairs: bool | None = None
+    inputs = "two sentences where there is a tab between them"
+    if loaded.head == SEQ2SEQ_LM:
+        pairs, inputs = False, "asked as for SST-2"
+        labels, source = glue_tasks.find("sst2").labels, "the words of SST-2"
     adapter, config = adapters.load(directory, loaded)
     tokenizer = checkpoints.load_tokenizer(loaded.checkpoint)
-    longest = loaded.model.config.positions
+    positions = loaded.model.config.positions
+    longest = positions or _BUCKETS[-1]
     buckets = (*(b for b in _BUCKETS if b < longest), longest)
-    source = "those of the base" if labels is said else "the base has none for them"
     notes = (
         f"base {name}, from {loaded.checkpoint.origin}",
         f"labels {', '.join(labels)} ({source})",
-        f"at most {longest} tokens, all that the base has positions for",
-        "two sentences where there is a tab between them",
+        f"at most {longest} tokens" + ", all that the base has positions for" * bool(positions),
+        inputs,
     )
-    return Classifier(loaded, adapter, config, tokenizer, labels, longest, buckets, None, notes)
+    return Classifier(
+        loaded, adapter, config, tokenizer, labels, longest, buckets, pairs, notes=notes
+    )
 
 
 def _said_labels(config: dict[str, Any]) -> tuple[str, ...]:
@@ -144,19 +155,18 @@ def outputs(classifier: Classifier, sentences: list[str]) -> np.ndarray:
     Raises:
       ValueError: sentences that are to be pairs, and have not one tab each.
     """
-    examples = _examples(classifier, sentences)
+    ways = classification.scoring(
+        classifier.loaded, classifier.labels, classifier.tokenizer, task=classifier.glue
+    )
     tokens = data.tokenize(
-        examples,
+        ways.prompts(_examples(classifier, sentences)),
         classifier.tokenizer,
         max_length=classifier.max_length,
         types=classification.has_types(classifier.loaded),
     )
     activation = jax.nn.softmax if len(classifier.labels) > 1 else lambda logits: logits
     params = lora.merge(classifier.loaded.params, classifier.adapter)
-    model = classifier.loaded.model
-    step = jax.jit(
-        lambda params, batch: activation(classification.apply(model, params, batch, None))
-    )
+    step = jax.jit(lambda params, batch: activation(ways.apply(params, batch, None)))
     result = np.zeros((len(sentences), len(classifier.labels)), np.float32)
     size = min(64, len(sentences))
     for batch in data.eval_batches(tokens, batch_size=size, buckets=classifier.buckets):

@@ -1,4 +1,4 @@
-r"""Fine-tunes BERT, RoBERTa or DistilBERT on any task of GLUE.
+r"""Fine-tunes BERT, RoBERTa, DistilBERT or T5 (as text to text) on any task of GLUE.
 
     python -m experiments.glue --config=configs/glue_minilm.py --config.task=rte \
         --workdir=runs/rte --config.data.source=DIRECTORY

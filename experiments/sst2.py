@@ -1,4 +1,4 @@
-r"""Fine-tunes BERT, RoBERTa or DistilBERT for sentence classification.
+r"""Fine-tunes BERT, RoBERTa, DistilBERT or T5 (as text to text) for sentence classification.
 
     python -m experiments.sst2 --config=configs/quickstart.py --workdir=runs/quickstart \
         --config.lora.rank=4

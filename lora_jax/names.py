@@ -30,6 +30,7 @@ class Name(NamedTuple):
       older: the tensor's name in transformers 4, where it has changed since.
       tied: names of further tensors that are the same weight (an output head tied to the embedding)
         and so have no leaf of their own.
+      otherwise: the tensor to read where a checkpoint lacks this one: they are then equal.
     """
 
     flax: str
@@ -39,6 +40,7 @@ class Name(NamedTuple):
     kind: str = ""
     older: str = ""
     tied: tuple[str, ...] = ()
+    otherwise: str = ""
 
 
 class Weight(NamedTuple):

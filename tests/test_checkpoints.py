@@ -565,6 +565,17 @@ def test_tokenizer_from_a_vocabulary(copy):
     assert tokenizer_of(copy).encode("Good").tokens == ["[CLS]", "Good", "[SEP]"]
 
 
+def test_tokenizer_of_roberta_from_a_vocabulary_and_merges(copy):
+    words = ["<s>", "<pad>", "</s>", "<unk>", "a", "b", "Ġ", "ab"]
+    (copy / "vocab.json").write_text(json.dumps({word: k for k, word in enumerate(words)}))
+    (copy / "merges.txt").write_text("#version: 0.2\na b\n")
+    assert tokenizer_of(copy).encode("ab a").ids == [0, 7, 6, 4, 2]
+    pair = tokenizer_of(copy).encode("ab", "b")
+    assert (pair.ids, pair.type_ids) == ([0, 7, 2, 2, 5, 2], [0] * 6)
+    (copy / "tokenizer_config.json").write_text('{"add_prefix_space": true}')
+    assert tokenizer_of(copy).encode("ab").ids == [0, 6, 7, 2]
+
+
 def test_stored_padding_and_truncation_are_turned_off(copy):
     (copy / "vocab.txt").write_text("\n".join(VOCABULARY))
     stored = tokenizer_of(copy)

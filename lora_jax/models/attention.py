@@ -15,9 +15,10 @@ def attention(
     value: Array,
     bias: Array,
     *,
+    scale: float | None = None,
     drop: Callable[[Array], Array] = lambda weights: weights,
 ) -> Array:
-    """``softmax(QKᵀ/√d + bias)·V`` for each head (Vaswani et al. 2017, eq. 1).
+    """``softmax(scale·QKᵀ + bias)·V`` for each head (Vaswani et al. 2017, eq. 1).
 
     Written for speed in three places. The heads go before the positions, so that both products
     and their gradients are plain matrix products, batched. The softmax's division comes after the
@@ -32,6 +33,7 @@ def attention(
       bias: added to the scores, for example the lowest float where the mask forbids a key; it
         broadcasts to ``(batch, heads, queries, keys)``. A row that is forbidden everywhere has
         equal weights.
+      scale: of the products; None for ``1/√d``.
       drop: dropout of the weights; it scales what it keeps.
 
     Returns:
@@ -44,7 +46,8 @@ def attention(
     """
     high = jnp.promote_types(query.dtype, jnp.float32)
     heads_first = lambda x: x.swapaxes(1, 2)
-    query, key, value = map(heads_first, (query * query.shape[-1] ** -0.5, key, value))
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    query, key, value = map(heads_first, (query * scale, key, value))
     scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=high) + bias
     weights = jnp.exp(scores - lax.stop_gradient(scores.max(-1, keepdims=True)))
     total = weights.sum(-1, keepdims=True)

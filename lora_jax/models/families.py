@@ -30,6 +30,8 @@ class Family(NamedTuple):
       targets: what PEFT adapts by default, as names of modules here.
       trained: what PEFT trains in full beside them for a classifier.
       inputs: head -> shapes of arguments that the module can be initialised with.
+      init_cache: of a model that generates, ``(config, batch, length, dtype, *, scan_layers)`` ->
+        an empty cache.
     """
 
     model_type: tuple[str, ...]
@@ -44,6 +46,7 @@ class Family(NamedTuple):
     targets: tuple[str, ...] = ()
     trained: tuple[str, ...] = ()
     inputs: Callable = lambda head: (TOKENS, TOKENS)  # token ids and their mask
+    init_cache: Callable | None = None
 
 
 TOKENS = jax.ShapeDtypeStruct((1, 1), jnp.int32)

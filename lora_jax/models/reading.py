@@ -58,6 +58,9 @@ def load_params(
     tensors, problems = _standard_names(_open(checkpoint), known, family)
     for part in parts.values():
         part.stored.extend((w.hf, tensors[w.hf]) for w in part.weights if w.hf in tensors)
+        other = part.weights[0].row.otherwise
+        if not part.stored and other in tensors:
+            part.stored.append((other, tensors[other]))
     reasons = _fresh_modules(parts, family)
     for module, reason in reasons.items():
         _log.warning("%s: %s is freshly initialised, since %s", checkpoint.name, module, reason)
@@ -187,7 +190,7 @@ def _unfit(part: _Part) -> list[str]:
         return [f"{part.weights[0].hf} is missing"]
     problems = []
     for name, stored in part.stored:
-        weight = next(w for w in part.weights if w.hf == name)
+        weight = next((w for w in part.weights if w.hf == name), part.weights[0])
         shape = names.tensor_shape(weight)
         if stored.shape != shape:
             problems.append(f"{name} has shape {stored.shape} instead of {shape}")

@@ -20,7 +20,8 @@ import lora_jax as lora
 from experiments import optimisers
 from lora_jax import names, paths
 from lora_jax.lowrank import LowRank
-from lora_jax.models import checkpoints, registry
+from lora_jax.models import checkpoints, generate, registry
+from lora_jax.models.decoding import Decoding
 from lora_jax.peft import load_peft, save_peft
 
 torch = pytest.importorskip("torch")
@@ -48,6 +49,8 @@ class Case(NamedTuple):
         or tokens of which -100 does not count.
       targets: what PEFT adapts.
       task_type: PEFT's word for the head.
+      prepare: what is done to a new model before its values are drawn.
+      scale: how wide they are drawn; where it is large, float32 itself is off by more than 1e-5.
     """
 
     head: str
@@ -56,6 +59,8 @@ class Case(NamedTuple):
     inputs: Callable[[Any, int], dict]
     targets: Any = ("query", "value")
     task_type: str | None = "SEQ_CLS"
+    prepare: Callable = lambda model: None
+    scale: float = 0.3
 
 
 def quiet(fn, *args, **kwargs):
@@ -78,8 +83,10 @@ def draw(parameters, seed, *, scale=0.3):
 
 
 def torch_model(case, seed, dtype=torch.float32):
-    model = quiet(case.model, case.config(seed)).to(dtype)
-    draw(model.named_parameters(), seed)
+    model = quiet(case.model, case.config(seed))
+    case.prepare(model)
+    model = model.to(dtype)
+    draw(model.named_parameters(), seed, scale=case.scale)
     model.tie_weights()
     return model.eval()
 
@@ -293,9 +300,13 @@ def random_adapter(apply, params, inputs, *, seed=0, **settings):
     fn = lambda params, *args: apply(params, **dict(zip(given, args, strict=True)))
     config = lora.LoRAConfig(**({"rank": 2, "alpha": 4.0} | settings))
     adapter = lora.init(jax.random.key(seed), fn, params, config, *given.values())
-    draw_b = lambda x: LowRank(
-        x.a, 0.3 * jax.random.normal(jax.random.key(seed + 1), x.b.shape), x.scale, axes=x.axes
-    )
+
+    def draw_b(x):
+        if not isinstance(x, LowRank):
+            return x
+        b = 0.3 * jax.random.normal(jax.random.key(seed + 1), x.b.shape)
+        return LowRank(x.a, b, x.scale, axes=x.axes)
+
     return jax.tree.map(draw_b, adapter, is_leaf=lambda x: isinstance(x, LowRank))
 
 
@@ -362,3 +373,12 @@ def check_generation(case, seed, folder, generate, *, new_tokens=8):
         params = lora.bind(loaded.params, adapter) if lifted else merged
         ours = np.asarray(generate(loaded, params, prompt, new_tokens, lifted))
         np.testing.assert_array_equal(ours, theirs)
+
+
+def causal_text(loaded, params, inputs, new_tokens, lifted):
+    """For :func:`check_generation` of a decoder."""
+    begin, step = generate.causal_lm(loaded.model, loaded.family.init_cache)
+    step = lora.lift(step) if lifted else step
+    return generate.generator(begin, step, Decoding(max_new_tokens=new_tokens))(
+        params, inputs
+    ).tokens

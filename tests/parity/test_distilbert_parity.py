@@ -5,6 +5,9 @@ import numpy as np
 import pytest
 import transformers
 
+import lora_jax as lora
+from experiments import adapters
+
 pytestmark = pytest.mark.parity
 
 
@@ -68,3 +71,26 @@ def test_peft_round_trip(targets, scan_layers, tmp_path):
 def test_transformers_opens_merged_weights(scan_layers, tmp_path):
     auto = transformers.AutoModelForSequenceClassification
     family.check_merged_export(CASE, 2, tmp_path, auto=auto, scan_layers=scan_layers)
+
+
+def test_a_directory_of_the_programs_opens_in_peft(tmp_path):
+    """With the whole head; with its last layer alone, PEFT would train the first one, too."""
+    model = family.torch_model(CASE, 3)
+    model.save_pretrained(tmp_path / "base")
+    loaded = family.load(CASE, tmp_path / "base")
+    inputs = CASE.inputs(model.config, 3)
+    settings = {"rank": 2, "alpha": 4.0, "targets": loaded.family.targets}
+    made = lambda train: family.random_adapter(
+        loaded.model.apply, loaded.params, inputs, train=train, **settings
+    )
+    save = lambda adapter, train: adapters.save_peft(
+        tmp_path / "out", loaded, adapter, lora.LoRAConfig(train=train, **settings), base="x"
+    )
+    with pytest.raises(ValueError, match="pre_classifier"):
+        save(made(("classifier",)), ("classifier",))
+    adapter = made(loaded.family.trained)
+    save(adapter, loaded.family.trained)
+    opened = family.opened_by_peft(family.torch_model(CASE, 3), tmp_path / "out")
+    lifted = lora.lift(loaded.model.apply)
+    ours = family.our_logits(lifted, lora.bind(loaded.params, adapter), inputs)
+    family.assert_same_logits(ours, family.torch_logits(opened, inputs), inputs)

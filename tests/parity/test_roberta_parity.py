@@ -1,9 +1,14 @@
 """RoBERTa and XLM-R against transformers and PEFT, live."""
 
+import json
+from pathlib import Path
+
 import family
 import numpy as np
 import pytest
 import transformers
+
+from lora_jax.models import tokenizer
 
 pytestmark = pytest.mark.parity
 
@@ -94,3 +99,31 @@ def test_transformers_opens_merged_weights(scan_layers, tmp_path):
 def test_transformers_opens_merged_weights_of_xlm(tmp_path):
     auto = transformers.AutoModelForSequenceClassification
     family.check_merged_export(XLM, 2, tmp_path, auto=auto)
+
+
+GPT2 = Path(__file__).resolve().parents[2].parent / "shared" / "gpt2_tokenizer"
+TEXTS = ["Hello world", " two  spaces", "naïve 電影 — it's 100%\tbad…\n", "a b</s>c", ""]
+
+
+@pytest.mark.skipif(not GPT2.is_dir(), reason=f"needs GPT-2's tokeniser in {GPT2}")
+@pytest.mark.parametrize("prefix", [False, True])
+def test_tokens_of_a_vocabulary_and_merges(prefix, tmp_path):
+    """RoBERTa's files: GPT-2's words, with its own special tokens before and behind them."""
+    words = json.loads((GPT2 / "vocab.json").read_text())
+    special = [
+        "<s>",
+        "<pad>",
+        "</s>",
+        "<unk>",
+        *(w for w in words if w != "<|endoftext|>"),
+        "<mask>",
+    ]
+    numbers = {word: k for k, word in enumerate(special)}
+    (tmp_path / "vocab.json").write_text(json.dumps(numbers))
+    (tmp_path / "merges.txt").write_bytes((GPT2 / "merges.txt").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_prefix_space": prefix}))
+    theirs = transformers.RobertaTokenizerFast.from_pretrained(tmp_path)
+    ours = tokenizer.read_tokenizer(tmp_path)
+    for text in TEXTS:
+        assert ours.encode(text).ids == theirs(text)["input_ids"], text
+        assert ours.encode(text, "and").ids == theirs(text, "and")["input_ids"], text

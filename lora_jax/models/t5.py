@@ -1,0 +1,401 @@
+"""T5 (Raffel et al. 2020), versions 1.0 and 1.1: encoder-decoder with relative positions.
+
+The modules and their numbers are those of Hugging Face's ``T5ForConditionalGeneration``; each
+kernel is stored as Flax does, ``(d_in, d_out)``. :func:`names` is the table between the two. The
+two versions differ in the feed-forward layer (ReLU, or a gated GELU) and in the head: that of 1.0
+is the embedding, on scaled states; that of 1.1 is a kernel of its own.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.models import blocks
+from lora_jax.models.attention import attention
+from lora_jax.models.families import SEQ2SEQ_LM, TOKENS, Family
+from lora_jax.models.relative import relative_buckets
+from lora_jax.models.t5_config import T5Config, names
+
+Array = jax.Array
+PyTree = Any
+
+
+class Memory(NamedTuple):
+    """What the decoder needs of the input: computed once, used at every step.
+
+    Attributes:
+      layers: of each decoder layer's cross-attention keys ``k`` and values ``v``, each
+        ``(batch, length, heads, d_kv)``; one stacked entry for scanned layers.
+      mask: ``(batch, length)``, positive where there is a token.
+    """
+
+    layers: PyTree
+    mask: Array
+
+
+class Cache(NamedTuple):
+    """What the decoder's self-attention has seen so far.
+
+    Attributes:
+      layers: keys ``k`` and values ``v`` of each layer ``(batch, slots, heads, d_kv)``; one stacked
+        entry for scanned layers.
+      index: int32, how many slots are filled.
+    """
+
+    layers: PyTree
+    index: Array
+
+
+def init_cache(
+    config: T5Config,
+    batch: int,
+    length: int,
+    dtype: Any = jnp.float32,
+    *,
+    scan_layers: bool = False,
+) -> Cache:
+    """An empty cache with ``length`` slots.
+
+    >>> init_cache(T5Config(num_heads=2, d_kv=8), 3, 5).layers[0]["k"].shape
+    (3, 5, 2, 8)
+    """
+    count, shape = config.num_decoder_layers, (batch, length, config.num_heads, config.d_kv)
+    layer = lambda *stack: {name: jnp.zeros((*stack, *shape), dtype) for name in "kv"}
+    layers = layer(count) if scan_layers else tuple(layer() for _ in range(count))
+    return Cache(layers, jnp.int32(0))
+
+
+class _Part(nn.Module):
+    """A module of the model: computes in ``dtype`` with float32 parameters."""
+
+    config: T5Config
+    dtype: Any = jnp.float32
+
+    def _dense(self, features: int, stddev: float, name: str | None = None) -> nn.Dense:
+        init = nn.initializers.normal(self.config.initializer_factor * stddev)
+        return nn.Dense(features, use_bias=False, kernel_init=init, dtype=self.dtype, name=name)
+
+    def _norm(self) -> blocks.RMSNorm:
+        return blocks.RMSNorm(self.config.layer_norm_epsilon, self.dtype)
+
+    def _dropout(self) -> nn.Dropout:
+        return nn.Dropout(self.config.dropout_rate)
+
+
+class T5Attention(_Part):
+    """Multi-head attention whose scores are not divided by the root of ``d_kv``."""
+
+    def setup(self) -> None:
+        """Makes the four projections."""
+        c = self.config
+        inner = c.num_heads * c.d_kv
+        self.q = self._dense(inner, (c.d_model * c.d_kv) ** -0.5)
+        self.k = self._dense(inner, c.d_model**-0.5)
+        self.v = self._dense(inner, c.d_model**-0.5)
+        self.o = self._dense(c.d_model, inner**-0.5)
+        self.dropout = self._dropout()
+
+    def keys(self, states: Array) -> dict[str, Array]:
+        """Keys ``k`` and values ``v`` of ``(batch, length, d_model)``."""
+        return {"k": self._split(self.k(states)), "v": self._split(self.v(states))}
+
+    def __call__(
+        self, x: Array, keys: Mapping[str, Array], bias: Array, deterministic: bool
+    ) -> Array:
+        """``x`` is ``(batch, queries, d_model)``; ``bias`` is added to the scores."""
+        drop = lambda weights: self.dropout(weights, deterministic=deterministic)
+        query = self._split(self.q(x))
+        y = attention(query, keys["k"], keys["v"], bias, scale=1.0, drop=drop)
+        return self.o(y.reshape(*y.shape[:2], -1))
+
+    def _split(self, y: Array) -> Array:
+        return y.reshape(*y.shape[:-1], self.config.num_heads, self.config.d_kv)
+
+
+class T5Dense(_Part):
+    """The feed-forward block, gated or not (Shazeer 2020, eq. 5)."""
+
+    @nn.compact
+    def __call__(self, x: Array, deterministic: bool) -> Array:
+        """``(..., d_model)`` to the same."""
+        c = self.config
+        gated, _, activation = c.feed_forward_proj.rpartition("-")
+        wide = lambda name: self._dense(c.d_ff, c.d_model**-0.5, name)(x)
+        # The name "gated-gelu" has always stood for the approximation by tanh.
+        activate = blocks.ACTIVATIONS["gelu_new" if gated and activation == "gelu" else activation]
+        y = activate(wide("wi_0")) * wide("wi_1") if gated else activate(wide("wi"))
+        y = self._dropout()(y, deterministic=deterministic)
+        return self._dense(c.d_model, c.d_ff**-0.5, "wo")(y)
+
+
+class T5Block(_Part):
+    """One layer of the encoder, or of the decoder, which has cross-attention in the middle."""
+
+    decoder: bool = False
+
+    def setup(self) -> None:
+        """Makes the parts; each has its norm before it, and a residual connection around both."""
+        self.SelfAttention, self.self_norm = T5Attention(self.config, self.dtype), self._norm()
+        if self.decoder:
+            self.EncDecAttention = T5Attention(self.config, self.dtype)
+            self.cross_norm = self._norm()
+        self.DenseReluDense, self.dense_norm = T5Dense(self.config, self.dtype), self._norm()
+        self.dropout = self._dropout()
+
+    def memory(self, states: Array, own: None) -> tuple[Array, dict[str, Array]]:
+        """The encoder's states, unchanged, and the keys that cross-attention makes of them."""
+        return states, self.EncDecAttention.keys(states)
+
+    def __call__(
+        self, x: Array, own: tuple[PyTree, PyTree], context: tuple, deterministic: bool
+    ) -> tuple[Array, PyTree]:
+        """New states and the layer's cache; ``own`` is its cache and its keys of the encoder."""
+        (cache, memory), (bias, cross_bias, index) = own, context
+        add = lambda x, y: x + self.dropout(y, deterministic=deterministic)
+        y = self.self_norm(x)
+        keys = self.SelfAttention.keys(y)
+        if cache is not None:
+            cache = keys = jax.tree.map(functools.partial(_written, index=index), cache, keys)
+        x = add(x, self.SelfAttention(y, keys, bias, deterministic))
+        if memory is not None:
+            x = add(x, self.EncDecAttention(self.cross_norm(x), memory, cross_bias, deterministic))
+        return add(x, self.DenseReluDense(self.dense_norm(x), deterministic)), cache
+
+
+def _written(old: Array, new: Array, *, index: Array) -> Array:
+    return lax.dynamic_update_slice(old, new.astype(old.dtype), (0, index, 0, 0))
+
+
+class T5Stack(_Part):
+    """The encoder or the decoder: all its layers have one table of position biases."""
+
+    decoder: bool = False
+    scan_layers: bool = False
+
+    def setup(self) -> None:
+        """Makes the parts."""
+        c = self.config
+        high = jnp.promote_types(self.dtype, jnp.float32)  # the scores', to which it is added
+        self.relative_attention_bias = nn.Embed(
+            c.relative_attention_num_buckets,
+            c.num_heads,
+            embedding_init=nn.initializers.normal(c.initializer_factor * c.d_model**-0.5),
+            dtype=high,
+        )
+        count = c.num_decoder_layers if self.decoder else c.num_layers
+        block = lambda kind: kind(c, dtype=self.dtype, decoder=self.decoder)
+        if self.scan_layers:
+            self.block = block(_scanned(count))
+        else:
+            self.block = [block(T5Block) for _ in range(count)]
+        self.final_layer_norm = self._norm()
+        self.dropout = self._dropout()
+
+    def memory(self, states: Array) -> PyTree:
+        """Keys that the layers' cross-attention makes of the encoder's states."""
+        if self.scan_layers:
+            return self.block.memory(states, None)[1]
+        return tuple(block.memory(states, None)[1] for block in self.block)
+
+    def __call__(
+        self,
+        x: Array,
+        mask: Array,
+        *,
+        memory: Memory | None = None,
+        cache: Cache | None = None,
+        deterministic: bool,
+    ) -> tuple[Array, Cache | None]:
+        """``x`` is ``(batch, n, d_model)``, the mask ``(batch, n)`` or as long as the cache."""
+        index = None if cache is None else cache.index
+        bias = self._bias(x.shape[1], mask, 0 if index is None else index)
+        cross_bias = None if memory is None else _forbid(memory.mask[:, None, None, :] > 0)
+        own = [None if part is None else part.layers for part in (cache, memory)]
+        x = self.dropout(x, deterministic=deterministic)
+        x, layers = self._run(x, own, (bias, cross_bias, index), deterministic)
+        x = self.dropout(self.final_layer_norm(x), deterministic=deterministic)
+        return x, None if cache is None else Cache(layers, index + jnp.int32(bias.shape[2]))
+
+    def _run(
+        self, x: Array, own: list[PyTree], context: tuple, deterministic: bool
+    ) -> tuple[Array, PyTree]:
+        if self.scan_layers:
+            return self.block(x, tuple(own), context, deterministic)
+        layers = []
+        for k, block in enumerate(self.block):
+            mine = tuple(None if part is None else part[k] for part in own)
+            x, layer = block(x, mine, context, deterministic)
+            layers.append(layer)
+        return x, tuple(layers)
+
+    def _bias(self, n: int, mask: Array, index: Array | int) -> Array:
+        """``(batch or 1, heads, n, keys)`` for queries in the slots from ``index`` on."""
+        queries = index + jnp.arange(n)
+        relative = jnp.arange(mask.shape[1])[None, :] - queries[:, None]
+        buckets = relative_buckets(
+            relative,
+            bidirectional=not self.decoder,
+            buckets=self.config.relative_attention_num_buckets,
+            furthest=self.config.relative_attention_max_distance,
+        )
+        bias = self.relative_attention_bias(buckets).transpose(2, 0, 1)[None]
+        allowed = mask[:, None, None, :] > 0
+        if self.decoder:
+            allowed = allowed & (relative <= 0)[None, None]
+        return _forbid(allowed, bias)
+
+
+def _forbid(allowed: Array, bias: Array | float = 0.0) -> Array:
+    # A forbidden key has weight exactly zero, and a row with none left has equal weights, not NaN.
+    return jnp.where(allowed, bias, jnp.finfo(jnp.float32).min)
+
+
+def _scanned(count: int) -> type[nn.Module]:
+    """:class:`T5Block` with the parameters of all layers stacked, compiled once."""
+    rules = {
+        "variable_axes": {"params": 0},
+        "split_rngs": {"params": True, "dropout": True},
+        "length": count,
+    }
+    return nn.scan(
+        T5Block,
+        methods={
+            "__call__": {**rules, "in_axes": (0, nn.broadcast, nn.broadcast)},
+            "memory": {**rules, "in_axes": 0},
+        },
+    )
+
+
+class T5ForConditionalGeneration(nn.Module):
+    """T5 with its language-modelling head.
+
+    Attributes:
+      config: the model's shape.
+      dtype: of the activations, float32 or bfloat16; parameters are float32.
+      scan_layers: the layers of each stack in one array a parameter, compiled once.
+    """
+
+    config: T5Config
+    dtype: Any = jnp.float32
+    scan_layers: bool = False
+
+    def setup(self) -> None:
+        """Makes the parts."""
+        c = self.config
+        init = nn.initializers.normal(c.initializer_factor)
+        stack = lambda decoder: T5Stack(
+            c, dtype=self.dtype, decoder=decoder, scan_layers=self.scan_layers
+        )
+        self.shared = nn.Embed(c.vocab_size, c.d_model, embedding_init=init, dtype=self.dtype)
+        self.encoder, self.decoder = stack(False), stack(True)
+        if not c.tie_word_embeddings:
+            self.lm_head = nn.Dense(
+                c.vocab_size, use_bias=False, kernel_init=init, dtype=self.dtype
+            )
+
+    def __call__(
+        self,
+        input_ids: Array,
+        attention_mask: Array,
+        decoder_input_ids: Array,
+        decoder_attention_mask: Array | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> Array:
+        """Logits ``(batch, decoder length, vocab_size)``, at least float32.
+
+        Args:
+          input_ids: integers ``(batch, length)``.
+          attention_mask: the same shape; positive where there is a token, 0 at padding.
+          decoder_input_ids: ``(batch, decoder length)``, the output so far, shifted to the right.
+          decoder_attention_mask: of that shape; None for no padding.
+          deterministic: without dropout; otherwise ``rngs={"dropout": key}`` is needed.
+
+        Raises:
+          ValueError: shapes that do not fit.
+        """
+        memory = self.encode(input_ids, attention_mask, deterministic=deterministic)
+        return self.decode(
+            decoder_input_ids, decoder_attention_mask, memory=memory, deterministic=deterministic
+        )
+
+    def encode(
+        self, input_ids: Array, attention_mask: Array, *, deterministic: bool = True
+    ) -> Memory:
+        """What the decoder needs of the input; arguments as of a call."""
+        _check(input_ids, attention_mask, input_ids.shape[1:])
+        x = self.shared(input_ids)
+        states, _ = self.encoder(x, attention_mask, deterministic=deterministic)
+        return Memory(self.decoder.memory(states), attention_mask)
+
+    def decode(
+        self,
+        decoder_input_ids: Array,
+        decoder_attention_mask: Array | None = None,
+        *,
+        memory: Memory,
+        cache: Cache | None = None,
+        deterministic: bool = True,
+    ) -> Array | tuple[Array, Cache]:
+        """Logits of the tokens; with a cache, the tokens go on from it, and it comes back longer.
+
+        Positions count in slots, and only their differences matter; left padding changes nothing.
+
+        Args:
+          decoder_input_ids: ``(batch, n)``.
+          decoder_attention_mask: ``(batch, n)``, or ``(batch, slots of the cache)`` with one; 0 in
+            the slots of padding. None for no padding.
+          memory: from :meth:`encode`.
+          cache: from :func:`init_cache`, or from the call for the tokens before.
+          deterministic: without dropout.
+
+        Raises:
+          ValueError: shapes that do not fit.
+        """
+        slots = decoder_input_ids.shape[1:]
+        if cache is not None:
+            slots = jax.tree.leaves(cache.layers)[0].shape[-3:-2]
+        if decoder_attention_mask is None:
+            decoder_attention_mask = jnp.ones((decoder_input_ids.shape[0], *slots), jnp.int32)
+        _check(decoder_input_ids, decoder_attention_mask, slots)
+        x, cache = self.decoder(
+            self.shared(decoder_input_ids),
+            decoder_attention_mask,
+            memory=memory,
+            cache=cache,
+            deterministic=deterministic,
+        )
+        logits = self._head(x).astype(jnp.promote_types(self.dtype, jnp.float32))
+        return logits if cache is None else (logits, cache)
+
+    def _head(self, x: Array) -> Array:
+        if not self.config.tie_word_embeddings:
+            return self.lm_head(x)
+        return self.shared.attend(x * self.config.d_model**-0.5)
+
+
+def _check(ids: Array, mask: Array, slots: tuple[int, ...]) -> None:
+    if len(ids.shape) != 2 or mask.shape != (*ids.shape[:1], *slots):
+        raise ValueError(
+            f"The tokens must have shape (batch, length) and the mask one entry for each, or for "
+            f"each of the cache's slots {slots}; got {ids.shape} and {mask.shape}."
+        )
+
+
+FAMILY = Family(
+    model_type=("t5",),
+    config=T5Config,
+    names=names,
+    models={SEQ2SEQ_LM: T5ForConditionalGeneration},
+    architectures={SEQ2SEQ_LM: "T5ForConditionalGeneration"},
+    prefix="",
+    # A table that the oldest checkpoints carry, and no version has used.
+    ignored=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
+    targets=("q", "v"),
+    inputs=lambda head: (TOKENS, TOKENS, TOKENS),
+)
