@@ -14,16 +14,6 @@ FAMILIES: tuple[Family, ...] = (
     roberta.XLM,
     t5.FAMILY,
 )
-from lora_jax.models.families import Family
-
-FAMILIES: tuple[Family, ...] = (
-    bert.FAMILY,
-    distilbert.FAMILY,
-    gpt2.FAMILY,
-    roberta.FAMILY,
-    roberta.XLM,
-    t5.FAMILY,
-)
 
 
 def find(config: Mapping[str, Any]) -> Family:
