@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 
 import lora_jax as lora
-from lora_jax import names, paths
+from lora_jax import names, paths, peft
 from lora_jax.models import checkpoints, generate, hub, relative, t5, t5_config
 from lora_jax.models.decoding import Decoding
 
@@ -378,3 +378,26 @@ def test_lift_equals_merge(what, scan_layers):
     for fn in (model.apply, steps):
         lifted = jax.jit(lora.lift(fn, strict=True))(lora.bind(params, adapter), *args)
         np.testing.assert_allclose(lifted[real], merged, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_peft_names_the_tensors_as_transformers_does(scan_layers, tmp_path):
+    """A cycle through PEFT's format; the tensors of each layer of each stack."""
+    loaded = checkpoints.load(GOLDENS / "v1_1", head="seq2seq-lm", scan_layers=scan_layers)
+    args, table = golden("v1_1")[0], checkpoints.names(loaded)
+    config = lora.LoRAConfig(rank=2, targets=loaded.family.targets)
+    adapter = lora.init(jax.random.key(0), loaded.model.apply, loaded.params, config, *args)
+    about = {"names": table, "task_type": "SEQ_2_SEQ_LM"}
+    peft.save_peft(tmp_path, loaded.params, adapter, config, **about)
+    assert peft.read_words(tmp_path)["target_modules"] == ["q", "v"]
+    parts = [("encoder", k, "0.SelfAttention") for k in range(3)]
+    parts += [("decoder", k, x) for k in range(2) for x in ("0.SelfAttention", "1.EncDecAttention")]
+    shapes = {"lora_A": (2, 12), "lora_B": (10, 2)}
+    assert peft.tensor_shapes(tmp_path) == {
+        f"{stack}.block.{k}.layer.{part}.{kernel}.{factor}.weight": shape
+        for stack, k, part in parts
+        for kernel in "qv"
+        for factor, shape in shapes.items()
+    }
+    again, _ = peft.load_peft(tmp_path, loaded.params, names=table)
+    jax.tree.map(np.testing.assert_array_equal, again, adapter)

@@ -77,6 +77,16 @@ def test_likelihood_counts_real_rows():
     assert [float(x) for x in sums] == [4.0, 1.0, 2.0]
 
 
+def test_a_regression_is_refused_and_a_pair_is_asked_about(loaded):
+    with pytest.raises(
+        ValueError, match="'stsb' is a regression.*choose a model with a classifier"
+    ):
+        classification.scoring(loaded, ("similarity",), tokenizer(loaded), task="stsb")
+    ways = classification.scoring(loaded, LABELS, tokenizer(loaded), task="qnli")
+    asked = ways.prompts(data.Examples(("Who?",), None, ("A man.",)))
+    assert asked.sentences == ("qnli question: Who? sentence: A man.",) and asked.pairs is None
+
+
 ROOT = Path(__file__).parent.parent
 
 
