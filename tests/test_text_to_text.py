@@ -63,9 +63,8 @@ def test_scores_are_log_likelihoods_of_the_words(loaded):
     for k, label in enumerate(LABELS):
         tokens = tokenizer(loaded).encode(label).ids
         given = np.tile([0, *tokens[:-1]], (4, 1))
-        logits = np.float64(
-            loaded.model.apply(loaded.params, inputs["input_ids"], inputs["attention_mask"], given)
-        )
+        args = loaded.params, inputs["input_ids"], inputs["attention_mask"], given
+        logits = np.float64(jax.jit(loaded.model.apply)(*args))
         log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         expected = sum(log_probs[:, i, t] for i, t in enumerate(tokens))
         np.testing.assert_allclose(scores[:, k], expected, rtol=0, atol=1e-5)
