@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.models import bert, t5
+from lora_jax.models import bert, llama, t5
 from lora_jax.models.families import Family
 
-FAMILIES: tuple[Family, ...] = (bert.FAMILY, t5.FAMILY)
+FAMILIES: tuple[Family, ...] = (bert.FAMILY, t5.FAMILY, *llama.FAMILIES)
 
 
 def find(config: Mapping[str, Any]) -> Family:
