@@ -82,9 +82,10 @@ def make(name, kind, changes, seed):
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     generator = torch.Generator().manual_seed(seed)
     draw = lambda p: torch.randn(p.shape, generator=generator) * 0.3
+    one = 0.0 if kind.startswith("gemma") else 1.0  # Gemma stores a norm's scale minus one
     with torch.no_grad():
         for path, p in model.named_parameters():
-            p.copy_(draw(p) + (1.0 if path.endswith("norm.weight") else 0.0))
+            p.copy_(draw(p) + (one if path.endswith("norm.weight") else 0.0))
     model.tie_weights()
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, config.vocab_size, (4, 9))
