@@ -83,7 +83,7 @@ class BertModel(Part):
         if token_type_ids is None:
             token_type_ids = jnp.zeros_like(input_ids)
         blocks.check_inputs(
-            self.config.max_position_embeddings,
+            self.config.positions,
             input_ids=input_ids,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
@@ -159,7 +159,7 @@ FAMILY = Family(
     architectures={CLASSIFIER: "BertForSequenceClassification", ENCODER: "BertModel"},
     prefix="bert.",
     # A buffer of positions, and the heads of pretraining.
-    ignored=("embeddings.position_ids", "cls.*", "classifier.*"),
+    ignored=("embeddings.position_ids", "cls.*", "classifier.*", "qa_outputs.*"),
     optional=("classifier", "bert/pooler", "pooler"),
     labelled="classifier",
     targets=("query", "value"),

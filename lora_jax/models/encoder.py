@@ -57,6 +57,11 @@ class EncoderConfig:
         settings.check_divides(self, "hidden_size", "num_attention_heads")
 
     @property
+    def positions(self) -> int:
+        """The longest input."""
+        return self.max_position_embeddings
+
+    @property
     def head_dropout(self) -> float:
         """The dropout rate before a classifier."""
         own = self.classifier_dropout

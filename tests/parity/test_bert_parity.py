@@ -1,17 +1,19 @@
-"""BERT against transformers, live: the same weights must give the same logits, both ways."""
+"""BERT against transformers and PEFT, live: the same weights must give the same numbers, both ways."""
 
 import json
 
+import family
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import transformers
+from family import torch_logits
 
 from lora_jax.models import checkpoints
 
 pytestmark = pytest.mark.parity
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "##ly"]
@@ -27,56 +29,62 @@ def random_config(seed):
         num_attention_heads=heads,
         intermediate_size=int(rng.integers(5, 50)),
         hidden_act=str(rng.choice(["gelu", "gelu_new", "gelu_pytorch_tanh", "relu"])),
-        max_position_embeddings=int(rng.integers(8, 20)),
+        max_position_embeddings=int(rng.integers(9, 20)),
         type_vocab_size=int(rng.integers(1, 4)),
         layer_norm_eps=float(rng.choice([1e-12, 1e-5, 1e-2])),
-        num_labels=int(rng.integers(1, 5)),
+        num_labels=3,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
     )
-
-
-def random_model(seed):
-    torch.manual_seed(seed)
-    model = transformers.BertForSequenceClassification(random_config(seed)).eval()
-    with torch.no_grad():  # wide, so that the logits are far from zero
-        for name, p in model.named_parameters():
-            p.copy_(0.3 * torch.randn_like(p) + (1.0 if name.endswith("LayerNorm.weight") else 0))
-    return model
 
 
 def random_inputs(config, seed):
     rng = np.random.default_rng(seed)
-    length = int(rng.integers(2, config.max_position_embeddings + 1))
-    lengths = rng.integers(1, length + 1, 5)
-    return {
-        "input_ids": rng.integers(0, config.vocab_size, (5, length)),
-        "attention_mask": (np.arange(length)[None, :] < lengths[:, None]).astype(np.int64),
-        "token_type_ids": rng.integers(0, config.type_vocab_size, (5, length)),
-    }
+    inputs = family.padded_ids(config.vocab_size, seed)
+    types = rng.integers(0, config.type_vocab_size, inputs["input_ids"].shape)
+    return inputs | {"token_type_ids": types, "labels": rng.integers(0, 3, len(types))}
 
 
-def torch_logits(model, inputs):
-    with torch.no_grad():
-        return model(**{k: torch.from_numpy(v) for k, v in inputs.items()}).logits.numpy()
+CASE = family.Case(
+    head="classifier",
+    model=transformers.BertForSequenceClassification,
+    config=random_config,
+    inputs=random_inputs,
+)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.supports("BERT", "logits")
+@pytest.mark.parametrize("seed", range(8))
 def test_logits_of_random_models(seed, tmp_path):
-    model = random_model(seed)
-    model.save_pretrained(tmp_path)
-    inputs = random_inputs(model.config, seed)
-    labels = model.config.num_labels
-    loaded = checkpoints.load(tmp_path, head="classifier", num_labels=labels)
-    logits = jax.jit(loaded.model.apply)(loaded.params, *inputs.values())
-    np.testing.assert_allclose(logits, torch_logits(model, inputs), rtol=0, atol=1e-5)
+    family.check_logits(CASE, seed, tmp_path, scan_layers=seed % 4 == 3)
+
+
+@pytest.mark.supports("BERT", "training")
+def test_50_steps(tmp_path):
+    family.check_training(CASE, tmp_path)
+
+
+@pytest.mark.supports("BERT", "PEFT round trip")
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_peft_round_trip(scan_layers, tmp_path):
+    family.check_peft(CASE, 1, tmp_path, scan_layers=scan_layers)
+
+
+@pytest.mark.supports("BERT", "merged export")
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_transformers_opens_merged_weights(scan_layers, tmp_path):
+    auto = transformers.AutoModelForSequenceClassification
+    family.check_merged_export(CASE, 2, tmp_path, auto=auto, scan_layers=scan_layers)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_gradients_of_random_models(seed, tmp_path):
-    model = random_model(seed)
+    model = family.torch_model(CASE, seed)
     model.save_pretrained(tmp_path)
     inputs = random_inputs(model.config, seed)
-    loaded = checkpoints.load(tmp_path, head="classifier", num_labels=model.config.num_labels)
-    loss = lambda params: jnp.square(loaded.model.apply(params, *inputs.values())).sum()
+    del inputs["labels"]
+    loaded = family.load(CASE, tmp_path)
+    loss = lambda params: jnp.square(loaded.model.apply(params, **inputs)).sum()
     grads = jax.jit(jax.grad(loss))(loaded.params)["params"]["bert"]["encoder"]["layer_0"]
     model(**{k: torch.from_numpy(v) for k, v in inputs.items()}).logits.square().sum().backward()
     attention = model.bert.encoder.layer[0].attention.self
@@ -87,28 +95,24 @@ def test_gradients_of_random_models(seed, tmp_path):
         np.testing.assert_allclose(grads["attention"][name]["kernel"], expected, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_transformers_opens_what_is_saved(seed, tmp_path):
-    model = random_model(seed)
+def test_what_the_base_says_of_itself_is_replaced(tmp_path):
+    """Labels, and the dtype under its old and new words; the tokeniser goes with the weights."""
+    model = family.torch_model(CASE, 0)
     base, out = tmp_path / "base", tmp_path / "out"
     model.save_pretrained(base)
     (base / "vocab.txt").write_text("\n".join(VOCABULARY))
-    config = json.loads((base / "config.json").read_text()) | {"torch_dtype": "float16"}
-    (base / "config.json").write_text(json.dumps(config))
-    loaded = checkpoints.load(base, head="classifier", num_labels=3, key=jax.random.key(seed))
+    about = json.loads((base / "config.json").read_text())
+    about |= {"torch_dtype": "float16", "id2label": {"0": "x"}, "problem_type": "regression"}
+    (base / "config.json").write_text(json.dumps(about))
+    loaded = family.load(CASE, base)
     checkpoints.save_hf(
-        out, loaded.params, loaded.checkpoint, head="classifier", labels=("no", "maybe", "yes")
+        out, loaded.params, loaded.checkpoint, head="classifier", labels=family.LABELS
     )
-    opened, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-        out, output_loading_info=True
-    )
-    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert isinstance(opened, transformers.BertForSequenceClassification)
+    opened = transformers.AutoModelForSequenceClassification.from_pretrained(out)
     assert opened.dtype == torch.float32
-    assert opened.config.id2label == {0: "no", 1: "maybe", 2: "yes"}
-    inputs = random_inputs(model.config, seed)
-    logits = loaded.model.apply(loaded.params, *inputs.values())
-    np.testing.assert_allclose(torch_logits(opened.eval(), inputs), logits, rtol=0, atol=1e-5)
+    assert opened.config.id2label == dict(enumerate(family.LABELS))
+    assert opened.config.problem_type is None
+    assert (out / "vocab.txt").read_text().split() == VOCABULARY
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,281 @@
+"""DistilBERT (Sanh et al. 2019): BERT with half the layers, no token types and no pooler.
+
+The modules and their numbers are those of Hugging Face's ``DistilBertForSequenceClassification``.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lora_jax.models import blocks, settings, tables
+from lora_jax.models.attention import attention
+from lora_jax.models.families import CLASSIFIER, ENCODER, Family
+from lora_jax.names import Name
+
+Array = jax.Array
+
+_EPSILON = 1e-12  # of the norms; no config says it
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistilBertConfig:
+    """The shape of a DistilBERT model; field names as in Hugging Face's ``config.json``.
+
+    Raises:
+      ValueError: a value is out of its range; the message names the field.
+    """
+
+    vocab_size: int = 30522
+    dim: int = 768
+    n_layers: int = 6
+    n_heads: int = 12
+    hidden_dim: int = 3072
+    activation: str = "gelu"
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    seq_classif_dropout: float = 0.2
+    max_position_embeddings: int = 512
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "dim", "n_layers", "n_heads", "hidden_dim")
+        settings.check_sizes(self, (*sizes, "max_position_embeddings"))
+        settings.check_rates(self, ("dropout", "attention_dropout", "seq_classif_dropout"))
+        settings.check_positive(self, ("initializer_range",))
+        settings.check_one_of(self, "activation", blocks.ACTIVATIONS)
+        settings.check_divides(self, "dim", "n_heads")
+
+    @property
+    def positions(self) -> int:
+        """The longest input."""
+        return self.max_position_embeddings
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "DistilBertConfig":
+        """Reads a parsed ``config.json``; keys that do not shape the model are left out.
+
+        Sinusoidal positions are stored as weights like others, so they need no variant.
+
+        Raises:
+          ValueError: it describes another architecture.
+
+        >>> DistilBertConfig.from_hf({"model_type": "distilbert", "dim": 384}).dim
+        384
+        """
+        return settings.read(cls, config, model_type=["distilbert"], built={})
+
+    def to_hf(self) -> dict[str, Any]:
+        """The same as the content of a ``config.json``.
+
+        >>> DistilBertConfig.from_hf(DistilBertConfig(dim=384).to_hf()).dim
+        384
+        """
+        return {"model_type": "distilbert"} | dataclasses.asdict(self)
+
+
+class _Part(nn.Module):
+    """A module of the model: computes in ``dtype`` with float32 parameters."""
+
+    config: DistilBertConfig
+    dtype: Any = jnp.float32
+
+    def _dense(self, features: int, name: str) -> nn.Dense:
+        init = nn.initializers.normal(self.config.initializer_range)
+        return nn.Dense(features, kernel_init=init, dtype=self.dtype, name=name)
+
+    def _norm(self, name: str) -> nn.LayerNorm:
+        return blocks.layer_norm(_EPSILON, self.dtype, name)
+
+    def _part(self, kind: type["_Part"], name: str) -> "_Part":
+        return kind(self.config, dtype=self.dtype, name=name)
+
+
+class Embeddings(_Part):
+    """Sum of word and position embeddings, normalised."""
+
+    @nn.compact
+    def __call__(self, input_ids: Array, *, deterministic: bool) -> Array:
+        """Token ids ``(batch, length)`` to vectors ``(batch, length, dim)``."""
+        c = self.config
+        init = nn.initializers.normal(c.initializer_range)
+        embed = functools.partial(nn.Embed, features=c.dim, embedding_init=init, dtype=self.dtype)
+        positions = jnp.arange(input_ids.shape[-1])[None, :]
+        x = embed(c.vocab_size, name="word_embeddings")(input_ids)
+        x = x + embed(c.max_position_embeddings, name="position_embeddings")(positions)
+        return nn.Dropout(c.dropout)(self._norm("LayerNorm")(x), deterministic=deterministic)
+
+
+class MultiHeadSelfAttention(_Part):
+    """Multi-head self-attention (Vaswani et al. 2017, section 3.2)."""
+
+    @nn.compact
+    def __call__(self, x: Array, bias: Array, *, deterministic: bool) -> Array:
+        """``x`` is ``(batch, length, dim)``; ``bias`` is added to the scores."""
+        c = self.config
+        split = lambda y: y.reshape(*y.shape[:-1], c.n_heads, c.dim // c.n_heads)
+        query, key, value = (split(self._dense(c.dim, f"{n}_lin")(x)) for n in "qkv")
+        drop = nn.Dropout(c.attention_dropout, deterministic=deterministic)
+        y = attention(query, key, value, bias, drop=drop).reshape(x.shape)
+        return self._dense(c.dim, "out_lin")(y)
+
+
+class FFN(_Part):
+    """The feed-forward block."""
+
+    @nn.compact
+    def __call__(self, x: Array, *, deterministic: bool) -> Array:
+        """``(..., dim)`` to ``(..., dim)``."""
+        c = self.config
+        x = blocks.ACTIVATIONS[c.activation](self._dense(c.hidden_dim, "lin1")(x))
+        return nn.Dropout(c.dropout)(self._dense(c.dim, "lin2")(x), deterministic=deterministic)
+
+
+class TransformerBlock(_Part):
+    """One layer: attention, then feed-forward, each added to its input and normalised."""
+
+    @nn.compact
+    def __call__(self, x: Array, bias: Array, *, deterministic: bool) -> Array:
+        """Shapes as :class:`MultiHeadSelfAttention`."""
+        y = self._part(MultiHeadSelfAttention, "attention")(x, bias, deterministic=deterministic)
+        x = self._norm("sa_layer_norm")(x + y)
+        y = self._part(FFN, "ffn")(x, deterministic=deterministic)
+        return self._norm("output_layer_norm")(x + y)
+
+
+class Transformer(_Part):
+    """The stack of layers."""
+
+    scan_layers: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array, attention_mask: Array, *, deterministic: bool) -> Array:
+        """``x`` is ``(batch, length, dim)``, the mask ``(batch, length)``."""
+        return blocks.repeat(
+            functools.partial(self._part, TransformerBlock),
+            x,
+            blocks.mask_bias(attention_mask),
+            count=self.config.n_layers,
+            scan=self.scan_layers,
+            deterministic=deterministic,
+        )
+
+
+class DistilBertModel(_Part):
+    """The encoder.
+
+    Attributes:
+      config: the shape.
+      dtype: of the activations, float32 or bfloat16; parameters are float32.
+      scan_layers: whether the layers are stacked, and one is compiled for all.
+    """
+
+    scan_layers: bool = False
+
+    @nn.compact
+    def __call__(
+        self, input_ids: Array, attention_mask: Array, *, deterministic: bool = True
+    ) -> Array:
+        """Computes hidden states ``(batch, length, dim)``.
+
+        Args:
+          input_ids: integers ``(batch, length)``.
+          attention_mask: the same shape; positive where there is a token, 0 at padding.
+          deterministic: without dropout; otherwise ``rngs={"dropout": key}`` is needed.
+
+        Raises:
+          ValueError: too many tokens, or shapes that differ.
+        """
+        blocks.check_inputs(
+            self.config.positions, input_ids=input_ids, attention_mask=attention_mask
+        )
+        x = self._part(Embeddings, "embeddings")(input_ids, deterministic=deterministic)
+        layers = Transformer(
+            self.config, self.dtype, scan_layers=self.scan_layers, name="transformer"
+        )
+        return layers(x, attention_mask, deterministic=deterministic)
+
+
+class DistilBertForSequenceClassification(_Part):
+    """DistilBERT with two dense layers on the first token, and ReLU between them.
+
+    Attributes:
+      config: the encoder's shape.
+      dtype: of the activations, float32 or bfloat16; parameters are float32.
+      num_labels: outputs of the classifier.
+      scan_layers: as in :class:`DistilBertModel`.
+    """
+
+    num_labels: int = 2
+    scan_layers: bool = False
+
+    @nn.compact
+    def __call__(
+        self, input_ids: Array, attention_mask: Array, *, deterministic: bool = True
+    ) -> Array:
+        """Logits ``(batch, num_labels)``, at least float32; arguments as the encoder's."""
+        c = self.config
+        model = DistilBertModel(c, self.dtype, scan_layers=self.scan_layers, name="distilbert")
+        x = model(input_ids, attention_mask, deterministic=deterministic)
+        x = nn.relu(self._dense(c.dim, "pre_classifier")(x[:, 0]))
+        x = nn.Dropout(c.seq_classif_dropout)(x, deterministic=deterministic)
+        logits = self._dense(self.num_labels, "classifier")(x)
+        return logits.astype(jnp.promote_types(self.dtype, jnp.float32))
+
+
+_DENSE = (*(f"attention.{n}_lin" for n in ("q", "k", "v", "out")), "ffn.lin1", "ffn.lin2")
+
+
+def names(
+    config: DistilBertConfig, *, head: str = CLASSIFIER, scan_layers: bool = False
+) -> list[Name]:
+    """The table between Flax paths and Hugging Face names, one row a leaf.
+
+    Args:
+      config: gives the number of layers.
+      head: "classifier", or "encoder" for the leaves of a bare ``DistilBertModel``.
+      scan_layers: with the layers stacked.
+
+    >>> names(DistilBertConfig(), head="encoder")[4][:2]
+    ('transformer/layer_0/attention/q_lin/kernel', 'transformer.layer.0.attention.q_lin.weight')
+    """
+    rows = [
+        row
+        for kind in ("embeddings.word_embeddings", "embeddings.position_embeddings")
+        for row in tables.embedding(kind.replace(".", "/"), kind)
+    ]
+    rows += tables.norm("embeddings/LayerNorm", "embeddings.LayerNorm")
+    layer = [row for hf in _DENSE for row in tables.linear(hf.replace(".", "/"), hf)]
+    for norm in ("sa_layer_norm", "output_layer_norm"):
+        layer += tables.norm(norm, norm)
+    rows += tables.layers(
+        "transformer/layer", "transformer.layer", layer, count=config.n_layers, scan=scan_layers
+    )
+    if head == ENCODER:
+        return rows
+    rows = tables.below("distilbert/", "distilbert.", rows)
+    rows += tables.linear("pre_classifier", "pre_classifier")
+    return rows + tables.linear("classifier", "classifier")
+
+
+FAMILY = Family(
+    model_type=("distilbert",),
+    config=DistilBertConfig,
+    names=names,
+    models={CLASSIFIER: DistilBertForSequenceClassification, ENCODER: DistilBertModel},
+    architectures={
+        CLASSIFIER: "DistilBertForSequenceClassification", ENCODER: "DistilBertModel",
+    },
+    prefix="distilbert.",
+    ignored=(
+        "embeddings.position_ids", "vocab_transform.*", "vocab_layer_norm.*",
+        "vocab_projector.*", "pre_classifier.*", "classifier.*", "qa_outputs.*",
+    ),
+    optional=("pre_classifier", "classifier"),
+    labelled="classifier",
+    targets=("q_lin", "v_lin"),
+)  # fmt: skip
