@@ -7,19 +7,18 @@ is the embedding, on scaled states; that of 1.1 is a kernel of its own.
 """
 
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from lora_jax.models import blocks
 from lora_jax.models.attention import attention
 from lora_jax.models.families import SEQ2SEQ_LM, TOKENS, Family
+from lora_jax.models.relative import relative_buckets
 from lora_jax.models.t5_config import T5Config, names
 
 Array = jax.Array
@@ -69,35 +68,6 @@ def init_cache(
     layer = lambda *stack: {name: jnp.zeros((*stack, *shape), dtype) for name in "kv"}
     layers = layer(count) if scan_layers else tuple(layer() for _ in range(count))
     return Cache(layers, jnp.int32(0))
-
-
-def relative_buckets(relative: Array, config: T5Config, *, bidirectional: bool) -> Array:
-    """Numbers of the buckets of ``key - query`` distances (Raffel et al. 2020, section 2.1).
-
-    Half of the buckets of a direction hold one distance each; the others grow with the logarithm
-    of the distance, and the last holds all from ``relative_attention_max_distance`` on. With two
-    directions each has half of all buckets; with one, keys after the query share bucket 0.
-
-    >>> c = T5Config(relative_attention_num_buckets=8, relative_attention_max_distance=16)
-    >>> relative_buckets(jnp.array([-40, -3, -1, 0, 1, 3, 40]), c, bidirectional=True).tolist()
-    [3, 2, 1, 0, 5, 6, 7]
-    """
-    buckets, furthest = (
-        config.relative_attention_num_buckets,
-        config.relative_attention_max_distance,
-    )
-    buckets = buckets // 2 if bidirectional else buckets
-    exact = buckets // 2
-    distances = np.arange(furthest + 1)
-    # On the host and in float32, operation by operation as in the original: where a logarithm
-    # falls on a whole number, another rounding would be another bucket.
-    far = np.log(np.maximum(distances, exact).astype(np.float32) / np.float32(exact))
-    far = far / np.float32(math.log(furthest / exact)) * np.float32(buckets - exact)
-    far = np.minimum(exact + far.astype(np.int32), buckets - 1)
-    table = jnp.asarray(np.where(distances < exact, distances, far), jnp.int32)
-    steps = jnp.abs(relative) if bidirectional else jnp.maximum(-relative, 0)
-    found = table[jnp.minimum(steps, furthest)]
-    return jnp.where(relative > 0, found + buckets, found) if bidirectional else found
 
 
 class _Part(nn.Module):
@@ -267,7 +237,12 @@ class T5Stack(_Part):
         """``(batch or 1, heads, n, keys)`` for queries in the slots from ``index`` on."""
         queries = index + jnp.arange(n)
         relative = jnp.arange(mask.shape[1])[None, :] - queries[:, None]
-        buckets = relative_buckets(relative, self.config, bidirectional=not self.decoder)
+        buckets = relative_buckets(
+            relative,
+            bidirectional=not self.decoder,
+            buckets=self.config.relative_attention_num_buckets,
+            furthest=self.config.relative_attention_max_distance,
+        )
         bias = self.relative_attention_bias(buckets).transpose(2, 0, 1)[None]
         allowed = mask[:, None, None, :] > 0
         if self.decoder:

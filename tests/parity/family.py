@@ -48,6 +48,8 @@ class Case(NamedTuple):
         or tokens of which -100 does not count.
       targets: what PEFT adapts.
       task_type: PEFT's word for the head.
+      prepare: what is done to a new model before its values are drawn.
+      scale: how wide they are drawn; where it is large, float32 itself is off by more than 1e-5.
     """
 
     head: str
@@ -56,6 +58,8 @@ class Case(NamedTuple):
     inputs: Callable[[Any, int], dict]
     targets: Any = ("query", "value")
     task_type: str | None = "SEQ_CLS"
+    prepare: Callable = lambda model: None
+    scale: float = 0.3
 
 
 def quiet(fn, *args, **kwargs):
@@ -78,8 +82,10 @@ def draw(parameters, seed, *, scale=0.3):
 
 
 def torch_model(case, seed, dtype=torch.float32):
-    model = quiet(case.model, case.config(seed)).to(dtype)
-    draw(model.named_parameters(), seed)
+    model = quiet(case.model, case.config(seed))
+    case.prepare(model)
+    model = model.to(dtype)
+    draw(model.named_parameters(), seed, scale=case.scale)
     model.tie_weights()
     return model.eval()
 

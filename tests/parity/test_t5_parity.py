@@ -1,0 +1,119 @@
+"""T5 1.0 and 1.1 against transformers and PEFT, live."""
+
+import family
+import numpy as np
+import pytest
+import torch
+import transformers
+
+pytestmark = pytest.mark.parity
+
+
+BUCKETS = [(8, 7), (4, 5), (6, 9), (32, 20)]
+
+
+def random_config(seed, **version):
+    """Few buckets that the inputs reach beyond; heads that do not divide the model's width."""
+    rng = np.random.default_rng(seed)
+    return transformers.T5Config(
+        vocab_size=int(rng.integers(12, 40)),
+        d_model=int(rng.integers(8, 20)),
+        d_kv=int(rng.integers(3, 7)),
+        d_ff=int(rng.integers(8, 30)),
+        num_layers=int(rng.integers(2, 4)),
+        num_decoder_layers=2,
+        num_heads=int(rng.integers(1, 4)),
+        relative_attention_num_buckets=BUCKETS[seed % 4][0],
+        relative_attention_max_distance=BUCKETS[seed % 4][1],
+        layer_norm_epsilon=float(rng.choice([1e-6, 1e-3])),
+        dropout_rate=0.0,
+        decoder_start_token_id=int(rng.integers(0, 12)),
+        **version,
+    )
+
+
+def random_inputs(config, seed):
+    """Input and output tokens, both with padding on one side or the other."""
+    rng = np.random.default_rng(seed)
+    source = family.padded_ids(config.vocab_size, seed, length=14, left=bool(seed % 2))
+    target = family.padded_ids(config.vocab_size, seed + 1, length=9, left=bool(seed % 3 == 1))
+    labels = rng.integers(0, config.vocab_size, target["input_ids"].shape)
+    mask = target["attention_mask"]
+    return source | {
+        "decoder_input_ids": target["input_ids"],
+        "decoder_attention_mask": mask,
+        "labels": np.where(mask > 0, labels, -100),
+    }
+
+
+def untie(model):
+    """Gives the head a kernel of its own, as T5 1.1 has: transformers 5 makes all of them tied."""
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
+    model.config.tie_word_embeddings = False
+
+
+V1_0 = family.Case(
+    head="seq2seq-lm",
+    model=transformers.T5ForConditionalGeneration,
+    config=random_config,
+    inputs=random_inputs,
+    targets=("q", "v"),
+    task_type="SEQ_2_SEQ_LM",
+    scale=0.22,  # its scores are not divided by the root of the head's size
+)
+V1_1 = V1_0._replace(
+    config=lambda seed: random_config(
+        seed, feed_forward_proj="gated-gelu", tie_word_embeddings=False
+    ),
+    prepare=untie,
+)
+# What transformers 5 makes of a config of version 1.1 from scratch.
+V1_1_TIED = V1_1._replace(prepare=lambda model: None)
+CASES = {"1.0": V1_0, "1.1": V1_1, "1.1 tied": V1_1_TIED}
+each = pytest.mark.parametrize("version", CASES)
+scanned = pytest.mark.parametrize("scan_layers", [False, True], ids=["layers", "scan"])
+
+
+@pytest.mark.supports("T5", "logits")
+@pytest.mark.parametrize("seed", range(4))
+@each
+def test_logits(version, seed, tmp_path):
+    family.check_logits(CASES[version], seed, tmp_path, scan_layers=seed == 3)
+
+
+ACTIVATIONS = ("gelu", "gated-relu", "gated-silu", "gated-gelu_new")
+
+
+@pytest.mark.supports("T5", "logits")
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_logits_with_other_activations(activation, tmp_path):
+    config = lambda seed: random_config(seed, feed_forward_proj=activation)
+    family.check_logits(V1_0._replace(config=config), 5, tmp_path)
+
+
+@pytest.mark.supports("T5", "training")
+@pytest.mark.parametrize(
+    ("version", "targets", "scan_layers"),
+    [("1.0", ("q", "v"), False), ("1.1", "all-linear", False), ("1.1", ("q", "v", "wo"), True)],
+)
+def test_training(version, targets, scan_layers, tmp_path):
+    # transformers takes the mean square of its norms in float32, whatever the model's dtype.
+    case = CASES[version]._replace(targets=targets)
+    family.check_training(case, tmp_path, rtol=1e-4, scan_layers=scan_layers)
+
+
+@pytest.mark.supports("T5", "PEFT round trip")
+@pytest.mark.parametrize("targets", [("q", "v"), "all-linear"], ids=str)
+@each
+def test_peft(version, targets, tmp_path):
+    scan_layers = version == "1.1" and targets != "all-linear"
+    case = CASES[version]._replace(targets=targets)
+    family.check_peft(case, 1, tmp_path, scan_layers=scan_layers)
+
+
+@pytest.mark.supports("T5", "merged export")
+@scanned
+@each
+def test_merged_export(version, scan_layers, tmp_path):
+    auto = transformers.AutoModelForSeq2SeqLM
+    family.check_merged_export(CASES[version], 2, tmp_path, auto=auto, scan_layers=scan_layers)
