@@ -4,6 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.models import bert, distilbert, llama, roberta, t5
+from lora_jax.models.families import Family
+
+FAMILIES: tuple[Family, ...] = (
+    bert.FAMILY,
+    distilbert.FAMILY,
+    roberta.FAMILY,
+    roberta.XLM,
+    t5.FAMILY,
+    *llama.FAMILIES,
 )
 
 
