@@ -17,12 +17,12 @@ PLAIN = {"rope_type": "default", "rope_theta": 300.0}
 
 def sizes(rng):
     """What the configs of all model types have."""
-    groups, each = int(rng.integers(1, 4)), int(rng.integers(1, 4))
+    groups, each = int(rng.integers(1, 4)), int(rng.integers(2, 4))
     head_dim = 2 * int(rng.integers(2, 5))
     return {
         "vocab_size": int(rng.integers(20, 60)),
         # transformers wants a multiple of the heads, whatever head_dim is.
-        "hidden_size": groups * each * 2 * int(rng.integers(1, 3)),
+        "hidden_size": groups * each * int(rng.integers(3, 7)),
         "intermediate_size": int(rng.integers(5, 40)),
         "num_hidden_layers": int(rng.integers(1, 4)),
         "num_attention_heads": groups * each,
@@ -86,13 +86,21 @@ def gemma3(rng, seed):
 
 
 def inputs(config, seed):
-    """Padding left or right; the loss counts real tokens."""
+    """Padding left or right; the loss counts real tokens that come after one."""
     given = family.padded_ids(config.vocab_size, seed, left=seed % 2 == 1)
-    labels = np.where(given["attention_mask"] > 0, given["input_ids"], -100)
+    real = given["attention_mask"] > 0
+    real[:, 1:] &= real[:, :-1]
+    labels = np.where(real, given["input_ids"], -100)
     return given | {"labels": labels}
 
 
-def case(model, make, scale=0.3):
+def unpadded(config, seed):
+    """Rows that are full."""
+    ids = np.random.default_rng(seed).integers(0, config.vocab_size, (4, 9))
+    return {"input_ids": ids, "attention_mask": np.ones_like(ids), "labels": ids}
+
+
+def case(model, make, norm=1.0):
     return family.Case(
         head="causal-lm",
         model=model,
@@ -100,18 +108,17 @@ def case(model, make, scale=0.3):
         inputs=inputs,
         targets=("q_proj", "v_proj"),
         task_type="CAUSAL_LM",
-        scale=scale,
+        norm=norm,
     )
 
 
-# Gemma's norms multiply by one more than what is drawn; narrower, float32 stays within 1e-5.
 ROWS = {
     "Llama": case(transformers.LlamaForCausalLM, llama),
     "Mistral": case(transformers.MistralForCausalLM, mistral),
     "Qwen2": case(transformers.Qwen2ForCausalLM, qwen(transformers.Qwen2Config)),
     "Qwen3": case(transformers.Qwen3ForCausalLM, qwen(transformers.Qwen3Config)),
-    "Gemma 2": case(transformers.Gemma2ForCausalLM, gemma2, scale=0.15),
-    "Gemma 3": case(transformers.Gemma3ForCausalLM, gemma3, scale=0.15),
+    "Gemma 2": case(transformers.Gemma2ForCausalLM, gemma2, norm=0.0),
+    "Gemma 3": case(transformers.Gemma3ForCausalLM, gemma3, norm=0.0),
 }
 
 
@@ -130,11 +137,14 @@ def test_logits_of_random_models(row, seed, tmp_path):
 @rows("training")
 def test_50_steps(row, tmp_path):
     # transformers computes norms and rotations in float32, whatever the model's dtype is.
-    targets = "all-linear" if row in ("Llama", "Gemma 3") else ("q_proj", "v_proj")
+    targets = "all-linear" if row in ("Llama", "Gemma 2") else ("q_proj", "v_proj")
+    tiny = ROWS[row]._replace(targets=targets)
+    if row == "Gemma 2":
+        # In float64 its attention there gives NaN where a query sees no key: the mask's lowest
+        # float64 is minus infinity in the softmax's float32.
+        tiny = tiny._replace(inputs=unpadded)
     scan = row in ("Qwen3", "Gemma 2")
-    family.check_training(
-        ROWS[row]._replace(targets=targets), tmp_path, rtol=1e-4, scan_layers=scan
-    )
+    family.check_training(tiny, tmp_path, rtol=1e-4, scan_layers=scan)
 
 
 @rows("PEFT round trip")
@@ -142,7 +152,8 @@ def test_50_steps(row, tmp_path):
 def test_peft_round_trip(row, scan_layers, tmp_path):
     targets = "all-linear" if scan_layers else ("q_proj", "v_proj")
     tiny = ROWS[row]._replace(targets=targets)
-    family.check_peft(tiny, 1 + scan_layers, tmp_path, scan_layers=scan_layers)
+    # A scale of a half: with drawn factors, more would be far beyond what training does.
+    family.check_peft(tiny, 1 + scan_layers, tmp_path, scan_layers=scan_layers, lora_alpha=2)
 
 
 @rows("merged export")
