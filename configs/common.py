@@ -20,13 +20,14 @@ def product(axes: Mapping[str, Iterable[Any]]) -> Iterator[dict[str, Any]]:
 def base_config() -> ConfigDict:
     """A config with all fields set; a config file changes what it needs and locks it."""
     c = ConfigDict()
+    c.task = "sst2"  # of GLUE
     c.seed = 0  # initial draw of factors and head, and all dropout
 
     c.adapter = ""  # directory of an adapter to go on from, ours or PEFT's; its settings win
     c.model = ConfigDict()
     c.model.name = "bert-base-uncased"  # a directory, or a name to look up in cache and Hub
     c.model.num_labels = 2
-    c.model.labels = ("negative", "positive")  # what predictions are called
+    c.model.labels = ("negative", "positive")  # what predictions are called; () for the task's own
     c.model.dtype = "float32"  # of the activations: float32 or bfloat16
 
     c.lora = ConfigDict()  # the fields of lora_jax.LoRAConfig
@@ -40,7 +41,8 @@ def base_config() -> ConfigDict:
     c.lora.alpha_pattern = ConfigDict()
 
     c.data = ConfigDict()
-    c.data.source = "tfds:glue/sst2"  # tfds:NAME, "reviews", or a directory in the GLUE layout
+    # tfds:NAME, "reviews", or a directory in the GLUE layout; empty for the task's own in TFDS
+    c.data.source = "tfds:glue/sst2"
     c.data.data_dir = ""  # where TFDS keeps data; empty for its default
     c.data.seed = 0  # which examples are taken, and their order
     c.data.train_examples = 5000  # the first so many of the shuffled training set; 0 for all
@@ -60,4 +62,14 @@ def base_config() -> ConfigDict:
     c.optimizer.warmup = 0.0  # fraction of all steps, before the linear decay to zero
     c.optimizer.weight_decay = 0.01
     c.optimizer.clip_norm = 1.0  # of the gradient's global norm; 0 for none
+    return c
+
+
+def glue_config(task: str) -> ConfigDict:
+    """The same for a task of GLUE on all its training examples, with the task's own labels."""
+    c = base_config()
+    c.task = task
+    c.model.labels, c.model.num_labels = (), 0
+    c.data.source = ""
+    c.data.train_examples = 0
     return c

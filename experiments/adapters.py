@@ -8,9 +8,10 @@ import jax.numpy as jnp
 
 import lora_jax as lora
 from lora_jax import adapter as adapters
-from lora_jax import peft
+from lora_jax import paths, peft, serialize
 from lora_jax.lowrank import LowRank
-from lora_jax.models import checkpoints
+from lora_jax.models import checkpoints, registry
+from lora_jax.models.families import SEQ2SEQ_LM
 
 PyTree = Any
 
@@ -36,6 +37,53 @@ def load(
             "on, with --model."
         )
     return jax.tree.map(_wide, adapter, is_leaf=lambda x: isinstance(x, LowRank)), config
+
+
+def start(
+    directory: str | Path, loaded: checkpoints.Loaded
+) -> tuple[dict[str, Any], lora.LoRAConfig, str]:
+    """Reads an adapter to train on from; also says what is not taken from it.
+
+    Where it was made for another number of labels, the head is that of ``loaded``, and all else the
+    adapter's.
+
+    Raises:
+      FileNotFoundError, ValueError: as :func:`load`.
+    """
+    if not loaded.family.labelled:
+        return *load(directory, loaded), ""
+    ours, theirs = loaded.model.num_labels, count_labels(directory, loaded.checkpoint.config)
+    if theirs in (0, ours):
+        return *load(directory, loaded), ""
+    other = checkpoints.load(loaded.checkpoint.name, head=loaded.head, num_labels=theirs)
+    adapter, config = load(directory, other)
+    module = f"params/{loaded.family.labelled.partition('/')[0]}/"
+    nodes, own = adapters.nodes(adapter), paths.named_leaves(loaded.params)
+    head = [name for name in nodes if name.startswith(module)]
+    if any(isinstance(nodes[name], LowRank) for name in head):
+        raise ValueError(
+            f"The adapter in {directory} has low-rank factors on a head of {theirs} labels, and "
+            f"{ours} are wanted here: start from one whose head is trained in full."
+        )
+    new = nodes | {name: own[name] for name in head}
+    return paths.nest(new), config, f"fresh head: that of the adapter has {theirs} labels"
+
+
+def count_labels(directory: str | Path, base: dict[str, Any]) -> int:
+    """The labels that an adapter was made for, of either format; 0 if its files do not say.
+
+    Args:
+      directory: of the adapter.
+      base: the config.json of its base.
+    """
+    if not peft.is_peft(directory):
+        model = serialize.read_metadata(directory).get("model")
+        labels = model.get("labels") if isinstance(model, dict) else None
+        return len(labels) if isinstance(labels, list) else 0
+    shapes = peft.tensor_shapes(directory)
+    head = registry.find(base).labelled.replace("/", ".")
+    found = (shapes.get(f"{head}.{name}") for name in ("weight", "bias"))
+    return next((shape[0] for shape in found if shape), 0)
 
 
 def untold(adapter: PyTree, loaded: checkpoints.Loaded) -> list[str]:
@@ -73,9 +121,11 @@ def save_peft(
             "with --merged."
         )
     about = {} if base is None else {"base_model_name_or_path": base}
-    if not config.origin and "params/classifier/kernel" in adapters.nodes(adapter):
-        head = adapters.nodes(adapter)["params/classifier/kernel"]
-        about |= {} if isinstance(head, LowRank) else {"task_type": "SEQ_CLS"}
+    head = adapters.nodes(adapter).get(f"params/{loaded.family.labelled}/kernel")
+    if not config.origin and head is not None and not isinstance(head, LowRank):
+        about |= {"task_type": "SEQ_CLS"}
+    if not config.origin and loaded.head == SEQ2SEQ_LM:
+        about |= {"task_type": "SEQ_2_SEQ_LM"}
     table = checkpoints.names(loaded)
     peft.save_peft(directory, loaded.params, adapter, config, names=table, **about)
 

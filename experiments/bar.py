@@ -1,5 +1,6 @@
 """The progress bar of a whole sweep, with the best run so far."""
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import Self
@@ -19,7 +20,7 @@ class Bar:
     def __init__(self, runs: Sequence[Point], swept: Sequence[str]) -> None:
         self._at = {point.id: 0 for point in runs}
         self._swept = swept
-        self._best = -1.0
+        self._best = -math.inf
         # In a file, which keeps every update, a line now and then is enough.
         seconds = 1 if sys.stderr.isatty() else 10
         self._bar = tqdm(
@@ -38,9 +39,9 @@ class Bar:
         self._bar.update(parts - self._at[point.id])
         self._at[point.id] = parts
 
-    def found(self, point: Point, accuracy: float | None) -> None:
-        """A run has reached an accuracy."""
-        if accuracy is not None and accuracy > self._best:
-            self._best = accuracy
+    def found(self, point: Point, name: str, score: float | None) -> None:
+        """A run has reached a score."""
+        if score is not None and score > self._best:
+            self._best = score
             run = points.label(point, self._swept)
-            self._bar.set_description(f"best accuracy {accuracy:.4f} ({run})", refresh=False)
+            self._bar.set_description(f"best {name} {score:.4f} ({run})", refresh=False)

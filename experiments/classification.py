@@ -1,16 +1,23 @@
-"""The text-classification task: model, data and metrics, from a config."""
+"""Tasks of GLUE: model, data and scores, from a config."""
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import tokenizers
 from ml_collections import ConfigDict
 
 import lora_jax as lora
-from experiments import adapters, data, metrics, optimisers, train
-from lora_jax.models import checkpoints
+from experiments import adapters, data, glue_tasks, metrics, text_to_text, train
+from experiments.glue_tasks import GlueTask
+from experiments.scores import SCORES
+from lora_jax.models import checkpoints, registry
+from lora_jax.models.families import CLASSIFIER, SEQ2SEQ_LM
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -36,34 +43,100 @@ def dtype(name: str) -> Any:
 def apply(model: Any, params: Any, batch: dict, key: jax.Array | None) -> jax.Array:
     """Logits of a batch; with a key, the model's own dropout is on."""
     rngs = None if key is None else {"dropout": key}
-    return model.apply(
-        params, batch["input_ids"], batch["attention_mask"], deterministic=key is None, rngs=rngs
+    inputs = ("input_ids", "attention_mask", "token_type_ids")
+    given = {name: batch[name] for name in inputs if name in batch}
+    return model.apply(params, **given, deterministic=key is None, rngs=rngs)
+
+
+def has_types(loaded: checkpoints.Loaded) -> bool:
+    """Whether the model is told which sentence of a pair each token is of."""
+    return getattr(loaded.model.config, "type_vocab_size", 1) > 1
+
+
+class Scoring(NamedTuple):
+    """How a model classifies.
+
+    Attributes:
+      prompts: what it reads for the examples.
+      apply: ``(params, batch, key or None) -> scores (batch, classes)``; their softmax is the
+        classes' probabilities. Of a regression, the number ``(batch, 1)``.
+      metrics: ``(scores, batch) -> sums``.
+    """
+
+    prompts: Callable[[data.Examples], data.Examples]
+    apply: Callable
+    metrics: Callable
+
+
+def load_model(name: str | Path, **options: Any) -> checkpoints.Loaded:
+    """Loads a model that classifies: with a classifier, or, as T5, by writing the class.
+
+    Raises:
+      FileNotFoundError, ValueError: as :func:`checkpoints.load`, which takes the options.
+    """
+    try:
+        models = registry.find(checkpoints.resolve(name).config).models
+    except ValueError:  # which loading explains better
+        models = {}
+    text = CLASSIFIER not in models and SEQ2SEQ_LM in models
+    return checkpoints.load(name, head=SEQ2SEQ_LM if text else CLASSIFIER, **options)
+
+
+def scoring(
+    loaded: checkpoints.Loaded,
+    labels: Sequence[str],
+    tokenizer: tokenizers.Tokenizer,
+    *,
+    task: str,
+) -> Scoring:
+    """How a model, whose tokeniser this is, tells the labels of a task of GLUE apart.
+
+    Raises:
+      ValueError: it can't: a regression by writing, or labels that have the same tokens.
+    """
+    glue = glue_tasks.find(task)
+    if loaded.head != SEQ2SEQ_LM:
+        measure = _regression if glue.regression else _classes
+        return Scoring(lambda examples: examples, functools.partial(apply, loaded.model), measure)
+    if glue.regression:
+        raise ValueError(
+            f"The task {task!r} is a regression, and {loaded.checkpoint.name} writes classes; "
+            "choose a model with a classifier for it."
+        )
+    words = text_to_text.words(labels, tokenizer, loaded.model.config)
+    return Scoring(
+        functools.partial(text_to_text.prompts, task=task),
+        functools.partial(text_to_text.apply, loaded.model, words),
+        lambda x, batch: text_to_text.likelihood(x, batch["labels"], batch["weights"]),
     )
 
 
 def make_task(config: ConfigDict) -> tuple[train.Task, lora.LoRAConfig]:
     """Loads model and data, and an adapter to go on from, whose settings then hold."""
-    c = config.data
-    loaded = checkpoints.load(
+    c, glue = config.data, glue_tasks.find(config.task)
+    loaded = load_model(
         config.model.name,
-        head="classifier",
         num_labels=config.model.num_labels,
-        key=_head_key(config.seed),
+        key=head_key(config.seed),
         dtype=dtype(config.model.dtype),
     )
     _check_positions(config, loaded)
-    training, evaluation = load_examples(config)
+    training, evaluations = load_examples(config)
+    evaluation = data.joined(evaluations)
     tokenizer = checkpoints.load_tokenizer(loaded.checkpoint)
-    tokenize = functools.partial(data.tokenize, tokenizer=tokenizer, max_length=c.max_length)
-    train_set, eval_set = tokenize(training), tokenize(evaluation)
+    ways = scoring(loaded, config.model.labels, tokenizer, task=config.task)
+    tokenize = functools.partial(
+        data.tokenize, tokenizer=tokenizer, max_length=c.max_length, types=has_types(loaded)
+    )
+    train_set, eval_set = (tokenize(ways.prompts(x)) for x in (training, evaluation))
     buckets = tuple(c.buckets)
-    start, lora_settings = None, lora_config(config)
+    start, lora_settings, note = None, lora_config(config), ""
     if config.adapter:
-        start, theirs = adapters.load(config.adapter, loaded)
+        start, theirs, note = adapters.start(config.adapter, loaded)
         lora_settings = dataclasses.replace(theirs, dropout=config.lora.dropout)
     task = train.Task(
-        apply=functools.partial(apply, loaded.model),
-        metrics=lambda logits, b: metrics.cross_entropy(logits, b["labels"], b["weights"]),
+        apply=ways.apply,
+        metrics=ways.metrics,
         train_batch=lambda step: data.train_batch(
             train_set,
             step,
@@ -79,40 +152,77 @@ def make_task(config: ConfigDict) -> tuple[train.Task, lora.LoRAConfig]:
         base=loaded.params,
         base_id=loaded.base_id,
         metadata=metadata(config),
-        notes=_notes(config, loaded, train_set, len(evaluation.labels)),
+        notes=(
+            *_notes(config, loaded, train_set, len(evaluation.labels)),
+            *training.notes,
+            *evaluation.notes,
+            *([note] if note else []),
+        ),
         adapter=start,
-        base_of=lambda seed: checkpoints.redraw(loaded, _head_key(seed)),
+        base_of=lambda seed: checkpoints.redraw(loaded, head_key(seed)),
+        score=train.Score(glue.score),
+        scores=_scores(glue, [part.labels for part in evaluations]),
     )
     return task, lora_settings
 
 
-def _head_key(seed: int) -> jax.Array:
+def head_key(seed: int) -> jax.Array:
     """The key of what the checkpoint lacks: a run's seed draws its head, too."""
     return jax.random.fold_in(jax.random.key(seed), 1)
 
 
+def _classes(logits: jax.Array, batch: dict) -> metrics.Sums:
+    return metrics.cross_entropy(logits, batch["labels"], batch["weights"])
+
+
+def _regression(logits: jax.Array, batch: dict) -> metrics.Errors:
+    return metrics.squared_error(logits[:, 0], batch["labels"], batch["weights"])
+
+
+def _scores(glue: GlueTask, labels: list[np.ndarray]) -> Callable | None:
+    """The task's scores from the logits of its evaluation sets, one after the other."""
+    if not glue.scores and len(labels) == 1:
+        return None
+
+    def scores(logits: np.ndarray) -> dict[str, float]:
+        found = logits[:, 0] if glue.regression else logits.argmax(-1)
+        values = {name: SCORES[name](found, np.concatenate(labels)) for name in glue.scores}
+        if len(labels) > 1:
+            parts = np.split(found, np.cumsum([len(x) for x in labels])[:-1])
+            for split, part, right in zip(glue.validation, parts, labels, strict=True):
+                values[f"accuracy_{split.partition('_')[2]}"] = float(np.mean(part == right))
+        return values
+
+    return scores
+
+
 def _check_positions(config: ConfigDict, loaded: checkpoints.Loaded) -> None:
-    positions = loaded.model.config.max_position_embeddings
-    if config.data.buckets[-1] > positions:
+    positions = loaded.model.config.positions
+    if positions is not None and config.data.buckets[-1] > positions:
         raise ValueError(
             f"data.buckets {tuple(config.data.buckets)} go beyond the {positions} positions that "
             f"{loaded.checkpoint.name} has; lower them, and data.max_length."
         )
 
 
-def load_examples(config: ConfigDict) -> tuple[data.Examples, data.Examples]:
-    """Training and evaluation examples.
+def load_examples(config: ConfigDict) -> tuple[data.Examples, list[data.Examples]]:
+    """Training examples, and those of each evaluation set.
 
     With ``data.holdout`` the evaluation examples come from the training split, after those that are
     trained on: for choosing hyperparameters without a look at the validation set.
     """
-    c = config.data
+    c, glue = config.data, glue_tasks.find(config.task)
     load = functools.partial(
-        data.load, c.source, data_dir=c.data_dir or None, num_labels=config.model.num_labels
+        data.load,
+        c.source,
+        data_dir=c.data_dir or None,
+        num_labels=config.model.num_labels,
+        layout=glue.layout,
     )
     everything = load("train")
     if not c.holdout:
-        return data.subset(everything, c.train_examples, c.seed), load("validation")
+        evaluations = [load(split) for split in glue.validation]
+        return data.subset(everything, c.train_examples, c.seed), evaluations
     total = len(everything.labels)
     count = c.train_examples or total - c.holdout
     if count < 1 or count + c.holdout > total:
@@ -121,8 +231,7 @@ def load_examples(config: ConfigDict) -> tuple[data.Examples, data.Examples]:
             f"the {total} training examples of {c.source}."
         )
     both = data.subset(everything, count + c.holdout, c.seed)
-    part = lambda s: data.Examples(both.sentences[s], both.labels[s])
-    return part(slice(0, count)), part(slice(count, None))
+    return data.take(both, range(count)), [data.take(both, range(count, count + c.holdout))]
 
 
 def metadata(config: ConfigDict) -> dict[str, Any]:
@@ -133,6 +242,8 @@ def metadata(config: ConfigDict) -> dict[str, Any]:
         "max_length": config.data.max_length,
         "buckets": list(config.data.buckets),
         "seed": config.seed,
+        "glue": config.task,
+        "pairs": glue_tasks.find(config.task).pairs,
     }
 
 
@@ -142,6 +253,7 @@ def _notes(
     """The report at the start: where everything comes from, and what will be compiled."""
     fresh = f"; fresh: {', '.join(loaded.fresh)}" if loaded.fresh else ""
     n_train = len(train_set.offsets) - 1
+    kind = "sentence pairs" if glue_tasks.find(config.task).pairs else "sentences"
     steps = config.epochs * data.steps_per_epoch(n_train, config.batch_size)
     lengths = data.bucket_lengths_used(
         train_set,
@@ -157,50 +269,7 @@ def _notes(
     return (
         *start,
         f"model: {loaded.checkpoint.name} from {loaded.checkpoint.origin}{fresh}",
-        f"data: {config.data.source}, {n_train} training and {n_eval} evaluation sentences",
+        f"data: {config.data.source}, {n_train} training and {n_eval} evaluation {kind}",
         f"batches: {shapes}; the step is compiled {len(lengths)} times",
         f"device: {jax.device_count()} x {device.device_kind} ({device.platform})",
     )
-
-
-def check(config: ConfigDict) -> None:
-    """Finds mistakes in a config before anything is loaded or written.
-
-    Raises:
-      ValueError: the first that it finds.
-    """
-    lora_config(config)
-    dtype(config.model.dtype)
-    optimisers.check(config.optimizer)
-    least = {
-        "batch_size": 1,
-        "eval_batch_size": 1,
-        "epochs": 1,
-        "log_every": 1,
-        "checkpoint_every": 0,
-    }
-    least |= {"data.train_examples": 0, "data.holdout": 0, "data.max_length": 1, "data.seed": 0}
-    least |= {"data.alike": 0}
-    values = config.to_dict() | {f"data.{name}": value for name, value in config.data.items()}
-    for field, low in least.items():
-        if values[field] < low:
-            raise ValueError(f"{field} must be at least {low}, got {values[field]}.")
-    _check_buckets(config)
-    labels = tuple(config.model.labels)
-    if len(labels) != config.model.num_labels or len(set(labels)) < max(len(labels), 2):
-        raise ValueError(
-            f"model.labels names {len(labels)} classes {labels}, and model.num_labels is "
-            f"{config.model.num_labels}: there must be one name, each another, for each of at "
-            "least two classes."
-        )
-
-
-def _check_buckets(config: ConfigDict) -> None:
-    buckets = tuple(config.data.buckets)
-    if not buckets or any(low >= high for low, high in zip((0, *buckets), buckets, strict=False)):
-        raise ValueError(f"data.buckets must be positive lengths that ascend, got {buckets}.")
-    if buckets[-1] < config.data.max_length:
-        raise ValueError(
-            f"data.buckets {buckets} end below data.max_length {config.data.max_length}: lower the "
-            "one, or add the other to the buckets."
-        )

@@ -8,15 +8,29 @@ import numpy as np
 import tokenizers
 
 import lora_jax as lora
-from experiments import adapters, classification, data
+from experiments import adapters, classification, data, glue_tasks
 from lora_jax import peft, serialize
 from lora_jax.models import checkpoints
+from lora_jax.models.families import SEQ2SEQ_LM
 
 PyTree = Any
 
 
 class Classifier(NamedTuple):
-    """A base model with an adapter; ``notes`` say what was assumed where a file is silent."""
+    """A base model with an adapter.
+
+    Attributes:
+      loaded: the base.
+      adapter: for it.
+      config: the adapter's.
+      tokenizer: the base's.
+      labels: names of the classes; a single one is that of a number, of a regression.
+      max_length: in tokens.
+      buckets: lengths that batches are padded to.
+      pairs: whether it takes pairs of sentences, parted by a tab; None for both.
+      glue: name of the task.
+      notes: what was assumed where a file is silent.
+    """
 
     loaded: checkpoints.Loaded
     adapter: PyTree
@@ -25,6 +39,8 @@ class Classifier(NamedTuple):
     labels: tuple[str, ...]
     max_length: int
     buckets: tuple[int, ...]
+    pairs: bool | None = False
+    glue: str = "sst2"
     notes: tuple[str, ...] = ()
 
 
@@ -44,10 +60,10 @@ def load(directory: str | Path, *, model: str | None = None) -> Classifier:
     about = serialize.read_metadata(directory)
     _check_metadata(directory, about)
     kind = about["model"]
-    loaded = checkpoints.load(
+    loaded = classification.load_model(
         model or kind["name"],
-        head="classifier",
         num_labels=len(kind["labels"]),
+        key=classification.head_key(about["seed"]),
         dtype=classification.dtype(kind["dtype"]),
     )
     adapter, config = adapters.load(directory, loaded)
@@ -59,6 +75,8 @@ def load(directory: str | Path, *, model: str | None = None) -> Classifier:
         tuple(kind["labels"]),
         about["max_length"],
         tuple(about["buckets"]),
+        about.get("pairs", False),
+        about.get("glue", "sst2"),
     )
 
 
@@ -75,21 +93,29 @@ def _load_peft(directory: str | Path, model: str | None) -> Classifier:
         )
     base = checkpoints.resolve(name).config
     said = _said_labels(base)
-    shape = peft.tensor_shapes(directory).get("classifier.bias", ())
-    count = shape[0] if len(shape) == 1 else len(said) or 2  # transformers' default
+    count = adapters.count_labels(directory, base) or len(said) or 2  # transformers' default
     labels = said if len(said) == count else tuple(f"LABEL_{k}" for k in range(count))
-    loaded = checkpoints.load(name, head="classifier", num_labels=count)
+    source = "those of the base" if labels is said else "the base has none for them"
+    loaded = classification.load_model(name, num_labels=count)
+    pairs: bool | None = None
+    inputs = "two sentences where there is a tab between them"
+    if loaded.head == SEQ2SEQ_LM:
+        pairs, inputs = False, "asked as for SST-2"
+        labels, source = glue_tasks.find("sst2").labels, "the words of SST-2"
     adapter, config = adapters.load(directory, loaded)
     tokenizer = checkpoints.load_tokenizer(loaded.checkpoint)
-    longest = loaded.model.config.max_position_embeddings
+    positions = loaded.model.config.positions
+    longest = positions or _BUCKETS[-1]
     buckets = (*(b for b in _BUCKETS if b < longest), longest)
-    source = "those of the base" if labels is said else "the base has none for them"
     notes = (
         f"base {name}, from {loaded.checkpoint.origin}",
         f"labels {', '.join(labels)} ({source})",
-        f"at most {longest} tokens, all that the base has positions for",
+        f"at most {longest} tokens" + ", all that the base has positions for" * bool(positions),
+        inputs,
     )
-    return Classifier(loaded, adapter, config, tokenizer, labels, longest, buckets, notes)
+    return Classifier(
+        loaded, adapter, config, tokenizer, labels, longest, buckets, pairs, notes=notes
+    )
 
 
 def _said_labels(config: dict[str, Any]) -> tuple[str, ...]:
@@ -103,7 +129,7 @@ def _said_labels(config: dict[str, Any]) -> tuple[str, ...]:
     return ()
 
 
-_KINDS = {"task": str, "model": dict, "max_length": int, "buckets": list}
+_KINDS = {"task": str, "model": dict, "max_length": int, "buckets": list, "seed": int}
 _MODEL_KINDS = {"name": str, "labels": list, "dtype": str}
 
 
@@ -115,23 +141,52 @@ def _check_metadata(directory: str | Path, about: dict[str, Any]) -> None:
     ]
     if wrong or about["task"] != "text-classification":
         raise ValueError(
-            f"The adapter in {directory} is not one that experiments.sst2 has saved: its metadata "
-            f"has task {about.get('task')!r}, and lacks {', '.join(wrong) or 'nothing'}."
+            f"The adapter in {directory} is not one that experiments.sst2 or experiments.glue has "
+            f"saved: its metadata has task {about.get('task')!r}, and lacks "
+            f"{', '.join(wrong) or 'nothing'}."
         )
 
 
-def probabilities(classifier: Classifier, sentences: list[str]) -> np.ndarray:
-    """Class probabilities ``(len(sentences), num_labels)`` float32, through the merged weights."""
-    examples = data.Examples(tuple(sentences), np.zeros(len(sentences), np.int32))
-    tokens = data.tokenize(examples, classifier.tokenizer, max_length=classifier.max_length)
-    params = lora.merge(classifier.loaded.params, classifier.adapter)
-    model = classifier.loaded.model
-    step = jax.jit(
-        lambda params, batch: jax.nn.softmax(classification.apply(model, params, batch, None))
+def outputs(classifier: Classifier, sentences: list[str]) -> np.ndarray:
+    """Class probabilities ``(len(sentences), num_labels)`` float32, through the merged weights.
+
+    With a single label, the model's number itself.
+
+    Raises:
+      ValueError: sentences that are to be pairs, and have not one tab each.
+    """
+    ways = classification.scoring(
+        classifier.loaded, classifier.labels, classifier.tokenizer, task=classifier.glue
     )
+    tokens = data.tokenize(
+        ways.prompts(_examples(classifier, sentences)),
+        classifier.tokenizer,
+        max_length=classifier.max_length,
+        types=classification.has_types(classifier.loaded),
+    )
+    activation = jax.nn.softmax if len(classifier.labels) > 1 else lambda logits: logits
+    params = lora.merge(classifier.loaded.params, classifier.adapter)
+    step = jax.jit(lambda params, batch: activation(ways.apply(params, batch, None)))
     result = np.zeros((len(sentences), len(classifier.labels)), np.float32)
     size = min(64, len(sentences))
     for batch in data.eval_batches(tokens, batch_size=size, buckets=classifier.buckets):
         real = batch["weights"] > 0
         result[batch["index"][real]] = np.asarray(step(params, batch))[real]
     return result
+
+
+def _examples(classifier: Classifier, sentences: list[str]) -> data.Examples:
+    tabs = [sentence.count("\t") for sentence in sentences]
+    pairs = classifier.pairs
+    if pairs is None:
+        pairs = all(count == 1 for count in tabs)
+    labels = np.zeros(len(sentences), np.int32)
+    if not pairs:
+        return data.Examples(tuple(sentences), labels)
+    wrong = [sentence for sentence, count in zip(sentences, tabs, strict=True) if count != 1]
+    if wrong:
+        raise ValueError(
+            f"This adapter takes pairs of sentences, parted by one tab; {wrong[0]!r} is none."
+        )
+    first, second = zip(*(sentence.split("\t") for sentence in sentences), strict=True)
+    return data.Examples(first, labels, second)

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 import lora_jax as lora
-from experiments import checkpointing, lockstep, meter, metrics, sweepdirs, train, workdirs
+from experiments import checkpointing, lockstep, meter, sweepdirs, train, workdirs
 from experiments.bar import Bar
 from experiments.lockstep import Member, Program
 from experiments.points import Point
@@ -95,22 +95,27 @@ def settle(group: Group, point: Point, workdir: Path) -> None:
 
 def _finish(workdir: Path, job: Job, steps: int) -> None:
     status = sweepdirs.DIVERGED if job.diverged else sweepdirs.FINISHED
-    values = {"status": status, "steps": steps, **summary(job.progress, job.initial)}
+    values = {"status": status, "steps": steps, **_summary(job)}
     sweepdirs.finish(workdir, job.point, values)
 
 
-def summary(progress: train.Progress, member: Member) -> dict[str, Any]:
+def summary(progress: train.Progress, member: Member, score: str) -> dict[str, Any]:
     """What a result says of any run; None where there was no evaluation."""
     seen = progress.best_step >= 0
     adapter = member.state.adapter
     sizes = jax.tree.map(lambda x, trained: x.size if trained else 0, adapter, lora.mask(adapter))
     return {
         "best_step": progress.best_step if seen else None,
-        "best_accuracy": progress.best_accuracy if seen else None,
+        "score": score,
+        f"best_{score}": progress.best_score if seen else None,
         "best_loss": progress.best_loss if seen else None,
         "trainable_parameters": sum(jax.tree.leaves(sizes)),
         "seconds": round(progress.seconds, 3),
     }
+
+
+def _summary(job: Job) -> dict[str, Any]:
+    return summary(job.progress, job.initial, job.run.task.score.name)
 
 
 def rungs(directory: Path) -> dict[str, dict[str, Any]]:
@@ -170,7 +175,7 @@ def _loop(
         jobs = _recorded(jobs, states.adapter, found, epoch_end=epoch_end, rung=rung)
         for k, job in enumerate(jobs):
             _save(job, states, k)
-            bar.found(job.point, job.progress.best_accuracy)
+            bar.found(job.point, task.score.name, job.progress.best_score)
         if all(job.diverged for job in jobs):
             break
     return jobs
@@ -194,7 +199,7 @@ class _Clock:
 
 def _logged(jobs: list[Job], done: int, sums: list, seconds: float) -> list[Job]:
     """Writes a line for each run, and marks those whose loss is not finite."""
-    values = np.asarray(jax.device_get(sums), np.float64)  # (steps, 3, runs)
+    values = np.asarray(jax.device_get(sums), np.float64)  # (steps, fields, runs)
     first = done - len(sums) + 1
     new = []
     for k, job in enumerate(jobs):
@@ -202,7 +207,8 @@ def _logged(jobs: list[Job], done: int, sums: list, seconds: float) -> list[Job]
         if not job.diverged and bad.size:
             job = job._replace(diverged=first + int(bad[0]))
         if not job.diverged:
-            line = meter.means(values[:, :, k].tolist(), seconds / len(jobs))
+            of_run = [type(sums[0])(*step) for step in values[:, :, k].tolist()]
+            line = meter.means(of_run, seconds / len(jobs))
             job.run.log.write(done, epoch=done / job.run.task.steps_per_epoch, **line)
         new.append(job)
     return new
@@ -211,11 +217,15 @@ def _logged(jobs: list[Job], done: int, sums: list, seconds: float) -> list[Job]
 def _evaluations(
     task: train.Task, jobs: list[Job], members: Member, *, on: Program, base: PyTree, step: int
 ) -> list[train.Evaluation]:
-    sums = [lockstep.call(on, "evaluate", members, base, batch) for batch in task.eval_batches()]
-    sums = jax.device_get(sums)
-    of_run = lambda k: metrics.combine(metrics.Sums(*(x[k] for x in s)) for s in sums)
-    means = [of_run(k) for k in range(len(jobs))]
-    return [train.Evaluation(step, m["loss"], m["accuracy"]) for m in means]
+    batches = list(task.eval_batches())
+    found = [lockstep.call(on, "evaluate", members, base, batch) for batch in batches]
+    found = jax.device_get(found)
+    of_run = lambda k: jax.tree.map(lambda x: x[k], found)
+    results = [
+        [(batch, *result) for batch, result in zip(batches, of_run(k), strict=True)]
+        for k in range(len(jobs))
+    ]
+    return [train.Evaluation(step, train.gathered(task, result)) for result in results]
 
 
 def _recorded(
@@ -247,7 +257,7 @@ def _timed(jobs: list[Job], seconds: float) -> list[Job]:
 
 def _write_rung(job: Job, rung: str, found: train.Evaluation) -> None:
     """Notes how the run did at a rung, and the result that it has should it be dropped there."""
-    entry = found._asdict() | {"summary": summary(job.progress, job.initial)}
+    entry = {"step": found.step, **found.values, "summary": _summary(job)}
     text = json.dumps(rungs(job.run.workdir) | {rung: entry}, indent=2)
     write_atomically(job.run.workdir / RUNGS, text.encode())
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import tokenizers
 
-from experiments.sources import SPLITS, Examples, load, permutation, subset
+from experiments.sources import SPLITS, Examples, joined, load, permutation, subset, take
 
 __all__ = [
     "SPLITS",
@@ -20,10 +20,12 @@ __all__ = [
     "Tokenized",
     "bucket_lengths_used",
     "eval_batches",
+    "joined",
     "load",
     "permutation",
     "steps_per_epoch",
     "subset",
+    "take",
     "tokenize",
     "train_batch",
 ]
@@ -35,47 +37,69 @@ class Tokenized(NamedTuple):
     Attributes:
       ids: ``(total,)`` int32, all examples one after the other.
       offsets: ``(n + 1,)`` int64.
-      labels: ``(n,)`` int32, or None where there are none.
+      labels: ``(n,)`` int32 or float32, or None where there are none.
       pad_id: what fills a batch to its length; the attention mask hides it.
+      types: ``(total,)`` int32, which sentence of a pair each token is of; None for a model that
+        is not told.
     """
 
     ids: np.ndarray
     offsets: np.ndarray
     labels: np.ndarray | None
     pad_id: int = 0
+    types: np.ndarray | None = None
 
 
-def tokenize(examples: Examples, tokenizer: tokenizers.Tokenizer, *, max_length: int) -> Tokenized:
+def tokenize(
+    examples: Examples, tokenizer: tokenizers.Tokenizer, *, max_length: int, types: bool = False
+) -> Tokenized:
     """Token ids of every example, cut to ``max_length``, special tokens included, not padded.
 
-    The tokenizer's own settings for truncation and padding are neither used nor changed.
+    Of a pair, the longer sentence is cut first. The tokenizer's own settings for truncation and
+    padding are neither used nor changed.
+
+    Args:
+      examples: sentences or pairs.
+      tokenizer: the model's own.
+      max_length: in tokens.
+      types: whether the model is told which sentence of a pair each token is of.
 
     Raises:
       ValueError: ``max_length`` leaves no room for a word, or a sentence has no tokens at all.
     """
-    special = tokenizer.num_special_tokens_to_add(is_pair=False)
-    if max_length <= special:
+    pairs = examples.pairs is not None
+    special = tokenizer.num_special_tokens_to_add(is_pair=pairs)
+    if max_length <= special + pairs:
+        words = "a word of each sentence" if pairs else "a word"
         raise ValueError(
-            f"max_length {max_length}, but {special} special tokens and a word are needed"
+            f"max_length {max_length}, but {special} special tokens and {words} are needed"
         )
-    rows = _encode(examples.sentences, tokenizer, max_length)
+    texts = list(examples.sentences)
+    if pairs:
+        texts = list(zip(texts, examples.pairs, strict=True))
+    encoded = _encode(texts, tokenizer, max_length)
+    rows = [np.array(row.ids, np.int32) for row in encoded]
     offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
     empty = np.flatnonzero(np.diff(offsets) == 0)
     if empty.size:
         row = int(empty[0])
         raise ValueError(f"example {row} has no tokens: {examples.sentences[row]!r}; leave it out")
     ids = np.concatenate([np.zeros(0, np.int32), *rows], dtype=np.int32)
-    return Tokenized(ids, offsets, examples.labels, _pad_id(tokenizer))
+    made = Tokenized(ids, offsets, examples.labels, _pad_id(tokenizer))
+    if not (pairs and types):
+        return made
+    of_rows = [np.array(row.type_ids, np.int32) for row in encoded]
+    return made._replace(types=np.concatenate([np.zeros(0, np.int32), *of_rows]))
 
 
 def _encode(
-    sentences: Sequence[str], tokenizer: tokenizers.Tokenizer, max_length: int
-) -> list[np.ndarray]:
+    texts: list[str] | list[tuple[str, str]], tokenizer: tokenizers.Tokenizer, max_length: int
+) -> list[tokenizers.Encoding]:
     own = tokenizers.Tokenizer.from_str(tokenizer.to_str())
     own.no_padding()
     own.enable_truncation(max_length)
     # Without offsets into the text, encoding takes about half the time.
-    return [np.array(row.ids, np.int32) for row in own.encode_batch_fast(list(sentences))]
+    return own.encode_batch_fast(texts)
 
 
 def _pad_id(tokenizer: tokenizers.Tokenizer) -> int:
@@ -124,8 +148,9 @@ def train_batch(
         random otherwise.
 
     Returns:
-      ``input_ids`` (B, L) int32; ``attention_mask`` (B, L) int32; ``labels`` (B,) int32;
-      ``weights`` (B,) float32, 1 for an example and 0 for a row that fills the batch.
+      ``input_ids`` (B, L) int32; ``attention_mask`` (B, L) int32; ``labels`` (B,) of their dtype;
+      ``weights`` (B,) float32, 1 for an example and 0 for a row that fills the batch; and
+      ``token_type_ids`` (B, L) int32 where the data have types.
 
     Raises:
       ValueError: no labels, a negative step, or buckets that do not ascend or do not hold all.
@@ -253,11 +278,12 @@ def _batch(
     columns = np.arange(_bucket(int(lengths.max()), buckets))
     mask = columns[None, :] < lengths[:, None]
     # Places beyond a row's end are looked up at its start, then overwritten.
-    ids = data.ids[starts[:, None] + np.where(mask, columns[None, :], 0)]
+    places = starts[:, None] + np.where(mask, columns[None, :], 0)
     batch = {
-        "input_ids": np.where(mask, ids, data.pad_id).astype(np.int32),
+        "input_ids": np.where(mask, data.ids[places], data.pad_id).astype(np.int32),
         "attention_mask": mask.astype(np.int32),
         "weights": (np.arange(batch_size) < len(rows)).astype(np.float32),
     }
-    labels = {} if data.labels is None else {"labels": data.labels[filled].astype(np.int32)}
-    return batch | labels
+    if data.types is not None:
+        batch["token_type_ids"] = np.where(mask, data.types[places], 0).astype(np.int32)
+    return batch if data.labels is None else batch | {"labels": data.labels[filled]}

@@ -14,6 +14,7 @@ from absl import flags
 import lora_jax as lora
 from experiments import adapters, classifier, cli
 from lora_jax.models import checkpoints
+from lora_jax.models.families import CLASSIFIER
 
 _ADAPTER = flags.DEFINE_string("adapter", None, "Directory of the adapter.", required=True)
 _MODEL = flags.DEFINE_string("model", None, "The base model, if it moved since training.")
@@ -44,10 +45,11 @@ def main(argv: list[str]) -> None:
         print(f"Wrote {out}: open it with peft, PeftModel.from_pretrained(base, directory).")
         return
     merged = lora.merge(model.loaded.params, model.adapter)
-    checkpoints.save_hf(
-        out, merged, model.loaded.checkpoint, head=model.loaded.head, labels=model.labels
-    )
-    print(f"Wrote {out}: open it with transformers, AutoModelForSequenceClassification.")
+    head = model.loaded.head
+    labels = model.labels if head == CLASSIFIER else ()
+    checkpoints.save_hf(out, merged, model.loaded.checkpoint, head=head, labels=labels)
+    auto = "SequenceClassification" if head == CLASSIFIER else "Seq2SeqLM"
+    print(f"Wrote {out}: open it with transformers, AutoModelFor{auto}.")
 
 
 if __name__ == "__main__":

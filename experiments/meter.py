@@ -4,25 +4,22 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from typing import Self
+from typing import NamedTuple, Self
 
 from tqdm import tqdm
 
-from experiments import workdirs
+from experiments import metrics, workdirs
 
 
-def means(sums: Sequence[Sequence[float]], seconds: float) -> dict[str, float]:
-    """A log line's values from the sums of loss, right answers and examples of its steps.
+def means(sums: Sequence[NamedTuple], seconds: float) -> dict[str, float]:
+    """A log line's values from the sums of its steps.
 
-    >>> means([(4.0, 1.0, 2.0), (2.0, 2.0, 2.0)], seconds=0.5)
+    >>> means([metrics.Sums(4.0, 1.0, 2.0), metrics.Sums(2.0, 2.0, 2.0)], seconds=0.5)
     {'loss': 1.5, 'accuracy': 0.75, 'examples_per_second': 8.0}
     """
-    loss, correct, count = (sum(column) for column in zip(*sums, strict=True))
-    return {
-        "loss": loss / count,
-        "accuracy": correct / count,
-        "examples_per_second": count / seconds,
-    }
+    values = metrics.combine(sums)
+    count = values.pop("examples")
+    return values | {"examples_per_second": count / seconds}
 
 
 class Meter:
@@ -36,8 +33,8 @@ class Meter:
         self, log: workdirs.Log, *, start: int, total: int, per_epoch: int, log_every: int
     ) -> None:
         self._log, self._per_epoch, self._log_every = log, per_epoch, log_every
-        self._pending: tuple[int, tuple] | None = None
-        self._sums: list[tuple[float, ...]] = []
+        self._pending: tuple[int, NamedTuple] | None = None
+        self._sums: list[NamedTuple] = []
         self._last = start
         self._clock = time.perf_counter()
         # In a file, which keeps every update, a line now and then is enough.
@@ -52,14 +49,14 @@ class Meter:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def add(self, done: int, metrics: tuple) -> None:
-        """Takes the sums of loss, correct answers and examples of step ``done`` (1 is the first).
+    def add(self, done: int, sums: NamedTuple) -> None:
+        """Takes the sums of step ``done`` (1 is the first).
 
         Raises:
           FloatingPointError: the loss of the step before is NaN or infinite.
         """
         self._look()
-        self._pending = done, metrics
+        self._pending = done, sums
 
     def flush(self) -> None:
         """Looks at the last step, and writes what has come since the last line, if anything.
@@ -71,17 +68,17 @@ class Meter:
         if self._sums:
             self._write()
 
-    def evaluated(self, best_accuracy: float) -> None:
-        """Shows the best evaluation beside the bar; its time is no training time."""
-        self._bar.set_description(f"best validation accuracy {best_accuracy:.4f}", refresh=False)
+    def evaluated(self, name: str, best: float) -> None:
+        """Shows the best score beside the bar; the evaluation's time is no training time."""
+        self._bar.set_description(f"best validation {name} {best:.4f}", refresh=False)
         self._clock = time.perf_counter()
 
     def _look(self) -> None:
         if self._pending is None:
             return
-        self._last, metrics = self._pending
+        self._last, sums = self._pending
         self._pending = None
-        sums = tuple(float(x) for x in metrics)
+        sums = type(sums)(*(float(x) for x in sums))
         if not math.isfinite(sums[0]):
             raise FloatingPointError(f"The training loss is {sums[0]} at step {self._last}")
         self._sums.append(sums)
@@ -93,9 +90,7 @@ class Meter:
         now = time.perf_counter()
         values = means(self._sums, now - self._clock)
         self._log.write(self._last, epoch=self._last / self._per_epoch, **values)
-        self._bar.set_postfix_str(
-            f"loss {values['loss']:.3f}, accuracy {values['accuracy']:.3f}, "
-            f"{values['examples_per_second']:.0f} examples/s",
-            refresh=False,
-        )
+        speed = values.pop("examples_per_second")
+        shown = [f"{name} {value:.3f}" for name, value in values.items()]
+        self._bar.set_postfix_str(", ".join([*shown, f"{speed:.0f} examples/s"]), refresh=False)
         self._sums, self._clock = [], now

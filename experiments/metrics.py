@@ -46,13 +46,49 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> S
     return Sums(jnp.sum(weights * losses), jnp.sum(weights * correct), jnp.sum(weights))
 
 
-def combine(batches: Iterable[Sums]) -> dict[str, float]:
-    """Mean loss and accuracy of all examples of all batches, with their number.
+class Errors(NamedTuple):
+    """Sums over examples of a regression, each counted by its weight; dtypes as in :class:`Sums`.
+
+    Attributes:
+      loss: the squared errors.
+      weight: the weights.
+    """
+
+    loss: jax.Array
+    weight: jax.Array
+
+
+def squared_error(predictions: jax.Array, targets: jax.Array, weights: jax.Array) -> Errors:
+    """Sums of ``(prediction - target)²``, in float32 or wider.
+
+    A row of weight 0 counts for nothing, whatever stands in it, NaN included; its gradient is 0.
+
+    Args:
+      predictions: ``(B,)``, of any floating dtype.
+      targets: ``(B,)``.
+      weights: ``(B,)``, 1 for an example and 0 for a row that fills the batch.
+
+    >>> x = jnp.array([1.0, 3.0, 9.0])
+    >>> [float(x) for x in squared_error(x, jnp.zeros(3), jnp.array([1.0, 1.0, 0.0]))]
+    [10.0, 2.0]
+    """
+    dtype = jnp.promote_types(predictions.dtype, jnp.float32)
+    weights = weights.astype(dtype)
+    difference = jnp.where(weights > 0, predictions.astype(dtype) - targets.astype(dtype), 0.0)
+    return Errors(jnp.sum(weights * jnp.square(difference)), jnp.sum(weights))
+
+
+def combine(batches: Iterable[NamedTuple]) -> dict[str, float]:
+    """Means over all examples of all batches, with their number.
 
     The sums are added up in float64 on the host, after all have been dispatched.
 
+    Args:
+      batches: tuples of sums, of one type, whose last field is the sum of weights.
+
     Returns:
-      ``{"loss", "accuracy", "examples"}``, Python floats.
+      ``{"loss", "accuracy", "examples"}``, Python floats; a mean for each field, and "accuracy" for
+      right answers.
 
     Raises:
       ValueError: no example at all.
@@ -60,10 +96,14 @@ def combine(batches: Iterable[Sums]) -> dict[str, float]:
     >>> combine([Sums(2.0, 1.0, 1.0), Sums(4.0, 2.0, 3.0)])
     {'loss': 1.5, 'accuracy': 0.75, 'examples': 4.0}
     """
-    sums = np.array([[float(x) for x in batch] for batch in list(batches)], np.float64)
-    loss, correct, weight = sums.reshape(-1, 3).sum(0).tolist()
+    batches = list(batches)
+    fields = batches[0]._fields if batches else ("weight",)
+    sums = np.array([[float(x) for x in batch] for batch in batches], np.float64)
+    *values, weight = sums.reshape(-1, len(fields)).sum(0).tolist()
     if not weight > 0:
         raise ValueError(
             "no examples to take a mean of: there are no batches, or no weight in them"
         )
-    return {"loss": loss / weight, "accuracy": correct / weight, "examples": weight}
+    names = ("accuracy" if name == "correct" else name for name in fields[:-1])
+    means = {name: value / weight for name, value in zip(names, values, strict=True)}
+    return means | {"examples": weight}

@@ -77,7 +77,7 @@ def _scale(panel: Axes, values: Sequence[float]) -> None:
 
 
 def against(found: Results) -> Picture | None:
-    """Accuracy against the rank, with the spread over seeds."""
+    """Score against the rank, with the spread over seeds."""
     fields = _numeric(found)
     if not fields:
         return None
@@ -89,13 +89,13 @@ def against(found: Results) -> Picture | None:
         # A little to the side of each other, so that no bar hides another.
         beside = _beside(panel, k - (len(lines) - 1) / 2)
         _spread_line(panel, beside, {c.values[x]: c for c in cells}, label=label, color=f"C{k}")
-    panel.set(xlabel=results.name(x), ylabel="validation accuracy")
+    panel.set(xlabel=results.name(x), ylabel=f"validation {found.score_name}")
     if len(lines) > 1:
         panel.legend(frameon=False, fontsize=9)
     return _picture(
         figure,
         "against",
-        f"Accuracy against {results.name(x)}",
+        f"{found.score_name.capitalize()} against {results.name(x)}",
         "Means over seeds; a bar is one standard deviation, a dot one run.",
     )
 
@@ -122,8 +122,8 @@ def _spread_line(
         color=color, capsize=2, elinewidth=1, markersize=5,
     )  # fmt: skip
     for place, cell in zip(at, cells, strict=True):
-        n = len(cell.accuracies)
-        panel.plot([place] * n, cell.accuracies, ".", color=color, alpha=0.35, markersize=5)
+        n = len(cell.scores)
+        panel.plot([place] * n, cell.scores, ".", color=color, alpha=0.35, markersize=5)
 
 
 def _lines(found: Results, x: str) -> list[tuple[str, list[Cell]]]:
@@ -165,7 +165,7 @@ def _rules(cells: Sequence[Cell]) -> list[tuple[str, list[Cell]]]:
 
 
 def heat_map(found: Results) -> Picture | None:
-    """Mean accuracy for each rank and alpha, or for two other fields that are varied."""
+    """Mean score for each rank and alpha, or for two other fields that are varied."""
     fields = _numeric(found)[:2]
     if len(fields) < 2:
         return None
@@ -179,7 +179,7 @@ def heat_map(found: Results) -> Picture | None:
     figure, (panel,) = _figure(
         1, width=max(3.6, 0.75 * len(columns) + 1.8), height=max(2.6, 0.5 * len(rows) + 1.2)
     )
-    _draw_map(figure, panel, means, "validation accuracy")
+    _draw_map(figure, panel, means, f"validation {found.score_name}")
     panel.set_xticks(range(len(columns)), [results.number(v) for v in columns])
     panel.set_yticks(range(len(rows)), [results.number(v) for v in rows])
     panel.set(xlabel=results.name(x), ylabel=results.name(y))
@@ -205,12 +205,12 @@ def _draw_map(figure: Figure, panel: Axes, values: np.ndarray, label: str) -> No
 
 
 def curves(found: Results) -> Picture | None:
-    """Training loss and validation accuracy against the epoch, coloured by rank."""
+    """Training loss and validation score against the epoch, coloured by rank."""
     fields = _numeric(found)
     color_of, values = _colors(found, fields[0]) if fields else (lambda row: "C0", [])
     figure, (left, right) = _figure(2)
     for row in found.rows:
-        for panel, key in ((left, "loss"), (right, "eval_accuracy")):
+        for panel, key in ((left, "loss"), (right, f"eval_{found.score_name}")):
             at = [(line["epoch"], line[key]) for line in row.curve if key in line]
             if at:
                 style = "-" if key == "loss" and len(at) > 3 else "o-"
@@ -219,7 +219,7 @@ def curves(found: Results) -> Picture | None:
                     markersize=3,
                 )  # fmt: skip
     left.set(xlabel="epoch", ylabel="training loss", xlim=(0, None), ylim=(0, None))
-    right.set(xlabel="epoch", ylabel="validation accuracy", xlim=(0, None))
+    right.set(xlabel="epoch", ylabel=f"validation {found.score_name}", xlim=(0, None))
     for value, color in values:
         right.plot([], [], color=color, label=results.number(value))
     if values:
@@ -270,7 +270,7 @@ def similarity(found: Results) -> Picture | None:
 
 
 def _with_adapter(found: Results) -> list[Row]:
-    return [row for row in found.rows if row.accuracy is not None]
+    return [row for row in found.rows if row.score is not None]
 
 
 def _two_ranks(found: Results) -> tuple[tuple[str, str, str], tuple[Row, Row]] | None:
@@ -291,11 +291,11 @@ def _two_seeds(found: Results) -> tuple[tuple[str, str, str], tuple[Row, Row]] |
     """Two runs of the largest rank that differ in their seed alone."""
     if SEED not in found.swept:
         return None
-    many = [c for c in results.cells(found) if len(c.accuracies) > 1]
+    many = [c for c in results.cells(found) if len(c.scores) > 1]
     if not many:
         return None
     cell = max(many, key=lambda c: c.rows[0].values[RANK])
-    first, second = [row for row in cell.rows if row.accuracy is not None][:2]
+    first, second = [row for row in cell.rows if row.score is not None][:2]
     rank, seeds = first.values[RANK], (first.values[SEED], second.values[SEED])
     return (
         (f"rank {rank}, two seeds", f"i, seed {seeds[0]}", f"j, seed {seeds[1]}"),

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import classification, workdirs
+from experiments import settings, workdirs
 
 # Fields whose values are data to the compiled step: runs that differ in nothing else share it.
 DATA_FIELDS = (
@@ -101,7 +101,8 @@ def _point(base: ConfigDict, values: dict[str, Any]) -> Point:
                 "between section and name"
             )
         _set(config, field, value.item() if isinstance(value, np.generic) else value)
-    classification.check(config)
+    config = settings.resolved(config)
+    settings.check(config)
     if config.adapter:
         raise ValueError(
             f"adapter is {config.adapter!r}: the runs of a sweep start from fresh adapters, since "

@@ -1,9 +1,10 @@
-"""Classifies sentences with a trained adapter.
+r"""Classifies sentences with a trained adapter.
 
 python -m experiments.predict --adapter=runs/quickstart/adapter "The movie was wonderful!"
 python -m experiments.predict --adapter=runs/quickstart/adapter --json < sentences.txt
 
-The adapter may be one that training has left, or a directory in PEFT's format.
+The adapter may be one that training has left, or a directory in PEFT's format. Where its task is
+on pairs of sentences, the two are parted by a tab: $"A man eats.\tSomebody eats."
 """
 
 import json
@@ -53,18 +54,19 @@ def _read(file: str | None) -> str:
 
 
 def main(argv: list[str]) -> None:
-    """Prints a label and its probability for each sentence."""
+    """Prints a label and its probability for each sentence, or the number of a regression."""
     given = sentences(argv, _FILE.value)
     model = classifier.load(_ADAPTER.value, model=_MODEL.value)
     for note in model.notes:
         print(f"assumed: {note}", file=sys.stderr)
-    for sentence, row in zip(given, classifier.probabilities(model, given), strict=True):
+    for sentence, row in zip(given, classifier.outputs(model, given), strict=True):
         best = int(row.argmax())
-        label, probability = model.labels[best], round(float(row[best]), 4)
-        if _JSON.value:
-            print(json.dumps({"sentence": sentence, "label": label, "probability": probability}))
+        label, value = model.labels[best], round(float(row[best]), 4)
+        if len(model.labels) == 1:
+            found, text = {label: value}, f"{label} {value:.4f}"
         else:
-            print(f"{label} ({probability:.4f})\t{sentence}")
+            found, text = {"label": label, "probability": value}, f"{label} ({value:.4f})"
+        print(json.dumps({"sentence": sentence, **found}) if _JSON.value else f"{text}\t{sentence}")
 
 
 if __name__ == "__main__":

@@ -63,13 +63,13 @@ def summary(found: Results) -> str:
         parts.append(f"{found.unfinished} not finished yet")
     hours = sum(row.result["seconds"] for row in found.rows) / 3600
     text = f"{len(found.rows) + found.unfinished} runs: {', '.join(parts)}; {hours:.2f} hours."
-    done = [row for row in found.rows if row.accuracy is not None]
+    done = [row for row in found.rows if row.score is not None]
     if done:
-        best = max(done, key=lambda row: row.accuracy)
+        best = max(done, key=lambda row: row.score)
         values = ", ".join(
             f"{results.name(f)} {results.number(best.values[f])}" for f in found.swept
         )
-        text += f" Best validation accuracy {best.accuracy:.4f}: {values or 'the only run'}."
+        text += f" Best validation {found.score_name} {best.score:.4f}: {values or 'the only run'}."
     return text
 
 
@@ -84,8 +84,8 @@ def page(title: str, found: Results, drawn: list[Picture]) -> str:
 <p>{html.escape(summary(found))}</p>
 <h2>Results</h2>
 {_table(found)}
-<p class="note">Mean ± sample standard deviation over seeds of each run's best validation accuracy.
-</p>
+<p class="note">Mean ± sample standard deviation over seeds of each run's best validation
+{found.score_name}.</p>
 {"".join(sections)}</body>
 </html>
 """

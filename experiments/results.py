@@ -28,10 +28,10 @@ class Row(NamedTuple):
     curve: list[dict[str, float]]
 
     @property
-    def accuracy(self) -> float | None:
-        """The best validation accuracy of a run that went to its end."""
+    def score(self) -> float | None:
+        """The best validation score of a run that went to its end."""
         done = self.result["status"] == sweepdirs.FINISHED
-        return self.result["best_accuracy"] if done else None
+        return sweepdirs.best(self.result)[1] if done else None
 
 
 class Results(NamedTuple):
@@ -47,6 +47,11 @@ class Results(NamedTuple):
     swept: list[str]
     unfinished: int
 
+    @property
+    def score_name(self) -> str:
+        """What selects among runs: accuracy, or another name."""
+        return sweepdirs.best(self.rows[0].result)[0]
+
 
 class Cell(NamedTuple):
     """The runs that differ in their seed alone."""
@@ -55,19 +60,19 @@ class Cell(NamedTuple):
     rows: list[Row]
 
     @property
-    def accuracies(self) -> list[float]:
+    def scores(self) -> list[float]:
         """Of the finished runs."""
-        return [row.accuracy for row in self.rows if row.accuracy is not None]
+        return [row.score for row in self.rows if row.score is not None]
 
     @property
     def mean(self) -> float | None:
-        """Of the accuracies; None if there are none."""
-        return statistics.fmean(self.accuracies) if self.accuracies else None
+        """Of the scores; None if there are none."""
+        return statistics.fmean(self.scores) if self.scores else None
 
     @property
     def spread(self) -> float | None:
         """Their sample standard deviation; None for fewer than two."""
-        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else None
+        return statistics.stdev(self.scores) if len(self.scores) > 1 else None
 
 
 def load(workdir: Path) -> Results:
@@ -117,8 +122,8 @@ def cells(results: Results, fields: Sequence[str] | None = None) -> list[Cell]:
 def as_csv(results: Results) -> str:
     """One line for each run."""
     of_result = (
-        "status", "steps", "best_step", "best_accuracy", "best_loss", "trainable_parameters",
-        "seconds",
+        "status", "steps", "best_step", f"best_{results.score_name}", "best_loss",
+        "trainable_parameters", "seconds",
     )  # fmt: skip
     fields = list(results.rows[0].values)
     text = io.StringIO()
@@ -134,7 +139,7 @@ def table(results: Results) -> tuple[list[str], list[list[str]]]:
     """Header and lines of the table of means, the best first."""
     fields = without_seed(results)
     header = [name(f) for f in fields]
-    header += ["runs", "validation accuracy", "trainable parameters", "seconds a run"]
+    header += ["runs", f"validation {results.score_name}", "trainable parameters", "seconds a run"]
     best_first = sorted(cells(results), key=lambda c: -1.0 if c.mean is None else c.mean)[::-1]
     return header, [_line(cell, fields) for cell in best_first]
 
@@ -148,10 +153,10 @@ def _line(cell: Cell, fields: Sequence[str]) -> list[str]:
     sizes = sorted({row.result["trainable_parameters"] for row in cell.rows})
     seconds = statistics.fmean(row.result["seconds"] for row in cell.rows)
     values = [number(cell.values[field]) for field in fields]
-    return [*values, runs, accuracy(cell), ", ".join(f"{n:,d}" for n in sizes), f"{seconds:.1f}"]
+    return [*values, runs, score(cell), ", ".join(f"{n:,d}" for n in sizes), f"{seconds:.1f}"]
 
 
-def accuracy(cell: Cell) -> str:
+def score(cell: Cell) -> str:
     """Mean and spread in words."""
     if cell.mean is None:
         return "none"

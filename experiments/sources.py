@@ -5,20 +5,24 @@ A source is a string, so that a config can name it:
 - ``"tfds:glue/sst2"``, or any ``"tfds:NAME"`` whose features are ``sentence`` and ``label``;
 - ``"reviews"``, the small set that comes with the package;
 - the path of a directory that holds ``train.tsv``, ``dev.tsv`` and ``test.tsv``.
+
+Other tasks of GLUE have other features and columns: their layouts are in ``glue_tasks``.
 """
 
 import importlib
 import importlib.util
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-SPLITS = ("train", "validation", "test")
+from experiments import tsv
+from experiments.tsv import Layout
 
-_FILES = {"train": "train.tsv", "validation": "dev.tsv", "test": "test.tsv"}
+SPLITS = ("train", "validation", "test")
+_FILES = (("train", "train.tsv"), ("validation", "dev.tsv"), ("test", "test.tsv"))
+SENTENCES = Layout(files=_FILES, folder="SST-2")
 
 _REVIEWS = ("reviews", "tfds:lora_reviews")
 
@@ -27,45 +31,60 @@ _BUILDER_MODULES = {"glue": "tensorflow_datasets.text.glue"}
 
 _SOURCES = (
     "a source is 'tfds:NAME' (such as 'tfds:glue/sst2'), 'reviews', "
-    f"or a directory with {', '.join(_FILES.values())}"
+    f"or a directory with {', '.join(file for _, file in _FILES)}"
 )
 
 
 class Examples(NamedTuple):
-    """Sentences with their labels.
+    """Sentences, or pairs of them, with their labels.
 
     Attributes:
       sentences: one string per example.
-      labels: ``(n,)`` int32, or None for a test split whose labels are not published.
+      labels: ``(n,)`` int32, float32 for a regression, or None for a test split whose labels are
+        not published.
+      pairs: the second sentence of each example, or None.
+      notes: what was left out.
     """
 
     sentences: tuple[str, ...]
     labels: np.ndarray | None
+    pairs: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
 
 
-def load(source: str, split: str, *, data_dir: str | None = None, num_labels: int = 2) -> Examples:
+def load(
+    source: str,
+    split: str,
+    *,
+    data_dir: str | None = None,
+    num_labels: int = 2,
+    layout: Layout = SENTENCES,
+) -> Examples:
     """The examples of one split, in the order of the original files.
 
     Args:
       source: ``"tfds:NAME"``, ``"reviews"``, or a directory in the GLUE layout.
-      split: ``"train"``, ``"validation"`` or ``"test"``.
+      split: ``"train"``, ``"validation"`` or ``"test"``; or another that the layout has.
       data_dir: where TFDS keeps prepared data; None for its own default.
       num_labels: labels are integers in ``[0, num_labels)``.
+      layout: the features or columns.
 
     Raises:
       FileNotFoundError: no such source, or it is not prepared and cannot be prepared here.
       ValueError: an unknown split, or a row, feature or label that is not as it should be.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split {split!r}, where there are {list(SPLITS)}")
+    if split not in dict(layout.files):
+        raise ValueError(f"split {split!r}, where there are {list(dict(layout.files))}")
     if source in _REVIEWS or source.startswith("tfds:"):
-        return _load_tfds(source, split, data_dir=data_dir, num_labels=num_labels)
+        rows = _tfds_rows(source, split, data_dir=data_dir, text=layout.text)
+        return _from_rows(source, rows, num_labels, layout)
     if data_dir is not None:
         raise ValueError(
             f"data_dir={data_dir!r} says where TFDS keeps its data, but the source {source!r} "
             f"is not one of TFDS: leave data_dir out ({_SOURCES})"
         )
-    return read_tsv(_find_tsv(source, split), labelled=split != "test", num_labels=num_labels)
+    path = _find_tsv(source, split, layout)
+    return _examples(tsv.read(path, layout, labelled=split != "test", num_labels=num_labels))
 
 
 def subset(examples: Examples, count: int | None, seed: int) -> Examples:
@@ -86,7 +105,7 @@ def subset(examples: Examples, count: int | None, seed: int) -> Examples:
         raise ValueError(
             f"a subset of {count} examples, where there are {total}: ask for 0..{total}"
         )
-    return _take(examples, permutation(total, seed, stream=_SUBSET_STREAM)[:count])
+    return take(examples, permutation(total, seed, stream=_SUBSET_STREAM)[:count])
 
 
 # Epochs number the streams from 0, so the last one is free for choosing a subset.
@@ -117,92 +136,51 @@ def permutation(n: int, seed: int, *, stream: int) -> np.ndarray:
     return np.argsort(raw, kind="stable").astype(np.int64)
 
 
-def _take(examples: Examples, rows: Sequence[int]) -> Examples:
-    sentences = tuple(examples.sentences[row] for row in rows)
-    return Examples(sentences, None if examples.labels is None else examples.labels[rows])
+def take(examples: Examples, rows: Sequence[int]) -> Examples:
+    """The examples with these numbers."""
+    some = lambda texts: tuple(texts[row] for row in rows)
+    return Examples(
+        some(examples.sentences),
+        None if examples.labels is None else examples.labels[rows],
+        None if examples.pairs is None else some(examples.pairs),
+        examples.notes,
+    )
+
+
+def joined(parts: Sequence[Examples]) -> Examples:
+    """The examples of several splits, one after the other."""
+    texts = lambda field: tuple(text for part in parts for text in getattr(part, field))
+    labels = [part.labels for part in parts]
+    return Examples(
+        texts("sentences"),
+        None if any(x is None for x in labels) else np.concatenate(labels),
+        None if parts[0].pairs is None else texts("pairs"),
+        texts("notes"),
+    )
 
 
 # Files in the GLUE layout.
 
 
 def read_tsv(path: str | Path, *, labelled: bool, num_labels: int = 2) -> Examples:
-    r"""Reads a file of GLUE: a header, then one example per line, fields parted by tabs.
-
-    A quote character is a character like any other, and a line ends at ``\n`` (or ``\r\n``) only.
-
-    Args:
-      path: the file, with a column ``sentence``; other columns are not read.
-      labelled: a column ``label`` must be there. Where it need not be, it is read if it is.
-      num_labels: labels are integers in ``[0, num_labels)``.
-
-    Raises:
-      ValueError: names the file and the line that is not as it should be.
-      FileNotFoundError: no such file.
-    """
-    lines = _lines(Path(path))
-    header = lines[0].split("\t")
-    wanted = ("sentence", "label") if labelled else ("sentence",)
-    missing = [column for column in wanted if header.count(column) != 1]
-    if missing:
-        raise ValueError(
-            f"{path}:1: the header must have each of {list(wanted)} once, and has {header}; "
-            f"write the columns' names in the first line, parted by tabs"
-        )
-    if len(lines) == 1:
-        raise ValueError(f"{path}:1: a header and no examples below it")
-    rows = [_fields(path, number, line, header) for number, line in enumerate(lines[1:], 2)]
-    sentences = tuple(row["sentence"] for row in rows)
-    if "label" not in header:
-        return Examples(sentences, None)
-    labels = [_label(path, n, row["label"], num_labels) for n, row in enumerate(rows, 2)]
-    return Examples(sentences, np.array(labels, np.int32))
+    """Reads a file with the columns ``sentence`` and ``label``; see :func:`tsv.read`."""
+    return _examples(tsv.read(path, SENTENCES, labelled=labelled, num_labels=num_labels))
 
 
-def _lines(path: Path) -> list[str]:
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{path}:{line}: not UTF-8 at byte {error.start} of the file "
-            f"(0x{data[error.start]:02x}): convert the file to UTF-8"
-        ) from error
-    if not text.strip():
-        raise ValueError(f"{path}: empty file, where a header and examples were expected")
-    # Not splitlines(), which also splits at characters that stand within sentences (U+0085, ...).
-    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+def _examples(table: tsv.Table) -> Examples:
+    pairs = table.texts[1] if len(table.texts) > 1 else None
+    return Examples(table.texts[0], table.labels, pairs, (table.note,) if table.note else ())
 
 
-def _fields(path: str | Path, number: int, line: str, header: list[str]) -> dict[str, str]:
-    if not line.strip():
-        raise ValueError(f"{path}:{number}: empty row; remove the line")
-    fields = line.split("\t")
-    if len(fields) != len(header):
-        raise ValueError(
-            f"{path}:{number}: {len(fields)} fields, where the header has {len(header)} {header}"
-        )
-    row = dict(zip(header, fields, strict=True))
-    if not row["sentence"].strip():
-        raise ValueError(f"{path}:{number}: empty sentence")
-    return row
-
-
-def _label(path: str | Path, number: int, field: str, num_labels: int) -> int:
-    # int() would also take ' 1', '+1' and '1_0'.
-    if not re.fullmatch(r"-?[0-9]+", field, re.ASCII):
-        raise ValueError(f"{path}:{number}: label {field!r} is not an integer")
-    if not 0 <= int(field) < num_labels:
-        raise ValueError(f"{path}:{number}: label {field} is not in [0, {num_labels})")
-    return int(field)
-
-
-def _find_tsv(source: str, split: str) -> Path:
+def _find_tsv(source: str, split: str, layout: Layout) -> Path:
     directory = Path(source).expanduser()
     if not directory.is_dir():
         state = "is a file" if directory.exists() else "does not exist"
         raise FileNotFoundError(f"source {source!r}: {directory.absolute()} {state}; {_SOURCES}")
-    path = directory / _FILES[split]
+    name = dict(layout.files)[split]
+    # The directory of the task, or the one that has those of all tasks.
+    path = directory / layout.folder / name
+    path = path if path.is_file() else directory / name
     if not path.is_file():
         existing = sorted(entry.name for entry in directory.iterdir()) or "nothing"
         raise FileNotFoundError(
@@ -215,9 +193,11 @@ def _find_tsv(source: str, split: str) -> Path:
 # TensorFlow Datasets, read without TensorFlow.
 
 
-def _load_tfds(source: str, split: str, *, data_dir: str | None, num_labels: int) -> Examples:
+def _tfds_rows(
+    source: str, split: str, *, data_dir: str | None, text: Sequence[str]
+) -> Sequence[dict[str, Any]]:
     builder = _builder(source, data_dir)
-    missing = {"sentence", "label"} - set(builder.info.features or ())
+    missing = {*text, "label"} - set(builder.info.features or ())
     if missing:
         raise ValueError(
             f"source {source!r} has the features {sorted(builder.info.features or ())}, "
@@ -237,17 +217,21 @@ def _load_tfds(source: str, split: str, *, data_dir: str | None, num_labels: int
             f"which alone are read without TensorFlow; give another data_dir, to prepare them anew"
         ) from error
     # One read of all: by single examples, each would unpack the block of records it stands in.
-    return _from_rows(source, rows.__getitems__(list(range(len(rows)))), num_labels)
+    return rows.__getitems__(list(range(len(rows))))
 
 
-def _from_rows(source: str, rows: Sequence[dict[str, Any]], num_labels: int) -> Examples:
+def _from_rows(
+    source: str, rows: Sequence[dict[str, Any]], num_labels: int, layout: Layout
+) -> Examples:
     if not rows:
         raise ValueError(f"source {source!r} has no examples in this split")
     # TFDS shuffles when it writes; idx gives back the order of the original file.
     if "idx" in rows[0]:
         rows = sorted(rows, key=lambda row: int(row["idx"]))
-    sentences = tuple(_text(row["sentence"]) for row in rows)
-    return Examples(sentences, _tfds_labels(source, [row["label"] for row in rows], num_labels))
+    texts = [tuple(_text(row[field]) for row in rows) for field in layout.text]
+    values = [row["label"] for row in rows]
+    read = _tfds_numbers if layout.scale else _tfds_labels
+    return Examples(texts[0], read(source, values, layout.scale or num_labels), *texts[1:])
 
 
 def _text(value: bytes | str) -> str:
@@ -265,6 +249,20 @@ def _tfds_labels(source: str, values: Sequence[Any], num_labels: int) -> np.ndar
     if outside:
         raise ValueError(f"source {source!r} has labels {outside}, not in [0, {num_labels})")
     return labels.astype(np.int32)
+
+
+def _tfds_numbers(
+    source: str, values: Sequence[Any], scale: tuple[float, float]
+) -> np.ndarray | None:
+    labels = np.asarray(values, np.float32)
+    # TFDS writes -1 where the label is not published.
+    if np.all(labels == -1):
+        return None
+    low, high = scale
+    outside = labels[~((labels >= low) & (labels <= high))]
+    if outside.size:
+        raise ValueError(f"source {source!r} has labels {outside[:5]}, not in [{low:g}, {high:g}]")
+    return labels
 
 
 def _prepare(builder: Any, source: str, data_dir: str | None) -> Any:

@@ -91,13 +91,13 @@ def _outcome(sweep: sweeping.Sweep) -> str:
     statuses = [found["status"] for found, _ in results]
     counts = {s: statuses.count(s) for s in sorted(set(statuses))}
     lines = [", ".join(f"{count} runs {status}" for status, count in counts.items())]
-    good = [(r["best_accuracy"], p) for r, p in results if r["best_accuracy"] is not None]
+    good = [(*sweepdirs.best(r), p) for r, p in results if sweepdirs.best(r)[1] is not None]
     if good:
-        accuracy, point = max(good, key=lambda pair: pair[0])
+        name, score, point = max(good, key=lambda found: found[1])
         run = points.label(point, points.swept([p.config for p in sweep.points]))
         adapter = sweepdirs.run_dir(sweep.workdir, point) / "adapter"
         lines += [
-            f"best validation accuracy {accuracy:.4f}: {run}",
+            f"best validation {name} {score:.4f}: {run}",
             "Next:",
             f'  python -m experiments.predict --adapter={adapter} "The movie was wonderful!"',
         ]

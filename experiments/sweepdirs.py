@@ -105,6 +105,12 @@ def result(workdir: Path, point: Point) -> dict[str, Any] | None:
     return _read(path) if path.exists() else None
 
 
+def best(found: dict[str, Any]) -> tuple[str, float | None]:
+    """The name of the score that selects among runs, and the best that a run has reached."""
+    name = found.get("score", "accuracy")
+    return name, found[f"best_{name}"]
+
+
 def finish(workdir: Path, point: Point, values: dict[str, Any]) -> None:
     """Writes the result of a run, and removes the checkpoints that it no longer needs."""
     directory = run_dir(workdir, point)

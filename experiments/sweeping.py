@@ -113,7 +113,7 @@ def run(sweep: Sweep, base: ConfigDict, say: Callable[[str], None]) -> dict[str,
         for point in sweep.mine:
             if found := sweepdirs.result(sweep.workdir, point):
                 bar.at(point, 1.0)
-                bar.found(point, found["best_accuracy"])
+                bar.found(point, *sweepdirs.best(found))
         for rung in [*range(1, rung_count(sweep) + 1), 0]:
             for number, part in enumerate(parts):
                 if pending := unfinished(sweep, part):
@@ -220,7 +220,8 @@ def _drop(sweep: Sweep, rung: int, *, say: Callable[[str], None], bar: Bar) -> N
     folder = functools.partial(sweepdirs.run_dir, sweep.workdir)
     seen = {p.id: cohort.rungs(folder(p)).get(str(rung)) for p in sweep.points}
     ranked = [p for p in sweep.points if seen[p.id]]
-    ranked.sort(key=lambda p: (-seen[p.id]["accuracy"], seen[p.id]["loss"]))
+    score = lambda entry: entry[entry["summary"]["score"]]
+    ranked.sort(key=lambda p: (-score(seen[p.id]), seen[p.id]["loss"]))
     keep = survivors(len(sweep.points), sweep.halving, rung)
     losers = unfinished(sweep, ranked[keep:])
     for point in losers:

@@ -26,12 +26,25 @@ PyTree = Any
 Batch = dict[str, np.ndarray]
 
 
+class Score(NamedTuple):
+    """The number of an evaluation that selects the best adapter.
+
+    Attributes:
+      name: "loss", or a name among the task's metrics and scores.
+      higher_is_better: whether more of it is better.
+    """
+
+    name: str = "accuracy"
+    higher_is_better: bool = True
+
+
 class Task(NamedTuple):
     """What the loop needs to know of a task.
 
     Attributes:
       apply: ``(params, batch, key or None) -> logits``; no key, no dropout.
-      metrics: ``(logits, batch) -> (sum of losses, correct answers, number of examples)``.
+      metrics: ``(logits, batch) -> sums``, a NamedTuple such as :class:`metrics.Sums`; its first
+        field is the sum of losses, its last the sum of weights.
       train_batch: the batch of a step, a pure function of the step.
       eval_batches: makes the batches of one evaluation.
       steps_per_epoch: how many steps see every training example once.
@@ -42,6 +55,9 @@ class Task(NamedTuple):
       adapter: to start from, in place of a fresh one.
       base_of: the frozen parameters as a run with another seed has them, for tasks that draw some
         by the run's seed: ``base``, with other arrays for those leaves alone. None if none are.
+      score: what selects the best adapter.
+      scores: ``(logits of all evaluation examples, in their order) -> numbers by name``, for what
+        is no mean over examples. None if the means are all.
     """
 
     apply: Callable
@@ -55,6 +71,8 @@ class Task(NamedTuple):
     notes: tuple[str, ...] = ()
     adapter: PyTree | None = None
     base_of: Callable[[int], PyTree] | None = None
+    score: Score = Score()
+    scores: Callable[[np.ndarray], dict[str, float]] | None = None
 
 
 class TrainState(NamedTuple):
@@ -70,7 +88,7 @@ class Progress(NamedTuple):
     """The best evaluation so far (step -1 for none), and the seconds that the run has taken."""
 
     best_step: int = -1
-    best_accuracy: float = -1.0
+    best_score: float = -math.inf
     best_loss: float = math.inf
     seconds: float = 0.0
 
@@ -87,8 +105,8 @@ def train_step(task: Task, tx: optax.GradientTransformation, dropout: Any) -> Ca
 
         def loss(adapter: PyTree) -> tuple[jax.Array, tuple]:
             logits = apply(lora.bind(base, adapter), batch, model_key)
-            total, correct, count = task.metrics(logits, batch)
-            return total / count, (total, correct, count)
+            sums = task.metrics(logits, batch)
+            return sums[0] / sums[-1], sums
 
         grads, sums = jax.grad(loss, has_aux=True)(state.adapter)
         updates, opt_state = tx.update(grads, state.opt_state, state.adapter)
@@ -106,11 +124,11 @@ def make_train_step(task: Task, tx: optax.GradientTransformation, dropout: float
 
 
 def eval_step(task: Task) -> Callable:
-    """``(adapter, base, batch) -> metrics``, a pure function."""
+    """``(adapter, base, batch) -> (sums, logits if the task wants them)``, a pure function."""
 
     def step(adapter: PyTree, base: PyTree, batch: Batch) -> tuple:
         logits = lora.lift(task.apply)(lora.bind(base, adapter), batch, None)
-        return task.metrics(logits, batch)
+        return task.metrics(logits, batch), None if task.scores is None else logits
 
     return step
 
@@ -120,11 +138,24 @@ def make_eval_step(task: Task) -> Callable:
     return jax.jit(eval_step(task))
 
 
-def evaluate(eval_step: Callable, adapter: PyTree, task: Task) -> tuple[float, float]:
-    """Mean loss and accuracy over all evaluation examples, each counted once."""
-    sums = [eval_step(adapter, task.base, batch) for batch in task.eval_batches()]
-    means = metrics.combine(sums)
-    return means["loss"], means["accuracy"]
+def evaluate(eval_step: Callable, adapter: PyTree, task: Task) -> dict[str, float]:
+    """Loss and scores over all evaluation examples, each counted once."""
+    batches = task.eval_batches()
+    return gathered(task, [(batch, *eval_step(adapter, task.base, batch)) for batch in batches])
+
+
+def gathered(task: Task, results: list[tuple[Batch, Any, Any]]) -> dict[str, float]:
+    """Loss and scores from each batch of an evaluation with its sums and logits."""
+    values = metrics.combine([sums for _, sums, _ in results])
+    values.pop("examples")
+    if task.scores is not None:
+        logits = {
+            int(index): row
+            for batch, _, rows in results
+            for index, row in zip(batch["index"], np.asarray(rows), strict=True)
+        }
+        values |= task.scores(np.stack([logits[k] for k in range(len(logits))]))
+    return values
 
 
 def initial_state(task: Task, config: ConfigDict, lora_config: lora.LoRAConfig) -> tuple:
@@ -197,11 +228,10 @@ class Run(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """Means over the evaluation examples after ``step`` steps."""
+    """Loss and scores on the evaluation examples after ``step`` steps."""
 
     step: int
-    loss: float
-    accuracy: float
+    values: dict[str, float]
 
 
 class _Steps(NamedTuple):
@@ -253,10 +283,10 @@ def _loop(
             # A line at each checkpoint, so that a run that goes on from there logs the same.
             meter.flush()
             if at_epoch_end:
-                loss, accuracy = evaluate(steps.evaluate, state.adapter, run.task)
-                progress = recorded(run, state.adapter, Evaluation(done, loss, accuracy), progress)
-                workdirs.plot_curves(run.workdir)
-                meter.evaluated(progress.best_accuracy)
+                found = Evaluation(done, evaluate(steps.evaluate, state.adapter, run.task))
+                progress = recorded(run, state.adapter, found, progress)
+                workdirs.plot_curves(run.workdir, run.task.score.name)
+                meter.evaluated(run.task.score.name, progress.best_score)
             progress = progress._replace(seconds=time.perf_counter() - begun)
             checkpointing.save(checkpoints, done, storable(state), progress._asdict())
     return progress
@@ -268,19 +298,24 @@ def recorded(run: Run, adapter: PyTree, found: Evaluation, progress: Progress) -
     Raises:
       FloatingPointError: the loss is NaN or infinite.
     """
-    step, loss, accuracy = found
+    step, values = found
+    loss, score = values["loss"], values[run.task.score.name]
     if not math.isfinite(loss):
         raise FloatingPointError(f"The validation loss is {loss} at step {step}")
     epoch = step / run.task.steps_per_epoch
-    run.log.write(step, epoch=epoch, eval_loss=loss, eval_accuracy=accuracy)
-    if accuracy <= progress.best_accuracy:
+    run.log.write(step, epoch=epoch, **{f"eval_{name}": x for name, x in values.items()})
+    if progress.best_step >= 0 and not _is_better(run.task.score, score, progress.best_score):
         return progress
-    metadata = {**run.task.metadata, "step": step, "accuracy": accuracy, "loss": loss}
+    metadata = {**run.task.metadata, "step": step, **values}
     lora.save(
         run.workdir / workdirs.ADAPTER, adapter, run.lora_config,
         base=run.task.base_id, metadata=metadata,
     )  # fmt: skip
-    return Progress(step, accuracy, loss, progress.seconds)
+    return Progress(step, score, loss, progress.seconds)
+
+
+def _is_better(score: Score, value: float, than: float) -> bool:
+    return value > than if score.higher_is_better else value < than
 
 
 def _diverged(error: FloatingPointError, workdir: Path) -> str:

@@ -134,11 +134,11 @@ def read(path: Path) -> list[dict[str, float]]:
     return lines
 
 
-def plot_curves(workdir: Path) -> None:
-    """Draws loss and accuracy, training and validation, against the epoch."""
+def plot_curves(workdir: Path, score: str = "accuracy") -> None:
+    """Draws loss and score, training and validation, against the epoch."""
     lines = read(workdir / METRICS)
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for panel, name in zip(panels, ("loss", "accuracy"), strict=True):
+    for panel, name in zip(panels, ("loss", score), strict=True):
         for key, label, style in ((name, "training", "-"), (f"eval_{name}", "validation", "o-")):
             points = [(line["epoch"], line[key]) for line in lines if key in line]
             if points:

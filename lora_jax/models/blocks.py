@@ -29,6 +29,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": nn.relu,
     "silu": nn.silu,
     "swish": nn.silu,
+    "tanh": nn.tanh,
 }
 
 

@@ -29,6 +29,8 @@ class Family(NamedTuple):
         has another number of them. "" where no head has labels.
       targets: what PEFT adapts by default, as names of modules here.
       inputs: head -> shapes of arguments that the module can be initialised with.
+      init_cache: of a model that generates, ``(config, batch, length, dtype, *, scan_layers)`` ->
+        an empty cache.
     """
 
     model_type: tuple[str, ...]
@@ -42,6 +44,7 @@ class Family(NamedTuple):
     labelled: str = ""
     targets: tuple[str, ...] = ()
     inputs: Callable = lambda head: (TOKENS, TOKENS)  # token ids and their mask
+    init_cache: Callable | None = None
 
 
 TOKENS = jax.ShapeDtypeStruct((1, 1), jnp.int32)

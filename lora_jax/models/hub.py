@@ -65,6 +65,9 @@ ALIASES = {
     "roberta-large": "FacebookAI/roberta-large",
     "xlm-roberta-base": "FacebookAI/xlm-roberta-base",
     "distilbert-base-uncased": "distilbert/distilbert-base-uncased",
+    "t5-small": "google-t5/t5-small",
+    "t5-base": "google-t5/t5-base",
+    "t5-large": "google-t5/t5-large",
     "all-MiniLM-L6-v2": "sentence-transformers/all-MiniLM-L6-v2",
 }
 

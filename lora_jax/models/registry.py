@@ -3,12 +3,23 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.models import bert, distilbert, llama, roberta, t5
+from lora_jax.models import bert, distilbert, gpt2, llama, roberta, t5
 from lora_jax.models.families import Family
 
 FAMILIES: tuple[Family, ...] = (
     bert.FAMILY,
     distilbert.FAMILY,
+    gpt2.FAMILY,
+    roberta.FAMILY,
+    roberta.XLM,
+    t5.FAMILY,
+)
+from lora_jax.models.families import Family
+
+FAMILIES: tuple[Family, ...] = (
+    bert.FAMILY,
+    distilbert.FAMILY,
+    gpt2.FAMILY,
     roberta.FAMILY,
     roberta.XLM,
     t5.FAMILY,

@@ -69,6 +69,10 @@ class T5Config:
                 f"relative_attention_max_distance, got {buckets} and {furthest}."
             )
 
+    @property
+    def positions(self) -> None:
+        """There is no most number of tokens, since positions are relative."""
+
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "T5Config":
         """Reads a parsed ``config.json``; keys that do not shape the model are left out.

@@ -20,7 +20,8 @@ import lora_jax as lora
 from experiments import optimisers
 from lora_jax import names, paths
 from lora_jax.lowrank import LowRank
-from lora_jax.models import checkpoints, registry
+from lora_jax.models import checkpoints, generate, registry
+from lora_jax.models.decoding import Decoding
 from lora_jax.peft import load_peft, save_peft
 
 torch = pytest.importorskip("torch")
@@ -370,3 +371,12 @@ def check_generation(case, seed, folder, generate, *, new_tokens=8):
         params = lora.bind(loaded.params, adapter) if lifted else merged
         ours = np.asarray(generate(loaded, params, prompt, new_tokens, lifted))
         np.testing.assert_array_equal(ours, theirs)
+
+
+def causal_text(loaded, params, inputs, new_tokens, lifted):
+    """For :func:`check_generation` of a decoder."""
+    begin, step = generate.causal_lm(loaded.model, loaded.family.init_cache)
+    step = lora.lift(step) if lifted else step
+    return generate.generator(begin, step, Decoding(max_new_tokens=new_tokens))(
+        params, inputs
+    ).tokens

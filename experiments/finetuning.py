@@ -1,0 +1,59 @@
+"""One run on a task of GLUE, from the command line: what ``sst2`` and ``glue`` share."""
+
+import logging
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from experiments import classification, settings, train, workdirs
+from experiments.glue_tasks import find
+
+_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
+_ADAPTER = flags.DEFINE_string("adapter", None, "Directory of an adapter to go on from.")
+flags.mark_flag_as_required("config")
+
+
+def main(argv: list[str]) -> None:
+    """Trains, and says what to do next."""
+    if argv:
+        raise ValueError(f"Unexpected arguments {argv}; options start with --.")
+    config, workdir = _config(), Path(_WORKDIR.value)
+    logging.getLogger("lora_jax").setLevel(logging.ERROR)  # the report says what is fresh
+    settings.check(config)
+    if not config.adapter:  # whose settings are not known yet
+        workdirs.check(workdir, config)
+    task, lora_config = classification.make_task(config)
+    if config.adapter:
+        with config.unlocked():
+            config.lora = classification.settings(lora_config)
+    best = train.train(task, config, lora_config, workdir)
+    example = "The movie was absolutely wonderful!"
+    if find(config.task).pairs:
+        example = "A man is eating.\\tSomebody eats."
+    quoted = f'$"{example}"' if "\\" in example else f'"{example}"'
+    print(
+        f"best validation {task.score.name} {best.best_score:.4f} (loss {best.best_loss:.4f}) at "
+        f"step {best.best_step}; {best.seconds / 60:.1f} minutes; "
+        f"curves in {workdir / workdirs.CURVES}\n"
+        "Next:\n"
+        f"  python -m experiments.predict --adapter={workdir / workdirs.ADAPTER} {quoted}\n"
+        f"  python -m experiments.export --adapter={workdir / workdirs.ADAPTER} "
+        f"--out={workdir / 'merged'} --merged"
+    )
+
+
+def _config() -> ConfigDict:
+    """The config with the adapter of the command line in it, so that the run's directory has it."""
+    config = settings.resolved(_CONFIG.value)
+    if _ADAPTER.value:
+        config.adapter = _ADAPTER.value
+    fixed = config_flags.get_override_values(flags.FLAGS["config"])
+    fixed = [name for name in fixed if name.startswith("lora.") and name != "lora.dropout"]
+    if config.adapter and fixed:
+        raise ValueError(
+            f"{', '.join(fixed)} can't be set together with an adapter to go on from, which has "
+            "its own; lora.dropout can."
+        )
+    return config

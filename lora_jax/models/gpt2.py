@@ -1,0 +1,342 @@
+"""GPT-2 (Radford et al. 2019): a decoder with learned positions and a head tied to the embedding.
+
+The modules and their numbers are those of Hugging Face's ``GPT2LMHeadModel``; each kernel is stored
+as Flax does, ``(d_in, d_out)``, as GPT-2's Conv1D is there. :func:`names` is the table between the
+two.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lora_jax.models import blocks, caches, settings, tables
+from lora_jax.models.attention import attention
+from lora_jax.models.caches import Cache
+from lora_jax.models.families import CAUSAL_LM, Family
+from lora_jax.names import Name
+
+Array = jax.Array
+PyTree = Any
+
+# What a config may say of the variants that Hugging Face has and this file has not.
+_BUILT = {"add_cross_attention": False}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GPT2Config:
+    """The shape of a GPT-2 model; field names as in Hugging Face's ``config.json``.
+
+    The defaults are those of the smallest model; medium has ``n_embd=1024, n_layer=24, n_head=16``,
+    large 1280, 36 and 20, XL 1600, 48 and 25.
+
+    Raises:
+      ValueError: a value is out of its range; the message names the field.
+    """
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None
+    activation_function: str = "gelu_new"
+    resid_pdrop: float = 0.1
+    embd_pdrop: float = 0.1
+    attn_pdrop: float = 0.1
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        sizes = ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head"]
+        settings.check_sizes(self, sizes + ([] if self.n_inner is None else ["n_inner"]))
+        settings.check_rates(self, ("resid_pdrop", "embd_pdrop", "attn_pdrop"))
+        settings.check_positive(self, ("layer_norm_epsilon", "initializer_range"))
+        settings.check_one_of(self, "activation_function", blocks.ACTIVATIONS)
+        settings.check_divides(self, "n_embd", "n_head")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return self.n_embd // self.n_head
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "GPT2Config":
+        """Reads a parsed ``config.json``; keys that do not shape the model are left out.
+
+        Raises:
+          ValueError: it describes another architecture, or a variant that is not built here.
+
+        >>> GPT2Config.from_hf({"model_type": "gpt2", "n_embd": 1024, "n_head": 16}).head_dim
+        64
+        """
+        return settings.read(cls, config, model_type=["gpt2"], built=_BUILT)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The same as the content of a ``config.json``.
+
+        >>> GPT2Config.from_hf(GPT2Config(n_layer=24).to_hf()).n_layer
+        24
+        """
+        return {"model_type": "gpt2"} | dataclasses.asdict(self)
+
+
+def init_cache(
+    config: GPT2Config,
+    batch: int,
+    length: int,
+    dtype: Any = jnp.float32,
+    *,
+    scan_layers: bool = False,
+) -> Cache:
+    """An empty cache with ``length`` slots.
+
+    >>> init_cache(GPT2Config(n_layer=2), 3, 5).layers[1]["k"].shape
+    (3, 5, 12, 64)
+    """
+    shape = (batch, length, config.n_head, config.head_dim)
+    return caches.empty(shape, dtype, count=config.n_layer, stacked=scan_layers)
+
+
+class _Part(nn.Module):
+    """A module of the model: computes in ``dtype`` with float32 parameters."""
+
+    config: GPT2Config
+    dtype: Any = jnp.float32
+
+    def _dense(self, features: int, name: str) -> nn.Dense:
+        c = self.config
+        # Projections into the residual stream start smaller, by the root of their number.
+        depth = (2 * c.n_layer) ** -0.5 if name == "c_proj" else 1.0
+        init = nn.initializers.normal(depth * c.initializer_range)
+        return nn.Dense(features, kernel_init=init, dtype=self.dtype, name=name)
+
+    def _norm(self, name: str | None = None) -> nn.LayerNorm:
+        return blocks.layer_norm(self.config.layer_norm_epsilon, self.dtype, name)
+
+
+class GPT2Attention(_Part):
+    """Masked multi-head self-attention; one kernel makes queries, keys and values."""
+
+    @nn.compact
+    def __call__(
+        self, x: Array, own: tuple[PyTree, Any], shared: tuple, deterministic: bool
+    ) -> tuple[Array, PyTree]:
+        """``x`` is ``(batch, n, n_embd)``; also returns the layer's cache with ``x`` in it."""
+        c, (cache, number), (bias, index) = self.config, own, shared
+        qkv = self._dense(3 * c.n_embd, "c_attn")(x)
+        split = lambda y: y.reshape(*y.shape[:2], c.n_head, c.head_dim)
+        query, key, value = map(split, jnp.split(qkv, 3, axis=-1))
+        if c.scale_attn_by_inverse_layer_idx:
+            query = query / jnp.asarray(number + 1, query.dtype)
+        keys = {"k": key, "v": value}
+        if cache is not None:
+            cache = keys = caches.write(cache, keys, index)
+        y = attention(
+            query,
+            keys["k"].astype(query.dtype),
+            keys["v"].astype(query.dtype),
+            bias,
+            scale=None if c.scale_attn_weights else 1.0,
+            drop=nn.Dropout(c.attn_pdrop, deterministic=deterministic),
+        )
+        y = self._dense(c.n_embd, "c_proj")(y.reshape(x.shape))
+        return nn.Dropout(c.resid_pdrop)(y, deterministic=deterministic), cache
+
+
+class GPT2MLP(_Part):
+    """The feed-forward block."""
+
+    @nn.compact
+    def __call__(self, x: Array, deterministic: bool) -> Array:
+        """``(..., n_embd)`` to the same."""
+        c = self.config
+        wide = self._dense(c.n_inner or 4 * c.n_embd, "c_fc")(x)
+        y = self._dense(c.n_embd, "c_proj")(blocks.ACTIVATIONS[c.activation_function](wide))
+        return nn.Dropout(c.resid_pdrop)(y, deterministic=deterministic)
+
+
+class GPT2Block(_Part):
+    """One layer: attention, then feed-forward, each normalised before and added to its input."""
+
+    @nn.compact
+    def __call__(
+        self, x: Array, own: tuple[PyTree, Any], shared: tuple, deterministic: bool
+    ) -> tuple[Array, PyTree]:
+        """New states and the layer's cache.
+
+        ``own`` is the layer's cache and number, ``shared`` the bias of the scores and the slot from
+        which on ``x`` stands in the cache.
+        """
+        attend = GPT2Attention(self.config, dtype=self.dtype, name="attn")
+        y, cache = attend(self._norm("ln_1")(x), own, shared, deterministic)
+        x = x + y
+        feed = GPT2MLP(self.config, dtype=self.dtype, name="mlp")
+        return x + feed(self._norm("ln_2")(x), deterministic), cache
+
+
+class GPT2Model(_Part):
+    """Embeddings and layers."""
+
+    scan_layers: bool = False
+
+    def setup(self) -> None:
+        """Makes the parts."""
+        c = self.config
+        init = nn.initializers.normal(c.initializer_range)
+        embed = lambda n: nn.Embed(n, c.n_embd, embedding_init=init, dtype=self.dtype)
+        self.wte, self.wpe = embed(c.vocab_size), embed(c.n_positions)
+        if self.scan_layers:
+            self.h = _scanned(c.n_layer)(c, dtype=self.dtype)
+        else:
+            self.h = [GPT2Block(c, dtype=self.dtype) for _ in range(c.n_layer)]
+        self.ln_f = self._norm()
+        self.drop = nn.Dropout(c.embd_pdrop)
+
+    def __call__(
+        self,
+        input_ids: Array,
+        attention_mask: Array,
+        positions: Array | None,
+        cache: Cache | None,
+        deterministic: bool,
+    ) -> tuple[Array, Cache | None]:
+        """Token ids ``(batch, n)`` to states ``(batch, n, n_embd)``, and the cache with them."""
+        n, start = input_ids.shape[1], 0 if cache is None else cache.index
+        if positions is None:
+            positions = caches.positions(attention_mask, start, n)
+        x = self.wte(input_ids) + self.wpe(positions)
+        x = self.drop(x, deterministic=deterministic)
+        shared = (caches.causal_bias(attention_mask, start, n), start)
+        x, layers = self._run(x, None if cache is None else cache.layers, shared, deterministic)
+        return self.ln_f(x), None if cache is None else Cache(layers, start + jnp.int32(n))
+
+    def _run(
+        self, x: Array, old: PyTree, shared: tuple, deterministic: bool
+    ) -> tuple[Array, PyTree]:
+        if self.scan_layers:
+            numbers = jnp.arange(self.config.n_layer)
+            return self.h(x, (old, numbers), shared, deterministic)
+        layers = []
+        for k, block in enumerate(self.h):
+            x, new = block(x, (None if old is None else old[k], k), shared, deterministic)
+            layers.append(new)
+        return x, tuple(layers)
+
+
+def _scanned(count: int) -> type[nn.Module]:
+    """:class:`GPT2Block` with the parameters of all layers stacked, compiled once."""
+    return nn.scan(
+        GPT2Block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=(0, nn.broadcast, nn.broadcast),
+        length=count,
+    )
+
+
+class GPT2LMHeadModel(nn.Module):
+    """GPT-2 with its language-modelling head.
+
+    Attributes:
+      config: the model's shape.
+      dtype: of the activations, float32 or bfloat16; parameters are float32.
+      scan_layers: the layers in one array a parameter, compiled once.
+    """
+
+    config: GPT2Config
+    dtype: Any = jnp.float32
+    scan_layers: bool = False
+
+    def setup(self) -> None:
+        """Makes the parts."""
+        c = self.config
+        self.transformer = GPT2Model(c, dtype=self.dtype, scan_layers=self.scan_layers)
+        if not c.tie_word_embeddings:
+            init = nn.initializers.normal(c.initializer_range)
+            self.lm_head = nn.Dense(
+                c.vocab_size, use_bias=False, kernel_init=init, dtype=self.dtype
+            )
+
+    def __call__(
+        self,
+        input_ids: Array,
+        attention_mask: Array | None = None,
+        positions: Array | None = None,
+        cache: Cache | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> Array | tuple[Array, Cache]:
+        """Logits ``(batch, n, vocab_size)``, at least float32; with a cache, also the longer cache.
+
+        Args:
+          input_ids: integers ``(batch, n)``.
+          attention_mask: ``(batch, n)``, or ``(batch, slots of the cache)`` with one; positive
+            where there is a token, 0 at padding. None for no padding.
+          positions: ``(batch, n)``; None for the number of tokens before, by the mask.
+          cache: from :func:`init_cache`, or from the call for the tokens before.
+          deterministic: without dropout; otherwise ``rngs={"dropout": key}`` is needed.
+
+        Raises:
+          ValueError: shapes that do not fit, or more tokens than there are positions.
+        """
+        slots = input_ids.shape[-1] if cache is None else caches.slots(cache)
+        if attention_mask is None:
+            attention_mask = jnp.ones((input_ids.shape[0], slots), jnp.int32)
+        caches.check(input_ids, attention_mask, positions, slots)
+        if slots > self.config.n_positions:
+            raise ValueError(
+                f"{slots} tokens, and the model has positions for {self.config.n_positions}; "
+                "truncate the input, or make fewer new tokens."
+            )
+        x, cache = self.transformer(input_ids, attention_mask, positions, cache, deterministic)
+        head = self.transformer.wte.attend if self.config.tie_word_embeddings else self.lm_head
+        logits = head(x).astype(jnp.promote_types(self.dtype, jnp.float32))
+        return logits if cache is None else (logits, cache)
+
+
+_LINEAR = ("attn/c_attn", "attn/c_proj", "mlp/c_fc", "mlp/c_proj")
+
+
+def names(config: GPT2Config, *, head: str, scan_layers: bool = False) -> list[Name]:
+    """The table between Flax paths and Hugging Face names, one row a leaf.
+
+    Args:
+      config: gives the number of layers, and whether the head is tied.
+      head: "causal-lm".
+      scan_layers: whether the layers are stacked.
+
+    >>> row = names(GPT2Config(), head="causal-lm")[6]
+    >>> row.flax, row.hf, row.transpose
+    ('transformer/h_0/attn/c_attn/kernel', 'transformer.h.0.attn.c_attn.weight', False)
+    """
+    layer = [row for n in ("ln_1", "ln_2") for row in tables.norm(n, n)]
+    for name in _LINEAR:
+        layer += tables.linear(name, name.replace("/", "."), transpose=False)
+    rows = tables.embedding("wte", "wte") + tables.embedding("wpe", "wpe")
+    rows += tables.layers("h", "h", layer, count=config.n_layer, scan=scan_layers)
+    rows += tables.norm("ln_f", "ln_f")
+    rows = tables.below("transformer/", "transformer.", rows)
+    if config.tie_word_embeddings:
+        return [rows[0]._replace(tied=("lm_head.weight",)), *rows[1:]]
+    return rows + tables.linear("lm_head", "lm_head", bias=False)
+
+
+FAMILY = Family(
+    model_type=("gpt2",),
+    config=GPT2Config,
+    names=names,
+    models={CAUSAL_LM: GPT2LMHeadModel},
+    architectures={CAUSAL_LM: "GPT2LMHeadModel"},
+    prefix="transformer.",
+    # Buffers of the mask, in older checkpoints.
+    ignored=("h.*.attn.bias", "h.*.attn.masked_bias"),
+    targets=("c_attn",),
+    init_cache=init_cache,
+)
