@@ -12,29 +12,16 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from lora_jax.models import rope
+from lora_jax.models import caches, rope
 from lora_jax.models.attention import grouped_attention
 from lora_jax.models.blocks import ACTIVATIONS, RMSNorm
+from lora_jax.models.caches import Cache
 from lora_jax.models.families import CAUSAL_LM, Family
 from lora_jax.models.llama_config import FULL, SLIDING, VARIANTS, LlamaConfig, names
 
 Array = jax.Array
 PyTree = Any
-
-
-class Cache(NamedTuple):
-    """What the layers have seen so far.
-
-    Attributes:
-      layers: rotated keys ``k`` and values ``v`` of each layer, ``(batch, slots, kv_heads,
-        head_dim)``; one stacked entry for scanned layers.
-      index: int32, how many slots are filled.
-    """
-
-    layers: PyTree
-    index: Array
 
 
 def init_cache(
@@ -52,10 +39,7 @@ def init_cache(
     (3, 5, 2, 8)
     """
     shape = (batch, length, config.num_key_value_heads, config.head_dim)
-    count = config.num_hidden_layers
-    layer = lambda *stack: {name: jnp.zeros((*stack, *shape), dtype) for name in "kv"}
-    layers = layer(count) if scan_layers else tuple(layer() for _ in range(count))
-    return Cache(layers, jnp.int32(0))
+    return caches.empty(shape, dtype, count=config.num_hidden_layers, stacked=scan_layers)
 
 
 class _View(NamedTuple):
@@ -110,7 +94,7 @@ class LlamaAttention(_Part):
         query, key = (rope.rotate(y, view.cos, view.sin) for y in (query, key))
         keys = {"k": key, "v": value}
         if cache is not None:
-            cache = keys = jax.tree.map(functools.partial(_written, index=index), cache, keys)
+            cache = keys = caches.write(cache, keys, index)
         drop = nn.Dropout(c.attention_dropout, deterministic=deterministic)
         y = grouped_attention(
             query,
@@ -123,10 +107,6 @@ class LlamaAttention(_Part):
         )
         y = y.reshape(*x.shape[:2], -1)
         return self._dense(c.hidden_size, "o_proj", bias=c.attention_bias)(y), cache
-
-
-def _written(old: Array, new: Array, *, index: Array) -> Array:
-    return lax.dynamic_update_slice(old, new.astype(old.dtype), (0, index, 0, 0))
 
 
 class LlamaMLP(_Part):
@@ -268,15 +248,14 @@ class LlamaForCausalLM(nn.Module):
           ValueError: shapes that do not fit.
         """
         c = self.config
-        slots = input_ids.shape[1:] if cache is None else _slots(cache)
+        slots = input_ids.shape[-1] if cache is None else caches.slots(cache)
         if attention_mask is None:
-            attention_mask = jnp.ones((*input_ids.shape[:1], *slots), jnp.int32)
-        _check(input_ids, attention_mask, positions, segment_ids, slots)
-        start = 0 if cache is None else cache.index
-        n = input_ids.shape[1]
+            attention_mask = jnp.ones((input_ids.shape[0], slots), jnp.int32)
+        caches.check(input_ids, attention_mask, positions, slots)
+        _check(input_ids, segment_ids, cache)
+        start, n = 0 if cache is None else cache.index, input_ids.shape[1]
         if positions is None:
-            before = jnp.maximum(jnp.cumsum(attention_mask > 0, axis=-1) - 1, 0)
-            positions = lax.dynamic_slice_in_dim(before, start, n, axis=1)
+            positions = caches.positions(attention_mask, start, n)
         queries = start + jnp.arange(n)
         allowed = _allowed(queries, attention_mask, segment_ids)
         views = [_view(c, kind, queries, positions, allowed) for kind in _kinds(c)]
@@ -318,28 +297,14 @@ def _view(
     return _View(bias, *rope.angles(rotation, positions, config.head_dim))
 
 
-def _slots(cache: Cache) -> tuple[int, ...]:
-    return jax.tree.leaves(cache.layers)[0].shape[-3:-2]
-
-
-def _check(
-    input_ids: Array,
-    attention_mask: Array,
-    positions: Array | None,
-    segment_ids: Array | None,
-    slots: tuple[int, ...],
-) -> None:
-    if len(input_ids.shape) != 2 or attention_mask.shape != (*input_ids.shape[:1], *slots):
+def _check(input_ids: Array, segment_ids: Array | None, cache: Cache | None) -> None:
+    if segment_ids is None:
+        return
+    if segment_ids.shape != input_ids.shape:
         raise ValueError(
-            f"input_ids must have shape (batch, n), and attention_mask one entry for each, or for "
-            f"each of the cache's slots {slots}; got {input_ids.shape} and {attention_mask.shape}."
+            f"segment_ids must have the shape {input_ids.shape} of input_ids: {segment_ids.shape}."
         )
-    for name, x in (("positions", positions), ("segment_ids", segment_ids)):
-        if x is not None and x.shape != input_ids.shape:
-            raise ValueError(
-                f"{name} must have the shape {input_ids.shape} of input_ids: {x.shape}."
-            )
-    if segment_ids is not None and slots != input_ids.shape[1:]:
+    if cache is not None:
         raise ValueError("segment_ids are for whole rows, and there is a cache: leave one out.")
 
 
@@ -353,6 +318,7 @@ def _family(model_type: str, architecture: str) -> Family:
         prefix="model.",
         ignored=("layers.*.self_attn.rotary_emb.inv_freq", "rotary_emb.*"),
         targets=("q_proj", "v_proj"),
+        init_cache=init_cache,
     )
 
 

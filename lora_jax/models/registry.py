@@ -10,20 +10,10 @@ FAMILIES: tuple[Family, ...] = (
     bert.FAMILY,
     distilbert.FAMILY,
     gpt2.FAMILY,
-    roberta.FAMILY,
-    roberta.XLM,
-    t5.FAMILY,
-)
-from lora_jax.models.families import Family
-
-FAMILIES: tuple[Family, ...] = (
-    bert.FAMILY,
-    distilbert.FAMILY,
-    gpt2.FAMILY,
-    roberta.FAMILY,
-    roberta.XLM,
-    t5.FAMILY,
     *llama.FAMILIES,
+    roberta.FAMILY,
+    roberta.XLM,
+    t5.FAMILY,
 )
 
 

@@ -161,3 +161,11 @@ def test_transformers_opens_merged_weights(row, tmp_path):
     auto = transformers.AutoModelForCausalLM
     scan = row in ("Mistral", "Gemma 3")
     family.check_merged_export(ROWS[row], 2, tmp_path, auto=auto, scan_layers=scan)
+
+
+@rows("generation")
+@pytest.mark.parametrize("seed", range(2))
+def test_greedy_text(row, seed, tmp_path):
+    left = lambda config, seed: family.padded_ids(config.vocab_size, seed, left=True)
+    tiny = ROWS[row]._replace(inputs=left)
+    family.check_generation(tiny, seed, tmp_path, family.causal_text)
