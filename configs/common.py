@@ -73,3 +73,43 @@ def glue_config(task: str) -> ConfigDict:
     c.data.source = ""
     c.data.train_examples = 0
     return c
+
+
+def language_config() -> ConfigDict:
+    """The same fields as far as they fit a causal language model, and those of writing."""
+    c = base_config()
+    del c.task, c.model.num_labels, c.model.labels
+    c.model.name = "gpt2"
+    c.model.tokenizer = ""  # directory with the tokeniser's files, if not that of the model
+    c.lora.targets = ("c_attn",)
+    c.lora.train = ()
+    c.data = ConfigDict()
+    c.data.source = ""  # directory of the files
+    c.data.seed = 0  # what is held out, and the order of the texts
+    c.data.holdout = 0  # evaluate on so many of the training file, not on a validation file
+    c.data.buckets = (64, 96, 128, 192)  # as in base_config; they must hold the longest text
+    c.data.alike = 0
+    c.label_smoothing = 0.0
+    return c
+
+
+def e2e_config() -> ConfigDict:
+    """The fields that every config of the E2E NLG challenge has."""
+    c = language_config()
+    c.data.train, c.data.validation, c.data.test = "train.txt", "valid.txt", "test.txt"
+    c.data.test_meanings = 0  # write for the first so many meanings of the test file; 0 for all
+    c.decode = ConfigDict()  # the fields of lora_jax.models.decoding.Decoding
+    c.decode.max_new_tokens = 64
+    c.decode.beams = 10
+    c.decode.length_penalty = 0.9
+    c.decode.early_stopping = False
+    c.decode.no_repeat_ngram = 4
+    c.decode.sample = False
+    c.decode.temperature = 1.0
+    c.decode.top_k = 0
+    c.decode.top_p = 1.0
+    c.decode.seed = 0  # of sampling
+    c.decode.batch_size = 16  # meanings at a time
+    c.decode.buckets = ()  # lengths that meanings are padded to, besides the longest one's
+    c.decode.unadapted = True  # whether the model without the adapter is scored, too
+    return c

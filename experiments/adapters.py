@@ -11,9 +11,11 @@ from lora_jax import adapter as adapters
 from lora_jax import paths, peft, serialize
 from lora_jax.lowrank import LowRank
 from lora_jax.models import checkpoints, registry
-from lora_jax.models.families import SEQ2SEQ_LM
+from lora_jax.models.families import CAUSAL_LM, SEQ2SEQ_LM
 
 PyTree = Any
+
+_TASK_TYPES = {CAUSAL_LM: "CAUSAL_LM", SEQ2SEQ_LM: "SEQ_2_SEQ_LM"}  # PEFT's words
 
 
 def load(
@@ -100,7 +102,7 @@ def save_peft(
     *,
     base: str | None,
 ) -> None:
-    """Writes an adapter for a classifier in PEFT's format.
+    """Writes an adapter in PEFT's format.
 
     Args:
       directory: to write.
@@ -124,8 +126,8 @@ def save_peft(
     head = adapters.nodes(adapter).get(f"params/{loaded.family.labelled}/kernel")
     if not config.origin and head is not None and not isinstance(head, LowRank):
         about |= {"task_type": "SEQ_CLS"}
-    if not config.origin and loaded.head == SEQ2SEQ_LM:
-        about |= {"task_type": "SEQ_2_SEQ_LM"}
+    if not config.origin and loaded.head in _TASK_TYPES:
+        about |= {"task_type": _TASK_TYPES[loaded.head]}
     table = checkpoints.names(loaded)
     peft.save_peft(directory, loaded.params, adapter, config, names=table, **about)
 

@@ -12,15 +12,21 @@ from pathlib import Path
 from absl import flags
 
 import lora_jax as lora
-from experiments import adapters, classifier, cli
+from experiments import adapters, classifier, cli, language
 from lora_jax.models import checkpoints
-from lora_jax.models.families import CLASSIFIER
+from lora_jax.models.families import CAUSAL_LM, CLASSIFIER, SEQ2SEQ_LM
 
 _ADAPTER = flags.DEFINE_string("adapter", None, "Directory of the adapter.", required=True)
 _MODEL = flags.DEFINE_string("model", None, "The base model, if it moved since training.")
 _OUT = flags.DEFINE_string("out", None, "Directory to write.", required=True)
 _MERGED = flags.DEFINE_bool("merged", False, "Write a Hugging Face directory of merged weights.")
 _PEFT = flags.DEFINE_bool("peft", False, "Write the adapter in PEFT's format.")
+
+_AUTO = {
+    CLASSIFIER: "SequenceClassification",
+    SEQ2SEQ_LM: "Seq2SeqLM",
+    CAUSAL_LM: "CausalLM",
+}
 
 
 def main(argv: list[str]) -> None:
@@ -35,7 +41,9 @@ def main(argv: list[str]) -> None:
     out = Path(_OUT.value)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty directory; choose another --out.")
-    model = classifier.load(_ADAPTER.value, model=_MODEL.value)
+    is_language = language.is_language(_ADAPTER.value, model=_MODEL.value)
+    load = language.load if is_language else classifier.load
+    model = load(_ADAPTER.value, model=_MODEL.value)
     for note in model.notes:
         print(f"assumed: {note}", file=sys.stderr)
     if _PEFT.value:
@@ -48,8 +56,7 @@ def main(argv: list[str]) -> None:
     head = model.loaded.head
     labels = model.labels if head == CLASSIFIER else ()
     checkpoints.save_hf(out, merged, model.loaded.checkpoint, head=head, labels=labels)
-    auto = "SequenceClassification" if head == CLASSIFIER else "Seq2SeqLM"
-    print(f"Wrote {out}: open it with transformers, AutoModelFor{auto}.")
+    print(f"Wrote {out}: open it with transformers, AutoModelFor{_AUTO[head]}.")
 
 
 if __name__ == "__main__":

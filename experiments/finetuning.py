@@ -1,6 +1,7 @@
-"""One run on a task of GLUE, from the command line: what ``sst2`` and ``glue`` share."""
+"""One run from the command line: the options of all, and what ``sst2`` and ``glue`` do."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from absl import flags
@@ -17,9 +18,7 @@ flags.mark_flag_as_required("config")
 
 def main(argv: list[str]) -> None:
     """Trains, and says what to do next."""
-    if argv:
-        raise ValueError(f"Unexpected arguments {argv}; options start with --.")
-    config, workdir = _config(), Path(_WORKDIR.value)
+    config, workdir = command_line(argv, settings.resolved)
     logging.getLogger("lora_jax").setLevel(logging.ERROR)  # the report says what is fresh
     settings.check(config)
     if not config.adapter:  # whose settings are not known yet
@@ -44,9 +43,21 @@ def main(argv: list[str]) -> None:
     )
 
 
-def _config() -> ConfigDict:
-    """The config with the adapter of the command line in it, so that the run's directory has it."""
-    config = settings.resolved(_CONFIG.value)
+def command_line(
+    argv: list[str], resolved: Callable[[ConfigDict], ConfigDict]
+) -> tuple[ConfigDict, Path]:
+    """The config, with the adapter of the command line in it, and the run's directory.
+
+    Args:
+      argv: what is no option; there must be none.
+      resolved: puts into a copy of the config what it leaves open.
+
+    Raises:
+      ValueError: unexpected arguments, or settings that an adapter brings along itself.
+    """
+    if argv:
+        raise ValueError(f"Unexpected arguments {argv}; options start with --.")
+    config = resolved(_CONFIG.value)
     if _ADAPTER.value:
         config.adapter = _ADAPTER.value
     fixed = config_flags.get_override_values(flags.FLAGS["config"])
@@ -56,4 +67,4 @@ def _config() -> ConfigDict:
             f"{', '.join(fixed)} can't be set together with an adapter to go on from, which has "
             "its own; lora.dropout can."
         )
-    return config
+    return config, Path(_WORKDIR.value)

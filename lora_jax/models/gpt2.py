@@ -66,6 +66,11 @@ class GPT2Config:
         """Width of a head."""
         return self.n_embd // self.n_head
 
+    @property
+    def positions(self) -> int:
+        """How long a text may be, in tokens."""
+        return self.n_positions
+
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "GPT2Config":
         """Reads a parsed ``config.json``; keys that do not shape the model are left out.

@@ -10,34 +10,49 @@ from lora_jax.models.hub import Checkpoint
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> tokenizers.Tokenizer:
-    """The checkpoint's own tokeniser, from tokenizer.json or, failing that, vocab.txt.
+    """The checkpoint's own tokeniser; see :func:`read_tokenizer`."""
+    return read_tokenizer(checkpoint.directory)
 
-    It adds ``[CLS]`` and ``[SEP]``; it neither pads nor truncates, whatever the file says.
+
+def read_tokenizer(directory: str | Path) -> tokenizers.Tokenizer:
+    """The tokeniser in a directory: tokenizer.json or, failing that, its vocabulary.
+
+    That is ``vocab.txt``, as BERT has it, or ``vocab.json`` with ``merges.txt``, as GPT-2 does.
+    BERT's adds ``[CLS]`` and ``[SEP]``, GPT-2's nothing; none pads or truncates, whatever the file
+    says.
 
     Raises:
-      ValueError: there is neither file, or it is damaged.
+      ValueError: there is no such file, or it is damaged.
     """
-    directory = checkpoint.directory
-    fast, vocabulary = directory / "tokenizer.json", directory / "vocab.txt"
-    if not fast.is_file() and not vocabulary.is_file():
-        there = ", ".join(sorted(p.name for p in directory.iterdir())) or "nothing"
+    directory = Path(directory)
+    read = {"tokenizer.json": _whole, "vocab.txt": _wordpiece, "vocab.json": _byte_level}
+    source = next((name for name in read if (directory / name).is_file()), None)
+    if source is None:
+        there = ", ".join(sorted(p.name for p in directory.glob("*"))) or "nothing"
         raise ValueError(
-            f"No tokeniser in {directory}, which holds {there}; put the model's tokenizer.json or "
-            "vocab.txt there."
+            f"No tokeniser in {directory}, which holds {there}; put the model's tokenizer.json, "
+            "vocab.txt, or vocab.json with merges.txt there."
         )
-    source = fast if fast.is_file() else vocabulary
     try:
-        if source is fast:
-            tokenizer = tokenizers.Tokenizer.from_file(str(fast))
-        else:
-            tokenizer = _wordpiece(directory)
+        tokenizer = read[source](directory)
     except Exception as error:  # the Rust library raises bare Exception for a damaged file
         raise ValueError(
-            f"The tokeniser {source} is damaged: {error}. Download or copy it again."
+            f"The tokeniser {directory / source} is damaged: {error}. Download or copy it again."
         ) from error
     tokenizer.no_padding()  # the data pipeline pads to its own lengths
     tokenizer.no_truncation()
     return tokenizer
+
+
+def _whole(directory: Path) -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+
+
+def _byte_level(directory: Path) -> tokenizers.Tokenizer:
+    files = (str(directory / "vocab.json"), str(directory / "merges.txt"))
+    made = implementations.ByteLevelBPETokenizer.from_file(*files)
+    made.add_special_tokens([t for t in ("<|endoftext|>",) if made.token_to_id(t) is not None])
+    return tokenizers.Tokenizer.from_str(made.to_str())
 
 
 def _wordpiece(directory: Path) -> tokenizers.Tokenizer:

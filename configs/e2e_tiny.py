@@ -1,0 +1,32 @@
+r"""E2E with a small GPT-2 that was trained from nothing: the whole path in minutes on a CPU.
+
+    python -m experiments.e2e_nlg --config=configs/e2e_tiny.py --workdir=runs/e2e_tiny \
+        --config.data.source=DIRECTORY_OF_E2E
+
+expected: not yet measured
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config() -> ConfigDict:
+    """Rank 16 on every linear layer."""
+    c = common.e2e_config()
+    c.model.name = "runs/e2e_base/model"
+    c.lora.rank = 16
+    c.lora.alpha = 32.0
+    c.lora.targets = ("all-linear",)
+    c.lora.dropout = 0.0
+    c.data.train, c.data.validation = "valid.txt", ""  # the training file is not at hand everywhere
+    c.data.holdout = 40
+    c.data.buckets = (56, 64, 80, 192)
+    c.data.alike = 20
+    c.batch_size = 32
+    c.epochs = 8
+    c.optimizer.learning_rate = 4e-3
+    c.optimizer.warmup = 0.05
+    c.decode.beams = 4
+    c.decode.batch_size = 32
+    return c.lock()

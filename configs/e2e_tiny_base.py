@@ -1,0 +1,36 @@
+r"""A small GPT-2 from nothing, on the lines of the E2E data: the base of configs/e2e_tiny.py.
+
+    python -m experiments.pretrain --config=configs/e2e_tiny_base.py --workdir=runs/e2e_base \
+        --config.data.source=DIRECTORY_OF_E2E
+
+expected: not yet measured
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config() -> ConfigDict:
+    """Four layers of width 128, all parameters trained."""
+    c = common.language_config()
+    c.model = ConfigDict()  # fields of lora_jax.models.gpt2.GPT2Config
+    c.model.vocab_size = 1000  # at most; of the tokeniser that is made
+    c.model.n_positions = 192
+    c.model.n_embd = 128
+    c.model.n_layer = 4
+    c.model.n_head = 4
+    c.model.resid_pdrop = c.model.embd_pdrop = c.model.attn_pdrop = 0.0
+    c.lora.targets = ()
+    c.lora.train = ("re:.*",)
+    c.lora.dropout = 0.0
+    c.data.train = "valid.txt"
+    c.data.holdout = 40
+    c.data.length = 128  # tokens in a row
+    c.data.buckets = (128,)
+    c.batch_size = 8
+    c.eval_batch_size = 8
+    c.epochs = 8
+    c.optimizer.learning_rate = 2e-3
+    c.optimizer.warmup = 0.05
+    return c.lock()

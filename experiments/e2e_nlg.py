@@ -1,0 +1,90 @@
+r"""Adapts GPT-2 to write texts for meaning representations, and scores what it writes.
+
+    python -m experiments.e2e_nlg --config=configs/gpt2_medium_e2e.py --workdir=runs/e2e \
+        --config.data.source=DIRECTORY_OF_E2E
+
+It trains, then writes a text for each meaning of the test file by beam search, and prints BLEU and
+chrF of the unadapted model and of the adapted one. Run again with the same config, it goes on where
+it stopped. With --adapter it starts from a trained adapter, of this library or in PEFT's format.
+With --evaluate nothing is trained: the unadapted model is scored, and the adapter if one is given.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from experiments import adapters, classification, cli, e2e, finetuning, train, workdirs
+from experiments.e2e import Writer, Written
+from lora_jax.files import write_atomically
+
+_EVALUATE = flags.DEFINE_bool("evaluate", False, "Train nothing; score the model as it is.")
+
+SCORES, TEXTS = "scores.json", "texts.jsonl"
+
+
+def main(argv: list[str]) -> None:
+    """Trains, writes and scores."""
+    config, workdir = finetuning.command_line(argv, e2e.resolved)
+    logging.getLogger("lora_jax").setLevel(logging.ERROR)
+    e2e.check(config)
+    if not config.adapter and not _EVALUATE.value:  # whose settings are not known yet
+        workdirs.check(workdir, config)
+    writer = e2e.load(config)
+    directory = config.adapter if _EVALUATE.value else _trained(config, writer, workdir)
+    found = {}
+    if config.decode.unadapted or not directory:
+        found["unadapted"] = _scored("unadapted", config, writer)
+    if directory:
+        adapter, _ = adapters.load(directory, writer.loaded)
+        found["adapted"] = _scored("adapted", config, writer, adapter)
+    _report(workdir, found)
+    if directory:
+        print(
+            f"Next:\n  python -m experiments.export --adapter={directory} "
+            f"--out={workdir / 'merged'} --merged"
+        )
+
+
+def _trained(config: ConfigDict, writer: Writer, workdir: Path) -> Path:
+    """Trains, and says where the best adapter is."""
+    task, lora_config = e2e.make_task(config, writer)
+    if config.adapter:
+        with config.unlocked():
+            config.lora = classification.settings(lora_config)
+    best = train.train(task, config, lora_config, workdir)
+    print(
+        f"best validation loss {best.best_loss:.4f} at step {best.best_step}; "
+        f"{best.seconds / 60:.1f} minutes; curves in {workdir / workdirs.CURVES}",
+        flush=True,
+    )
+    return workdir / workdirs.ADAPTER
+
+
+def _scored(name: str, config: ConfigDict, writer: Writer, adapter: Any = None) -> Written:
+    written = e2e.write(config, writer, adapter)
+    scores = ", ".join(f"{score} {x:.2f}" for score, x in written.scores.items())
+    print(f"{name}: {scores} ({len(written.texts)} meanings)", flush=True)
+    return written
+
+
+def _report(workdir: Path, found: dict[str, Written]) -> None:
+    """Puts scores and texts into files."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    scores = {name: written.scores for name, written in found.items()}
+    write_atomically(workdir / SCORES, (json.dumps(scores, indent=2) + "\n").encode())
+    meanings = next(iter(found.values())).texts
+    lines = [
+        {"meaning": meaning} | {name: written.texts[meaning] for name, written in found.items()}
+        for meaning in meanings
+    ]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_atomically(workdir / TEXTS, text.encode())
+    print(f"texts in {workdir / TEXTS}, scores in {workdir / SCORES}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,106 @@
+r"""Trains a small GPT-2 from nothing, as a plain language model, on the lines of the E2E data.
+
+    python -m experiments.pretrain --config=configs/e2e_tiny_base.py --workdir=runs/e2e_base \
+        --config.data.source=DIRECTORY_OF_E2E
+
+Each meaning representation and each reference is a text of its own, and texts follow each other in
+random order, as in GPT-2's own training: the model learns both languages, and nothing of how the
+one is put into the other. The tokeniser is made from the same texts. ``WORKDIR/model`` is a
+directory as Hugging Face has it. Training in full is a value of the adapter's config: the loop is
+the one that adapts.
+"""
+
+import json
+import logging
+from pathlib import Path
+
+import jax
+import tokenizers
+from ml_collections import ConfigDict
+
+import lora_jax as lora
+from experiments import cli, e2e_data, finetuning, language, optimisers, train, workdirs
+from experiments.sources import permutation
+from lora_jax.files import write_atomically
+from lora_jax.models import checkpoints, gpt2, hub
+from lora_jax.models.families import CAUSAL_LM, TOKENS
+
+START, MODEL = "start", "model"
+_END = "<|endoftext|>"
+_LEAST = {
+    "batch_size": 1, "eval_batch_size": 1, "epochs": 1, "log_every": 1, "checkpoint_every": 0,
+    "data.holdout": 1, "data.seed": 0, "data.alike": 0,
+    "data.length": 2, "model.vocab_size": 257,
+}  # fmt: skip
+
+
+def main(argv: list[str]) -> None:
+    """Makes tokeniser and model, trains, and saves."""
+    config, workdir = finetuning.command_line(argv, lambda c: c.copy_and_resolve_references())
+    logging.getLogger("lora_jax").setLevel(logging.ERROR)
+    optimisers.check(config.optimizer)
+    language.check_sizes(config, _LEAST)
+    workdirs.check(workdir, config)
+    pairs = e2e_data.read(config.data.source, config.data.train)
+    parts = e2e_data.split(pairs, config.data.holdout, config.data.seed)
+    training, evaluation = (_lines(part) for part in parts)
+    tokenizer = make_tokenizer(training, config.model.vocab_size)
+    loaded = make_model(workdir / START, config, tokenizer)
+    texts = [packed(lines, tokenizer, config.data) for lines in (training, evaluation)]
+    task, settings = language.make_task(config, loaded, *texts)
+    best = train.train(task, config, settings, workdir)
+    adapter, _ = lora.load(workdir / workdirs.ADAPTER, loaded.params, base=loaded.base_id)
+    merged = lora.merge(loaded.params, adapter)
+    checkpoints.save_hf(workdir / MODEL, merged, loaded.checkpoint, head=CAUSAL_LM)
+    print(
+        f"best validation loss {best.best_loss:.4f} at step {best.best_step}; "
+        f"{best.seconds / 60:.1f} minutes; the model is in {workdir / MODEL}"
+    )
+
+
+def _lines(pairs: e2e_data.Pairs) -> list[str]:
+    """Texts with a space before them, as what is written after a meaning has; meanings once."""
+    return [*dict.fromkeys(pairs.meanings), *(f" {text}" for text in pairs.texts)]
+
+
+def make_tokenizer(lines: list[str], vocab_size: int) -> tokenizers.Tokenizer:
+    """A byte-level BPE like GPT-2's, from these lines; the same lines always give the same."""
+    made = tokenizers.ByteLevelBPETokenizer()
+    made.train_from_iterator(
+        lines, vocab_size=vocab_size, special_tokens=[_END], show_progress=False
+    )
+    return tokenizers.Tokenizer.from_str(made.to_str())
+
+
+def packed(lines: list[str], tokenizer: tokenizers.Tokenizer, c: ConfigDict) -> language.Texts:
+    """All lines in random order, each after the token that ends one, cut to ``c.length`` tokens."""
+    end = tokenizer.token_to_id(_END)
+    rows = tokenizer.encode_batch_fast(lines)
+    stream = [t for k in permutation(len(rows), c.seed, stream=0) for t in (end, *rows[k].ids)]
+    pieces = [stream[k : k + c.length] for k in range(0, len(stream), c.length)]
+    return language.texts([(p[:1], p[1:]) for p in pieces if len(p) > 1], pad_id=end)
+
+
+def make_model(
+    directory: Path, config: ConfigDict, tokenizer: tokenizers.Tokenizer
+) -> checkpoints.Loaded:
+    """A model with random values, drawn by the config's seed, in a directory of its own."""
+    end = tokenizer.token_to_id(_END)
+    sizes = {n: x for n, x in config.model.to_dict().items() if n in _SIZES}
+    shape = gpt2.GPT2Config(**sizes | {"vocab_size": tokenizer.get_vocab_size()})
+    about = shape.to_hf() | {"bos_token_id": end, "eos_token_id": end}
+    model = gpt2.GPT2LMHeadModel(shape)
+    params = jax.jit(model.init)(jax.random.key(config.seed), jax.numpy.zeros(TOKENS.shape, int))
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomically(directory / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
+    weights = (directory / hub.WEIGHTS,)
+    here = hub.Checkpoint(str(directory), directory, json.loads(json.dumps(about)), weights, "made")
+    checkpoints.save_hf(directory, params, here, head=CAUSAL_LM)
+    return checkpoints.load(directory, head=CAUSAL_LM)
+
+
+_SIZES = ("n_positions", "n_embd", "n_layer", "n_head", "resid_pdrop", "embd_pdrop", "attn_pdrop")
+
+
+if __name__ == "__main__":
+    cli.run(main)
