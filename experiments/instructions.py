@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import functools
+import inspect
 from typing import Any
 
 import jax
@@ -75,7 +76,7 @@ def make_task(config: ConfigDict) -> tuple[train.Task, lora.LoRAConfig]:
         dtype=classification.dtype(config.model.dtype),
         scan_layers=config.model.scan_layers,
     )
-    _check_positions(config, loaded)
+    _check_model(config, loaded)
     tokenizer = checkpoints.load_tokenizer(loaded.checkpoint)
     training, evaluation = (
         packed(config, some, loaded.checkpoint, tokenizer) for some in load_conversations(config)
@@ -104,13 +105,19 @@ def make_task(config: ConfigDict) -> tuple[train.Task, lora.LoRAConfig]:
     return task, settings
 
 
-def _check_positions(config: ConfigDict, loaded: checkpoints.Loaded) -> None:
-    c = loaded.model.config
+def _check_model(config: ConfigDict, loaded: checkpoints.Loaded) -> None:
+    name, c = loaded.checkpoint.name, loaded.model.config
     positions = getattr(c, "positions", None) or getattr(c, "max_position_embeddings", None)
     if positions and config.data.max_length > positions:
         raise ValueError(
             f"data.max_length {config.data.max_length} goes beyond the {positions} positions that "
-            f"{loaded.checkpoint.name} was made for; lower it."
+            f"{name} was made for; lower it."
+        )
+    takes = inspect.signature(type(loaded.model).__call__).parameters
+    if config.data.packing and "segment_ids" not in takes:
+        raise ValueError(
+            f"{name} is a {type(loaded.model).__name__}, which can't keep several texts in a row "
+            "apart: set data.packing to False."
         )
 
 

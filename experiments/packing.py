@@ -29,6 +29,11 @@ class Packed(NamedTuple):
     rows: tuple[tuple[int, ...], ...]
     length: int
 
+    @property
+    def shared(self) -> bool:
+        """Whether texts share a row anywhere."""
+        return any(len(row) > 1 for row in self.rows)
+
 
 def pack(texts: Texts, length: int) -> Packed:
     """Fills rows of ``length`` tokens: the longest texts first, each where it fits best.
@@ -85,8 +90,9 @@ def train_batch(packed: Packed, step: int, *, seed: int, batch_size: int) -> Bat
     with copies, of weight 0, of its first row.
 
     Returns:
-      ``input_ids``, ``attention_mask``, ``positions``, ``segment_ids`` and ``counts``, each
-      ``(batch_size, length)`` int32, and ``weights`` ``(batch_size,)`` float32.
+      ``input_ids``, ``attention_mask`` and ``counts``, each ``(batch_size, length)`` int32, and
+      ``weights`` ``(batch_size,)`` float32; where texts share rows, ``positions`` and
+      ``segment_ids`` as well.
     """
     epoch, place = divmod(step, data.steps_per_epoch(len(packed.rows), batch_size))
     order = _order(len(packed.rows), seed, epoch)
@@ -111,6 +117,8 @@ def _batch(packed: Packed, chosen: np.ndarray, batch_size: int) -> Batch:
     rows = [_row(packed, packed.rows[k]) for k in filled]
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     batch["attention_mask"] = (batch["segment_ids"] > 0).astype(np.int32)
+    if not packed.shared:
+        del batch["positions"], batch["segment_ids"]
     return batch | {"weights": (np.arange(batch_size) < len(chosen)).astype(np.float32)}
 
 

@@ -75,7 +75,8 @@ def test_words_that_occur_elsewhere_do_not_mislead():
 @pytest.mark.parametrize("source, message", [
     ("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}",
      "message 2: the prompt for it is written differently.*generation"),
-    (PLAIN.replace("\n{% endfor %}", "{{ '' if loop.last else ';' }}\n{% endfor %}"),
+    (PLAIN.replace("\n{% endfor %}", "{{ ';' if not loop.last }}\n{% endfor %}", 1)
+     .replace("if not loop.last", "if m.role == 'assistant' and not loop.last"),
      "message 2: it is written differently.*generation"),
 ])  # fmt: skip
 def test_templates_that_hide_the_turns_are_refused(source, message):

@@ -32,7 +32,7 @@ def overrides(root):
     return {
         "model.name": root / "model", "model.dtype": "float32", "data.train": root / "data.jsonl",
         "data.holdout": 6, "data.max_length": 48, "batch_size": 4, "eval_batch_size": 2,
-        "epochs": 12, "lora.rank": 8, "lora.alpha": 32.0, "optimizer.learning_rate": 0.02,
+        "epochs": 8, "lora.rank": 8, "lora.alpha": 32.0, "optimizer.learning_rate": 0.02,
     }  # fmt: skip
 
 
@@ -48,42 +48,41 @@ def finished(tmp_path_factory):
 
 def test_training_learns_and_reports(finished):
     root, said = finished
-    assert "trainable params:" in said and "42 conversations" in said
+    assert "trainable params:" in said and "94 conversations" in said
     assert f'python -m experiments.chat --adapter={root}/run/adapter "Who are you?"' in said
     lines = [json.loads(x) for x in (root / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
-    assert len(losses) == 12
+    assert len(losses) == 8
     assert losses[-1] < 0.05 < 0.5 < losses[0]
     assert max(line["eval_accuracy"] for line in lines if "eval_loss" in line) > 0.99
 
 
 def test_it_answers(finished):
     root, _ = finished
-    said = run("chat", f"--adapter={root / 'run' / 'adapter'}", "what is horse?")
-    assert said == "a animal\n"
     asked = "what is red?\n\nwhat is two?\n"
     said = run("chat", f"--adapter={root / 'run' / 'adapter'}", stdin=asked)
     assert said == "a colour\na number\n"
 
 
-def test_export_to_both_formats_keeps_the_answers(finished, tmp_path):
+def test_the_adapter_in_the_format_of_peft_answers_too(finished, tmp_path):
     root, _ = finished
-    adapter = root / "run" / "adapter"
-    run("export", f"--adapter={adapter}", f"--out={tmp_path / 'peft'}", "--peft")
-    assert peft.read_words(tmp_path / "peft")["task_type"] == "CAUSAL_LM"
-    speaker = replies.load(str(tmp_path / "peft"), max_new_tokens=6)
-    assert replies.reply(speaker, [tiny_llama.question("seven")]) == "a number"
-    run("export", f"--adapter={adapter}", f"--out={tmp_path / 'merged'}", "--merged")
-    merged = checkpoints.load(tmp_path / "merged", head="causal-lm")
-    found = language.load(adapter)
-    ours = lora.merge(found.loaded.params, found.adapter)
+    out = tmp_path / "peft"
+    run("export", f"--adapter={root / 'run' / 'adapter'}", f"--out={out}", "--peft")
+    assert peft.read_words(out)["task_type"] == "CAUSAL_LM"
+    assert run("chat", f"--adapter={out}", "--max_new_tokens=9", "what is horse?") == "a animal\n"
+
+
+def test_merged_weights_and_the_chat_template_are_saved(finished, tmp_path):
+    root, _ = finished
+    found = language.load(root / "run" / "adapter")
     assert found.loaded.model.scan_layers
-    name = "q_proj"
-    stacked = ours["params"]["model"]["layers"]["self_attn"][name]["kernel"][1]
-    plain = merged.params["params"]["model"]["layers_1"]["self_attn"][name]["kernel"]
-    np.testing.assert_array_equal(stacked, plain)
+    ours = lora.merge(found.loaded.params, found.adapter)
+    checkpoints.save_hf(tmp_path, ours, found.loaded.checkpoint, head="causal-lm")
+    merged = checkpoints.load(tmp_path, head="causal-lm").params["params"]["model"]
+    stacked = ours["params"]["model"]["layers"]["self_attn"]["q_proj"]["kernel"][1]
+    np.testing.assert_array_equal(stacked, merged["layers_1"]["self_attn"]["q_proj"]["kernel"])
     for file in ("tokenizer.json", "tokenizer_config.json"):
-        assert (tmp_path / "merged" / file).read_bytes() == (root / "model" / file).read_bytes()
+        assert (tmp_path / file).read_bytes() == (root / "model" / file).read_bytes()
 
 
 def test_stop_tokens_are_all_that_the_files_name(tmp_path):
@@ -121,22 +120,25 @@ def test_all_mistakes_of_a_config_are_told(tmp_path):
 
 def test_mistakes_found_with_the_data(tmp_path):
     tiny_llama.checkpoint(tmp_path / "model")
-    tiny_llama.data(tmp_path / "data.jsonl", repeat=1)
+    tiny_llama.data(tmp_path / "data.jsonl", count=6)
     with pytest.raises(ValueError, match="holdout 6 leaves nothing of the 6 conversations"):
         instructions.make_task(config(tmp_path))
     with pytest.raises(ValueError, match="max_length 65 goes beyond the 64 positions"):
         instructions.make_task(config(tmp_path, **{"data.max_length": 65}))
+    golden = ROOT / "tests" / "goldens" / "gpt2" / "plain"  # scripts/make_gpt2_goldens.py
+    with pytest.raises(ValueError, match="is a GPT2LMHeadModel.*data.packing"):
+        instructions.make_task(config(tmp_path, **{"model.name": golden, "data.max_length": 8}))
 
 
 def test_a_file_for_validation_and_no_packing(tmp_path):
     tiny_llama.checkpoint(tmp_path / "model")
-    tiny_llama.data(tmp_path / "data.jsonl", repeat=2)
-    tiny_llama.data(tmp_path / "other.jsonl", repeat=1)
+    tiny_llama.data(tmp_path / "data.jsonl", count=12)
+    tiny_llama.data(tmp_path / "other.jsonl", count=6)
     changes = {"data.holdout": 0, "data.validation": tmp_path / "other.jsonl"}
     task, settings = instructions.make_task(config(tmp_path, **changes, **{"data.packing": False}))
     batches = list(task.eval_batches())
     assert sum(b["weights"].sum() for b in batches) == 6
-    assert {b["segment_ids"].max() for b in batches} == {1}
+    assert all("segment_ids" not in b for b in batches)
     assert settings.targets == ("all-linear",)
     packed, _ = instructions.make_task(config(tmp_path, **changes))
     assert packed.steps_per_epoch < task.steps_per_epoch

@@ -67,12 +67,12 @@ def answer(word):
     return {"role": "assistant", "content": f"a {QUESTIONS[word]}"}
 
 
-def data(path, repeat=8):
+def data(path, count=100):
     """Conversations of one and of two turns."""
-    words = list(QUESTIONS)
+    rng = np.random.default_rng(0)
     lines = []
-    for k in range(repeat * len(words)):
-        asked = [words[k % len(words)], words[(k // 2 + k // 5) % len(words)]][: 1 + k % 2]
+    for k in range(count):
+        asked = rng.choice(list(QUESTIONS), 1 + k % 2)
         messages = [m for word in asked for m in (question(word), answer(word))]
         lines.append(json.dumps({"messages": messages}))
     path.write_text("\n".join(lines) + "\n")
