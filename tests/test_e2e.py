@@ -265,6 +265,16 @@ def test_run_again_it_trains_no_more_and_writes_the_same(finished):
     assert (root / "run" / "texts.jsonl").read_bytes() == before
 
 
+def test_the_unadapted_model_can_be_scored_alone(finished, tmp_path):
+    root, arguments, _ = finished
+    given = [a for a in arguments if not a.startswith("--workdir")]
+    done = run(*given, f"--workdir={tmp_path}", "--evaluate")
+    assert done.returncode == 0, done.stderr[-2000:]
+    scores = json.loads((root / "run" / "scores.json").read_text())
+    found = json.loads((tmp_path / "scores.json").read_text())
+    assert found == {"unadapted": scores["unadapted"]}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
