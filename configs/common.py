@@ -84,6 +84,7 @@ def language_config() -> ConfigDict:
     c = base_config()
     del c.task, c.model.num_labels, c.model.labels
     c.model.name = "gpt2"
+    c.model.scan_layers = False  # the layers in one array a parameter, compiled once
     c.model.tokenizer = ""  # directory with the tokeniser's files, if not that of the model
     c.lora.targets = ("c_attn",)
     c.lora.train = ()

@@ -208,6 +208,7 @@ def load(directory: str | Path, *, model: str | None = None) -> LanguageModel:
         about = serialize.read_metadata(directory).get("model", {})
         name = model or about.get("name")
         options["dtype"] = classification.dtype(about.get("dtype", "float32"))
+        options["scan_layers"] = about.get("scan_layers", False)
     if not name:
         raise ValueError(
             f"The adapter in {directory} does not name its base; give it with --model."

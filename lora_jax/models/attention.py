@@ -1,6 +1,7 @@
 """The attention core that the models share."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ def attention(
     bias: Array,
     *,
     scale: float | None = None,
+    softcap: float | None = None,
     drop: Callable[[Array], Array] = lambda weights: weights,
 ) -> Array:
     """``softmax(scale·QKᵀ + bias)·V`` for each head (Vaswani et al. 2017, eq. 1).
@@ -34,6 +36,7 @@ def attention(
         broadcasts to ``(batch, heads, queries, keys)``. A row that is forbidden everywhere has
         equal weights.
       scale: of the products; None for ``1/√d``.
+      softcap: the largest absolute value of a scaled product, reached by a tanh; None for no bound.
       drop: dropout of the weights; it scales what it keeps.
 
     Returns:
@@ -48,7 +51,10 @@ def attention(
     heads_first = lambda x: x.swapaxes(1, 2)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     query, key, value = map(heads_first, (query * scale, key, value))
-    scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=high) + bias
+    scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=high)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    scores = scores + bias
     weights = jnp.exp(scores - lax.stop_gradient(scores.max(-1, keepdims=True)))
     total = weights.sum(-1, keepdims=True)
     if value.dtype != high:
@@ -57,3 +63,31 @@ def attention(
     weights = drop(weights.astype(value.dtype))
     y = jnp.einsum("bhqk,bhkd->bhqd", weights, value, preferred_element_type=high)
     return heads_first(y / total).astype(value.dtype)
+
+
+def grouped_attention(query: Array, key: Array, value: Array, bias: Array, **options: Any) -> Array:
+    """Attention with fewer heads of keys and values than of queries (Ainslie et al. 2023).
+
+    The queries of a group stand beside each other as if they were further positions, so that no
+    key or value is repeated.
+
+    Args:
+      query: ``(batch, queries, heads, d)``; ``heads / groups`` neighbours share a head of keys.
+      key: ``(batch, keys, groups, d)``.
+      value: ``(batch, keys, groups, d)``.
+      bias: ``(batch or 1, 1, queries, keys)``.
+      **options: as of :func:`attention`.
+
+    Returns:
+      As ``query``.
+
+    >>> x = jnp.ones((1, 3, 4, 2))
+    >>> grouped_attention(x, x[:, :, :2], x[:, :, :2], jnp.zeros((1, 1, 3, 3))).shape
+    (1, 3, 4, 2)
+    """
+    batch, n, heads, d = query.shape
+    groups = key.shape[2]
+    apart = query.reshape(batch, n, groups, heads // groups, d).swapaxes(2, 3)
+    bias = jnp.repeat(bias, heads // groups, axis=2)
+    y = attention(apart.reshape(batch, -1, groups, d), key, value, bias, **options)
+    return y.reshape(batch, n, -1, groups, d).swapaxes(2, 3).reshape(query.shape)

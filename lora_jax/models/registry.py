@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.models import bert, distilbert, gpt2, roberta, t5
+from lora_jax.models import bert, distilbert, gpt2, llama, roberta, t5
 from lora_jax.models.families import Family
 
 FAMILIES: tuple[Family, ...] = (
     bert.FAMILY,
     distilbert.FAMILY,
     gpt2.FAMILY,
+    *llama.FAMILIES,
     roberta.FAMILY,
     roberta.XLM,
     t5.FAMILY,

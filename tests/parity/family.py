@@ -51,6 +51,7 @@ class Case(NamedTuple):
       task_type: PEFT's word for the head.
       prepare: what is done to a new model before its values are drawn.
       scale: how wide they are drawn; where it is large, float32 itself is off by more than 1e-5.
+      norm: what the scales of norms are near (Gemma stores them less one).
     """
 
     head: str
@@ -61,6 +62,7 @@ class Case(NamedTuple):
     task_type: str | None = "SEQ_CLS"
     prepare: Callable = lambda model: None
     scale: float = 0.3
+    norm: float = 1.0
 
 
 def quiet(fn, *args, **kwargs):
@@ -73,12 +75,12 @@ def quiet(fn, *args, **kwargs):
 # --- Random models and inputs
 
 
-def draw(parameters, seed, *, scale=0.3):
-    """Wide values; the scales of norms, which alone are vectors called weight, are near one."""
+def draw(parameters, seed, *, scale=0.3, norm=1.0):
+    """Wide values; the scales of norms, which alone are vectors called weight, are near ``norm``."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in parameters:
-            one = 1.0 if p.ndim == 1 and name.endswith("weight") else 0.0
+            one = norm if p.ndim == 1 and name.endswith("weight") else 0.0
             p.copy_(scale * torch.randn(p.shape, generator=generator, dtype=torch.float64) + one)
 
 
@@ -86,7 +88,7 @@ def torch_model(case, seed, dtype=torch.float32):
     model = quiet(case.model, case.config(seed))
     case.prepare(model)
     model = model.to(dtype)
-    draw(model.named_parameters(), seed, scale=case.scale)
+    draw(model.named_parameters(), seed, scale=case.scale, norm=case.norm)
     model.tie_weights()
     return model.eval()
 

@@ -1,0 +1,46 @@
+r"""Instructions for a model of the Llama family: LoRA on all linear layers.
+
+    python -m experiments.instruct --config=configs/instruct_llama.py --workdir=runs/instruct \
+        --config.model.name=DIRECTORY_OF_A_MODEL --config.data.train=conversations.jsonl
+
+The settings are customary ones (rank 16 on every kernel, a learning rate of 2e-4 with 3% warm-up),
+in bfloat16. expected: not measured by this project; models that can chat take a GPU.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config() -> ConfigDict:
+    """All fields set; model.name and data.train are left to the command line."""
+    c = common.base_config()
+    del c.task
+    c.model = ConfigDict()
+    c.model.name = ""  # a directory, or a name to look up in cache and Hub
+    c.model.dtype = "bfloat16"  # of the activations: float32 or bfloat16
+    c.model.scan_layers = True  # one layer is compiled for all
+
+    c.lora.rank = 16
+    c.lora.alpha = 32.0
+    c.lora.targets = ("all-linear",)
+    c.lora.train = ()
+    c.lora.dropout = 0.05
+
+    c.data = ConfigDict()
+    c.data.train = ""  # JSON lines, one conversation each
+    c.data.validation = ""  # the same; or
+    c.data.holdout = 100  # so many conversations of data.train
+    c.data.seed = 0  # which are held out, and the order of the others
+    c.data.max_length = 1024  # tokens of a row; longer conversations are cut
+    c.data.packing = True  # several conversations share a row, without seeing each other
+    c.data.date = "2024-07-26"  # what chat templates that write the date are told it is
+
+    c.batch_size = 8  # rows
+    c.eval_batch_size = 8
+    c.epochs = 1
+    c.log_every = 5
+    c.optimizer.learning_rate = 2e-4
+    c.optimizer.warmup = 0.03
+    c.optimizer.weight_decay = 0.0
+    return c.lock()

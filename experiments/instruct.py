@@ -1,0 +1,40 @@
+r"""Fine-tunes a language model on conversations, such as Llama on instructions and answers.
+
+    python -m experiments.instruct --config=configs/instruct_llama.py --workdir=runs/instruct \
+        --config.model.name=DIRECTORY_OF_A_MODEL --config.data.train=conversations.jsonl
+
+A line of the file is {"messages": [{"role": "user", "content": "..."}, {"role": "assistant",
+"content": "..."}]}; the model's own chat template makes a text of it, of which only what the
+assistant says is learned. Several conversations share a row of a batch, without seeing each other.
+Resuming and --adapter are as in experiments.sst2; experiments.chat talks to the result.
+"""
+
+import logging
+
+from experiments import classification, cli, finetuning, instructions, train, workdirs
+
+
+def main(argv: list[str]) -> None:
+    """Trains, and says what to do next."""
+    config, workdir = finetuning.command_line(argv, lambda c: c.copy_and_resolve_references())
+    logging.getLogger("lora_jax").setLevel(logging.ERROR)  # the report says what is fresh
+    instructions.check(config)
+    if not config.adapter:  # whose settings are not known yet
+        workdirs.check(workdir, config)
+    task, lora_config = instructions.make_task(config)
+    if config.adapter:
+        with config.unlocked():
+            config.lora = classification.settings(lora_config)
+    best = train.train(task, config, lora_config, workdir)
+    adapter = workdir / workdirs.ADAPTER
+    print(
+        f"best validation loss {best.best_loss:.4f} nats a token at step {best.best_step}; "
+        f"{best.seconds / 60:.1f} minutes; curves in {workdir / workdirs.CURVES}\n"
+        "Next:\n"
+        f'  python -m experiments.chat --adapter={adapter} "Who are you?"\n'
+        f"  python -m experiments.export --adapter={adapter} --out={workdir / 'merged'} --merged"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

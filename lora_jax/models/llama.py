@@ -1,0 +1,325 @@
+"""The Llama family (Touvron et al. 2023): Llama 2 and 3, Mistral, Qwen 2 and 3, Gemma 2 and 3.
+
+The modules and their numbers are those of Hugging Face's ``LlamaForCausalLM`` and its relatives;
+each kernel is stored as Flax does, ``(d_in, d_out)``. What the relatives have and Llama has not is
+in :data:`lora_jax.models.llama_config.VARIANTS`, as is :func:`names`, the table between the two.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lora_jax.models import caches, rope
+from lora_jax.models.attention import grouped_attention
+from lora_jax.models.blocks import ACTIVATIONS, RMSNorm
+from lora_jax.models.caches import Cache
+from lora_jax.models.families import CAUSAL_LM, Family
+from lora_jax.models.llama_config import FULL, SLIDING, VARIANTS, LlamaConfig, names
+
+Array = jax.Array
+PyTree = Any
+
+
+def init_cache(
+    config: LlamaConfig,
+    batch: int,
+    length: int,
+    dtype: Any = jnp.float32,
+    *,
+    scan_layers: bool = False,
+) -> Cache:
+    """An empty cache with ``length`` slots.
+
+    >>> config = LlamaConfig(num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    >>> init_cache(config, 3, 5).layers[0]["k"].shape
+    (3, 5, 2, 8)
+    """
+    shape = (batch, length, config.num_key_value_heads, config.head_dim)
+    return caches.empty(shape, dtype, count=config.num_hidden_layers, stacked=scan_layers)
+
+
+class _View(NamedTuple):
+    """What a layer's attention needs besides its input: one for each kind of layer.
+
+    Attributes:
+      bias: added to the scores, ``(batch, 1, n, keys)``.
+      cos: of the rotation, ``(batch, n, head_dim / 2)``.
+      sin: the same.
+    """
+
+    bias: Array
+    cos: Array
+    sin: Array
+
+
+class _Part(nn.Module):
+    """A module of the model: computes in ``dtype`` with float32 parameters."""
+
+    config: LlamaConfig
+    dtype: Any = jnp.float32
+
+    def _dense(self, features: int, name: str, *, bias: bool = False) -> nn.Dense:
+        init = nn.initializers.normal(self.config.initializer_range)
+        return nn.Dense(features, use_bias=bias, kernel_init=init, dtype=self.dtype, name=name)
+
+    def _norm(self, name: str | None = None) -> RMSNorm:
+        offset = self.config.variant.norm_offset
+        return RMSNorm(self.config.rms_norm_eps, dtype=self.dtype, offset=offset, name=name)
+
+
+class LlamaAttention(_Part):
+    """Rotary self-attention with grouped queries."""
+
+    @nn.compact
+    def __call__(
+        self, x: Array, cache: PyTree, view: _View, index: Array | None, deterministic: bool
+    ) -> tuple[Array, PyTree]:
+        """``x`` is ``(batch, n, hidden)``; the layer's cache is written from ``index`` on."""
+        c, variant = self.config, self.config.variant
+        bias = c.attention_bias or variant.qkv_bias
+        query, key, value = (
+            self._dense(heads * c.head_dim, f"{name}_proj", bias=bias)(x).reshape(
+                *x.shape[:2], heads, c.head_dim
+            )
+            for name, heads in zip(
+                "qkv", (c.num_attention_heads, *[c.num_key_value_heads] * 2), strict=True
+            )
+        )
+        if variant.qk_norm:
+            query, key = self._norm("q_norm")(query), self._norm("k_norm")(key)
+        query, key = (rope.rotate(y, view.cos, view.sin) for y in (query, key))
+        keys = {"k": key, "v": value}
+        if cache is not None:
+            cache = keys = caches.write(cache, keys, index)
+        drop = nn.Dropout(c.attention_dropout, deterministic=deterministic)
+        y = grouped_attention(
+            query,
+            keys["k"].astype(query.dtype),
+            keys["v"].astype(query.dtype),
+            view.bias,
+            scale=c.query_pre_attn_scalar**-0.5,
+            softcap=c.attn_logit_softcapping,
+            drop=drop,
+        )
+        y = y.reshape(*x.shape[:2], -1)
+        return self._dense(c.hidden_size, "o_proj", bias=c.attention_bias)(y), cache
+
+
+class LlamaMLP(_Part):
+    """The gated feed-forward block (Shazeer 2020, eq. 5)."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """``(..., hidden)`` to the same."""
+        c = self.config
+        wide = lambda name: self._dense(c.intermediate_size, name, bias=c.mlp_bias)(x)
+        y = ACTIVATIONS[c.hidden_act](wide("gate_proj")) * wide("up_proj")
+        return self._dense(c.hidden_size, "down_proj", bias=c.mlp_bias)(y)
+
+
+class LlamaLayer(_Part):
+    """One layer: attention, then feed-forward, each with its norms and residual connection."""
+
+    @nn.compact
+    def __call__(
+        self, x: Array, own: tuple[PyTree, Any], shared: tuple, deterministic: bool
+    ) -> tuple[Array, PyTree]:
+        """New states and the layer's cache; ``own`` is its cache and whether it has a window."""
+        (cache, slides), (views, index) = own, shared
+        view = views[0]
+        if len(views) > 1:
+            view = jax.tree.map(functools.partial(jnp.where, slides), views[1], views[0])
+        attend = LlamaAttention(self.config, dtype=self.dtype, name="self_attn")
+        feed = LlamaMLP(self.config, dtype=self.dtype, name="mlp")
+        y = self._norm("input_layernorm")(x)
+        y, cache = attend(y, cache, view, index, deterministic)
+        if not self.config.variant.post_norms:
+            x = x + y
+            return x + feed(self._norm("post_attention_layernorm")(x)), cache
+        x = x + self._norm("post_attention_layernorm")(y)
+        y = feed(self._norm("pre_feedforward_layernorm")(x))
+        return x + self._norm("post_feedforward_layernorm")(y), cache
+
+
+class LlamaModel(_Part):
+    """Embeddings and layers."""
+
+    scan_layers: bool = False
+
+    def setup(self) -> None:
+        """Makes the parts."""
+        c = self.config
+        init = nn.initializers.normal(c.initializer_range)
+        self.embed_tokens = nn.Embed(
+            c.vocab_size, c.hidden_size, embedding_init=init, dtype=self.dtype
+        )
+        if self.scan_layers:
+            self.layers = _scanned(c.num_hidden_layers)(c, dtype=self.dtype)
+        else:
+            self.layers = [LlamaLayer(c, dtype=self.dtype) for _ in range(c.num_hidden_layers)]
+        self.norm = self._norm()
+
+    def __call__(
+        self, input_ids: Array, views: Sequence[_View], cache: Cache | None, deterministic: bool
+    ) -> tuple[Array, Cache | None]:
+        """Token ids ``(batch, n)`` to states ``(batch, n, hidden)``, and the cache with them."""
+        c = self.config
+        x = self.embed_tokens(input_ids)
+        if c.variant.scaled_embedding:
+            x = x * jnp.asarray(c.hidden_size**0.5, x.dtype)
+        slides = [kind == SLIDING for kind in c.layer_types]
+        shared = (tuple(views), None if cache is None else cache.index)
+        old = None if cache is None else cache.layers
+        if self.scan_layers:
+            x, layers = self.layers(x, (old, jnp.array(slides)), shared, deterministic)
+        else:
+            layers = []
+            for k, layer in enumerate(self.layers):
+                own = (None if old is None else old[k], slides[k])
+                x, new = layer(x, own, shared, deterministic)
+                layers.append(new)
+            layers = tuple(layers)
+        if cache is not None:
+            cache = Cache(layers, cache.index + jnp.int32(input_ids.shape[1]))
+        return self.norm(x), cache
+
+
+def _scanned(count: int) -> type[nn.Module]:
+    """:class:`LlamaLayer` with the parameters of all layers stacked, compiled once."""
+    return nn.scan(
+        LlamaLayer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=(0, nn.broadcast, nn.broadcast),
+        length=count,
+    )
+
+
+class LlamaForCausalLM(nn.Module):
+    """A language model of the family.
+
+    Attributes:
+      config: the model's shape, and which of the family it is.
+      dtype: of the activations, float32 or bfloat16; parameters are float32.
+      scan_layers: the layers in one array a parameter, compiled once.
+    """
+
+    config: LlamaConfig
+    dtype: Any = jnp.float32
+    scan_layers: bool = False
+
+    def setup(self) -> None:
+        """Makes the parts."""
+        c = self.config
+        self.model = LlamaModel(c, dtype=self.dtype, scan_layers=self.scan_layers)
+        if not c.tie_word_embeddings:
+            init = nn.initializers.normal(c.initializer_range)
+            self.lm_head = nn.Dense(
+                c.vocab_size, use_bias=False, kernel_init=init, dtype=self.dtype
+            )
+
+    def __call__(
+        self,
+        input_ids: Array,
+        attention_mask: Array | None = None,
+        positions: Array | None = None,
+        cache: Cache | None = None,
+        *,
+        segment_ids: Array | None = None,
+        deterministic: bool = True,
+    ) -> Array | tuple[Array, Cache]:
+        """Logits ``(batch, n, vocab_size)``, at least float32; with a cache, also the longer cache.
+
+        Args:
+          input_ids: integers ``(batch, n)``.
+          attention_mask: ``(batch, n)``, or ``(batch, slots of the cache)`` with one; positive
+            where there is a token, 0 at padding. None for no padding.
+          positions: ``(batch, n)``; None for the number of tokens before, by the mask.
+          cache: from :func:`init_cache`, or from the call for the tokens before.
+          segment_ids: ``(batch, n)``, without a cache: tokens see only those of the same number, so
+            that several texts can stand in one row. None for one text.
+          deterministic: without dropout; otherwise ``rngs={"dropout": key}`` is needed.
+
+        Raises:
+          ValueError: shapes that do not fit.
+        """
+        c = self.config
+        slots = input_ids.shape[-1] if cache is None else caches.slots(cache)
+        if attention_mask is None:
+            attention_mask = jnp.ones((input_ids.shape[0], slots), jnp.int32)
+        caches.check(input_ids, attention_mask, positions, slots)
+        _check(input_ids, segment_ids, cache)
+        start, n = 0 if cache is None else cache.index, input_ids.shape[1]
+        if positions is None:
+            positions = caches.positions(attention_mask, start, n)
+        queries = start + jnp.arange(n)
+        allowed = _allowed(queries, attention_mask, segment_ids)
+        views = [_view(c, kind, queries, positions, allowed) for kind in _kinds(c)]
+        x, cache = self.model(input_ids, views, cache, deterministic)
+        head = self.model.embed_tokens.attend if c.tie_word_embeddings else self.lm_head
+        logits = head(x).astype(jnp.promote_types(self.dtype, jnp.float32))
+        if c.final_logit_softcapping is not None:
+            bound = c.final_logit_softcapping
+            logits = bound * jnp.tanh(logits / bound)
+        return logits if cache is None else (logits, cache)
+
+
+def _kinds(config: LlamaConfig) -> list[str]:
+    """The kinds of layers that there are, those that see everything first."""
+    return [kind for kind in (FULL, SLIDING) if kind in config.layer_types]
+
+
+def _allowed(queries: Array, mask: Array, segment_ids: Array | None) -> Array:
+    """Whether a query sees a key in a layer that sees everything: ``(batch, 1, n, keys)``."""
+    before = jnp.arange(mask.shape[1])[None, :] <= queries[:, None]
+    allowed = before[None, None] & (mask > 0)[:, None, None, :]
+    if segment_ids is None:
+        return allowed
+    return allowed & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+
+
+def _view(
+    config: LlamaConfig, kind: str, queries: Array, positions: Array, allowed: Array
+) -> _View:
+    rotation = config.rope
+    if kind == SLIDING:
+        rotation = config.sliding_rope or rotation
+        # Slots rather than positions count, as in transformers; padding is never in between.
+        near = jnp.arange(allowed.shape[-1])[None, :] > queries[:, None] - config.sliding_window
+        allowed = allowed & near[None, None]
+    # Added in float32: a forbidden key has weight exactly zero, and a row with none left (padding)
+    # has equal weights rather than NaN.
+    bias = jnp.where(allowed, 0.0, jnp.finfo(jnp.float32).min).astype(jnp.float32)
+    return _View(bias, *rope.angles(rotation, positions, config.head_dim))
+
+
+def _check(input_ids: Array, segment_ids: Array | None, cache: Cache | None) -> None:
+    if segment_ids is None:
+        return
+    if segment_ids.shape != input_ids.shape:
+        raise ValueError(
+            f"segment_ids must have the shape {input_ids.shape} of input_ids: {segment_ids.shape}."
+        )
+    if cache is not None:
+        raise ValueError("segment_ids are for whole rows, and there is a cache: leave one out.")
+
+
+def _family(model_type: str, architecture: str) -> Family:
+    return Family(
+        model_type=(model_type,),
+        config=LlamaConfig,
+        names=names,
+        models={CAUSAL_LM: LlamaForCausalLM},
+        architectures={CAUSAL_LM: architecture},
+        prefix="model.",
+        ignored=("layers.*.self_attn.rotary_emb.inv_freq", "rotary_emb.*"),
+        targets=("q_proj", "v_proj"),
+        init_cache=init_cache,
+    )
+
+
+FAMILIES = tuple(_family(name, variant.architecture) for name, variant in VARIANTS.items())

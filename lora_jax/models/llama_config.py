@@ -1,0 +1,326 @@
+"""What a model of the Llama family is on disk: its config, and the table of its tensors' names."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from lora_jax.models import rope, settings, tables
+from lora_jax.models.blocks import ACTIVATIONS
+from lora_jax.models.families import CAUSAL_LM
+from lora_jax.models.rope import Rope
+from lora_jax.names import Name
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings",
+)  # fmt: skip
+_PLAIN = (*_SIZES, "initializer_range", "rms_norm_eps", "tie_word_embeddings", "attention_dropout")
+_BUILT = {"partial_rotary_factor": 1.0, "use_bidirectional_attention": False}
+
+
+class Variant(NamedTuple):
+    """What a model type has that its ``config.json`` does not say.
+
+    Attributes:
+      architecture: its class in transformers.
+      words: what its ``config.json`` may say besides what all have.
+      defaults: what stands for words that are absent, where it differs from Llama's.
+      slides: ``(layer, config) -> bool``: whether the layer attends to a window only, where the
+        config has a window and does not list the layers.
+      qkv_bias: queries, keys and values have biases, whatever ``attention_bias`` says.
+      qk_norm: each head's query and key are normalised before they are rotated.
+      norm_offset: added to the scale of every norm.
+      scaled_embedding: embeddings are multiplied by the root of their size.
+      post_norms: attention and feed-forward are normalised before they are added, too.
+      activation: the config's word for the activation.
+      local_theta: the rotation's base in layers with a window; None for that of the others.
+    """
+
+    architecture: str
+    words: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = {}
+    slides: Callable[[int, Mapping[str, Any]], bool] = lambda layer, config: False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    norm_offset: float = 0.0
+    scaled_embedding: bool = False
+    post_norms: bool = False
+    activation: str = "hidden_act"
+    local_theta: float | None = None
+
+
+_QWEN = {
+    "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32,
+    "max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28,
+    "use_sliding_window": False,
+}  # fmt: skip
+_GEMMA = {
+    "vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 8192,
+    "tie_word_embeddings": True, "query_pre_attn_scalar": 256, "sliding_window": 4096,
+}  # fmt: skip
+_SCALED = {"norm_offset": 1.0, "scaled_embedding": True, "post_norms": True}
+_WINDOW = ("sliding_window", "layer_types")
+
+VARIANTS: dict[str, Variant] = {
+    "llama": Variant("LlamaForCausalLM", ("attention_bias", "mlp_bias")),
+    "mistral": Variant(
+        "MistralForCausalLM",
+        ("sliding_window",),
+        {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072}
+        | {"sliding_window": 4096},
+        slides=lambda layer, config: True,
+    ),
+    "qwen2": Variant(
+        "Qwen2ForCausalLM",
+        _WINDOW,
+        _QWEN,
+        slides=lambda layer, config: layer >= config["max_window_layers"],
+        qkv_bias=True,
+    ),
+    "qwen3": Variant(
+        "Qwen3ForCausalLM",
+        ("attention_bias", *_WINDOW),
+        _QWEN | {"head_dim": 128},
+        slides=lambda layer, config: layer >= config["max_window_layers"],
+        qk_norm=True,
+    ),
+    "gemma2": Variant(
+        "Gemma2ForCausalLM",
+        ("attention_bias", "query_pre_attn_scalar", "attn_logit_softcapping")
+        + ("final_logit_softcapping", *_WINDOW),
+        _GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        slides=lambda layer, config: layer % 2 == 0,
+        activation="hidden_activation",
+        **_SCALED,
+    ),
+    "gemma3_text": Variant(
+        "Gemma3ForCausalLM",
+        ("attention_bias", "query_pre_attn_scalar", "final_logit_softcapping", *_WINDOW),
+        _GEMMA | {"vocab_size": 262208, "max_position_embeddings": 131072}
+        | {"sliding_window_pattern": 6, "rope_theta": 1e6},
+        slides=lambda layer, config: (layer + 1) % config["sliding_window_pattern"] != 0,
+        qk_norm=True,
+        activation="hidden_activation",
+        local_theta=1e4,
+        **_SCALED,
+    ),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+    """The shape of a model; field names as in Hugging Face's ``config.json`` where it has them.
+
+    The defaults are Llama's; :meth:`from_hf` knows those of the other model types.
+
+    Attributes:
+      model_type: one of :data:`VARIANTS`.
+      num_key_value_heads: None for as many as there are heads of queries.
+      head_dim: None for ``hidden_size / num_attention_heads``.
+      hidden_act: of the feed-forward layer's gate.
+      rope: rotation of the layers that see everything.
+      sliding_rope: rotation of the layers with a window; None for the same.
+      sliding_window: how many tokens, itself included, a token sees in a layer with a window.
+      layer_types: "sliding_attention" or "full_attention" for each layer; None for the former in
+        all layers if there is a window.
+      query_pre_attn_scalar: scores are divided by its root; None for ``head_dim``.
+      attn_logit_softcapping: bound of the scores; None for none.
+      final_logit_softcapping: bound of the logits; None for none.
+
+    Raises:
+      ValueError: a value is out of its range, or none of the model type's; the message names it.
+    """
+
+    model_type: str = "llama"
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    mlp_bias: bool = False
+    rope: Rope = Rope()
+    sliding_rope: Rope | None = None
+    sliding_window: int | None = None
+    layer_types: tuple[str, ...] | None = None
+    query_pre_attn_scalar: float | None = None
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+
+    def __post_init__(self) -> None:
+        settings.check_one_of(self, "model_type", VARIANTS)
+        settings.check_sizes(self, ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+        kind = SLIDING if self.sliding_window else FULL
+        for name, value in {
+            "num_key_value_heads": self.num_attention_heads,
+            "head_dim": self.hidden_size // self.num_attention_heads,
+            "layer_types": (kind,) * self.num_hidden_layers,
+        }.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if self.query_pre_attn_scalar is None:
+            object.__setattr__(self, "query_pre_attn_scalar", self.head_dim)
+        _check(self)
+
+    @property
+    def variant(self) -> Variant:
+        """What the model type adds."""
+        return VARIANTS[self.model_type]
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "LlamaConfig":
+        """Reads a parsed ``config.json`` of transformers 4 or 5; other keys are left out.
+
+        Raises:
+          ValueError: it describes another architecture, or a variant that is not built here.
+
+        >>> c = LlamaConfig.from_hf({"model_type": "gemma2", "num_hidden_layers": 2})
+        >>> c.layer_types, c.head_dim
+        (('sliding_attention', 'full_attention'), 256)
+        """
+        kind = config.get("model_type")
+        if kind not in VARIANTS:
+            return settings.read(cls, config, model_type=VARIANTS, built=_BUILT)  # which raises
+        variant = VARIANTS[kind]
+        said = {**variant.defaults, **config}
+        fields = {n: said[n] for n in ("model_type", *_PLAIN, *variant.words) if n in said}
+        if variant.activation in said:
+            fields["hidden_act"] = said[variant.activation]
+        if _WINDOW[0] in variant.words:
+            fields |= _windows(said, variant, fields)
+        fields |= _ropes(said, variant)
+        left = {name: config.get(name) for name in _BUILT}
+        return settings.read(cls, fields | left, model_type=VARIANTS, built=_BUILT)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The same as the content of a ``config.json``, in the words of transformers 4 and of 5.
+
+        >>> config = LlamaConfig(hidden_size=64, rope=Rope(5e5, "linear", 2.0))
+        >>> LlamaConfig.from_hf(config.to_hf()) == config
+        True
+        """
+        words = ("model_type", *_PLAIN, *self.variant.words)
+        about = {name: getattr(self, name) for name in words}
+        about[self.variant.activation] = self.hidden_act
+        if "layer_types" in about:
+            about["layer_types"] = list(self.layer_types)
+            about["use_sliding_window"] = self.sliding_window is not None
+        about["rope_parameters"] = rope.to_hf(self.rope)
+        about["rope_theta"] = self.rope.rope_theta
+        if self.variant.local_theta:
+            both = {FULL: self.rope, SLIDING: self.sliding_rope or self.rope}
+            about["rope_parameters"] = {kind: rope.to_hf(x) for kind, x in both.items()}
+            about["rope_local_base_freq"] = both[SLIDING].rope_theta
+        if self.rope.rope_type != "default":  # the older word, which wins where both are there
+            about["rope_scaling"] = rope.to_hf(self.rope)
+        return about
+
+
+def _check(config: LlamaConfig) -> None:
+    settings.check_sizes(config, _SIZES)
+    settings.check_rates(config, ("attention_dropout",))
+    settings.check_positive(config, ("initializer_range", "rms_norm_eps", "query_pre_attn_scalar"))
+    settings.check_one_of(config, "hidden_act", ACTIVATIONS)
+    settings.check_divides(config, "num_attention_heads", "num_key_value_heads")
+    if config.head_dim % 2:
+        raise ValueError(f"head_dim must be even, since pairs are rotated; got {config.head_dim}.")
+    for name in ("attn_logit_softcapping", "final_logit_softcapping", "sliding_window"):
+        if getattr(config, name) is not None:
+            settings.check_positive(config, (name,))
+    plain = {"attention_bias": False, "mlp_bias": False, "attn_logit_softcapping": None}
+    plain |= {"final_logit_softcapping": None, "sliding_window": None}
+    plain |= {"query_pre_attn_scalar": config.head_dim}
+    foreign = [n for n, x in plain.items() if getattr(config, n) != x]
+    foreign = [n for n in foreign if n not in config.variant.words]
+    if foreign:
+        raise ValueError(f"A model of type {config.model_type!r} has no {', '.join(foreign)}.")
+    _check_layers(config)
+
+
+def _check_layers(config: LlamaConfig) -> None:
+    kinds = config.layer_types
+    if len(kinds) != config.num_hidden_layers or not set(kinds) <= {SLIDING, FULL}:
+        raise ValueError(
+            f"layer_types must be {SLIDING!r} or {FULL!r} for each of the "
+            f"{config.num_hidden_layers} layers, got {kinds}."
+        )
+    if SLIDING in kinds and config.sliding_window is None:
+        raise ValueError(f"layer_types has {SLIDING!r}, and there is no sliding_window.")
+
+
+def _windows(said: Mapping[str, Any], variant: Variant, fields: Mapping[str, Any]) -> dict:
+    """Window and layer types; a layer without a word about it is as the model type has it."""
+    window = said["sliding_window"] if said.get("use_sliding_window", True) else None
+    kinds = fields.get("layer_types")
+    if kinds is None:
+        count = said.get("num_hidden_layers", LlamaConfig.num_hidden_layers)
+        slides = [window is not None and variant.slides(k, said) for k in range(count)]
+        kinds = [SLIDING if slide else FULL for slide in slides]
+    return {"sliding_window": window, "layer_types": tuple(kinds)}
+
+
+def _ropes(said: Mapping[str, Any], variant: Variant) -> dict[str, Rope | None]:
+    parameters = said.get("rope_parameters") or {}
+    scaling = said.get("rope_scaling") or {}
+    theta = said.get("rope_theta") or 10_000.0
+    positions = said.get("max_position_embeddings") or LlamaConfig.max_position_embeddings
+    if variant.local_theta is None:
+        return {"rope": rope.from_hf(scaling or parameters, theta=theta, positions=positions)}
+    if parameters and not parameters.keys() & {FULL, SLIDING}:
+        raise ValueError(f"rope_parameters must have {FULL!r} and {SLIDING!r}, got {parameters}.")
+    full = {**(parameters.get(FULL) or {}), **scaling}
+    local = said.get("rope_local_base_freq") or variant.local_theta
+    return {
+        "rope": rope.from_hf(full, theta=theta, positions=positions),
+        "sliding_rope": rope.from_hf(
+            parameters.get(SLIDING) or {}, theta=local, positions=positions
+        ),
+    }
+
+
+def names(config: LlamaConfig, *, head: str = CAUSAL_LM, scan_layers: bool = False) -> list[Name]:
+    """The table between Flax paths and Hugging Face names, one row a leaf.
+
+    >>> row = names(LlamaConfig())[1]
+    >>> row.flax
+    'model/layers_0/self_attn/q_proj/kernel'
+    >>> row.hf, row.transpose
+    ('model.layers.0.self_attn.q_proj.weight', True)
+    """
+    (words,) = tables.embedding("model/embed_tokens", "model.embed_tokens")
+    tied = config.tie_word_embeddings
+    rows = [words._replace(tied=("lm_head.weight",) if tied else ())]
+    rows += tables.layers(
+        "model/layers",
+        "model.layers",
+        _layer(config),
+        count=config.num_hidden_layers,
+        scan=scan_layers,
+    )
+    rows += tables.norm("model/norm", "model.norm", bias=False)
+    return rows + ([] if tied else tables.linear("lm_head", "lm_head", bias=False))
+
+
+def _layer(config: LlamaConfig) -> list[Name]:
+    variant, rows = config.variant, []
+    for x in "qkvo":
+        bias = config.attention_bias or (variant.qkv_bias and x != "o")
+        rows += tables.linear(f"self_attn/{x}_proj", f"self_attn.{x}_proj", bias=bias)
+    for x in ("gate", "up", "down"):
+        rows += tables.linear(f"mlp/{x}_proj", f"mlp.{x}_proj", bias=config.mlp_bias)
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"] * variant.post_norms
+    norms += ["self_attn/q_norm", "self_attn/k_norm"] * variant.qk_norm
+    return rows + [r for n in norms for r in tables.norm(n, n.replace("/", "."), bias=False)]
