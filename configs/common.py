@@ -33,7 +33,7 @@ def base_config() -> ConfigDict:
     c.lora = ConfigDict()  # the fields of lora_jax.LoRAConfig
     c.lora.rank = 8
     c.lora.alpha = 16.0
-    c.lora.targets = ("query", "value")
+    c.lora.targets = ("query", "value")  # ("default",) for those of the model's family
     c.lora.train = ("classifier",)
     c.lora.dropout = 0.1
     c.lora.rank_stabilized = False
@@ -66,10 +66,14 @@ def base_config() -> ConfigDict:
 
 
 def glue_config(task: str) -> ConfigDict:
-    """The same for a task of GLUE on all its training examples, with the task's own labels."""
+    """The same for a task of GLUE on all its training examples.
+
+    Labels are the task's own; adapted and trained is what PEFT has for the model's family.
+    """
     c = base_config()
     c.task = task
     c.model.labels, c.model.num_labels = (), 0
+    c.lora.targets = c.lora.train = ("default",)
     c.data.source = ""
     c.data.train_examples = 0
     return c
@@ -80,6 +84,7 @@ def language_config() -> ConfigDict:
     c = base_config()
     del c.task, c.model.num_labels, c.model.labels
     c.model.name = "gpt2"
+    c.model.scan_layers = False  # the layers in one array a parameter, compiled once
     c.model.tokenizer = ""  # directory with the tokeniser's files, if not that of the model
     c.lora.targets = ("c_attn",)
     c.lora.train = ()

@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
     """The paper's settings."""
     c = common.e2e_config()
     c.model.name = "openai-community/gpt2-medium"
+    c.model.scan_layers = True
     c.lora.rank = 4
     c.lora.alpha = 32.0
     c.lora.dropout = 0.1

@@ -42,6 +42,7 @@ def get_config(task: str = "mnli") -> ConfigDict:
     c = common.glue_config(task)
     c.model.name = "roberta-base"
     c.batch_size, c.epochs, c.optimizer.learning_rate = RECIPES[task]
+    c.lora.targets, c.lora.train = ("query", "value"), ("classifier",)
     c.lora.alpha = 8.0
     c.lora.dropout = 0.0
     c.data.max_length = 512

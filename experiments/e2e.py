@@ -76,7 +76,12 @@ def check(config: ConfigDict) -> None:
 def load(config: ConfigDict) -> Writer:
     """The unadapted model."""
     c = config.model
-    loaded = checkpoints.load(c.name, head=CAUSAL_LM, dtype=classification.dtype(c.dtype))
+    loaded = checkpoints.load(
+        c.name,
+        head=CAUSAL_LM,
+        dtype=classification.dtype(c.dtype),
+        scan_layers=c.scan_layers,
+    )
     if c.tokenizer:
         tokenizer = read_tokenizer(c.tokenizer)
     else:

@@ -1,9 +1,14 @@
-"""Configs of the tasks of GLUE: what a task says of itself, and mistakes found early."""
+"""Configs of the tasks of GLUE: what they leave to task and model, and mistakes found early."""
+
+import functools
 
 from ml_collections import ConfigDict
 
 from experiments import classification, glue_tasks, optimisers
+from lora_jax.models import checkpoints, registry
+from lora_jax.models.families import Family
 
+DEFAULT = "default"  # among lora.targets and lora.train: what PEFT has for the model's family
 _LEAST = {
     "batch_size": 1,
     "eval_batch_size": 1,
@@ -19,10 +24,11 @@ _LEAST = {
 
 
 def resolved(config: ConfigDict) -> ConfigDict:
-    """The config with what it leaves to the task: its labels, and its data in TFDS.
+    """The config with what it leaves to the task (labels, data in TFDS) and to the model's family.
 
     Raises:
-      ValueError: no such task.
+      FileNotFoundError: "default" stands among targets or trained modules, and there is no model.
+      ValueError: no such task; or the model is of no family here.
     """
     task = glue_tasks.find(config.task)
     config = config.copy_and_resolve_references()
@@ -30,7 +36,17 @@ def resolved(config: ConfigDict) -> ConfigDict:
         if not config.model.labels:
             config.model.labels, config.model.num_labels = task.labels, len(task.labels)
         config.data.source = config.data.source or f"tfds:glue/{config.task}"
+        for field in [n for n in ("targets", "train") if DEFAULT in tuple(config.lora[n])]:
+            family = _family(str(config.model.name))
+            own = {"targets": family.targets, "train": family.trained}[field]
+            entries = [own if entry == DEFAULT else (entry,) for entry in config.lora[field]]
+            config.lora[field] = tuple(name for names in entries for name in names)
     return config
+
+
+@functools.lru_cache(maxsize=8)  # a sweep asks for each of its runs
+def _family(model: str) -> Family:
+    return registry.find(checkpoints.resolve(model).config)
 
 
 def check(config: ConfigDict) -> None:

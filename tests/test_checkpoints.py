@@ -104,22 +104,28 @@ def test_layouts_give_the_same_parameters(copy, layout):
     assert loaded.fresh == ()
 
 
-def test_half_precision_is_widened(copy):
-    loaded = load(rewrite(copy, lambda t: {n: x.astype(jnp.bfloat16) for n, x in t.items()}))
-    expected = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(x.dtype), load(GOLDEN).params)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16])
+def test_half_precision_is_widened(copy, dtype):
+    loaded = load(rewrite(copy, lambda t: {n: x.astype(dtype) for n, x in t.items()}))
+    expected = jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), load(GOLDEN).params)
     assert_same_trees(loaded.params, expected)
     assert {x.dtype for x in jax.tree.leaves(loaded.params)} == {jnp.dtype("float32")}
 
 
-def test_shards(copy):
-    tensors = tensors_of(copy)
-    (copy / hub.WEIGHTS).unlink()
+def shard(directory):
+    """Parts the weights into two files and an index."""
+    tensors = tensors_of(directory)
+    (directory / hub.WEIGHTS).unlink()
     names = sorted(tensors)
     parts = {"model-1-of-2.safetensors": names[::2], "model-2-of-2.safetensors": names[1::2]}
     for file, some in parts.items():
-        safetensors.numpy.save_file({n: tensors[n] for n in some}, copy / file)
+        safetensors.numpy.save_file({n: tensors[n] for n in some}, directory / file)
     weight_map = {n: file for file, some in parts.items() for n in some}
-    (copy / hub.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (directory / hub.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def test_shards(copy):
+    shard(copy)
     assert_same_trees(load(copy).params, load(GOLDEN).params)
     (copy / "model-2-of-2.safetensors").unlink()
     with pytest.raises(ValueError, match=r"lacks the shards.*model-2-of-2"):
@@ -391,6 +397,15 @@ def test_names_come_from_the_cache(offline, name):
 def test_a_name_cached_under_its_short_form_is_found(offline):
     cached(offline, "bert-base-uncased")
     assert checkpoints.resolve("bert-base-uncased").origin == "Hub cache"
+
+
+def test_shards_come_from_the_cache_if_all_are_there(offline):
+    where = cached(offline, "google-bert/bert-base-uncased")
+    shard(where)
+    assert_same_trees(load("bert-base-uncased").params, load(GOLDEN).params)
+    (where / "model-1-of-2.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"Hub cache: .*lacks the shards.*model-1-of-2"):
+        checkpoints.resolve("bert-base-uncased")
 
 
 def test_a_directory_comes_before_the_cache(offline, monkeypatch):

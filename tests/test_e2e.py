@@ -8,10 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-import lora_jax as lora
 from configs import e2e_tiny, gpt2_medium_e2e
 from experiments import adapters, e2e, e2e_data, language
 from lora_jax.models import checkpoints
@@ -199,8 +199,6 @@ def test_the_base_learns_and_is_a_model_like_any_other(finished):
 
 
 def leaves(loaded):
-    import jax
-
     return [np.asarray(x) for x in jax.tree.leaves(loaded.params)]
 
 
@@ -233,10 +231,10 @@ def test_files_give_the_scores_of_the_run(finished, source, tmp_path):
     )
     words = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert words["task_type"] == "CAUSAL_LM" and language.is_language(tmp_path / "peft")
-    again = language.load(tmp_path / "peft")
-    merged = lora.merge(again.loaded.params, again.adapter)
-    checkpoints.save_hf(tmp_path / "merged", merged, again.loaded.checkpoint, head="causal-lm")
-    config = config_of(finished, source, **{"model.name": str(tmp_path / "merged")})
+    out = tmp_path / "merged"
+    done = run("export", f"--adapter={tmp_path / 'peft'}", f"--out={out}", "--merged")
+    assert done.returncode == 0 and "AutoModelForCausalLM" in done.stdout, done.stderr[-2000:]
+    config = config_of(finished, source, **{"model.name": str(out)})
     written = e2e.write(config, e2e.load(config))
     assert written.scores == pytest.approx(scores["adapted"])
 
@@ -265,6 +263,16 @@ def test_run_again_it_trains_no_more_and_writes_the_same(finished):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "This run is finished" in done.stdout
     assert (root / "run" / "texts.jsonl").read_bytes() == before
+
+
+def test_the_unadapted_model_can_be_scored_alone(finished, tmp_path):
+    root, arguments, _ = finished
+    given = [a for a in arguments if not a.startswith("--workdir")]
+    done = run(*given, f"--workdir={tmp_path}", "--evaluate")
+    assert done.returncode == 0, done.stderr[-2000:]
+    scores = json.loads((root / "run" / "scores.json").read_text())
+    found = json.loads((tmp_path / "scores.json").read_text())
+    assert found == {"unadapted": scores["unadapted"]}
 
 
 @pytest.mark.parametrize(

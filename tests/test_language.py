@@ -102,15 +102,19 @@ def test_texts_in_batches_are_those_of_each_prompt_alone(tmp_path):
     loaded = loaded_model(tmp_path)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(4, VOCAB, n).tolist() for n in (5, 1, 9, 3, 2)]
-    settings = Decoding(max_new_tokens=7, stop=(2, 3), pad_id=2)
+    free = Decoding(max_new_tokens=7)
+    whole = writing.write(loaded, loaded.params, prompts, decoding=free, batch_size=5)
+    stop = (whole[0][2], whole[1][4])  # so that some end before the others
+    settings = Decoding(max_new_tokens=7, stop=stop, pad_id=stop[0])
     options = {"decoding": settings, "batch_size": 2}
     written = writing.write(loaded, loaded.params, prompts, buckets=(4,), **options)
-    run = generate.generator(*generate.causal_lm(loaded.model, gpt2.init_cache), settings)
-    for prompt, text in zip(prompts, written, strict=True):
+    for long, text in zip(whole, written, strict=True):
+        assert text == long[: next((k for k, t in enumerate(long) if t in stop), 7)]
+    run = generate.generator(*generate.causal_lm(loaded.model, gpt2.init_cache), free)
+    for prompt, text in zip(prompts, whole, strict=True):
         made = run(loaded.params, generate.left_padded([prompt], pad_id=0, length=9))
-        tokens = made.tokens[0, : made.lengths[0]].tolist()
-        assert text == [t for t in tokens if t not in (2, 3)]
-    assert len({len(text) for text in written}) > 1  # some end before the others
+        assert text == made.tokens[0].tolist()
+    assert len({tuple(text) for text in whole}) > 1 and min(map(len, written)) <= 2
     with pytest.raises(ValueError, match="prompts must have"):
         writing.write(loaded, loaded.params, [], **options)
 

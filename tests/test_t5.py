@@ -12,8 +12,9 @@ import pytest
 import safetensors.numpy
 
 import lora_jax as lora
-from lora_jax import names, paths
-from lora_jax.models import checkpoints, hub, relative, t5, t5_config
+from lora_jax import names, paths, peft
+from lora_jax.models import checkpoints, generate, hub, relative, t5, t5_config
+from lora_jax.models.decoding import Decoding
 
 # Made by scripts/make_t5_goldens.py.
 GOLDENS = Path(__file__).parent / "goldens" / "t5"
@@ -107,6 +108,52 @@ def test_cached_decoding_equals_the_whole(scan_layers):
     assert cache.index == 10
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("case", CASES)
+def test_texts_equal_transformers(case, beams):
+    """The same tokens, from a batch that is padded on either side, with an end."""
+    scan_layers = case == "v1_0"
+    loaded = checkpoints.load(GOLDENS / case, head="seq2seq-lm", scan_layers=scan_layers)
+    (ids, mask, *_), values = golden(case)
+    begin, step = generate.seq2seq_lm(loaded.model, t5.init_cache)
+    settings = Decoding(max_new_tokens=9, beams=beams, stop=(1,))
+    made = generate.generator(begin, step, settings)(
+        loaded.params, {"input_ids": ids, "attention_mask": mask}
+    )
+    expected = values[f"beams_{beams}"][:, 1:]
+    np.testing.assert_array_equal(made.tokens[:, : expected.shape[1]], expected)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_lifted_texts_equal_merged_ones_and_adapters_are_switched_at_run_time(beams):
+    model, params = load("v1_1")
+    ids, mask, *_ = golden("v1_1")[0]
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    config = lora.LoRAConfig(rank=2, targets=t5.FAMILY.targets)
+    adapter = lora.init(jax.random.key(0), model.apply, params, config, ids, mask, ids)
+    settings, compiled = Decoding(max_new_tokens=6, beams=beams), []
+    counted = lambda fn: lora.lift(lambda *args: compiled.append(1) or fn(*args))
+    generators = [
+        generate.generator(*generate.seq2seq_lm(model, t5.init_cache, **options), settings)
+        for options in ({}, {"transform": counted})
+    ]
+    texts = []
+    for seed in range(3):
+        noise = lambda x: 0.7 * jax.random.normal(jax.random.key(seed), x.shape)
+        drawn = jax.tree.map(lambda x: noise(x) if x.ndim > 1 else x, adapter)
+        one, two = (
+            generator(merged, inputs).tokens
+            for generator, merged in zip(
+                generators, (lora.merge(params, drawn), lora.bind(params, drawn)), strict=True
+            )
+        )
+        np.testing.assert_array_equal(one, two)
+        texts.append((one.tolist(), len(compiled)))
+    (first, traced), (second, again), (third, last) = texts
+    assert traced == again == last
+    assert first != second != third
+
+
 def test_left_padding_of_the_output_does_not_matter():
     model, params = load("v1_0")
     ids, mask, out, _ = golden("v1_0")[0]
@@ -146,12 +193,11 @@ def test_bfloat16_computes_near_float32_and_keeps_parameters():
     assert 0 < error.max() < 0.1 * np.abs(values["logits"][real]).max()
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_row_without_tokens_is_finite(dtype):
+def test_a_row_without_tokens_is_finite():
     model, params = load("v1_0")
     ids, mask, out, out_mask = golden("v1_0")[0]
     mask, out_mask = np.zeros_like(mask), np.zeros_like(out_mask)
-    model = model.clone(dtype=dtype)
+    model = model.clone(dtype=jnp.bfloat16)
     loss = lambda params: model.apply(params, ids, mask, out, out_mask).sum()
     value, grads = jax.jit(jax.value_and_grad(loss))(params)
     assert all(np.isfinite(x).all() for x in [value, *jax.tree.leaves(grads)])
@@ -304,8 +350,9 @@ def test_other_layouts_of_the_embedding(tmp_path):
 TRAINED = {"q": ("q", "v"), "linear": ("all-linear",), "tables": ("shared", "re:.*bias/embedding")}
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
-@pytest.mark.parametrize("what", TRAINED)
+@pytest.mark.parametrize(
+    ("what", "scan_layers"), [("q", False), ("linear", True), ("tables", False)]
+)
 def test_lift_equals_merge(what, scan_layers):
     """In training, and in decoding step by step."""
     model, params = load("v1_1" if what == "linear" else "v1_0", scan_layers)
@@ -331,3 +378,26 @@ def test_lift_equals_merge(what, scan_layers):
     for fn in (model.apply, steps):
         lifted = jax.jit(lora.lift(fn, strict=True))(lora.bind(params, adapter), *args)
         np.testing.assert_allclose(lifted[real], merged, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_peft_names_the_tensors_as_transformers_does(scan_layers, tmp_path):
+    """A cycle through PEFT's format; the tensors of each layer of each stack."""
+    loaded = checkpoints.load(GOLDENS / "v1_1", head="seq2seq-lm", scan_layers=scan_layers)
+    args, table = golden("v1_1")[0], checkpoints.names(loaded)
+    config = lora.LoRAConfig(rank=2, targets=loaded.family.targets)
+    adapter = lora.init(jax.random.key(0), loaded.model.apply, loaded.params, config, *args)
+    about = {"names": table, "task_type": "SEQ_2_SEQ_LM"}
+    peft.save_peft(tmp_path, loaded.params, adapter, config, **about)
+    assert peft.read_words(tmp_path)["target_modules"] == ["q", "v"]
+    parts = [("encoder", k, "0.SelfAttention") for k in range(3)]
+    parts += [("decoder", k, x) for k in range(2) for x in ("0.SelfAttention", "1.EncDecAttention")]
+    shapes = {"lora_A": (2, 12), "lora_B": (10, 2)}
+    assert peft.tensor_shapes(tmp_path) == {
+        f"{stack}.block.{k}.layer.{part}.{kernel}.{factor}.weight": shape
+        for stack, k, part in parts
+        for kernel in "qv"
+        for factor, shape in shapes.items()
+    }
+    again, _ = peft.load_peft(tmp_path, loaded.params, names=table)
+    jax.tree.map(np.testing.assert_array_equal, again, adapter)

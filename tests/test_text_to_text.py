@@ -63,9 +63,8 @@ def test_scores_are_log_likelihoods_of_the_words(loaded):
     for k, label in enumerate(LABELS):
         tokens = tokenizer(loaded).encode(label).ids
         given = np.tile([0, *tokens[:-1]], (4, 1))
-        logits = np.float64(
-            loaded.model.apply(loaded.params, inputs["input_ids"], inputs["attention_mask"], given)
-        )
+        args = loaded.params, inputs["input_ids"], inputs["attention_mask"], given
+        logits = np.float64(jax.jit(loaded.model.apply)(*args))
         log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         expected = sum(log_probs[:, i, t] for i, t in enumerate(tokens))
         np.testing.assert_allclose(scores[:, k], expected, rtol=0, atol=1e-5)
@@ -75,6 +74,16 @@ def test_likelihood_counts_real_rows():
     scores = jnp.array([[-1.0, -2.0], [-3.0, -0.5], [-9.0, -9.5]])
     sums = text_to_text.likelihood(scores, jnp.array([0, 0, 1]), jnp.array([1.0, 1.0, 0.0]))
     assert [float(x) for x in sums] == [4.0, 1.0, 2.0]
+
+
+def test_a_regression_is_refused_and_a_pair_is_asked_about(loaded):
+    with pytest.raises(
+        ValueError, match="'stsb' is a regression.*choose a model with a classifier"
+    ):
+        classification.scoring(loaded, ("similarity",), tokenizer(loaded), task="stsb")
+    ways = classification.scoring(loaded, LABELS, tokenizer(loaded), task="qnli")
+    asked = ways.prompts(data.Examples(("Who?",), None, ("A man.",)))
+    assert asked.sentences == ("qnli question: Who? sentence: A man.",) and asked.pairs is None
 
 
 ROOT = Path(__file__).parent.parent

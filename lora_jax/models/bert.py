@@ -163,4 +163,5 @@ FAMILY = Family(
     optional=("classifier", "bert/pooler", "pooler"),
     labelled="classifier",
     targets=("query", "value"),
+    trained=("classifier",),
 )

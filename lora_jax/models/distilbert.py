@@ -278,4 +278,5 @@ FAMILY = Family(
     optional=("pre_classifier", "classifier"),
     labelled="classifier",
     targets=("q_lin", "v_lin"),
+    trained=("pre_classifier", "classifier"),
 )  # fmt: skip

@@ -28,6 +28,7 @@ class Family(NamedTuple):
       labelled: Flax module with one output for each label; it is made afresh if the checkpoint's
         has another number of them. "" where no head has labels.
       targets: what PEFT adapts by default, as names of modules here.
+      trained: what PEFT trains in full beside them for a classifier.
       inputs: head -> shapes of arguments that the module can be initialised with.
       init_cache: of a model that generates, ``(config, batch, length, dtype, *, scan_layers)`` ->
         an empty cache.
@@ -43,6 +44,7 @@ class Family(NamedTuple):
     optional: tuple[str, ...] = ()
     labelled: str = ""
     targets: tuple[str, ...] = ()
+    trained: tuple[str, ...] = ()
     inputs: Callable = lambda head: (TOKENS, TOKENS)  # token ids and their mask
     init_cache: Callable | None = None
 

@@ -87,6 +87,41 @@ def causal_lm(model: Any, init_cache: Callable) -> tuple[Callable, Callable]:
     return begin, step
 
 
+def seq2seq_lm(
+    model: Any, init_cache: Callable, *, transform: Callable = lambda fn: fn
+) -> tuple[Callable, Callable]:
+    """``begin`` and ``step`` of an encoder-decoder.
+
+    The inputs are ``input_ids`` and ``attention_mask``, ``(batch, n)``, padded on either side. They
+    are encoded once; every text starts with the model's own first token.
+
+    Args:
+      model: a Linen module with methods ``encode`` and ``decode``, whose positions are relative.
+      init_cache: its family's.
+      transform: what both functions go through, ``lora.lift`` for bound parameters.
+    """
+    encode = transform(lambda params, ids, mask: model.apply(params, ids, mask, method="encode"))
+
+    def begin(params: PyTree, inputs: dict[str, Array], room: int) -> Start:
+        memory = encode(params, inputs["input_ids"], inputs["attention_mask"])
+        shape = (inputs["input_ids"].shape[0], 1)
+        ids = jnp.full(shape, model.config.decoder_start_token_id, jnp.int32)
+        cache = init_cache(
+            model.config, shape[0], 1 + room, model.dtype, scan_layers=model.scan_layers
+        )
+        return Start(ids, jnp.ones(shape, jnp.int32), (memory, cache))
+
+    def step(
+        params: PyTree, ids: Array, mask: Array, positions: Array, cache: PyTree
+    ) -> tuple[Array, PyTree]:
+        del positions  # the distances between slots say all
+        memory, cache = cache
+        logits, cache = model.apply(params, ids, mask, memory=memory, cache=cache, method="decode")
+        return logits[:, -1], (memory, cache)
+
+    return begin, transform(step)
+
+
 def generator(begin: Callable, step: Callable, decoding: Decoding) -> Callable:
     """``(params, inputs, key=None) -> Generated``, compiled once for each shape of the inputs.
 

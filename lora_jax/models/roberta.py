@@ -219,6 +219,7 @@ FAMILY = Family(
     optional=("classifier", "pooler"),
     labelled="classifier/out_proj",
     targets=("query", "value"),
+    trained=("classifier",),
 )  # fmt: skip
 XLM = FAMILY._replace(
     model_type=("xlm-roberta",),

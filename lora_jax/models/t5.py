@@ -6,17 +6,16 @@ two versions differ in the feed-forward layer (ReLU, or a gated GELU) and in the
 is the embedding, on scaled states; that of 1.1 is a kernel of its own.
 """
 
-import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from lora_jax.models import blocks
+from lora_jax.models import blocks, caches
 from lora_jax.models.attention import attention
+from lora_jax.models.caches import Cache
 from lora_jax.models.families import SEQ2SEQ_LM, TOKENS, Family
 from lora_jax.models.relative import relative_buckets
 from lora_jax.models.t5_config import T5Config, names
@@ -38,19 +37,6 @@ class Memory(NamedTuple):
     mask: Array
 
 
-class Cache(NamedTuple):
-    """What the decoder's self-attention has seen so far.
-
-    Attributes:
-      layers: keys ``k`` and values ``v`` of each layer ``(batch, slots, heads, d_kv)``; one stacked
-        entry for scanned layers.
-      index: int32, how many slots are filled.
-    """
-
-    layers: PyTree
-    index: Array
-
-
 def init_cache(
     config: T5Config,
     batch: int,
@@ -64,10 +50,8 @@ def init_cache(
     >>> init_cache(T5Config(num_heads=2, d_kv=8), 3, 5).layers[0]["k"].shape
     (3, 5, 2, 8)
     """
-    count, shape = config.num_decoder_layers, (batch, length, config.num_heads, config.d_kv)
-    layer = lambda *stack: {name: jnp.zeros((*stack, *shape), dtype) for name in "kv"}
-    layers = layer(count) if scan_layers else tuple(layer() for _ in range(count))
-    return Cache(layers, jnp.int32(0))
+    shape = (batch, length, config.num_heads, config.d_kv)
+    return caches.empty(shape, dtype, count=config.num_decoder_layers, stacked=scan_layers)
 
 
 class _Part(nn.Module):
@@ -110,7 +94,8 @@ class T5Attention(_Part):
         """``x`` is ``(batch, queries, d_model)``; ``bias`` is added to the scores."""
         drop = lambda weights: self.dropout(weights, deterministic=deterministic)
         query = self._split(self.q(x))
-        y = attention(query, keys["k"], keys["v"], bias, scale=1.0, drop=drop)
+        key, value = (keys[name].astype(query.dtype) for name in "kv")
+        y = attention(query, key, value, bias, scale=1.0, drop=drop)
         return self.o(y.reshape(*y.shape[:2], -1))
 
     def _split(self, y: Array) -> Array:
@@ -160,15 +145,11 @@ class T5Block(_Part):
         y = self.self_norm(x)
         keys = self.SelfAttention.keys(y)
         if cache is not None:
-            cache = keys = jax.tree.map(functools.partial(_written, index=index), cache, keys)
+            cache = keys = caches.write(cache, keys, index)
         x = add(x, self.SelfAttention(y, keys, bias, deterministic))
         if memory is not None:
             x = add(x, self.EncDecAttention(self.cross_norm(x), memory, cross_bias, deterministic))
         return add(x, self.DenseReluDense(self.dense_norm(x), deterministic)), cache
-
-
-def _written(old: Array, new: Array, *, index: Array) -> Array:
-    return lax.dynamic_update_slice(old, new.astype(old.dtype), (0, index, 0, 0))
 
 
 class T5Stack(_Part):
@@ -359,7 +340,7 @@ class T5ForConditionalGeneration(nn.Module):
         """
         slots = decoder_input_ids.shape[1:]
         if cache is not None:
-            slots = jax.tree.leaves(cache.layers)[0].shape[-3:-2]
+            slots = (caches.slots(cache),)
         if decoder_attention_mask is None:
             decoder_attention_mask = jnp.ones((decoder_input_ids.shape[0], *slots), jnp.int32)
         _check(decoder_input_ids, decoder_attention_mask, slots)
@@ -398,4 +379,5 @@ FAMILY = Family(
     ignored=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
     targets=("q", "v"),
     inputs=lambda head: (TOKENS, TOKENS, TOKENS),
+    init_cache=init_cache,
 )

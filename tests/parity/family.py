@@ -302,9 +302,13 @@ def random_adapter(apply, params, inputs, *, seed=0, **settings):
     fn = lambda params, *args: apply(params, **dict(zip(given, args, strict=True)))
     config = lora.LoRAConfig(**({"rank": 2, "alpha": 4.0} | settings))
     adapter = lora.init(jax.random.key(seed), fn, params, config, *given.values())
-    draw_b = lambda x: LowRank(
-        x.a, 0.3 * jax.random.normal(jax.random.key(seed + 1), x.b.shape), x.scale, axes=x.axes
-    )
+
+    def draw_b(x):
+        if not isinstance(x, LowRank):
+            return x
+        b = 0.3 * jax.random.normal(jax.random.key(seed + 1), x.b.shape)
+        return LowRank(x.a, b, x.scale, axes=x.axes)
+
     return jax.tree.map(draw_b, adapter, is_leaf=lambda x: isinstance(x, LowRank))
 
 

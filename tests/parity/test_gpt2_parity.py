@@ -1,5 +1,7 @@
 """GPT-2 against transformers and PEFT, live; and generation, with GPT-2 as the model."""
 
+from pathlib import Path
+
 import family
 import jax
 import numpy as np
@@ -10,6 +12,7 @@ import transformers
 import lora_jax as lora
 from lora_jax.models import generate
 from lora_jax.models.decoding import Decoding
+from lora_jax.models.tokenizer import read_tokenizer
 
 pytestmark = pytest.mark.parity
 
@@ -85,6 +88,22 @@ def test_transformers_opens_merged_weights(scan_layers, tmp_path):
 @pytest.mark.parametrize("seed", range(4))
 def test_greedy_text(seed, tmp_path):
     family.check_generation(CASE, seed, tmp_path, family.causal_text)
+
+
+FILES = Path(__file__).parents[3] / "shared" / "gpt2_tokenizer"
+
+
+@pytest.mark.skipif(not FILES.is_dir(), reason="../shared/gpt2_tokenizer is not there")
+def test_tokens_of_the_real_vocabulary():
+    theirs = transformers.GPT2TokenizerFast.from_pretrained(FILES)
+    ours = read_tokenizer(FILES)
+    for text in (
+        "name : Blue Spice | food : £20-25",
+        " naïve 電影  \t 100%",
+        "a<|endoftext|>b",
+        "",
+    ):
+        assert ours.encode(text).ids == theirs(text)["input_ids"]
 
 
 # --- Beam search, of which the family does not matter

@@ -6,6 +6,10 @@ import pytest
 import torch
 import transformers
 
+import lora_jax as lora
+from lora_jax.models import generate
+from lora_jax.models.decoding import Decoding
+
 pytestmark = pytest.mark.parity
 
 
@@ -117,3 +121,42 @@ def test_peft(version, targets, tmp_path):
 def test_merged_export(version, scan_layers, tmp_path):
     auto = transformers.AutoModelForSeq2SeqLM
     family.check_merged_export(CASES[version], 2, tmp_path, auto=auto, scan_layers=scan_layers)
+
+
+def text(loaded, params, inputs, new_tokens, lifted):
+    options = {"transform": lora.lift} if lifted else {}
+    begin, step = generate.seq2seq_lm(loaded.model, loaded.family.init_cache, **options)
+    settings = Decoding(max_new_tokens=new_tokens)
+    return generate.generator(begin, step, settings)(params, inputs).tokens
+
+
+@pytest.mark.supports("T5", "generation")
+@pytest.mark.parametrize("seed", range(2))
+@each
+def test_greedy_text(version, seed, tmp_path):
+    family.check_generation(CASES[version], seed, tmp_path, text)
+
+
+@pytest.mark.supports("T5", "generation")
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_beam_search(version, seed, tmp_path):
+    """With an end that some texts come to; the layers are scanned in some."""
+    case = CASES[version]
+    model = family.torch_model(case, seed)
+    family.quiet(model.save_pretrained, tmp_path)
+    loaded = family.load(case, tmp_path, scan_layers=seed == 1)
+    inputs = case.inputs(model.config, seed)
+    prompt = {k: inputs[k] for k in ("input_ids", "attention_mask")}
+    settings = Decoding(max_new_tokens=10, beams=2 + seed, stop=(3, 5), length_penalty=0.8)
+    theirs = family.quiet(
+        model.generate, **{k: torch.from_numpy(v) for k, v in prompt.items()}, do_sample=False,
+        max_new_tokens=10, num_beams=settings.beams, eos_token_id=[3, 5], pad_token_id=0,
+        length_penalty=0.8,
+    ).numpy()[:, 1:]  # fmt: skip
+    begin, step = generate.seq2seq_lm(loaded.model, loaded.family.init_cache)
+    made = generate.generator(begin, step, settings)(loaded.params, prompt)
+    for row, length, expected in zip(made.tokens, made.lengths, theirs, strict=True):
+        ends = np.flatnonzero(np.isin(expected, settings.stop))
+        assert length == (ends[0] + 1 if ends.size else len(expected))
+        np.testing.assert_array_equal(row[:length], expected[:length])
