@@ -19,6 +19,7 @@ from jax import lax
 from jax.extend import core, source_info_util
 
 from lora_jax import lowrank, moves, uses
+from lora_jax.dropout import dropout
 from lora_jax.moves import Kernel, Unfactored
 
 Array = jax.Array
@@ -160,7 +161,7 @@ def _use(scope: Scope, eqn: Any, vals: Sequence, use: uses.Use) -> Array:
 
 
 def _drop(scope: Scope, x: Array, shape: Sequence[int] | None = None) -> Array:
-    return x if scope.rate is None else lowrank.dropout(x, scope.rate, scope.key, shape)
+    return x if scope.rate is None else dropout(x, scope.rate, scope.key, shape)
 
 
 def _roles(kernel: Kernel, sides: uses.Sides) -> dict[str, str]:

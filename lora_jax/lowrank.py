@@ -142,13 +142,6 @@ def swap_sides(a: Array, b: Array, axes: str) -> tuple[Array, Array, str]:
     return jnp.moveaxis(b, n, -1), jnp.moveaxis(a, -1, n), swapped
 
 
-def dropout(x: Array, rate: Any, key: Array, shape: Sequence[int] | None = None) -> Array:
-    """Inverted dropout of the low-rank branch's input; ``shape`` broadcasts one mask over axes."""
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape if shape is None else shape)
-    kept = x / jnp.asarray(1.0 - rate, x.dtype)
-    return jnp.where(jnp.broadcast_to(keep, x.shape), kept, jnp.zeros_like(x))
-
-
 def contract(
     x: Array, a: Array, b: Array, axes: str, *, dims: tuple, x_first: bool, **options: Any
 ) -> Array:
@@ -165,6 +158,9 @@ def contract(
       **options: ``precision`` and ``preferred_element_type`` of the second product.
     """
     (x_in, k_in), (x_batch, k_batch) = dims
+    lead = next((d for d in range(x.ndim) if d in x_in), x.ndim)
+    if lead > 1 and not x_batch and jax.default_backend() == "cpu":
+        return _by_rows(x, a, b, axes, dims=dims, x_first=x_first, lead=lead, **options)
     a_axes, b_axes = positions(axes, BATCH + IN), positions(axes, BATCH)
     free_batch = [k for k in b_axes if k not in k_batch]
     x_free = [d for d in range(x.ndim) if d not in (*x_in, *x_batch)]
@@ -187,3 +183,29 @@ def contract(
     others = [axis for axis in have if axis[0] == "x"]
     want = have[:shared] + (others + kernel if x_first else kernel + others)
     return y if have == want else lax.transpose(y, [have.index(axis) for axis in want])
+
+
+def _by_rows(
+    x: Array,
+    a: Array,
+    b: Array,
+    axes: str,
+    *,
+    dims: tuple,
+    x_first: bool,
+    lead: int,
+    **options: Any,
+) -> Array:
+    """:func:`contract` with the first ``lead`` axes of ``x``, which are free, joined to rows.
+
+    The gradients of the factors are sums over these axes. XLA for CPU prepares a sum over two axes
+    by writing the wide operand once more, transposed, with all that computes it: a quarter of a
+    training step with every kernel of MiniLM adapted. Over one axis it needs no such copy.
+    Elsewhere the axes stay apart, since each of them may be sharded.
+    """
+    (x_in, k_in), batch = dims
+    sizes, rest = x.shape[:lead], x.shape[lead:]
+    dims = (tuple(d - lead + 1 for d in x_in), k_in), batch
+    rows = x.reshape(math.prod(sizes), *rest)
+    y = contract(rows, a, b, axes, dims=dims, x_first=x_first, **options)
+    return y.reshape((*sizes, *y.shape[1:]) if x_first else (*y.shape[:-1], *sizes))

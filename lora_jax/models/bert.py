@@ -124,7 +124,7 @@ class BertForSequenceClassification(nn.Module):
         c = self.config
         model = BertModel(c, self.dtype, scan_layers=self.scan_layers, name="bert")
         _, pooled = model(input_ids, attention_mask, token_type_ids, deterministic=deterministic)
-        pooled = nn.Dropout(c.head_dropout)(pooled, deterministic=deterministic)
+        pooled = blocks.Dropout(c.head_dropout)(pooled, deterministic=deterministic)
         init = nn.initializers.normal(c.initializer_range)
         head = nn.Dense(self.num_labels, kernel_init=init, dtype=self.dtype, name="classifier")
         return head(pooled).astype(jnp.promote_types(self.dtype, jnp.float32))

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.dropout import dropout
+
 Array = jax.Array
 
 
@@ -37,6 +39,25 @@ def layer_norm(epsilon: float, dtype: Any, name: str | None = None) -> nn.LayerN
     """LayerNorm (Ba et al. 2016) as torch computes it."""
     # Two passes over the features: E[x²] - E[x]² loses digits in float32.
     return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
+
+
+class Dropout(nn.Module):
+    """``nn.Dropout`` with half the random bits; see :func:`lora_jax.dropout.dropout`.
+
+    Attributes:
+      rate: probability of a zero.
+      deterministic: whether nothing is dropped; here or in the call.
+    """
+
+    rate: float
+    deterministic: bool | None = None
+
+    @nn.compact
+    def __call__(self, x: Array, deterministic: bool | None = None) -> Array:
+        """Drops entries of ``x``; the key comes from the collection "dropout"."""
+        if nn.merge_param("deterministic", self.deterministic, deterministic) or not self.rate:
+            return x
+        return dropout(x, self.rate, self.make_rng("dropout"))
 
 
 class RMSNorm(nn.Module):

@@ -107,7 +107,7 @@ class Embeddings(_Part):
         positions = jnp.arange(input_ids.shape[-1])[None, :]
         x = embed(c.vocab_size, name="word_embeddings")(input_ids)
         x = x + embed(c.max_position_embeddings, name="position_embeddings")(positions)
-        return nn.Dropout(c.dropout)(self._norm("LayerNorm")(x), deterministic=deterministic)
+        return blocks.Dropout(c.dropout)(self._norm("LayerNorm")(x), deterministic=deterministic)
 
 
 class MultiHeadSelfAttention(_Part):
@@ -119,7 +119,7 @@ class MultiHeadSelfAttention(_Part):
         c = self.config
         split = lambda y: y.reshape(*y.shape[:-1], c.n_heads, c.dim // c.n_heads)
         query, key, value = (split(self._dense(c.dim, f"{n}_lin")(x)) for n in "qkv")
-        drop = nn.Dropout(c.attention_dropout, deterministic=deterministic)
+        drop = blocks.Dropout(c.attention_dropout, deterministic=deterministic)
         y = attention(query, key, value, bias, drop=drop).reshape(x.shape)
         return self._dense(c.dim, "out_lin")(y)
 
@@ -132,7 +132,7 @@ class FFN(_Part):
         """``(..., dim)`` to ``(..., dim)``."""
         c = self.config
         x = blocks.ACTIVATIONS[c.activation](self._dense(c.hidden_dim, "lin1")(x))
-        return nn.Dropout(c.dropout)(self._dense(c.dim, "lin2")(x), deterministic=deterministic)
+        return blocks.Dropout(c.dropout)(self._dense(c.dim, "lin2")(x), deterministic=deterministic)
 
 
 class TransformerBlock(_Part):
@@ -222,7 +222,7 @@ class DistilBertForSequenceClassification(_Part):
         model = DistilBertModel(c, self.dtype, scan_layers=self.scan_layers, name="distilbert")
         x = model(input_ids, attention_mask, deterministic=deterministic)
         x = nn.relu(self._dense(c.dim, "pre_classifier")(x[:, 0]))
-        x = nn.Dropout(c.seq_classif_dropout)(x, deterministic=deterministic)
+        x = blocks.Dropout(c.seq_classif_dropout)(x, deterministic=deterministic)
         logits = self._dense(self.num_labels, "classifier")(x)
         return logits.astype(jnp.promote_types(self.dtype, jnp.float32))
 

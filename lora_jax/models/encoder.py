@@ -104,7 +104,7 @@ class Embeddings(Part):
         x = embed(c.vocab_size, name="word_embeddings")(input_ids)
         x = x + embed(c.type_vocab_size, name="token_type_embeddings")(token_type_ids)
         x = x + embed(c.max_position_embeddings, name="position_embeddings")(positions)
-        return nn.Dropout(c.hidden_dropout_prob)(self._norm()(x), deterministic=deterministic)
+        return blocks.Dropout(c.hidden_dropout_prob)(self._norm()(x), deterministic=deterministic)
 
 
 class Output(Part):
@@ -114,7 +114,7 @@ class Output(Part):
     def __call__(self, x: Array, residual: Array, *, deterministic: bool) -> Array:
         """``LayerNorm(residual + dropout(dense(x)))``."""
         x = self._dense(self.config.hidden_size)(x)
-        x = nn.Dropout(self.config.hidden_dropout_prob)(x, deterministic=deterministic)
+        x = blocks.Dropout(self.config.hidden_dropout_prob)(x, deterministic=deterministic)
         return self._norm()(x + residual)
 
 
@@ -130,7 +130,7 @@ class Attention(Part):
         query, key, value = (
             split(self._dense(c.hidden_size, name)(x)) for name in ("query", "key", "value")
         )
-        drop = nn.Dropout(c.attention_probs_dropout_prob, deterministic=deterministic)
+        drop = blocks.Dropout(c.attention_probs_dropout_prob, deterministic=deterministic)
         y = attention(query, key, value, bias, drop=drop).reshape(x.shape)
         return self._part(Output, "output")(y, x, deterministic=deterministic)
 

@@ -141,7 +141,7 @@ class RobertaClassificationHead(Part):
     @nn.compact
     def __call__(self, x: Array, *, deterministic: bool) -> Array:
         """``(batch, length, hidden)`` to ``(batch, num_labels)``."""
-        drop = nn.Dropout(self.config.head_dropout, deterministic=deterministic)
+        drop = blocks.Dropout(self.config.head_dropout, deterministic=deterministic)
         x = nn.tanh(self._dense(self.config.hidden_size)(drop(x[:, 0])))
         return self._dense(self.num_labels, "out_proj")(drop(x))
 
