@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from lora_jax.models import caches, rope
 from lora_jax.models.attention import grouped_attention
-from lora_jax.models.blocks import ACTIVATIONS, RMSNorm
+from lora_jax.models.blocks import ACTIVATIONS, Dropout, RMSNorm
 from lora_jax.models.caches import Cache
 from lora_jax.models.families import CAUSAL_LM, Family
 from lora_jax.models.llama_config import FULL, SLIDING, VARIANTS, LlamaConfig, names
@@ -92,7 +92,7 @@ class LlamaAttention(_Part):
             view.bias,
             scale=c.query_pre_attn_scalar**-0.5,
             softcap=c.attn_logit_softcapping,
-            drop=nn.Dropout(c.attention_dropout, deterministic=deterministic),
+            drop=Dropout(c.attention_dropout, deterministic=deterministic),
         )
         y = y.reshape(*x.shape[:2], -1)
         return self._dense(c.hidden_size, "o_proj", bias=c.attention_bias)(y), cache
