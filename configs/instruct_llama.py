@@ -1,9 +1,9 @@
-r"""Instructions for a model of the Llama family: LoRA on all linear layers.
+r"""Instructions for a model of the Llama family: LoRA on all kernels of a layer.
 
     python -m experiments.instruct --config=configs/instruct_llama.py --workdir=runs/instruct \
         --config.model.name=DIRECTORY_OF_A_MODEL --config.data.train=conversations.jsonl
 
-The settings are customary ones (rank 16 on every kernel, a learning rate of 2e-4 with 3% warm-up),
+The settings are customary ones (rank 16, a learning rate of 2e-4 with 3% warm-up),
 in bfloat16. expected: not measured by this project; models that can chat take a GPU.
 """
 
@@ -23,7 +23,8 @@ def get_config() -> ConfigDict:
 
     c.lora.rank = 16
     c.lora.alpha = 32.0
-    c.lora.targets = ("all-linear",)
+    # Every kernel of a layer; "all-linear" would be the head as well, where it is not tied.
+    c.lora.targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     c.lora.train = ()
     c.lora.dropout = 0.05
 

@@ -4,7 +4,8 @@ python -m experiments.chat --adapter=runs/instruct/adapter "Who are you?"
 python -m experiments.chat --adapter=runs/instruct/adapter
 
 Without a message, each line of stdin is one turn of the user's, and the conversation goes on until
-its end. The adapter may be one that training has left, or a directory in PEFT's format.
+its end. The adapter may be one that training has left, or a directory in PEFT's format; with
+--model alone, a model speaks as it is, such as one that experiments.export has merged.
 """
 
 import sys
@@ -16,8 +17,8 @@ from absl import flags
 from experiments import cli, replies
 from experiments.chat_template import Message
 
-_ADAPTER = flags.DEFINE_string("adapter", None, "Directory of the adapter.", required=True)
-_MODEL = flags.DEFINE_string("model", None, "The base model, if it moved since training.")
+_ADAPTER = flags.DEFINE_string("adapter", None, "Directory of the adapter.")
+_MODEL = flags.DEFINE_string("model", None, "The base, if it moved; or a model without adapter.")
 _SYSTEM = flags.DEFINE_string("system", None, "A first message, of the role system.")
 _NEW = flags.DEFINE_integer("max_new_tokens", 256, "How long a reply is at most.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Of sampling; 0 for the likeliest token.")

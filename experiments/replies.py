@@ -13,6 +13,7 @@ from experiments import chat_template, conversations, language
 from experiments.chat_template import ChatTemplate, Message
 from lora_jax.models import checkpoints, generate
 from lora_jax.models.decoding import Decoding
+from lora_jax.models.families import CAUSAL_LM
 
 _STEP = 64  # prompts are padded to a multiple of it: one compilation for each length
 
@@ -35,27 +36,37 @@ class Speaker(NamedTuple):
     decoding: Decoding
 
 
-def load(directory: str, *, model: str | None = None, **options: Any) -> Speaker:
-    """Loads an adapter and its base.
+def load(directory: str | None, *, model: str | None = None, **options: Any) -> Speaker:
+    """Loads an adapter and its base, or a model alone.
 
     Args:
-      directory: of the adapter, of either format.
-      model: name or directory of the base, where it is no longer found under its old name.
+      directory: of the adapter, of either format; None for the model as it is.
+      model: name or directory of the model; with an adapter only where it is no longer found under
+        its old name.
       **options: fields of :class:`Decoding`.
 
     Raises:
       FileNotFoundError, ValueError: adapter, base, or chat template are missing or damaged, or do
         not belong together.
     """
-    found = language.load(directory, model=model)
-    loaded = found.loaded
+    loaded, params = _model(directory, model)
     tokenizer = checkpoints.load_tokenizer(loaded.checkpoint)
     template = chat_template.find(loaded.checkpoint)
     stop = stop_tokens(loaded.checkpoint, template, tokenizer)
     decoding = Decoding(stop=stop, pad_id=min(stop, default=0), **options)
     run = generate.generator(*generate.causal_lm(loaded.model, loaded.family.init_cache), decoding)
-    params = lora.merge(loaded.params, found.adapter)
     return Speaker(run, params, template, tokenizer, decoding)
+
+
+def _model(directory: str | None, model: str | None) -> tuple[checkpoints.Loaded, Any]:
+    """The model, and its parameters with the adapter merged into them."""
+    if directory is not None:
+        found = language.load(directory, model=model)
+        return found.loaded, lora.merge(found.loaded.params, found.adapter)
+    if model is None:
+        raise ValueError("Say what is to reply: give an adapter or a model (--adapter, --model).")
+    loaded = checkpoints.load(model, head=CAUSAL_LM)
+    return loaded, loaded.params
 
 
 def stop_tokens(

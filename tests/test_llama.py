@@ -321,10 +321,31 @@ def test_registry_knows_all_model_types():
         assert family.architectures["causal-lm"] == variant.architecture
 
 
-def test_parameter_count_of_llama_3_8b():
-    config = LlamaConfig(
-        vocab_size=128256, intermediate_size=14336, num_key_value_heads=8, rope=Rope(5e5)
-    )
+# Sizes from the models' own config.json, and the counts that their authors give.
+MODELS = {
+    "Llama 3 8B": (8_030_261_248, dict(
+        model_type="llama", vocab_size=128256, intermediate_size=14336, num_key_value_heads=8)),
+    "Llama 3.2 1B": (1_235_814_400, dict(
+        model_type="llama", vocab_size=128256, hidden_size=2048, intermediate_size=8192,
+        num_hidden_layers=16, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True)),
+    "Mistral 7B": (7_241_732_096, dict(model_type="mistral")),
+    "Qwen2.5 0.5B": (494_032_768, dict(
+        model_type="qwen2", hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+        num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True)),
+    "Qwen3 0.6B": (596_049_920, dict(
+        model_type="qwen3", hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
+        num_attention_heads=16, num_key_value_heads=8, tie_word_embeddings=True)),
+    "Gemma 2 2B": (2_614_341_888, dict(model_type="gemma2")),
+    "Gemma 3 1B": (999_885_952, dict(
+        model_type="gemma3_text", vocab_size=262144, hidden_size=1152, intermediate_size=6912,
+        num_attention_heads=4, num_key_value_heads=1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_parameter_counts_of_published_models(name):
+    count, words = MODELS[name]
+    model = llama.LlamaForCausalLM(LlamaConfig.from_hf(words), scan_layers=True)
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    shapes = jax.eval_shape(llama.LlamaForCausalLM(config).init, jax.random.key(0), ids)
-    assert sum(x.size for x in jax.tree.leaves(shapes)) == 8_030_261_248
+    shapes = jax.eval_shape(model.init, jax.random.key(0), ids)
+    assert sum(x.size for x in jax.tree.leaves(shapes)) == count

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from lora_jax.models import caches, rope
 from lora_jax.models.attention import grouped_attention
-from lora_jax.models.blocks import ACTIVATIONS, RMSNorm
+from lora_jax.models.blocks import ACTIVATIONS, Dropout, RMSNorm
 from lora_jax.models.caches import Cache
 from lora_jax.models.families import CAUSAL_LM, Family
 from lora_jax.models.llama_config import FULL, SLIDING, VARIANTS, LlamaConfig, names
@@ -79,23 +79,12 @@ class LlamaAttention(_Part):
         self, x: Array, cache: PyTree, view: _View, index: Array | None, deterministic: bool
     ) -> tuple[Array, PyTree]:
         """``x`` is ``(batch, n, hidden)``; the layer's cache is written from ``index`` on."""
-        c, variant = self.config, self.config.variant
-        bias = c.attention_bias or variant.qkv_bias
-        query, key, value = (
-            self._dense(heads * c.head_dim, f"{name}_proj", bias=bias)(x).reshape(
-                *x.shape[:2], heads, c.head_dim
-            )
-            for name, heads in zip(
-                "qkv", (c.num_attention_heads, *[c.num_key_value_heads] * 2), strict=True
-            )
-        )
-        if variant.qk_norm:
-            query, key = self._norm("q_norm")(query), self._norm("k_norm")(key)
+        c = self.config
+        query, key, value = self._heads(x)
         query, key = (rope.rotate(y, view.cos, view.sin) for y in (query, key))
         keys = {"k": key, "v": value}
         if cache is not None:
             cache = keys = caches.write(cache, keys, index)
-        drop = nn.Dropout(c.attention_dropout, deterministic=deterministic)
         y = grouped_attention(
             query,
             keys["k"].astype(query.dtype),
@@ -103,10 +92,23 @@ class LlamaAttention(_Part):
             view.bias,
             scale=c.query_pre_attn_scalar**-0.5,
             softcap=c.attn_logit_softcapping,
-            drop=drop,
+            drop=Dropout(c.attention_dropout, deterministic=deterministic),
         )
         y = y.reshape(*x.shape[:2], -1)
         return self._dense(c.hidden_size, "o_proj", bias=c.attention_bias)(y), cache
+
+    def _heads(self, x: Array) -> list[Array]:
+        """Queries, keys and values ``(batch, n, heads, head_dim)``, not yet rotated."""
+        c, variant = self.config, self.config.variant
+        heads = {"q": c.num_attention_heads, "k": c.num_key_value_heads, "v": c.num_key_value_heads}
+        found = []
+        for name, count in heads.items():
+            bias = c.attention_bias or variant.qkv_bias
+            y = self._dense(count * c.head_dim, f"{name}_proj", bias=bias)(x)
+            y = y.reshape(*x.shape[:2], count, c.head_dim)
+            norm = variant.qk_norm and name != "v"
+            found.append(self._norm(f"{name}_norm")(y) if norm else y)
+        return found
 
 
 class LlamaMLP(_Part):
