@@ -149,10 +149,10 @@ class GPT2Attention(_Part):
             keys["v"].astype(query.dtype),
             bias,
             scale=None if c.scale_attn_weights else 1.0,
-            drop=nn.Dropout(c.attn_pdrop, deterministic=deterministic),
+            drop=blocks.Dropout(c.attn_pdrop, deterministic=deterministic),
         )
         y = self._dense(c.n_embd, "c_proj")(y.reshape(x.shape))
-        return nn.Dropout(c.resid_pdrop)(y, deterministic=deterministic), cache
+        return blocks.Dropout(c.resid_pdrop)(y, deterministic=deterministic), cache
 
 
 class GPT2MLP(_Part):
@@ -164,7 +164,7 @@ class GPT2MLP(_Part):
         c = self.config
         wide = self._dense(c.n_inner or 4 * c.n_embd, "c_fc")(x)
         y = self._dense(c.n_embd, "c_proj")(blocks.ACTIVATIONS[c.activation_function](wide))
-        return nn.Dropout(c.resid_pdrop)(y, deterministic=deterministic)
+        return blocks.Dropout(c.resid_pdrop)(y, deterministic=deterministic)
 
 
 class GPT2Block(_Part):
@@ -202,7 +202,7 @@ class GPT2Model(_Part):
         else:
             self.h = [GPT2Block(c, dtype=self.dtype) for _ in range(c.n_layer)]
         self.ln_f = self._norm()
-        self.drop = nn.Dropout(c.embd_pdrop)
+        self.drop = blocks.Dropout(c.embd_pdrop)
 
     def __call__(
         self,

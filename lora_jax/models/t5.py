@@ -67,8 +67,8 @@ class _Part(nn.Module):
     def _norm(self) -> blocks.RMSNorm:
         return blocks.RMSNorm(self.config.layer_norm_epsilon, self.dtype)
 
-    def _dropout(self) -> nn.Dropout:
-        return nn.Dropout(self.config.dropout_rate)
+    def _dropout(self) -> blocks.Dropout:
+        return blocks.Dropout(self.config.dropout_rate)
 
 
 class T5Attention(_Part):
