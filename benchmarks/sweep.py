@@ -1,6 +1,7 @@
 """What a sweep saves: against a process for each run, and by runs at a time.
 
-    python -m benchmarks.sweep processes [--steps=100] [--only=seed=0] [--parallel=1,auto]
+    python -m benchmarks.sweep processes [--steps=100] [--only=seed=0] [--parallel=1,auto] \
+        [--targets=query,value]
     python -m benchmarks.sweep throughput [--model=minilm] [--at_once=1,2,4] [--batch=16x32]
 
 ``processes`` trains the runs of configs/quickstart_sweep.py (MiniLM, 16 x 32 tokens) as separate
@@ -49,10 +50,11 @@ MODELS = {
 # Against processes.
 
 
-def flags_for(steps: int) -> list[str]:
+def flags_for(steps: int, targets: str) -> list[str]:
     """Overrides that make a run of ``steps`` steps, evaluated four times, in batches of 16 x 32."""
     per_epoch = max(steps // 4, 1)
     fields = {"data.train_examples": 16 * per_epoch, "batch_size": 16, "epochs": steps // per_epoch}
+    fields["lora.targets"] = tuple(targets.split(","))
     return [f"--config.{name}={value}" for name, value in fields.items()]
 
 
@@ -70,7 +72,7 @@ def measured(arguments: list[str]) -> dict:
 
 def processes(args: argparse.Namespace) -> None:
     """Prints each way of doing the runs, with its share of the time of separate processes."""
-    flags = flags_for(args.steps)
+    flags = flags_for(args.steps, args.targets)
     found = points.points(quickstart_sweep.get_config(), quickstart_sweep.sweep)
     found = points.only(found, args.only)
     only = [f"--only={text}" for text in args.only]
@@ -91,11 +93,12 @@ def processes(args: argparse.Namespace) -> None:
                     ["experiments.sweep", f"--config={CONFIG}", workdir, f"--parallel={way}"]
                     + flags + only
                 )  # fmt: skip
+    what = {"runs": len(found), "steps": args.steps, "targets": args.targets}
     total = {name: round(sum(row[name] for row in alone), 1) for name in alone[0]}
-    print_row(how="processes", runs=len(found), steps=args.steps, **total)
+    print_row(how="processes", **what, **total)
     for way, row in sweeps.items():
         ratios = {f"{name[:-2]}_ratio": round(row[name] / total[name], 3) for name in total}
-        print_row(how=f"sweep --parallel={way}", runs=len(found), steps=args.steps, **row, **ratios)
+        print_row(how=f"sweep --parallel={way}", **what, **row, **ratios)
 
 
 def print_row(**values: object) -> None:
@@ -197,6 +200,7 @@ def main() -> None:
     against.add_argument("--steps", type=int, default=100)
     against.add_argument("--only", action="append", default=[], help="as experiments.sweep --only")
     against.add_argument("--parallel", default="1,auto")
+    against.add_argument("--targets", default="query,value", help="kernels, as lora.targets")
     against.set_defaults(run=processes)
     at_once = kinds.add_parser("throughput")
     at_once.add_argument("--model", default="minilm", choices=list(MODELS))

@@ -3,11 +3,16 @@
     python -m experiments.sst2 --config=configs/sst2_minilm_best.py --workdir=runs/sst2_best \
         --config.data.source=DIRECTORY_OF_SST2
 
-Rank 16 on every linear layer, 5 epochs. The learning rate was chosen on 1,000 other examples of the
-training set (--config.data.holdout=1000), never on the validation set: after one epoch 5e-4 was at
-0.865 there, while 1e-3 had not learned (0.565).
+Rank 16 on every linear layer, 5 epochs. Chosen on training sentences alone: of three recipes, each
+trained on three seeds (two for the last), this one is the best at its last epoch on 2,500 training
+sentences of at least ten words that share no five words in a row with the 5,000 (SST-2's training
+set holds the phrases of a sentence as examples of their own, so that an example left out at random
+has often been seen): 0.8500; 8 epochs with data.alike=50 had 0.8488; learning rate 1e-3, batch 32
+and data.alike=50 had 0.8440.
 expected: validation accuracy 0.8624, 0.8578, 0.8716 for seeds 0, 1, 2 (mean 0.8639, standard
-deviation 0.0070); 20 to 31 minutes a run on two CPU cores that had other work as well
+deviation 0.0070) at the best epoch; 0.8624, 0.8532, 0.8670 at the last. Measured 2026-11-24 on two
+CPU cores, 20 to 31 minutes a run beside other work, with the dropout of that day's morning, which
+drew other masks
 """
 
 from ml_collections import ConfigDict
@@ -21,10 +26,7 @@ def get_config() -> ConfigDict:
     c.lora.rank = 16
     c.lora.alpha = 32.0
     c.lora.targets = ("all-linear",)
-    c.optimizer.learning_rate = 1e-3
     c.optimizer.warmup = 0.06
-    c.batch_size = 32
     c.epochs = 5
-    c.data.alike = 50
     c.data.buckets = (32, 40, 48, 64, 128)  # a fifth fewer padded tokens than with (32, 64, 128)
     return c.lock()
