@@ -3,7 +3,12 @@ r"""E2E with a small GPT-2 that was trained from nothing: the whole path in minu
     python -m experiments.e2e_nlg --config=configs/e2e_tiny.py --workdir=runs/e2e_tiny \
         --config.data.source=DIRECTORY_OF_E2E
 
-expected: not yet measured
+The base is that of configs/e2e_tiny_base.py, made first: it has read meanings and references as
+texts of their own, in any order, and writes a likely reference whatever the meaning is. The 630
+meanings of test.txt are none that it or the adapter has seen.
+
+expected: unadapted BLEU 12.68, chrF 34.27; adapted BLEU 34.79, 35.66 for seeds 0, 1, chrF 47.40,
+47.39 (validation loss 1.4937, 1.4828); 5 minutes a run on one CPU core, and 2 for the base
 """
 
 from ml_collections import ConfigDict
