@@ -132,6 +132,16 @@ def test_shards(copy):
         load(copy)
 
 
+def test_a_tensor_in_two_shards(copy):
+    shard(copy)
+    first, second = (copy / f"model-{k}-of-2.safetensors" for k in (1, 2))
+    name, value = next(iter(safetensors.numpy.load_file(first).items()))
+    more = safetensors.numpy.load_file(second) | {name: value}
+    safetensors.numpy.save_file(more, second)
+    with pytest.raises(ValueError, match=rf"holds {name}, which another file holds, too"):
+        load(copy)
+
+
 def test_an_encoder_alone_loads_by_its_own_table():
     checkpoint = checkpoints.resolve(GOLDEN)
     config = bert.BertConfig.from_hf(checkpoint.config)

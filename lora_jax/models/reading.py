@@ -107,9 +107,13 @@ def _open(checkpoint: Checkpoint) -> dict[str, Stored]:
     damaged = []
     for path in checkpoint.weights:
         try:
-            tensors |= open_safetensors(path)
+            more = open_safetensors(path)
         except ValueError as error:
             damaged.append(f"{path}: {error}")
+            continue
+        if twice := sorted(set(more) & set(tensors)):
+            damaged.append(f"{path}: holds {shown(twice)}, which another file holds, too")
+        tensors |= more
     if damaged:
         raise ValueError(
             f"The checkpoint {checkpoint.name!r} has damaged files (truncated or changed): "
