@@ -4,7 +4,7 @@ r"""E2E with a small GPT-2 that was trained from nothing: the whole path in minu
         --config.data.source=DIRECTORY_OF_E2E
 
 The base is that of configs/e2e_tiny_base.py, made first: it has read meanings and references as
-texts of their own, in any order, and writes a likely reference whatever the meaning is. The 630
+texts of their own, in any order, and after a meaning it writes any likely text. The 630
 meanings of test.txt are none that it or the adapter has seen.
 
 expected: unadapted BLEU 12.68, chrF 34.27; adapted BLEU 34.79, 35.66 for seeds 0, 1, chrF 47.40,
