@@ -4,6 +4,7 @@ A rule says how its primitive treats the kernel's axes, and computes what the lo
 the result. One that does not fit raises ``Unfactored`` with the reason.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -41,16 +42,41 @@ def oriented(kernel: Kernel, sides: Sides) -> Factors:
       Unfactored: the use takes some input and some output axes, or part of one side.
     """
     axes = "".join(kernel.axes)
+    found = _fitting(kernel, sides) or _fitting(_with_free_axes_as_used(kernel, sides), sides)
+    if found:
+        return found
     if not set(sides.batch) <= set(positions(axes, BATCH)):
         raise Unfactored(f"batches over axes {sides.batch} of a kernel with axes {axes!r}")
-    if set(sides.inputs) == set(positions(axes, IN)):
-        return Factors(kernel.a, kernel.b, axes)
-    if set(sides.inputs) == set(positions(axes, OUT)):
-        return Factors(*lowrank.swap_sides(kernel.a, kernel.b, axes))
     raise Unfactored(
         f"contracts axes {sides.inputs} of a kernel with axes {axes!r}: neither all inputs (i) nor "
         "all outputs (o)"
     )
+
+
+def _fitting(kernel: Kernel, sides: Sides) -> Factors | None:
+    axes = "".join(kernel.axes)
+    if not set(sides.batch) <= set(positions(axes, BATCH)):
+        return None
+    if set(sides.inputs) == set(positions(axes, IN)):
+        return Factors(kernel.a, kernel.b, axes)
+    if set(sides.inputs) == set(positions(axes, OUT)):
+        return Factors(*lowrank.swap_sides(kernel.a, kernel.b, axes))
+    return None
+
+
+def _with_free_axes_as_used(kernel: Kernel, sides: Sides) -> Kernel:
+    """Gives axes of size one the role that the use wants: they can be on either side, or batched.
+
+    A depthwise kernel that is stored ``(*window, channels, multiplier)`` gets one by a reshape.
+    """
+    shape = kernel.w.shape
+    summed = [kernel.axes[k] for k in sides.inputs if shape[k] != 1]
+    into = OUT if OUT in summed else IN
+    wanted = dict.fromkeys(sides.batch, BATCH) | dict.fromkeys(sides.inputs, into)
+    rest = IN if into == OUT else OUT
+    axes = [wanted.get(k, rest) if shape[k] == 1 else role for k, role in enumerate(kernel.axes)]
+    a, b = lowrank.factor_shapes(shape, "".join(axes), kernel.a.shape[-1])
+    return dataclasses.replace(kernel, a=kernel.a.reshape(a), b=kernel.b.reshape(b), axes=axes)
 
 
 def _branch_dtype(x: Array, result: Array) -> Any:

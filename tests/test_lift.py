@@ -175,6 +175,24 @@ FACTORED = {
             x, p["w"], (1, 1), "SAME", feature_group_count=4, dimension_numbers=("NHWC", "HWIO", "NHWC")),
         array(3, 3, 1, 8), array(2, 5, 5, 4), "iiio",
     ),
+    "depthwise conv, stored (window, channels, multiplier)": (
+        lambda p, x: lax.conv_general_dilated(
+            x, p["w"].reshape(3, 3, 1, 8), (1, 1), "SAME", feature_group_count=4,
+            dimension_numbers=("NHWC", "HWIO", "NHWC")),
+        array(3, 3, 4, 2), array(2, 5, 5, 4), "iioo",
+    ),
+    "depthwise conv, stored with a multiplier of one": (
+        lambda p, x: lax.conv_general_dilated(
+            x, p["w"].reshape(3, 1, 4), (1,), "SAME", feature_group_count=4,
+            dimension_numbers=("NHC", "HIO", "NHC")),
+        array(3, 4, 1), array(2, 5, 4), "iob",
+    ),
+    "new axis that is contracted": (
+        lambda p, x: jnp.einsum("bed,edo->bo", x[:, None], p["w"][None]), W, X, "io",
+    ),
+    "new axis that is contracted with the outputs": (
+        lambda p, x: jnp.einsum("beo,edo->bd", (x @ p["w"])[:, None], p["w"][None]), W, X, "io",
+    ),
     "jit": (lambda p, x: jax.jit(lambda w, x: x @ w.T)(p["w"].T, x), W, X, "io"),
     "remat": (lambda p, x: jax.checkpoint(lambda w: jnp.tanh(x @ w))(p["w"]), W, X, "io"),
     "cond": (
