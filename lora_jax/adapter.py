@@ -295,7 +295,8 @@ def summary(params: PyTree, adapter: PyTree) -> str:
     entries = nodes(adapter).values()
     added = sum(_size(x.a) + _size(x.b) for x in entries if isinstance(x, LowRank))
     trained = added + sum(_size(x) for x in entries if not isinstance(x, LowRank))
-    total = added + sum(_size(x) for x in jax.tree.leaves(params))
+    # Modules of some libraries hold functions and flags beside their arrays.
+    total = added + sum(_size(x) for x in jax.tree.leaves(params) if hasattr(x, "shape"))
     return (
         f"trainable params: {trained:,d} || all params: {total:,d} || "
         f"trainable%: {100 * trained / max(total, 1):.4f}"

@@ -4,11 +4,13 @@ A rule says how its primitive treats the kernel's axes, and computes what the lo
 the result. One that does not fit raises ``Unfactored`` with the reason.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from lora_jax import lowrank
@@ -40,16 +42,41 @@ def oriented(kernel: Kernel, sides: Sides) -> Factors:
       Unfactored: the use takes some input and some output axes, or part of one side.
     """
     axes = "".join(kernel.axes)
+    found = _fitting(kernel, sides) or _fitting(_with_free_axes_as_used(kernel, sides), sides)
+    if found:
+        return found
     if not set(sides.batch) <= set(positions(axes, BATCH)):
         raise Unfactored(f"batches over axes {sides.batch} of a kernel with axes {axes!r}")
-    if set(sides.inputs) == set(positions(axes, IN)):
-        return Factors(kernel.a, kernel.b, axes)
-    if set(sides.inputs) == set(positions(axes, OUT)):
-        return Factors(*lowrank.swap_sides(kernel.a, kernel.b, axes))
     raise Unfactored(
         f"contracts axes {sides.inputs} of a kernel with axes {axes!r}: neither all inputs (i) nor "
         "all outputs (o)"
     )
+
+
+def _fitting(kernel: Kernel, sides: Sides) -> Factors | None:
+    axes = "".join(kernel.axes)
+    if not set(sides.batch) <= set(positions(axes, BATCH)):
+        return None
+    if set(sides.inputs) == set(positions(axes, IN)):
+        return Factors(kernel.a, kernel.b, axes)
+    if set(sides.inputs) == set(positions(axes, OUT)):
+        return Factors(*lowrank.swap_sides(kernel.a, kernel.b, axes))
+    return None
+
+
+def _with_free_axes_as_used(kernel: Kernel, sides: Sides) -> Kernel:
+    """Gives axes of size one the role that the use wants: they can be on either side, or batched.
+
+    A depthwise kernel that is stored ``(*window, channels, multiplier)`` gets one by a reshape.
+    """
+    shape = kernel.w.shape
+    summed = [kernel.axes[k] for k in sides.inputs if shape[k] != 1]
+    into = OUT if OUT in summed else IN
+    wanted = dict.fromkeys(sides.batch, BATCH) | dict.fromkeys(sides.inputs, into)
+    rest = IN if into == OUT else OUT
+    axes = [wanted.get(k, rest) if shape[k] == 1 else role for k, role in enumerate(kernel.axes)]
+    a, b = lowrank.factor_shapes(shape, "".join(axes), kernel.a.shape[-1])
+    return dataclasses.replace(kernel, a=kernel.a.reshape(a), b=kernel.b.reshape(b), axes=axes)
 
 
 def _branch_dtype(x: Array, result: Array) -> Any:
@@ -114,11 +141,26 @@ def _ragged(params: dict, vals: Sequence[Any], f: Factors, base: Array, drop: Ca
 def _gather_sides(params: dict, vals: Sequence[Any]) -> tuple[int, Sides]:
     dims, sizes = params["dimension_numbers"], params["slice_sizes"]
     _only_kernel(vals, 0)
-    rows = set(dims.collapsed_slice_dims)
+    rows = _looked_up_axes(params, vals[0].w.shape)
     whole = all(sizes[k] == n for k, n in enumerate(vals[0].w.shape) if k not in rows)
-    if dims.operand_batching_dims or not whole or rows != set(dims.start_index_map):
+    # A slice of a whole axis starts at 0, unless it is filled where its start is out of bounds.
+    filled = params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
+    indexed = set(dims.start_index_map)
+    fits = rows == indexed or (rows < indexed and not filled)
+    if dims.operand_batching_dims or not whole or not fits:
         raise Unfactored("gather of something other than whole rows")
     return 0, Sides(tuple(sorted(rows)))
+
+
+def _looked_up_axes(params: dict, shape: Sequence[int]) -> set[int]:
+    """The axes of which a gather takes one entry.
+
+    They are collapsed where a table is indexed by an array of rows. ``vmap`` of an index leaves
+    them in the result with size 1, and indexes every other axis as well, at 0.
+    """
+    dims, sizes = params["dimension_numbers"], params["slice_sizes"]
+    one_of_many = {k for k in dims.start_index_map if sizes[k] == 1 and shape[k] != 1}
+    return one_of_many | set(dims.collapsed_slice_dims)
 
 
 def _gather(params: dict, vals: Sequence[Any], f: Factors, base: Array, drop: Callable) -> Array:
@@ -127,13 +169,14 @@ def _gather(params: dict, vals: Sequence[Any], f: Factors, base: Array, drop: Ca
         raise Unfactored("gather from a stack of tables")
     dims, indices = params["dimension_numbers"], vals[1]
     rows, n_ids = positions(f.axes, IN), indices.ndim - 1
+    columns = [k for k, axis in enumerate(dims.start_index_map) if axis in rows]
     looked_up = lax.gather(
         f.a,
-        indices,
+        indices if len(columns) == indices.shape[-1] else indices[..., np.array(columns)],
         lax.GatherDimensionNumbers(
             offset_dims=(n_ids,),
             collapsed_slice_dims=tuple(range(len(rows))),
-            start_index_map=tuple(rows.index(k) for k in dims.start_index_map),
+            start_index_map=tuple(rows.index(dims.start_index_map[k]) for k in columns),
         ),
         slice_sizes=(1,) * len(rows) + (f.a.shape[-1],),
         indices_are_sorted=params["indices_are_sorted"],
@@ -143,10 +186,17 @@ def _gather(params: dict, vals: Sequence[Any], f: Factors, base: Array, drop: Ca
     ).astype(base.dtype)
     looked_up = drop(looked_up, (*looked_up.shape[:-1], 1))  # one draw a row: the input is one-hot
     y = lax.dot_general(looked_up, f.b.astype(base.dtype), (((n_ids,), (0,)), ((), ())))
+    return _as_gathered(y, dims, f.axes, n_ids)
+
+
+def _as_gathered(y: Array, dims: Any, axes: str, n_ids: int) -> Array:
+    """Puts ``(*ids, *out)`` in the order of the gather's result; rows that it keeps have size 1."""
+    kept = [k for k in range(len(axes)) if k not in dims.collapsed_slice_dims]
+    of_row = [p for p, k in zip(dims.offset_dims, kept, strict=True) if axes[k] == IN]
     ids, offsets = iter(range(n_ids)), iter(range(n_ids, y.ndim))
-    return lax.transpose(
-        y, [next(offsets if k in dims.offset_dims else ids) for k in range(y.ndim)]
-    )
+    order = [p for p in range(y.ndim + len(of_row)) if p not in of_row]
+    y = lax.transpose(y, [next(offsets if p in dims.offset_dims else ids) for p in order])
+    return lax.expand_dims(y, of_row)
 
 
 def _conv_sides(params: dict, vals: Sequence[Any]) -> tuple[int, Sides]:

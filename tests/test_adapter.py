@@ -1,5 +1,7 @@
 """init, bind, merge, labels and summary, beyond what the contract suite pins."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -222,6 +224,28 @@ def test_no_gradient_reaches_the_scale():
     ):
         grads = jax.grad(lambda a, run=run: jnp.sum(run(a) ** 2))(adapter)
         assert all(float(x.scale) == 0 for x in nodes(grads).values())
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class WithFunction:
+    """As an Equinox module: a function and a flag are leaves beside the arrays."""
+
+    weight: jax.Array
+    activation: object = jax.nn.relu
+    inference: bool = True
+
+
+def test_a_module_with_functions_and_flags_among_its_leaves():
+    fn = lambda p, x: p.activation(x @ p.weight) if p.inference else x
+    params, x = WithFunction(jnp.ones((4, 3))), jnp.ones((2, 4))
+    config = lora.LoRAConfig(rank=1, targets=("weight",))
+    adapter = lora.init(KEY, fn, params, config, x)
+    assert lora.summary(params, adapter).startswith("trainable params: 7 || all params: 19 ||")
+    merged = lora.merge(params, adapter)
+    assert merged.activation is jax.nn.relu and merged.inference is True
+    lifted = lora.lift(fn, strict=True)(lora.bind(params, adapter), x)
+    np.testing.assert_array_equal(lifted, fn(merged, x))
 
 
 def test_summary_of_bert_base():

@@ -122,6 +122,16 @@ FACTORED = {
     "lookup": (lambda p, ids: p["w"][ids], array(5, 6), IDS, "io"),
     "take": (lambda p, ids: jnp.take(p["w"], ids, axis=0), array(5, 6), IDS, "io"),
     "take of columns": (lambda p, ids: jnp.take(p["w"], ids, axis=1), array(6, 5), IDS, "oi"),
+    "vmap of a lookup": (lambda p, ids: jax.vmap(jax.vmap(lambda i: p["w"][i]))(ids), array(5, 6), IDS, "io"),
+    "vmap of a lookup of a column": (
+        lambda p, ids: jax.vmap(lambda i: p["w"][:, i], out_axes=1)(ids[0]), array(6, 5), IDS, "oi",
+    ),
+    "vmap of a lookup in two axes": (
+        lambda p, ids: jax.vmap(lambda i: p["w"][i, :, i])(ids[0]), array(5, 6, 4), IDS, "ioi",
+    ),
+    "vmap of a lookup in a table with one column": (
+        lambda p, ids: jax.vmap(lambda i: p["w"][i])(ids[0]), array(5, 2, 1), IDS, "ioo",
+    ),
     "cast": (
         lambda p, x: x.astype(jnp.bfloat16).astype(jnp.float32) @ p["w"].astype(jnp.float32), W, X, "io",
     ),
@@ -164,6 +174,24 @@ FACTORED = {
         lambda p, x: lax.conv_general_dilated(
             x, p["w"], (1, 1), "SAME", feature_group_count=4, dimension_numbers=("NHWC", "HWIO", "NHWC")),
         array(3, 3, 1, 8), array(2, 5, 5, 4), "iiio",
+    ),
+    "depthwise conv, stored (window, channels, multiplier)": (
+        lambda p, x: lax.conv_general_dilated(
+            x, p["w"].reshape(3, 3, 1, 8), (1, 1), "SAME", feature_group_count=4,
+            dimension_numbers=("NHWC", "HWIO", "NHWC")),
+        array(3, 3, 4, 2), array(2, 5, 5, 4), "iioo",
+    ),
+    "depthwise conv, stored with a multiplier of one": (
+        lambda p, x: lax.conv_general_dilated(
+            x, p["w"].reshape(3, 1, 4), (1,), "SAME", feature_group_count=4,
+            dimension_numbers=("NHC", "HIO", "NHC")),
+        array(3, 4, 1), array(2, 5, 4), "iob",
+    ),
+    "new axis that is contracted": (
+        lambda p, x: jnp.einsum("bed,edo->bo", x[:, None], p["w"][None]), W, X, "io",
+    ),
+    "new axis that is contracted with the outputs": (
+        lambda p, x: jnp.einsum("beo,edo->bd", (x @ p["w"])[:, None], p["w"][None]), W, X, "io",
     ),
     "jit": (lambda p, x: jax.jit(lambda w, x: x @ w.T)(p["w"].T, x), W, X, "io"),
     "remat": (lambda p, x: jax.checkpoint(lambda w: jnp.tanh(x @ w))(p["w"]), W, X, "io"),
@@ -326,6 +354,24 @@ def test_out_of_bounds_lookups_are_those_of_the_base():
     got = lora.lift(fn, strict=True)(lora.bind(params, adapter), ids)
     np.testing.assert_allclose(got, fn(lora.merge(params, adapter), ids), rtol=1e-5)
     assert np.all(got[0, 1] == 7.0)
+
+
+@pytest.mark.parametrize(
+    "where", [dict(mode="clip"), dict(mode="promise_in_bounds"), dict(mode="fill", fill_value=7.0)]
+)
+def test_out_of_bounds_lookups_under_vmap_are_those_of_merge(where):
+    """An index of an axis that is taken whole starts at 0, or, with a fill value, forms the sum."""
+    dims = lax.GatherDimensionNumbers(
+        offset_dims=(1, 2), collapsed_slice_dims=(), start_index_map=(0, 1)
+    )
+    fn = lambda p, at: lax.gather(p["w"], at, dims, slice_sizes=(1, 6), **where)
+    params, adapter = made(lambda p, ids: p["w"][ids], array(5, 6), IDS)
+    high = 1 if where["mode"] == "promise_in_bounds" else 9
+    at = jnp.array([[1, 0], [high, 0], [2, 0 if high == 1 else 3]])
+    got = lora.lift(fn)(lora.bind(params, adapter), at)
+    np.testing.assert_allclose(got, fn(lora.merge(params, adapter), at), rtol=1e-5, atol=1e-6)
+    (use,) = lora.explain(fn, params, adapter, at).kernels.values()
+    assert bool(use.fallbacks) == (where["mode"] == "fill")
 
 
 def test_remat_policy_is_kept():
