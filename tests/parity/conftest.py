@@ -41,7 +41,7 @@ def pytest_sessionfinish(session, exitstatus):
     before, _, rest = text.partition(BEGIN)
     old, _, after = rest.partition(END)
     new = table(outcomes)
-    if session.config.getoption("--write-support-table"):
+    if session.config.getoption("--write-support-table", default=False):
         README.write_text(f"{before}{BEGIN}{new}{END}{after}", encoding="utf-8")
     elif rows_of(old) <= {row for row, _ in outcomes} and old != new:
         print(f"\nREADME.md's support table is not what the tests say:\n{new}{__doc__}")
