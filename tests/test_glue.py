@@ -319,7 +319,7 @@ def test_a_run_reports_the_scores_of_its_task(task, inputs, tmp_path):
 @pytest.mark.parametrize("kind", ["roberta", "distilbert"])
 def test_sst2_learns_with_every_family(kind, inputs, tmp_path):
     tiny.data(inputs / "glue" / "sentences", n=160)
-    config = config_of(inputs, "sst2", kind, epochs=3)
+    config = config_of(inputs, "sst2", kind, epochs=10)
     with config.unlocked():
         config.data.source = str(inputs / "glue" / "sentences")
         config.lora.train = (*config.lora.train, "word_embeddings")
