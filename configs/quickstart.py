@@ -2,7 +2,8 @@
 
     python -m experiments.sst2 --config=configs/quickstart.py --workdir=runs/quickstart
 
-expected: validation accuracy 0.9167 (180 sentences); two CPU cores, 2 to 5 minutes
+expected: validation accuracy 0.9167 (180 sentences; 0.9111 or more for seed 1); two CPU cores, 2 to 5
+minutes
 """
 
 from ml_collections import ConfigDict
@@ -22,6 +23,6 @@ def get_config() -> ConfigDict:
     c.batch_size = 32
     c.optimizer.learning_rate = 1e-3
     c.optimizer.warmup = 0.1
-    c.epochs = 6
+    c.epochs = 10
     c.log_every = 10
     return c.lock()
