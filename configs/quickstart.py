@@ -2,7 +2,7 @@
 
     python -m experiments.sst2 --config=configs/quickstart.py --workdir=runs/quickstart
 
-expected: validation accuracy 0.9167 (180 sentences; 0.9111 or more for seed 1); two CPU cores, 2 to 5
+expected: validation accuracy 0.9167 (180 sentences; seed 1: 0.9111 or more); two CPU cores, 2 to 5
 minutes
 """
 
