@@ -113,7 +113,7 @@ def print_row(**values: object) -> None:
 
 
 def random_task(model: str, batch: tuple[int, int], dtype: str, *, dropout: bool) -> train.Task:
-    """Sequence classification with random weights and tokens, with the model's own dropout or not."""
+    """Sequence classification with random weights and tokens."""
     size, length = batch
     config = MODELS[model]
     net = bert.BertForSequenceClassification(config, dtype=jnp.dtype(dtype))
