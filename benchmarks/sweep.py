@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import common, quickstart_sweep
-from experiments import classification, lockstep, metrics, points, train
+from experiments import classification, lockstep, metrics, points, tasks
 from lora_jax.models import bert
 
 ROOT = Path(__file__).parent.parent
@@ -112,7 +112,7 @@ def print_row(**values: object) -> None:
 # Runs at a time.
 
 
-def random_task(model: str, batch: tuple[int, int], dtype: str, *, dropout: bool) -> train.Task:
+def random_task(model: str, batch: tuple[int, int], dtype: str, *, dropout: bool) -> tasks.Task:
     """Sequence classification with random weights and tokens."""
     size, length = batch
     config = MODELS[model]
@@ -124,7 +124,7 @@ def random_task(model: str, batch: tuple[int, int], dtype: str, *, dropout: bool
         "labels": (np.arange(size) % 2).astype(np.int32),
         "weights": np.ones(size, np.float32),
     }
-    return train.Task(
+    return tasks.Task(
         apply=lambda params, b, key: classification.apply(net, params, b, key if dropout else None),
         metrics=lambda logits, b: metrics.cross_entropy(logits, b["labels"], b["weights"]),
         train_batch=lambda step: data,
@@ -159,7 +159,7 @@ def throughput(args: argparse.Namespace) -> None:
         print_row(**row, dtype=args.dtype)
 
 
-def timed(task: train.Task, member: lockstep.Member, count: int, args: argparse.Namespace) -> dict:
+def timed(task: tasks.Task, member: lockstep.Member, count: int, args: argparse.Namespace) -> dict:
     """Compiles the step for ``count`` runs and times it."""
     program = lockstep.program(task, count, dropout=args.dropout > 0)
     members = lockstep.place(program, lockstep.stack([member] * count, count))

@@ -97,7 +97,7 @@ def ours(case: Case):
 
     import lora_jax as lora
     from configs import common
-    from experiments import classification, metrics, train
+    from experiments import classification, metrics, stepping, tasks
     from lora_jax.models import bert
 
     jax.config.update("jax_default_prng_impl", case.prng)
@@ -111,7 +111,7 @@ def ours(case: Case):
     yield
 
     data = ({**b, "weights": np.ones(case.size, np.float32)} for b in batches(case))
-    task = train.Task(
+    task = tasks.Task(
         apply=functools.partial(classification.apply, model),
         metrics=lambda logits, b: metrics.cross_entropy(logits, b["labels"], b["weights"]),
         train_batch=lambda _: next(data),
@@ -123,10 +123,10 @@ def ours(case: Case):
     lora_config = lora.LoRAConfig(
         rank=RANK, alpha=ALPHA, targets=tuple(TARGETS), train=(HEAD,), dropout=case.dropout
     )
-    state, tx = train.initial_state(task, config, lora_config)
+    state, tx = stepping.initial_state(task, config, lora_config)
     leaves = zip(*map(jax.tree.leaves, (state.adapter, lora.mask(state.adapter))), strict=True)
     trained = sum(x.size for x, wanted in leaves if wanted)
-    compiled = train.make_train_step(task, tx, lora_config.dropout)
+    compiled = stepping.make_train_step(task, tx, lora_config.dropout)
     while True:
         state, sums = compiled(state, base, next(data))
         jax.block_until_ready((state.adapter, sums))

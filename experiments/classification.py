@@ -13,7 +13,7 @@ import tokenizers
 from ml_collections import ConfigDict
 
 import lora_jax as lora
-from experiments import adapters, data, glue_tasks, metrics, text_to_text, train
+from experiments import adapters, data, glue_tasks, metrics, tasks, text_to_text
 from experiments.glue_tasks import GlueTask
 from experiments.scores import SCORES
 from lora_jax.models import checkpoints, registry
@@ -111,7 +111,7 @@ def scoring(
     )
 
 
-def make_task(config: ConfigDict) -> tuple[train.Task, lora.LoRAConfig]:
+def make_task(config: ConfigDict) -> tuple[tasks.Task, lora.LoRAConfig]:
     """Loads model and data, and an adapter to go on from, whose settings then hold."""
     c, glue = config.data, glue_tasks.find(config.task)
     loaded = load_model(
@@ -134,7 +134,7 @@ def make_task(config: ConfigDict) -> tuple[train.Task, lora.LoRAConfig]:
     if config.adapter:
         start, theirs, note = adapters.start(config.adapter, loaded)
         lora_settings = dataclasses.replace(theirs, dropout=config.lora.dropout)
-    task = train.Task(
+    task = tasks.Task(
         apply=ways.apply,
         metrics=ways.metrics,
         train_batch=lambda step: data.train_batch(
@@ -160,7 +160,7 @@ def make_task(config: ConfigDict) -> tuple[train.Task, lora.LoRAConfig]:
         ),
         adapter=start,
         base_of=lambda seed: checkpoints.redraw(loaded, head_key(seed)),
-        score=train.Score(glue.score),
+        score=tasks.Score(glue.score),
         scores=_scores(glue, [part.labels for part in evaluations]),
     )
     return task, lora_settings

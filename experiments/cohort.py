@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 import lora_jax as lora
-from experiments import checkpointing, lockstep, meter, sweepdirs, train, workdirs
+from experiments import checkpointing, lockstep, meter, stepping, sweepdirs, tasks, train, workdirs
 from experiments.bar import Bar
 from experiments.lockstep import Member, Program
 from experiments.points import Point
@@ -36,7 +36,7 @@ class Group(NamedTuple):
       dropout: whether any of them has dropout on its low-rank branches.
     """
 
-    task: train.Task
+    task: tasks.Task
     member: Callable[[str], Member]
     shapes: PyTree
     dropout: bool
@@ -124,7 +124,7 @@ def rungs(directory: Path) -> dict[str, dict[str, Any]]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def _total(task: train.Task, job: Job) -> int:
+def _total(task: tasks.Task, job: Job) -> int:
     return job.run.config.epochs * task.steps_per_epoch
 
 
@@ -148,7 +148,7 @@ def _open(
 
 
 def _loop(
-    task: train.Task, jobs: list[Job], members: Member, *, on: Program, to: Stop, bar: Bar
+    task: tasks.Task, jobs: list[Job], members: Member, *, on: Program, to: Stop, bar: Bar
 ) -> list[Job]:
     start, config = int(members.state.step[0]), jobs[0].run.config
     base, clock, sums = lockstep.replicate(on, task.base), _Clock(on), []
@@ -215,7 +215,7 @@ def _logged(jobs: list[Job], done: int, sums: list, seconds: float) -> list[Job]
 
 
 def _evaluations(
-    task: train.Task, jobs: list[Job], members: Member, *, on: Program, base: PyTree, step: int
+    task: tasks.Task, jobs: list[Job], members: Member, *, on: Program, base: PyTree, step: int
 ) -> list[train.Evaluation]:
     batches = list(task.eval_batches())
     found = [lockstep.call(on, "evaluate", members, base, batch) for batch in batches]
@@ -225,7 +225,7 @@ def _evaluations(
         [(batch, *result) for batch, result in zip(batches, of_run(k), strict=True)]
         for k in range(len(jobs))
     ]
-    return [train.Evaluation(step, train.gathered(task, result)) for result in results]
+    return [train.Evaluation(step, stepping.gathered(task, result)) for result in results]
 
 
 def _recorded(
@@ -262,7 +262,7 @@ def _write_rung(job: Job, rung: str, found: train.Evaluation) -> None:
     write_atomically(job.run.workdir / RUNGS, text.encode())
 
 
-def _save(job: Job, states: train.TrainState, index: int) -> None:
+def _save(job: Job, states: stepping.TrainState, index: int) -> None:
     """Saves a checkpoint of a run, unless it has diverged."""
     if not job.diverged:
         state = lockstep.cut(lockstep.unstack(states, index), job.initial.state)

@@ -12,7 +12,7 @@ import tokenizers
 from ml_collections import ConfigDict
 
 import lora_jax as lora
-from experiments import classification, e2e_data, language, optimisers, train, writing
+from experiments import classification, e2e_data, language, optimisers, tasks, writing
 from experiments.e2e_data import Pairs
 from experiments.nlg_scores import bleu_and_chrf
 from lora_jax.models import checkpoints
@@ -96,7 +96,7 @@ def load(config: ConfigDict) -> Writer:
     return Writer(loaded, tokenizer, writing.decoding(config, stop))
 
 
-def make_task(config: ConfigDict, writer: Writer) -> tuple[train.Task, lora.LoRAConfig]:
+def make_task(config: ConfigDict, writer: Writer) -> tuple[tasks.Task, lora.LoRAConfig]:
     """The task of learning to write, from the training lines.
 
     Raises:

@@ -20,7 +20,7 @@ from experiments import (
     language,
     optimisers,
     packing,
-    train,
+    tasks,
 )
 from experiments.conversations import Conversation
 from experiments.packing import Packed
@@ -68,7 +68,7 @@ def check(config: ConfigDict) -> None:
         raise ValueError(f"The config is wrong: {'; '.join(problems)}.")
 
 
-def make_task(config: ConfigDict) -> tuple[train.Task, lora.LoRAConfig]:
+def make_task(config: ConfigDict) -> tuple[tasks.Task, lora.LoRAConfig]:
     """Loads model and conversations, and an adapter to go on from, whose settings then hold."""
     loaded = checkpoints.load(
         config.model.name,
@@ -85,7 +85,7 @@ def make_task(config: ConfigDict) -> tuple[train.Task, lora.LoRAConfig]:
     if config.adapter:
         start, theirs, note = adapters.start(config.adapter, loaded)
         settings = dataclasses.replace(theirs, dropout=config.lora.dropout)
-    task = train.Task(
+    task = tasks.Task(
         apply=functools.partial(language.apply, loaded.model),
         metrics=language.token_loss,
         train_batch=functools.partial(
@@ -100,7 +100,7 @@ def make_task(config: ConfigDict) -> tuple[train.Task, lora.LoRAConfig]:
         metadata=language.metadata(config),
         notes=(*_notes(config, loaded, training, evaluation), *([note] if note else [])),
         adapter=start,
-        score=train.Score("loss", higher_is_better=False),
+        score=tasks.Score("loss", higher_is_better=False),
     )
     return task, settings
 

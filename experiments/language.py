@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import lora_jax as lora
-from experiments import adapters, classification, data, metrics, train
+from experiments import adapters, classification, data, metrics, tasks
 from lora_jax import peft, serialize
 from lora_jax.models import checkpoints
 from lora_jax.models.families import CAUSAL_LM
@@ -129,7 +129,7 @@ def apply(model: Any, params: Any, batch: Batch, key: jax.Array | None) -> jax.A
 
 def make_task(
     config: ConfigDict, loaded: checkpoints.Loaded, training: Texts, evaluation: Texts
-) -> tuple[train.Task, lora.LoRAConfig]:
+) -> tuple[tasks.Task, lora.LoRAConfig]:
     """A task of learning texts, and the settings of the adapter, of one to go on from if any.
 
     The best adapter is the one with the lowest loss. The accuracy is that of the guessed tokens.
@@ -144,7 +144,7 @@ def make_task(
         start, theirs, note = adapters.start(config.adapter, loaded)
         settings = dataclasses.replace(theirs, dropout=config.lora.dropout)
     batches = {"seed": c.seed, "batch_size": config.batch_size, "buckets": buckets}
-    task = train.Task(
+    task = tasks.Task(
         apply=functools.partial(apply, loaded.model),
         metrics=functools.partial(token_loss, smoothing=config.label_smoothing),
         train_batch=lambda step: train_batch(training, step, alike=c.alike, **batches),
@@ -157,7 +157,7 @@ def make_task(
         metadata=metadata(config),
         notes=(*_notes(config, loaded, training, evaluation), *([note] if note else [])),
         adapter=start,
-        score=train.Score("loss", higher_is_better=False),
+        score=tasks.Score("loss", higher_is_better=False),
     )
     return task, settings
 

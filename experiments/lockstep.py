@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 import lora_jax as lora
-from experiments import optimisers, train
+from experiments import optimisers, stepping, tasks
 from lora_jax import adapter as adapters
 from lora_jax import lowrank, paths
 
@@ -37,25 +37,25 @@ class Member(NamedTuple):
         trained nor shared.
     """
 
-    state: train.TrainState
+    state: stepping.TrainState
     alive: Any
     settings: optimisers.Settings
     dropout: Any
     own: dict[str, Any]
 
 
-def member(task: train.Task, config: ConfigDict, lora_config: lora.LoRAConfig) -> Member:
+def member(task: tasks.Task, config: ConfigDict, lora_config: lora.LoRAConfig) -> Member:
     """A run at step 0, in numpy arrays of its true rank.
 
     Raises:
       ValueError: the config and the model do not fit.
     """
     base = task.base if task.base_of is None else task.base_of(config.seed)
-    state, _ = train.initial_state(task._replace(base=base), config, lora_config)
+    state, _ = stepping.initial_state(task._replace(base=base), config, lora_config)
     total = config.epochs * task.steps_per_epoch
     own = _own_leaves(task.base, base, state.adapter)
     found = Member(
-        train.storable(state),
+        stepping.storable(state),
         np.array(True),
         optimisers.settings(config.optimizer, total),
         float(lora_config.dropout),
@@ -119,7 +119,7 @@ def unstack(tree: PyTree, index: int) -> PyTree:
     return jax.tree.map(lambda x: np.asarray(x)[index], tree)
 
 
-def train_step(task: train.Task, *, dropout: bool) -> Callable:
+def train_step(task: tasks.Task, *, dropout: bool) -> Callable:
     """``(member, base, batch) -> (member, sums)``: the step of a single run, with its data.
 
     Args:
@@ -127,21 +127,21 @@ def train_step(task: train.Task, *, dropout: bool) -> Callable:
       dropout: whether the low-rank branches have any; a rate of zero is exact, and costs the draw.
     """
 
-    def step(run: Member, base: PyTree, batch: train.Batch) -> tuple[Member, Any]:
+    def step(run: Member, base: PyTree, batch: tasks.Batch) -> tuple[Member, Any]:
         tx = optimisers.adamw(run.settings, run.state.adapter)
-        single = train.train_step(task, tx, run.dropout if dropout else 0.0)
-        state, sums = single(train.usable(run.state), _with_own(base, run.own), batch)
+        single = stepping.train_step(task, tx, run.dropout if dropout else 0.0)
+        state, sums = single(stepping.usable(run.state), _with_own(base, run.own), batch)
         alive = run.alive & jnp.isfinite(sums[0])
         kept = lambda new, old: jnp.where(alive, new, old)
-        state = jax.tree.map(kept, train.storable(state), run.state)
+        state = jax.tree.map(kept, stepping.storable(state), run.state)
         return run._replace(state=state, alive=alive), sums
 
     return step
 
 
-def eval_step(task: train.Task) -> Callable:
+def eval_step(task: tasks.Task) -> Callable:
     """``(member, base, batch) -> sums``."""
-    single = train.eval_step(task)
+    single = stepping.eval_step(task)
     return lambda run, base, batch: single(run.state.adapter, _with_own(base, run.own), batch)
 
 
@@ -176,7 +176,7 @@ def replicate(on: Program, tree: PyTree) -> PyTree:
     return jax.device_put(tree, NamedSharding(on.mesh, PartitionSpec()))
 
 
-def program(task: train.Task, count: int, *, dropout: bool) -> Program:
+def program(task: tasks.Task, count: int, *, dropout: bool) -> Program:
     """A program for ``count`` runs at a time, over as many devices as divide them evenly."""
     # Nothing of the data is held on to.
     task = task._replace(base=None, train_batch=None, eval_batches=None, base_of=None)
@@ -187,7 +187,7 @@ def program(task: train.Task, count: int, *, dropout: bool) -> Program:
     return Program(steps, count, mesh, {})
 
 
-def call(on: Program, name: str, members: Member, base: PyTree, batch: train.Batch) -> Any:
+def call(on: Program, name: str, members: Member, base: PyTree, batch: tasks.Batch) -> Any:
     """Runs a step of a program, after compiling it if these shapes are new.
 
     ``train`` uses up ``members``.
@@ -195,7 +195,7 @@ def call(on: Program, name: str, members: Member, base: PyTree, batch: train.Bat
     return compiled(on, name, members, base, batch)(members, base, batch)
 
 
-def compiled(on: Program, name: str, members: Member, base: PyTree, batch: train.Batch) -> Any:
+def compiled(on: Program, name: str, members: Member, base: PyTree, batch: tasks.Batch) -> Any:
     """The compiled step for these shapes."""
     key = (name, *sorted((k, np.shape(x), str(x.dtype)) for k, x in batch.items()))
     if key not in on.compiled:
@@ -219,14 +219,14 @@ def _batched(on: Program, name: str) -> Callable:
     """
     devices, single = on.mesh.devices.size, on.steps[name]
 
-    def alone(members: Member, base: PyTree, batch: train.Batch) -> Any:
+    def alone(members: Member, base: PyTree, batch: tasks.Batch) -> Any:
         first = jax.tree.map(lambda x: x[0], members)
         return jax.tree.map(lambda x: x[None], single(first, base, batch))
 
     many = jax.vmap(single, in_axes=(0, None, None))
     local = alone if on.count == devices else many
 
-    def step(members: Member, base: PyTree, batch: train.Batch) -> Any:
+    def step(members: Member, base: PyTree, batch: tasks.Batch) -> Any:
         if devices == 1:
             return local(members, base, batch)
         runs, shared = PartitionSpec(_AXIS), PartitionSpec()

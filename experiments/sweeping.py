@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import classification, cohort, lockstep, points, programs, sweepdirs, train
+from experiments import classification, cohort, lockstep, points, programs, sweepdirs, tasks
 from experiments.bar import Bar
 from experiments.cohort import Group, Stop
 from experiments.lockstep import Member
@@ -88,7 +88,7 @@ def _shaped(x: np.ndarray) -> np.ndarray:
     return np.broadcast_to(np.zeros((), x.dtype), x.shape)
 
 
-def _member(task: train.Task, point: Point) -> Member:
+def _member(task: tasks.Task, point: Point) -> Member:
     return lockstep.member(task, point.config, classification.lora_config(point.config))
 
 

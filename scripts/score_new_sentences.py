@@ -17,7 +17,7 @@ import numpy as np
 
 import lora_jax as lora
 from configs import sst2_minilm
-from experiments import checkpointing, classification, data, train, workdirs
+from experiments import checkpointing, classification, data, stepping, workdirs
 from lora_jax.models.checkpoints import load_tokenizer, resolve
 
 WORDS, SHARED, COUNT = 10, 5, 2500
@@ -40,9 +40,9 @@ def new_sentences(training, others):
 
 
 def last_adapter(run, task, config):
-    state, _ = train.initial_state(task, config, classification.lora_config(config))
+    state, _ = stepping.initial_state(task, config, classification.lora_config(config))
     with checkpointing.manager(run / workdirs.CHECKPOINTS) as checkpoints:
-        stored, _ = checkpointing.restore(checkpoints, train.storable(state))
+        stored, _ = checkpointing.restore(checkpoints, stepping.storable(state))
     done, total = int(stored.step), config.epochs * task.steps_per_epoch
     if done < total:
         raise SystemExit(f"{run} stands at step {done} of {total}: finish it first.")

@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from configs import sst2_minilm
-from experiments import classification, lockstep, metrics, points, train
+from experiments import classification, lockstep, metrics, points, stepping, tasks
 
 POINTS = (
     {"lora.rank": 1, "seed": 0},
@@ -54,8 +54,8 @@ def alone(task, config, steps):
     lora_config = classification.lora_config(config)
     base = task.base if task.base_of is None else task.base_of(config.seed)
     task = task._replace(base=base)
-    state, tx = train.initial_state(task, config, lora_config)
-    step = train.make_train_step(task, tx, lora_config.dropout)
+    state, tx = stepping.initial_state(task, config, lora_config)
+    step = stepping.make_train_step(task, tx, lora_config.dropout)
     losses = []
     for k in range(steps):
         state, (loss, _, count) = step(state, task.base, task.train_batch(k))
@@ -123,7 +123,7 @@ def float64_task():
 
     net = Net()
     base = net.init(jax.random.key(1), batch(0)["ids"], None)
-    return train.Task(
+    return tasks.Task(
         apply=lambda params, b, key: net.apply(params, b["ids"], key),
         metrics=lambda logits, b: metrics.cross_entropy(logits, b["labels"], b["weights"]),
         train_batch=batch,
@@ -193,7 +193,7 @@ def test_what_no_run_changes_is_computed_once():
 
     net, x = Net(), np.ones((32, 64), np.float32)
     batch = {"x": x, "labels": np.zeros(32, np.int32), "weights": np.ones(32, np.float32)}
-    task = train.Task(
+    task = tasks.Task(
         apply=lambda params, b, key: net.apply(params, b["x"]),
         metrics=lambda logits, b: metrics.cross_entropy(logits, b["labels"], b["weights"]),
         train_batch=lambda step: batch, eval_batches=lambda: [batch], steps_per_epoch=10,

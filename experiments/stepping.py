@@ -1,0 +1,117 @@
+"""Pure step functions: one for training, one for evaluation, for every task and kind of adapter.
+
+The base parameters are an argument of the compiled step: neither donated nor closed over, and never
+changed.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+import lora_jax as lora
+from experiments import metrics, optimisers
+from experiments.tasks import Batch, Task
+
+PyTree = Any
+
+
+class TrainState(NamedTuple):
+    """All that changes during training."""
+
+    step: jax.Array
+    adapter: PyTree
+    opt_state: PyTree
+    key: jax.Array
+
+
+def train_step(task: Task, tx: optax.GradientTransformation, dropout: Any) -> Callable:
+    """``(state, base, batch) -> (state, metrics)``, a pure function.
+
+    The dropout rate, and the numbers in ``tx``, may be JAX scalars: a sweep maps over them.
+    """
+
+    def step(state: TrainState, base: PyTree, batch: Batch) -> tuple[TrainState, tuple]:
+        model_key, branch_key = jax.random.split(jax.random.fold_in(state.key, state.step))
+        apply = lora.lift(task.apply, dropout=dropout, dropout_key=branch_key)
+
+        def loss(adapter: PyTree) -> tuple[jax.Array, tuple]:
+            logits = apply(lora.bind(base, adapter), batch, model_key)
+            sums = task.metrics(logits, batch)
+            return sums[0] / sums[-1], sums
+
+        grads, sums = jax.grad(loss, has_aux=True)(state.adapter)
+        updates, opt_state = tx.update(grads, state.opt_state, state.adapter)
+        adapter = optax.apply_updates(state.adapter, updates)
+        return TrainState(state.step + 1, adapter, opt_state, state.key), sums
+
+    return step
+
+
+def make_train_step(task: Task, tx: optax.GradientTransformation, dropout: float) -> Callable:
+    """:func:`train_step`, compiled; the state is donated."""
+    # As an array, so that one minus the rate is rounded as in a sweep, and the masks are the same.
+    rate = jnp.asarray(dropout, float) if dropout else 0.0
+    return jax.jit(train_step(task, tx, rate), donate_argnums=0)
+
+
+def eval_step(task: Task) -> Callable:
+    """``(adapter, base, batch) -> (sums, logits if the task wants them)``, a pure function."""
+
+    def step(adapter: PyTree, base: PyTree, batch: Batch) -> tuple:
+        logits = lora.lift(task.apply)(lora.bind(base, adapter), batch, None)
+        return task.metrics(logits, batch), None if task.scores is None else logits
+
+    return step
+
+
+def make_eval_step(task: Task) -> Callable:
+    """:func:`eval_step`, compiled."""
+    return jax.jit(eval_step(task))
+
+
+def evaluate(eval_step: Callable, adapter: PyTree, task: Task) -> dict[str, float]:
+    """Loss and scores over all evaluation examples, each counted once."""
+    batches = task.eval_batches()
+    return gathered(task, [(batch, *eval_step(adapter, task.base, batch)) for batch in batches])
+
+
+def gathered(task: Task, results: list[tuple[Batch, Any, Any]]) -> dict[str, float]:
+    """Loss and scores from each batch of an evaluation with its sums and logits."""
+    values = metrics.combine([sums for _, sums, _ in results])
+    values.pop("examples")
+    if task.scores is not None:
+        logits = {
+            int(index): row
+            for batch, _, rows in results
+            for index, row in zip(batch["index"], np.asarray(rows), strict=True)
+        }
+        values |= task.scores(np.stack([logits[k] for k in range(len(logits))]))
+    return values
+
+
+def initial_state(task: Task, config: ConfigDict, lora_config: lora.LoRAConfig) -> tuple:
+    """The state at step 0, and the optimiser."""
+    key = jax.random.key(config.seed)
+    init_key, run_key = jax.random.split(key)
+    if task.adapter is None:
+        adapter = lora.init(init_key, task.apply, task.base, lora_config, task.train_batch(0), None)
+    else:  # a copy, since the step donates its state
+        adapter = jax.tree.map(lambda x: jnp.array(x, copy=True), task.adapter)
+    tx = optimisers.make(config.optimizer, adapter, config.epochs * task.steps_per_epoch)
+    state = TrainState(jnp.int32(0), adapter, tx.init(adapter), jax.random.key_data(run_key))
+    return state._replace(key=jax.random.wrap_key_data(state.key)), tx
+
+
+def storable(state: TrainState) -> TrainState:
+    """The state with its PRNG key as plain integers."""
+    return state._replace(key=jax.random.key_data(state.key))
+
+
+def usable(stored: TrainState) -> TrainState:
+    """The inverse of :func:`storable`."""
+    return stored._replace(key=jax.random.wrap_key_data(stored.key))
