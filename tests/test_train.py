@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from absl import logging
 
 import lora_jax as lora
 from configs import sst2_minilm
@@ -32,6 +33,15 @@ def config(tmp_path_factory):
 @pytest.fixture(scope="module")
 def task(config):
     return classification.make_task(config)[0]
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    """As the commands have it: Orbax logs a failed save with its traceback, which holds on to files."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.FATAL)
+    yield
+    logging.set_verbosity(before)
 
 
 PER_EPOCH = 8  # 64 examples, 8 a batch
