@@ -10,8 +10,8 @@ import signal
 import jax
 import numpy as np
 import pytest
+import small
 import tiny
-from absl import logging
 
 import lora_jax as lora
 from configs import sst2_minilm
@@ -37,11 +37,8 @@ def task(config):
 
 @pytest.fixture(autouse=True)
 def quiet():
-    """As the commands have it: Orbax logs a failed save with its traceback, which holds on to files."""
-    before = logging.get_verbosity()
-    logging.set_verbosity(logging.FATAL)
-    yield
-    logging.set_verbosity(before)
+    with small.quiet():
+        yield
 
 
 PER_EPOCH = 8  # 64 examples, 8 a batch
