@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 PyTree = Any
 FORMAT_VERSION = 2
 _TEMPORARY = "*.orbax-checkpoint-tmp*"
+_PATIENCE, _LONG = 20 * 60, 10 * 365 * 24 * 3600  # seconds
 
 
 class OtherState(ValueError):
@@ -39,7 +40,15 @@ def manager(directory: Path, *, keep: int = 2) -> Iterator[ocp.CheckpointManager
       OSError: at the end of the block, if the last save has failed.
     """
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep, create=True, enable_async_checkpointing=True
+        max_to_keep=keep,
+        create=True,
+        enable_async_checkpointing=True,
+        async_options=ocp.AsyncOptions(
+            # Orbax measures its patience by the wall clock, which may jump. Among several processes
+            # a save ends when one of them is gone; alone there is nobody to wait for.
+            timeout_secs=_LONG if jax.process_count() == 1 else _PATIENCE,
+            create_directories_asynchronously=False,  # it would wait for these by the same clock
+        ),
     )
     handlers = {
         "state": ocp.StandardCheckpointHandler(),
