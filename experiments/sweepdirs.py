@@ -67,7 +67,7 @@ def _about(base: ConfigDict, halving: int) -> dict[str, Any]:
 def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} is damaged ({error}); remove it, or use a new workdir."
         ) from error

@@ -51,7 +51,7 @@ def check(workdir: Path, config: ConfigDict) -> None:
         return
     try:
         theirs = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); use a new workdir.") from error
     changes = list(differences(theirs, plain(config)))
     if changes:
@@ -152,15 +152,18 @@ class Log:
 
 
 def read(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics file; a last line cut short by an interruption is left out."""
+    """The lines of a metrics file, up to one that is none: a last one that was cut short."""
     if not path.exists():
         return []
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_bytes().splitlines():
         try:
-            lines.append(json.loads(text))
-        except ValueError:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            break
+        lines.append(line)
     return lines
 
 
