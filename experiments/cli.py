@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
+from experiments import stopping
+
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 
 # What the library raises for bad input, bad files and a system that says no.
@@ -14,7 +16,8 @@ _MISTAKES = (ValueError, KeyError, AttributeError, TypeError, OSError, FloatingP
 def run(main: Callable[[list[str]], None]) -> None:
     """Runs ``main(positional arguments)`` as a program.
 
-    It exits with 0; 1 where the training diverged; 2 after a mistake; 130 if interrupted.
+    It exits with 0, also if it was asked to stop and can go on; 1 where the training diverged; 2
+    after a mistake; 130 if interrupted.
     """
 
     def guarded(argv: Sequence[str]) -> int:
@@ -22,6 +25,8 @@ def run(main: Callable[[list[str]], None]) -> None:
             logging.set_verbosity(logging.FATAL)  # Orbax tells of every file it reads or writes
         try:
             main(list(argv[1:]))
+        except stopping.Stopped as stopped:
+            print(stopped, flush=True)
         except FloatingPointError as error:
             return _fail(error, 1)
         except (ValueError, OSError) as error:

@@ -10,6 +10,7 @@ import signal
 import jax
 import numpy as np
 import pytest
+import small
 import tiny
 
 import lora_jax as lora
@@ -32,6 +33,12 @@ def config(tmp_path_factory):
 @pytest.fixture(scope="module")
 def task(config):
     return classification.make_task(config)[0]
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    with small.quiet():
+        yield
 
 
 PER_EPOCH = 8  # 64 examples, 8 a batch

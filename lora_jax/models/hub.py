@@ -210,7 +210,7 @@ def _weights(directory: Path) -> tuple[Path, ...]:
     try:
         index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
         shards = set(index["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{directory / INDEX} is damaged: {error!r}.") from error
     # A shard is a file beside the index: its name is never a path that leads elsewhere.
     files = tuple(directory / Path(str(shard)).name for shard in sorted(shards))
