@@ -3,6 +3,7 @@
 A task brings a function of (params, batch, key), batches by step, and metrics.
 """
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 import lora_jax as lora
-from experiments import checkpointing, stepping, workdirs
+from experiments import checkpointing, devices, stepping, workdirs
 from experiments.meter import Meter
 from experiments.stepping import TrainState
 from experiments.tasks import Score, Task
@@ -42,21 +43,29 @@ def train(task: Task, config: ConfigDict, lora_config: lora.LoRAConfig, workdir:
       ValueError: the config and the model do not fit; or the workdir is another run's.
       OSError: the workdir can't be written; what was there is intact.
     """
+    on = devices.find(config)
+    task = devices.local(on, task, config)
     state, tx = stepping.initial_state(task, config, lora_config)
     workdirs.claim(workdir, config)  # not before all has been checked: a mistake claims nothing
-    print("\n".join([*task.notes, *report(task.base, state.adapter)]), flush=True)
+    lines = [*task.notes, *devices.notes(on, task.base), *report(task.base, state.adapter)]
+    print("\n".join(lines), flush=True)
     total = config.epochs * task.steps_per_epoch
     with checkpointing.manager(workdir / workdirs.CHECKPOINTS) as checkpoints:
         state, progress = _resumed(workdir, checkpoints, state)
         start = int(state.step)
+        devices.agree(start)
         if start == total:
             print(f"This run is finished: all {total} steps are done.", flush=True)
             return progress
+        state = stepping.usable(devices.place(on, stepping.storable(state), task.base))
+        if on.pmap:
+            task = task._replace(base=devices.stacked(on, task.base))
         steps = _Steps(
-            stepping.make_train_step(task, tx, lora_config.dropout), stepping.make_eval_step(task)
+            stepping.make_train_step(task, tx, lora_config.dropout, on=on, like=state),
+            stepping.make_eval_step(task, on),
         )
         with workdirs.Log(workdir, start) as log:
-            run = Run(task, config, lora_config, workdir, log)
+            run = Run(task, config, lora_config, workdir, log, on)
             try:
                 return _loop(run, steps, checkpoints, state, progress)
             except FloatingPointError as error:
@@ -87,6 +96,7 @@ class Run(NamedTuple):
     lora_config: lora.LoRAConfig
     workdir: Path
     log: workdirs.Log
+    on: devices.Devices = devices.ONE
 
 
 class Evaluation(NamedTuple):
@@ -119,7 +129,8 @@ def _loop(
     run: Run, steps: _Steps, checkpoints: Any, state: TrainState, progress: Progress
 ) -> Progress:
     """Runs the steps that are left, with evaluations and checkpoints between them."""
-    start, per_epoch = int(state.step), run.task.steps_per_epoch
+    host = functools.partial(devices.on_host, run.on)
+    start, per_epoch = int(host(state.step)), run.task.steps_per_epoch
     total, every = run.config.epochs * per_epoch, run.config.checkpoint_every
     begun = time.perf_counter() - progress.seconds
     with Meter(
@@ -136,11 +147,12 @@ def _loop(
             meter.flush()
             if at_epoch_end:
                 found = Evaluation(done, stepping.evaluate(steps.evaluate, state.adapter, run.task))
-                progress = recorded(run, state.adapter, found, progress)
+                progress = recorded(run, host(state.adapter), found, progress)
                 workdirs.plot_curves(run.workdir, run.task.score.name)
                 meter.evaluated(run.task.score.name, progress.best_score)
             progress = progress._replace(seconds=time.perf_counter() - begun)
-            checkpointing.save(checkpoints, done, stepping.storable(state), progress._asdict())
+            stored = host(stepping.storable(state))
+            checkpointing.save(checkpoints, done, stored, progress._asdict())
     return progress
 
 

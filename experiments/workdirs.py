@@ -21,6 +21,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # noqa: E402
 from lora_jax.files import write_atomically  # noqa: E402
 
 CONFIG, METRICS, CURVES, ADAPTER = "config.json", "metrics.jsonl", "curves.png", "adapter"
+MAY_CHANGE = ("mesh", "pmap")  # in a config, between a run and its continuation
 CHECKPOINTS, EVENTS = "checkpoints", "tensorboard"
 SWEEP = "sweep.json"  # in the directory of a sweep, whose runs are in directories below it
 
@@ -76,7 +77,9 @@ def plain(config: ConfigDict) -> Any:
 
 
 def differences(old: Any, new: Any, field: str = "") -> Iterator[str]:
-    """Says which fields of two configs differ, in a sentence each."""
+    """Says which fields of two configs differ, in a sentence each; some may."""
+    if field.removeprefix("config.") in MAY_CHANGE:
+        return
     if isinstance(old, dict) and isinstance(new, dict):
         for name in sorted(old.keys() | new.keys()):
             yield from differences(old.get(name), new.get(name), f"{field}.{name}".lstrip("."))

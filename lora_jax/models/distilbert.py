@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from lora_jax.models import blocks, settings, tables
 from lora_jax.models.attention import attention
-from lora_jax.models.families import CLASSIFIER, ENCODER, Family
+from lora_jax.models.families import CLASSIFIER, ENCODER, Family, column, embedding, row
 from lora_jax.names import Name
 
 Array = jax.Array
@@ -279,4 +279,9 @@ FAMILY = Family(
     labelled="classifier",
     targets=("q_lin", "v_lin"),
     trained=("pre_classifier", "classifier"),
+    sharding=(
+        *column("q_lin", "k_lin", "v_lin", "lin1", "pre_classifier"),
+        *row("out_lin", "lin2", "classifier"),
+        *embedding("word_embeddings", "position_embeddings"),
+    ),
 )  # fmt: skip

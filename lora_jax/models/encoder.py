@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from lora_jax.models import blocks, settings, tables
 from lora_jax.models.attention import attention
+from lora_jax.models.families import column, embedding, row
 from lora_jax.names import Name
 
 Array = jax.Array
@@ -182,6 +183,15 @@ class Pooler(Part):
         """``(batch, length, hidden)`` to ``(batch, hidden)``."""
         return nn.tanh(self._dense(self.config.hidden_size)(x[:, 0]))
 
+
+# How a mesh splits the kernels of BERT and RoBERTa, heads included.
+SHARDING = (
+    *column("query", "key", "value", "intermediate/dense", "pooler/dense"),
+    *row("output/dense"),
+    *embedding("word_embeddings", "position_embeddings", "token_type_embeddings"),
+    *column("classifier", "classifier/dense"),
+    *row("classifier/out_proj"),
+)
 
 # Flax module -> Hugging Face module, inside a layer.
 _DENSE = {

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from lora_jax.models import blocks, caches, settings, tables
 from lora_jax.models.attention import attention
 from lora_jax.models.caches import Cache
-from lora_jax.models.families import CAUSAL_LM, Family
+from lora_jax.models.families import CAUSAL_LM, Family, column, embedding, row
 from lora_jax.names import Name
 
 Array = jax.Array
@@ -344,4 +344,5 @@ FAMILY = Family(
     ignored=("h.*.attn.bias", "h.*.attn.masked_bias"),
     targets=("c_attn",),
     init_cache=init_cache,
+    sharding=(*column("c_attn", "c_fc", "lm_head"), *row("c_proj"), *embedding("wte", "wpe")),
 )

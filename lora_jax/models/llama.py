@@ -17,7 +17,7 @@ from lora_jax.models import caches, rope
 from lora_jax.models.attention import grouped_attention
 from lora_jax.models.blocks import ACTIVATIONS, Dropout, RMSNorm
 from lora_jax.models.caches import Cache
-from lora_jax.models.families import CAUSAL_LM, Family
+from lora_jax.models.families import CAUSAL_LM, Family, column, embedding, row
 from lora_jax.models.llama_config import FULL, SLIDING, VARIANTS, LlamaConfig, names
 
 Array = jax.Array
@@ -321,6 +321,11 @@ def _family(model_type: str, architecture: str) -> Family:
         ignored=("layers.*.self_attn.rotary_emb.inv_freq", "rotary_emb.*"),
         targets=("q_proj", "v_proj"),
         init_cache=init_cache,
+        sharding=(
+            *column("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head"),
+            *row("o_proj", "down_proj"),
+            *embedding("embed_tokens"),
+        ),
     )
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from lora_jax.models import blocks, caches
 from lora_jax.models.attention import attention
 from lora_jax.models.caches import Cache
-from lora_jax.models.families import SEQ2SEQ_LM, TOKENS, Family
+from lora_jax.models.families import SEQ2SEQ_LM, TOKENS, Family, column, embedding, row
 from lora_jax.models.relative import relative_buckets
 from lora_jax.models.t5_config import T5Config, names
 
@@ -380,4 +380,9 @@ FAMILY = Family(
     targets=("q", "v"),
     inputs=lambda head: (TOKENS, TOKENS, TOKENS),
     init_cache=init_cache,
+    sharding=(
+        *column("q", "k", "v", "wi", "wi_0", "wi_1", "lm_head"),
+        *row("o", "wo"),
+        *embedding("shared"),
+    ),
 )
