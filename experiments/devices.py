@@ -5,6 +5,7 @@ adapter and the optimiser's state as the base. The compiler (GSPMD) makes of the
 the one for all. On a mesh of one device nothing is touched at all.
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -232,17 +233,27 @@ def train_step(on: Devices, step: Callable, like: Any = None) -> Callable:
         return jax.jit(step, donate_argnums=0)
     if on.pmap:
         run = jax.pmap(step, PMAP, out_axes=(0, None), devices=_list(on), donate_argnums=0)
-        return _fed(run, functools.partial(_parted, on))
+        return _fed(on, run, functools.partial(_parted, on))
     whole = NamedSharding(on.mesh, PartitionSpec())
     out = (jax.tree.map(lambda x: x.sharding, like), whole)
     run = jax.jit(step, donate_argnums=0, out_shardings=out)
-    return _fed(run, functools.partial(put_batch, on))
+    return _fed(on, run, functools.partial(put_batch, on))
 
 
-def _fed(run: Callable, put: Callable) -> Callable:
+def _fed(on: Devices, run: Callable, put: Callable) -> Callable:
     """The compiled function, to which batches of the host can be given."""
-    fed = lambda state, base, batch: run(state, base, put(batch))
-    fed.lower = lambda state, base, batch: run.lower(state, base, put(batch))
+    # For the models, which are told of no mesh, and for the constraints that they have.
+    around = lambda: contextlib.nullcontext() if on.pmap else jax.set_mesh(on.mesh)
+
+    def fed(state: PyTree, base: PyTree, batch: Batch) -> tuple:
+        with around():
+            return run(state, base, put(batch))
+
+    def lower(state: PyTree, base: PyTree, batch: Batch) -> Any:
+        with around():
+            return run.lower(state, base, put(batch))
+
+    fed.lower = lower
     return fed
 
 
@@ -252,7 +263,7 @@ def eval_step(on: Devices, step: Callable) -> Callable:
         return jax.jit(step)
     if not on.pmap:
         run = jax.jit(step, out_shardings=NamedSharding(on.mesh, PartitionSpec()))
-        return _fed(run, functools.partial(put_batch, on))
+        return _fed(on, run, functools.partial(put_batch, on))
 
     def summed(adapter: PyTree, base: PyTree, batch: PyTree) -> tuple:
         sums, logits = step(adapter, base, batch)

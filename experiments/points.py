@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from configs.common import base_config
 from experiments import settings, workdirs
 
 # Fields whose values are data to the compiled step: runs that differ in nothing else share it.

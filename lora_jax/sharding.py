@@ -327,3 +327,38 @@ def bytes_per_device(params: PyTree, specs: PyTree, mesh: Mesh | AbstractMesh) -
         )
 
     return sum(jax.tree.leaves(jax.tree.map(size, params, specs)))
+
+
+def split_rows(x: jax.Array) -> jax.Array:
+    """Keeps the first axis of an activation, the rows of a batch, split over ``data`` and ``fsdp``.
+
+    For a model's residual stream. Without it the compiler may rather split an activation as the
+    kernels are, and gather the rows of the whole batch on each device. It counts for functions that
+    are compiled under ``jax.set_mesh(mesh)``; elsewhere, or if the rows can't be divided, it does
+    nothing.
+    """
+    return _constrained(x, (DATA, FSDP))
+
+
+def split_lookup(x: jax.Array) -> jax.Array:
+    """:func:`split_rows` for what was looked up in a table whose columns are split over ``fsdp``.
+
+    Each device looks up its columns for the rows of its neighbours along ``fsdp``, and then they
+    exchange them; the compiler alone would look up all rows on every device.
+    """
+    columns = _split(jax.sharding.get_abstract_mesh(), (FSDP,), x.shape[-1])
+    return split_rows(_constrained(x, (DATA,), last=columns) if columns else x)
+
+
+def _constrained(x: jax.Array, rows: Entry, last: Entry = ()) -> jax.Array:
+    axes = _split(jax.sharding.get_abstract_mesh(), rows, x.shape[0])
+    if not axes and not last:
+        return x
+    return jax.lax.with_sharding_constraint(x, _made([axes, *[()] * (x.ndim - 2), last]))
+
+
+def _split(mesh: AbstractMesh, axes: Entry, size: int) -> Entry:
+    """Those of the axes that the mesh really has, if they divide the size; else none."""
+    sizes = dict(mesh.shape)
+    axes = tuple(name for name in axes if sizes.get(name, 1) > 1)
+    return () if size % _pieces(axes, sizes) else axes

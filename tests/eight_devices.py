@@ -22,7 +22,6 @@ from collectives import collectives
 
 from configs import common
 from experiments import classification, devices, stepping
-from lora_jax import adapter as adapters
 from lora_jax import paths
 
 STEPS = 50
