@@ -46,7 +46,7 @@ def train(task: Task, config: ConfigDict, lora_config: lora.LoRAConfig, workdir:
     on = devices.find(config)
     task = devices.local(on, task, config)
     state, tx = stepping.initial_state(task, config, lora_config)
-    workdirs.claim(workdir, config)  # not before all has been checked: a mistake claims nothing
+    _claim(workdir, config)  # not before all has been checked: a mistake claims nothing
     lines = [*task.notes, *devices.notes(on, task.base), *report(task.base, state.adapter)]
     print("\n".join(lines), flush=True)
     total = config.epochs * task.steps_per_epoch
@@ -64,12 +64,20 @@ def train(task: Task, config: ConfigDict, lora_config: lora.LoRAConfig, workdir:
             stepping.make_train_step(task, tx, lora_config.dropout, on=on, like=state),
             stepping.make_eval_step(task, on),
         )
-        with workdirs.Log(workdir, start) as log:
+        with (workdirs.Log if devices.first() else workdirs.NoLog)(workdir, start) as log:
             run = Run(task, config, lora_config, workdir, log, on)
             try:
                 return _loop(run, steps, checkpoints, state, progress)
             except FloatingPointError as error:
                 raise FloatingPointError(_diverged(error, workdir)) from error
+
+
+def _claim(workdir: Path, config: ConfigDict) -> None:
+    """Takes the directory; of several processes the first does, and the others wait for it."""
+    workdirs.check(workdir, config)
+    if devices.first():
+        workdirs.claim(workdir, config)
+    devices.barrier("the workdir is claimed")
 
 
 def report(base: PyTree, adapter: PyTree) -> list[str]:
@@ -148,7 +156,8 @@ def _loop(
             if at_epoch_end:
                 found = Evaluation(done, stepping.evaluate(steps.evaluate, state.adapter, run.task))
                 progress = recorded(run, host(state.adapter), found, progress)
-                workdirs.plot_curves(run.workdir, run.task.score.name)
+                if devices.first():
+                    workdirs.plot_curves(run.workdir, run.task.score.name)
                 meter.evaluated(run.task.score.name, progress.best_score)
             progress = progress._replace(seconds=time.perf_counter() - begun)
             stored = host(stepping.storable(state))
@@ -171,10 +180,11 @@ def recorded(run: Run, adapter: PyTree, found: Evaluation, progress: Progress) -
     if progress.best_step >= 0 and not _is_better(run.task.score, score, progress.best_score):
         return progress
     metadata = {**run.task.metadata, "step": step, **values}
-    lora.save(
-        run.workdir / workdirs.ADAPTER, adapter, run.lora_config,
-        base=run.task.base_id, metadata=metadata,
-    )  # fmt: skip
+    if devices.first():
+        lora.save(
+            run.workdir / workdirs.ADAPTER, adapter, run.lora_config,
+            base=run.task.base_id, metadata=metadata,
+        )  # fmt: skip
     return Progress(step, score, loss, progress.seconds)
 
 

@@ -124,6 +124,22 @@ class Log:
         self._events.flush()
 
 
+class NoLog:
+    """In place of a :class:`Log` in the processes that do not write."""
+
+    def __init__(self, workdir: Path, step: int) -> None:
+        pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def write(self, step: int, **values: float) -> None:
+        """Writes nothing."""
+
+
 def read(path: Path) -> list[dict[str, float]]:
     """The lines of a metrics file; a last line cut short by an interruption is left out."""
     if not path.exists():
