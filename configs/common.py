@@ -29,6 +29,7 @@ def base_config() -> ConfigDict:
     c.model.num_labels = 2
     c.model.labels = ("negative", "positive")  # what predictions are called; () for the task's own
     c.model.dtype = "float32"  # of the activations: float32 or bfloat16
+    c.model.param_dtype = "float32"  # of the frozen base; what is trained is float32
 
     c.lora = ConfigDict()  # the fields of lora_jax.LoRAConfig
     c.lora.rank = 8
@@ -50,6 +51,12 @@ def base_config() -> ConfigDict:
     c.data.max_length = 128
     c.data.buckets = (32, 64, 128)  # batches are padded to the first of these that is long enough
     c.data.alike = 0  # so many batches at a time are filled by length, to pad less; 0 for none
+
+    c.mesh = ConfigDict()  # devices; docs/scaling.md says which axis is for what
+    c.mesh.data = 1  # rows of a batch are split over data x fsdp; -1 for all devices that are left
+    c.mesh.fsdp = 1  # each parameter is split over it
+    c.mesh.tensor = 1  # the width of the layers is split over it
+    c.pmap = False  # rows split by jax.pmap, over mesh.data devices, or all if that is 1
 
     c.batch_size = 16
     c.eval_batch_size = 64

@@ -28,7 +28,8 @@ def load(
         and where the base lacks what the adapter does not bring.
     """
     if not peft.is_peft(directory):
-        return lora.load(directory, loaded.params, base=loaded.base_id)
+        like = jax.eval_shape(_wide_params, loaded.params)  # what is trained in full is float32
+        return lora.load(directory, like, base=loaded.base_id)
     table = checkpoints.names(loaded)
     adapter, config = peft.load_peft(directory, loaded.params, names=table)
     random = untold(adapter, loaded)
@@ -39,6 +40,18 @@ def load(
             "on, with --model."
         )
     return jax.tree.map(_wide, adapter, is_leaf=lambda x: isinstance(x, LowRank)), config
+
+
+def widened(loaded: checkpoints.Loaded) -> checkpoints.Loaded:
+    """The model with its parameters, of the values that they have, in float32 or wider.
+
+    An adapter merged into bfloat16 kernels would be rounded with them, where training did not.
+    """
+    return loaded._replace(params=_wide_params(loaded.params))
+
+
+def _wide_params(params: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), params)
 
 
 def start(

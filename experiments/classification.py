@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import tokenizers
 from ml_collections import ConfigDict
 
 import lora_jax as lora
-from experiments import adapters, data, glue_tasks, metrics, tasks, text_to_text
+from experiments import adapters, data, devices, glue_tasks, metrics, tasks, text_to_text
 from experiments.glue_tasks import GlueTask
 from experiments.scores import SCORES
 from lora_jax.models import checkpoints, registry
@@ -33,11 +33,22 @@ def settings(config: lora.LoRAConfig) -> ConfigDict:
     return ConfigDict({n: tuple(x) if isinstance(x, list) else x for n, x in fields.items()})
 
 
-def dtype(name: str) -> Any:
-    """The dtype called ``name``."""
+def dtype(name: str, field: str = "dtype") -> Any:
+    """The dtype called ``name``, as a field of a config's model says."""
     if name not in DTYPES:
-        raise ValueError(f"model.dtype must be one of {sorted(DTYPES)}, got {name!r}.")
+        raise ValueError(f"model.{field} must be one of {sorted(DTYPES)}, got {name!r}.")
     return DTYPES[name]
+
+
+def dtypes(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of loading, by what a config, or an adapter's metadata, says of the model."""
+    wanted = {name: model.get(name, "float32") for name in ("dtype", "param_dtype")}
+    return {field: dtype(name, field) for field, name in wanted.items()}
+
+
+def load_options(config: ConfigDict) -> dict[str, Any]:
+    """Options of loading a model to train: its dtypes, and the mesh that it is split over."""
+    return dtypes(config.model) | {"mesh": devices.base_mesh(config)}
 
 
 def apply(model: Any, params: Any, batch: dict, key: jax.Array | None) -> jax.Array:
@@ -118,7 +129,7 @@ def make_task(config: ConfigDict) -> tuple[tasks.Task, lora.LoRAConfig]:
         config.model.name,
         num_labels=config.model.num_labels,
         key=head_key(config.seed),
-        dtype=dtype(config.model.dtype),
+        **load_options(config),
     )
     _check_positions(config, loaded)
     training, evaluations = load_examples(config)
@@ -137,16 +148,17 @@ def make_task(config: ConfigDict) -> tuple[tasks.Task, lora.LoRAConfig]:
     task = tasks.Task(
         apply=ways.apply,
         metrics=ways.metrics,
-        train_batch=lambda step: data.train_batch(
+        train_batch=lambda step, **rows: data.train_batch(
             train_set,
             step,
+            **rows,
             seed=c.seed,
             batch_size=config.batch_size,
             buckets=buckets,
             alike=c.alike,
         ),
-        eval_batches=lambda: data.eval_batches(
-            eval_set, batch_size=config.eval_batch_size, buckets=buckets
+        eval_batches=lambda **rows: data.eval_batches(
+            eval_set, batch_size=config.eval_batch_size, buckets=buckets, **rows
         ),
         steps_per_epoch=data.steps_per_epoch(len(training.labels), config.batch_size),
         base=loaded.params,

@@ -64,8 +64,9 @@ def load(directory: str | Path, *, model: str | None = None) -> Classifier:
         model or kind["name"],
         num_labels=len(kind["labels"]),
         key=classification.head_key(about["seed"]),
-        dtype=classification.dtype(kind["dtype"]),
+        **classification.dtypes(kind),
     )
+    loaded = adapters.widened(loaded)
     adapter, config = adapters.load(directory, loaded)
     return Classifier(
         loaded,

@@ -3,9 +3,10 @@
 import sys
 from collections.abc import Callable, Sequence
 
+import jax
 from absl import app, flags, logging
 
-from experiments import stopping
+from experiments import processes, stopping
 
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 
@@ -17,13 +18,15 @@ def run(main: Callable[[list[str]], None]) -> None:
     """Runs ``main(positional arguments)`` as a program.
 
     It exits with 0, also if it was asked to stop and can go on; 1 where the training diverged; 2
-    after a mistake; 130 if interrupted.
+    after a mistake; 3 where another process of the run has ended before its time; 130 if
+    interrupted.
     """
 
     def guarded(argv: Sequence[str]) -> int:
         if not _DEBUG.value:
             logging.set_verbosity(logging.FATAL)  # Orbax tells of every file it reads or writes
         try:
+            processes.start()
             main(list(argv[1:]))
         except stopping.Stopped as stopped:
             print(stopped, flush=True)
@@ -33,6 +36,10 @@ def run(main: Callable[[list[str]], None]) -> None:
             return _fail(error, 2)
         except KeyboardInterrupt as error:
             return _fail(error, 130)
+        except jax.errors.JaxRuntimeError as error:
+            if jax.process_count() == 1:
+                raise
+            return _fail(ValueError(f"another process has ended, or can't be reached ({error})"), 3)
         return 0
 
     app.run(guarded, flags_parser=_parse)
@@ -50,7 +57,7 @@ def _fail(error: BaseException, status: int) -> int:
     if flags.FLAGS.is_parsed() and _DEBUG.value:
         raise error
     print(f"error: {_text(error)}", file=sys.stderr, flush=True)
-    return status
+    return processes.fail(status)
 
 
 def _text(error: BaseException) -> str:

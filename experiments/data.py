@@ -129,6 +129,7 @@ def train_batch(
     batch_size: int,
     buckets: Sequence[int],
     alike: int = 0,
+    rows: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """The training batch of ``step``, a pure function of its arguments.
 
@@ -146,6 +147,8 @@ def train_batch(
       alike: with more than 1, so many batches at a time are filled by length, and then all batches
         of the epoch are shuffled: rows of like length pad each other less, and the order stays
         random otherwise.
+      rows: numbers of the rows to make, of a batch of which other processes make the rest; the
+        length is that of the whole batch. None for all.
 
     Returns:
       ``input_ids`` (B, L) int32; ``attention_mask`` (B, L) int32; ``labels`` (B,) of their dtype;
@@ -158,8 +161,8 @@ def train_batch(
     if data.labels is None:
         raise ValueError("training needs labels, and these examples have none (a test split?)")
     _check_buckets(data, buckets)
-    rows = _train_rows(data, step, seed=seed, batch_size=batch_size, alike=alike)
-    return _batch(data, rows, batch_size, buckets)
+    chosen = _train_rows(data, step, seed=seed, batch_size=batch_size, alike=alike)
+    return _batch(data, chosen, batch_size, buckets, rows)
 
 
 def _train_rows(
@@ -205,14 +208,19 @@ def _order_by_length(
 
 
 def eval_batches(
-    data: Tokenized, *, batch_size: int, buckets: Sequence[int]
+    data: Tokenized,
+    *,
+    batch_size: int,
+    buckets: Sequence[int],
+    rows: np.ndarray | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """All examples once, shortest first, so that few tokens are padding.
 
     Returns:
       Batches as those of :func:`train_batch`, and ``index`` (B,) int32, the example each row is:
       ``predictions[batch["index"]] = ...`` puts them back in order, as a row that fills the last
-      batch is a copy, index included. There are no ``labels`` where the examples have none.
+      batch is a copy, index included. There are no ``labels`` where the examples have none. With
+      ``rows``, as in :func:`train_batch`, the index is still that of all rows.
 
     Raises:
       ValueError: no examples, or buckets that do not ascend or do not hold every row.
@@ -220,10 +228,11 @@ def eval_batches(
     _check_buckets(data, buckets)
     steps = steps_per_epoch(len(data.offsets) - 1, batch_size)
     order = np.argsort(np.diff(data.offsets), kind="stable")
-    rows = (order[step * batch_size : (step + 1) * batch_size] for step in range(steps))
+    batches = (order[step * batch_size : (step + 1) * batch_size] for step in range(steps))
     return (
-        _batch(data, row, batch_size, buckets) | {"index": _fill(row, batch_size).astype(np.int32)}
-        for row in rows
+        _batch(data, chosen, batch_size, buckets, rows)
+        | {"index": _fill(chosen, batch_size).astype(np.int32)}
+        for chosen in batches
     )
 
 
@@ -271,18 +280,24 @@ def _fill(rows: np.ndarray, batch_size: int) -> np.ndarray:
 
 
 def _batch(
-    data: Tokenized, rows: np.ndarray, batch_size: int, buckets: Sequence[int]
+    data: Tokenized,
+    chosen: np.ndarray,
+    batch_size: int,
+    buckets: Sequence[int],
+    rows: np.ndarray | None,
 ) -> dict[str, np.ndarray]:
-    filled = _fill(rows, batch_size)
+    longest = int((data.offsets[chosen + 1] - data.offsets[chosen]).max())
+    columns = np.arange(_bucket(longest, buckets))
+    rows = np.arange(batch_size) if rows is None else rows
+    filled = _fill(chosen, batch_size)[rows]
     starts, lengths = data.offsets[filled], data.offsets[filled + 1] - data.offsets[filled]
-    columns = np.arange(_bucket(int(lengths.max()), buckets))
     mask = columns[None, :] < lengths[:, None]
     # Places beyond a row's end are looked up at its start, then overwritten.
     places = starts[:, None] + np.where(mask, columns[None, :], 0)
     batch = {
         "input_ids": np.where(mask, data.ids[places], data.pad_id).astype(np.int32),
         "attention_mask": mask.astype(np.int32),
-        "weights": (np.arange(batch_size) < len(rows)).astype(np.float32),
+        "weights": (rows < len(chosen)).astype(np.float32),
     }
     if data.types is not None:
         batch["token_type_ids"] = np.where(mask, data.types[places], 0).astype(np.int32)

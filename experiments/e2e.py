@@ -12,7 +12,16 @@ import tokenizers
 from ml_collections import ConfigDict
 
 import lora_jax as lora
-from experiments import classification, e2e_data, language, optimisers, tasks, writing
+from experiments import (
+    adapters,
+    classification,
+    devices,
+    e2e_data,
+    language,
+    optimisers,
+    tasks,
+    writing,
+)
 from experiments.e2e_data import Pairs
 from experiments.nlg_scores import bleu_and_chrf
 from lora_jax.models import checkpoints
@@ -61,7 +70,8 @@ def check(config: ConfigDict) -> None:
       ValueError: the first that it finds.
     """
     classification.lora_config(config)
-    classification.dtype(config.model.dtype)
+    classification.dtypes(config.model)
+    devices.check(config)
     optimisers.check(config.optimizer)
     writing.decoding(config, (0,))
     language.check_sizes(config, _LEAST)
@@ -80,8 +90,8 @@ def load(config: ConfigDict) -> Writer:
     loaded = checkpoints.load(
         c.name,
         head=CAUSAL_LM,
-        dtype=classification.dtype(c.dtype),
         scan_layers=c.scan_layers,
+        **classification.load_options(config),
     )
     if c.tokenizer:
         tokenizer = read_tokenizer(c.tokenizer)
@@ -142,10 +152,12 @@ def write(config: ConfigDict, writer: Writer, adapter: Any = None) -> Written:
     c, decode = config.data, config.decode
     pairs = e2e_data.first(e2e_data.read(c.source, c.test), c.test_meanings)
     right = e2e_data.references(pairs)
-    base = writer.loaded.params
+    params = writer.loaded.params
+    if adapter is not None:
+        params = lora.merge(adapters.widened(writer.loaded).params, adapter)
     rows = writing.write(
         writer.loaded,
-        base if adapter is None else lora.merge(base, adapter),
+        params,
         prompts(list(right), writer),
         decoding=writer.decoding,
         batch_size=decode.batch_size,

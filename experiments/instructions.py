@@ -17,6 +17,7 @@ from experiments import (
     classification,
     conversations,
     data,
+    devices,
     language,
     optimisers,
     packing,
@@ -48,7 +49,7 @@ def check(config: ConfigDict) -> None:
     """
     classification.lora_config(config)
     optimisers.check(config.optimizer)
-    classification.dtype(config.model.dtype)
+    classification.dtypes(config.model)
     values = config.to_dict() | {f"data.{name}": value for name, value in config.data.items()}
     problems = [
         f"{field} must be at least {low}, got {values[field]}"
@@ -65,6 +66,7 @@ def check(config: ConfigDict) -> None:
         datetime.date.fromisoformat(config.data.date)
     except ValueError:
         problems.append(f"data.date must be a date like 2024-07-26, got {config.data.date!r}")
+    problems += devices.problems(config)
     if problems:
         raise ValueError(f"The config is wrong: {'; '.join(problems)}.")
 
@@ -74,8 +76,8 @@ def make_task(config: ConfigDict) -> tuple[tasks.Task, lora.LoRAConfig]:
     loaded = checkpoints.load(
         config.model.name,
         head=CAUSAL_LM,
-        dtype=classification.dtype(config.model.dtype),
         scan_layers=config.model.scan_layers,
+        **classification.load_options(config),
     )
     _check_model(config, loaded)
     tokenizer = checkpoints.load_tokenizer(loaded.checkpoint)

@@ -147,9 +147,11 @@ def make_task(
     task = tasks.Task(
         apply=functools.partial(apply, loaded.model),
         metrics=functools.partial(token_loss, smoothing=config.label_smoothing),
-        train_batch=lambda step: train_batch(training, step, alike=c.alike, **batches),
-        eval_batches=lambda: eval_batches(
-            evaluation, batch_size=config.eval_batch_size, buckets=buckets
+        train_batch=lambda step, **rows: train_batch(
+            training, step, alike=c.alike, **batches, **rows
+        ),
+        eval_batches=lambda **rows: eval_batches(
+            evaluation, batch_size=config.eval_batch_size, buckets=buckets, **rows
         ),
         steps_per_epoch=data.steps_per_epoch(len(training.offsets) - 1, config.batch_size),
         base=loaded.params,
@@ -207,13 +209,13 @@ def load(directory: str | Path, *, model: str | None = None) -> LanguageModel:
     else:
         about = serialize.read_metadata(directory).get("model", {})
         name = model or about.get("name")
-        options["dtype"] = classification.dtype(about.get("dtype", "float32"))
+        options |= classification.dtypes(about)
         options["scan_layers"] = about.get("scan_layers", False)
     if not name:
         raise ValueError(
             f"The adapter in {directory} does not name its base; give it with --model."
         )
-    loaded = checkpoints.load(name, head=CAUSAL_LM, **options)
+    loaded = adapters.widened(checkpoints.load(name, head=CAUSAL_LM, **options))
     notes = (f"base {name}, from {loaded.checkpoint.origin}",) if peft.is_peft(directory) else ()
     return LanguageModel(loaded, *adapters.load(directory, loaded), notes)
 

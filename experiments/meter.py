@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
+import jax
 from tqdm import tqdm
 
 from experiments import metrics, workdirs
@@ -47,8 +48,9 @@ class Meter:
         # In a file, which keeps every update, a line now and then is enough.
         seconds = 1 if sys.stderr.isatty() else 10
         self._bar = tqdm(
-            total=total, initial=start, unit="step", dynamic_ncols=True, mininterval=seconds
-        )
+            total=total, initial=start, unit="step", dynamic_ncols=True, mininterval=seconds,
+            disable=jax.process_index() > 0,
+        )  # fmt: skip
 
     def __enter__(self) -> Self:
         return self

@@ -83,11 +83,14 @@ def fill(sizes: Sequence[int], room: int) -> list[list[int]]:
     return containers
 
 
-def train_batch(packed: Packed, step: int, *, seed: int, batch_size: int) -> Batch:
+def train_batch(
+    packed: Packed, step: int, *, seed: int, batch_size: int, rows: np.ndarray | None = None
+) -> Batch:
     """The training batch of ``step``, a pure function of its arguments.
 
     Each epoch has an order of its own, and each row once; a last batch that is not full is filled
-    with copies, of weight 0, of its first row.
+    with copies, of weight 0, of its first row. With ``rows`` only these are made, as in
+    :func:`data.train_batch`.
 
     Returns:
       ``input_ids``, ``attention_mask`` and ``counts``, each ``(batch_size, length)`` int32, and
@@ -96,7 +99,7 @@ def train_batch(packed: Packed, step: int, *, seed: int, batch_size: int) -> Bat
     """
     epoch, place = divmod(step, data.steps_per_epoch(len(packed.rows), batch_size))
     order = _order(len(packed.rows), seed, epoch)
-    return _batch(packed, order[place * batch_size : (place + 1) * batch_size], batch_size)
+    return _batch(packed, order[place * batch_size : (place + 1) * batch_size], batch_size, rows)
 
 
 @functools.lru_cache(maxsize=1)
@@ -104,22 +107,26 @@ def _order(n: int, seed: int, epoch: int) -> np.ndarray:
     return data.permutation(n, seed, stream=epoch)
 
 
-def eval_batches(packed: Packed, *, batch_size: int) -> Iterator[Batch]:
+def eval_batches(
+    packed: Packed, *, batch_size: int, rows: np.ndarray | None = None
+) -> Iterator[Batch]:
     """All rows once; batches as those of :func:`train_batch`."""
     steps = data.steps_per_epoch(len(packed.rows), batch_size)
     everything = np.arange(len(packed.rows))
     for step in range(steps):
-        yield _batch(packed, everything[step * batch_size : (step + 1) * batch_size], batch_size)
+        chosen = everything[step * batch_size : (step + 1) * batch_size]
+        yield _batch(packed, chosen, batch_size, rows)
 
 
-def _batch(packed: Packed, chosen: np.ndarray, batch_size: int) -> Batch:
-    filled = [*chosen, *[chosen[0]] * (batch_size - len(chosen))]
-    rows = [_row(packed, packed.rows[k]) for k in filled]
-    batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+def _batch(packed: Packed, chosen: np.ndarray, batch_size: int, rows: np.ndarray | None) -> Batch:
+    rows = np.arange(batch_size) if rows is None else rows
+    filled = np.concatenate([chosen, np.repeat(chosen[:1], batch_size - len(chosen))])[rows]
+    made = [_row(packed, packed.rows[k]) for k in filled]
+    batch = {name: np.stack([row[name] for row in made]) for name in made[0]}
     batch["attention_mask"] = (batch["segment_ids"] > 0).astype(np.int32)
     if not packed.shared:
         del batch["positions"], batch["segment_ids"]
-    return batch | {"weights": (np.arange(batch_size) < len(chosen)).astype(np.float32)}
+    return batch | {"weights": (rows < len(chosen)).astype(np.float32)}
 
 
 def _row(packed: Packed, numbers: Sequence[int]) -> Batch:

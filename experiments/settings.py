@@ -4,7 +4,7 @@ import functools
 
 from ml_collections import ConfigDict
 
-from experiments import classification, glue_tasks, optimisers
+from experiments import classification, devices, glue_tasks, optimisers
 from lora_jax.models import checkpoints, registry
 from lora_jax.models.families import Family
 
@@ -57,7 +57,7 @@ def check(config: ConfigDict) -> None:
       ValueError: the first that it finds.
     """
     classification.lora_config(config)
-    classification.dtype(config.model.dtype)
+    classification.dtypes(config.model)
     optimisers.check(config.optimizer)
     values = config.to_dict() | {f"data.{name}": value for name, value in config.data.items()}
     for field, low in _LEAST.items():
@@ -65,6 +65,7 @@ def check(config: ConfigDict) -> None:
             raise ValueError(f"{field} must be at least {low}, got {values[field]}.")
     _check_buckets(config)
     _check_labels(config)
+    devices.check(config)
 
 
 def _check_labels(config: ConfigDict) -> None:

@@ -14,7 +14,8 @@ import optax
 from ml_collections import ConfigDict
 
 import lora_jax as lora
-from experiments import metrics, optimisers
+from experiments import devices, metrics, optimisers
+from experiments.devices import ONE, Devices
 from experiments.tasks import Batch, Task
 
 PyTree = Any
@@ -29,22 +30,32 @@ class TrainState(NamedTuple):
     key: jax.Array
 
 
-def train_step(task: Task, tx: optax.GradientTransformation, dropout: Any) -> Callable:
+def train_step(
+    task: Task, tx: optax.GradientTransformation, dropout: Any, *, axis: str | None = None
+) -> Callable:
     """``(state, base, batch) -> (state, metrics)``, a pure function.
 
-    The dropout rate, and the numbers in ``tx``, may be JAX scalars: a sweep maps over them.
+    The dropout rate, and the numbers in ``tx``, may be JAX scalars: a sweep maps over them. Under a
+    pmap ``axis`` is its name; each device then has rows, and dropout, of its own.
     """
 
     def step(state: TrainState, base: PyTree, batch: Batch) -> tuple[TrainState, tuple]:
-        model_key, branch_key = jax.random.split(jax.random.fold_in(state.key, state.step))
+        key = jax.random.fold_in(state.key, state.step)
+        if axis is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+        model_key, branch_key = jax.random.split(key)
         apply = lora.lift(task.apply, dropout=dropout, dropout_key=branch_key)
 
         def loss(adapter: PyTree) -> tuple[jax.Array, tuple]:
             logits = apply(lora.bind(base, adapter), batch, model_key)
             sums = task.metrics(logits, batch)
-            return sums[0] / sums[-1], sums
+            # Of all rows, not the mean of the devices' means: their weights may differ.
+            weight = sums[-1] if axis is None else jax.lax.psum(sums[-1], axis)
+            return sums[0] / weight, sums
 
         grads, sums = jax.grad(loss, has_aux=True)(state.adapter)
+        if axis is not None:
+            grads, sums = jax.lax.psum((grads, sums), axis)
         updates, opt_state = tx.update(grads, state.opt_state, state.adapter)
         adapter = optax.apply_updates(state.adapter, updates)
         return TrainState(state.step + 1, adapter, opt_state, state.key), sums
@@ -52,11 +63,19 @@ def train_step(task: Task, tx: optax.GradientTransformation, dropout: Any) -> Ca
     return step
 
 
-def make_train_step(task: Task, tx: optax.GradientTransformation, dropout: float) -> Callable:
-    """:func:`train_step`, compiled; the state is donated."""
+def make_train_step(
+    task: Task,
+    tx: optax.GradientTransformation,
+    dropout: float,
+    *,
+    on: Devices = ONE,
+    like: TrainState | None = None,
+) -> Callable:
+    """:func:`train_step`, compiled; the state is donated, and on a mesh stays where ``like`` is."""
     # As an array, so that one minus the rate is rounded as in a sweep, and the masks are the same.
     rate = jnp.asarray(dropout, float) if dropout else 0.0
-    return jax.jit(train_step(task, tx, rate), donate_argnums=0)
+    axis = devices.PMAP if on.pmap else None
+    return devices.train_step(on, train_step(task, tx, rate, axis=axis), like)
 
 
 def eval_step(task: Task) -> Callable:
@@ -69,9 +88,9 @@ def eval_step(task: Task) -> Callable:
     return step
 
 
-def make_eval_step(task: Task) -> Callable:
+def make_eval_step(task: Task, on: Devices = ONE) -> Callable:
     """:func:`eval_step`, compiled."""
-    return jax.jit(eval_step(task))
+    return devices.eval_step(on, eval_step(task))
 
 
 def evaluate(eval_step: Callable, adapter: PyTree, task: Task) -> dict[str, float]:
@@ -102,6 +121,9 @@ def initial_state(task: Task, config: ConfigDict, lora_config: lora.LoRAConfig) 
         adapter = lora.init(init_key, task.apply, task.base, lora_config, task.train_batch(0), None)
     else:  # a copy, since the step donates its state
         adapter = jax.tree.map(lambda x: jnp.array(x, copy=True), task.adapter)
+    # Leaves of a bfloat16 base that are trained in full: small updates would round to nothing.
+    wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    adapter = jax.tree.map(wide, adapter)
     tx = optimisers.make(config.optimizer, adapter, config.epochs * task.steps_per_epoch)
     state = TrainState(jnp.int32(0), adapter, tx.init(adapter), jax.random.key_data(run_key))
     return state._replace(key=jax.random.wrap_key_data(state.key)), tx

@@ -28,8 +28,9 @@ class Task(NamedTuple):
       apply: ``(params, batch, key or None) -> logits``; no key, no dropout.
       metrics: ``(logits, batch) -> sums``, a NamedTuple such as :class:`metrics.Sums`; its first
         field is the sum of losses, its last the sum of weights.
-      train_batch: the batch of a step, a pure function of the step.
-      eval_batches: makes the batches of one evaluation.
+      train_batch: the batch of a step, a pure function of the step. Among several processes also
+        called with ``rows``, the numbers of the batch's rows that are to be made.
+      eval_batches: makes the batches of one evaluation; likewise.
       steps_per_epoch: how many steps see every training example once.
       base: the frozen parameters.
       base_id: their content hash.
@@ -45,8 +46,8 @@ class Task(NamedTuple):
 
     apply: Callable
     metrics: Callable
-    train_batch: Callable[[int], Batch]
-    eval_batches: Callable[[], Iterable[Batch]]
+    train_batch: Callable[..., Batch]
+    eval_batches: Callable[..., Iterable[Batch]]
     steps_per_epoch: int
     base: PyTree
     base_id: str

@@ -26,8 +26,8 @@ CONFIG, METRICS, CURVES, ADAPTER = "config.json", "metrics.jsonl", "curves.png",
 CHECKPOINTS, EVENTS = "checkpoints", "tensorboard"
 _EVALUATED = "eval_loss"  # in a line of an evaluation, and in no other
 SWEEP = "sweep.json"  # in the directory of a sweep, whose runs are in directories below it
-# Fields of a config that may differ between a run and its continuation: no number depends on them.
-MAY_CHANGE = ("checkpoint_keep",)
+# Fields, or sections, of a config that may differ between a run and its continuation.
+MAY_CHANGE = ("checkpoint_keep", "guard", "mesh", "pmap")
 
 
 def check(workdir: Path, config: ConfigDict) -> None:
@@ -83,10 +83,12 @@ def plain(config: ConfigDict) -> Any:
 
 def differences(old: Any, new: Any, field: str = "") -> Iterator[str]:
     """Says which fields of two configs differ, in a sentence each; some may."""
+    if field.removeprefix("config.") in MAY_CHANGE:
+        return
     if isinstance(old, dict) and isinstance(new, dict):
         for name in sorted(old.keys() | new.keys()):
             yield from differences(old.get(name), new.get(name), f"{field}.{name}".lstrip("."))
-    elif old != new and field.removeprefix("config.") not in MAY_CHANGE:
+    elif old != new:
         yield f"{field} is {old!r} there and {new!r} here"
 
 
@@ -149,6 +151,22 @@ class Log:
             scalar = summary.scalar(name, value)
             self._events.write_event(Event(wall_time=time.time(), step=step, summary=scalar))
         self._events.flush()
+
+
+class NoLog:
+    """In place of a :class:`Log` in the processes that do not write."""
+
+    def __init__(self, workdir: Path, step: int) -> None:
+        pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def write(self, step: int, **values: float) -> None:
+        """Writes nothing."""
 
 
 def read(path: Path) -> list[dict[str, float]]:

@@ -76,7 +76,10 @@ def evaluate(scope: Scope, jaxpr: Any, consts: Sequence, args: Sequence) -> list
     env = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
     read = lambda atom: atom.val if isinstance(atom, core.Literal) else env[atom]
-    for index, eqn in enumerate(jaxpr.eqns):
+    index = -1
+    for eqn in jaxpr.eqns:
+        # Not counted, so that dropout is the same on a mesh, where a model may have them.
+        index += eqn.primitive.name != "sharding_constraint"
         vals = [read(atom) for atom in eqn.invars]
         if any(isinstance(v, Kernel) for v in vals):
             outs = _factored(scope.at(index, id(eqn)), eqn, vals)

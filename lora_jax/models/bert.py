@@ -164,4 +164,5 @@ FAMILY = Family(
     labelled="classifier",
     targets=("query", "value"),
     trained=("classifier",),
+    sharding=encoder.SHARDING,
 )

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from lora_jax import names as tables
-from lora_jax import paths
+from lora_jax import paths, sharding
 from lora_jax.files import safetensors_pieces, write_atomically
 from lora_jax.models import hub, registry
 from lora_jax.models.families import CLASSIFIER, Family
@@ -40,7 +41,7 @@ class Loaded(NamedTuple):
 
     Attributes:
       model: the Linen module.
-      params: its variables, ``{"params": ...}``, float32.
+      params: its variables, ``{"params": ...}``, float32 unless another dtype was asked for.
       checkpoint: where they came from.
       base_id: content hash of the weights, "sha256:...".
       fresh: paths of the leaves that the checkpoint lacks, freshly initialised.
@@ -65,8 +66,14 @@ def load(
     key: jax.Array | None = None,
     dtype: Any = jnp.float32,
     scan_layers: bool = False,
+    param_dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+    rules: sharding.Rules | None = None,
 ) -> Loaded:
     """Loads a model of the family that the checkpoint's config names.
+
+    One tensor after the other is read, cast and put where it belongs, so that host memory holds
+    little more than what stays on this host's devices.
 
     Args:
       name: a directory or a model name; see :func:`lora_jax.models.hub.resolve`.
@@ -74,12 +81,16 @@ def load(
       num_labels: outputs of a classifier. A head in the checkpoint is used if it has as many.
       key: PRNG key of what the checkpoint lacks (usually a classifier): kernels are drawn from
         ``N(0, initializer_range²)``, biases are zero. ``jax.random.key(0)`` by default.
-      dtype: of the activations; parameters are float32.
+      dtype: of the activations.
       scan_layers: whether the layers are stacked, and one is compiled for all.
+      param_dtype: of the parameters, float32 or bfloat16; what is drawn here is float32.
+      mesh: of the devices that the parameters are split over; None for JAX's default device.
+      rules: how they are split, as for :func:`lora_jax.sharding.specs`; None for the family's own.
 
     Raises:
       FileNotFoundError: there is no such checkpoint.
-      ValueError: it can't be read, or does not fit; all mismatches are in one message.
+      ValueError: it can't be read, or does not fit; all mismatches are in one message. Or the rules
+        do not fit the mesh.
     """
     if not isinstance(num_labels, int) or num_labels < 1:
         raise ValueError(f"num_labels must be a whole number of at least 1, got {num_labels!r}.")
@@ -89,10 +100,11 @@ def load(
     kind = _model(family, head, checkpoint)
     model = kind(config, dtype=dtype, scan_layers=scan_layers, **labels)
     table = family.names(config, head=head, scan_layers=scan_layers)
-    shapes = _shapes(model, family.inputs(head))
-    params, fresh = load_params(checkpoint, shapes, table, family)
+    shapes = _typed(_shapes(model, family.inputs(head)), param_dtype)
+    places = _places(shapes, mesh, family.sharding if rules is None else rules)
+    params, fresh = load_params(checkpoint, shapes, table, family, places=places)
     key = jax.random.key(0) if key is None else key
-    params = _fill(params, fresh, key=key, stddev=_stddev(config))
+    params = _fill(params, fresh, key=key, stddev=_stddev(config), places=places)
     tree = {"params": paths.nest(params)}
     return Loaded(model, tree, checkpoint, base_id(checkpoint), fresh, family, head)
 
@@ -107,7 +119,9 @@ def redraw(loaded: Loaded, key: jax.Array) -> PyTree:
     """The parameters with what the checkpoint lacks drawn from another key; all else is shared."""
     leaves = paths.named_leaves(loaded.params["params"])
     stddev = _stddev(loaded.model.config)
-    return {"params": paths.nest(_fill(leaves, loaded.fresh, key=key, stddev=stddev))}
+    places = {n: x.sharding for n, x in leaves.items() if isinstance(x.sharding, NamedSharding)}
+    filled = _fill(leaves, loaded.fresh, key=key, stddev=stddev, places=places)
+    return {"params": paths.nest(filled)}
 
 
 def _family(checkpoint: Checkpoint) -> tuple[Family, Any]:
@@ -132,21 +146,46 @@ def _shapes(model: Any, inputs: Sequence[Any]) -> dict[str, jax.ShapeDtypeStruct
     return paths.named_leaves(jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"])
 
 
+def _typed(shapes: Mapping[str, jax.ShapeDtypeStruct], dtype: Any) -> dict[str, Any]:
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"param_dtype must be a floating-point type, got {dtype!r}.")
+    return {name: jax.ShapeDtypeStruct(x.shape, dtype) for name, x in shapes.items()}
+
+
+def _places(
+    shapes: Mapping[str, Any], mesh: Mesh | None, rules: sharding.Rules
+) -> dict[str, NamedSharding]:
+    if mesh is None:
+        return {}
+    # A family's table names what not every member has: a head of its own, a gate.
+    specs = sharding.specs(paths.nest(shapes), rules, mesh, strict=False)
+    return paths.named_leaves(sharding.shardings(specs, mesh))
+
+
 def _stddev(config: Any) -> float:
     return getattr(config, "initializer_range", 0.02)
 
 
 def _fill(
-    params: Mapping[str, Any], fresh: Sequence[str], *, key: jax.Array, stddev: float
+    params: Mapping[str, Any],
+    fresh: Sequence[str],
+    *,
+    key: jax.Array,
+    stddev: float,
+    places: Mapping[str, NamedSharding],
 ) -> dict[str, Any]:
     """Initialises the fresh leaves: kernels from a normal distribution, biases with zero."""
 
-    def draw(name: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
+    def values(name: str, shape: tuple[int, ...]) -> jax.Array:
         if name.endswith("/bias"):
-            return jnp.zeros(shape.shape, shape.dtype)
+            return jnp.zeros(shape, jnp.float32)
         # By name, so that one leaf's draw does not depend on which others are fresh.
         own = jax.random.fold_in(key, zlib.crc32(name.encode()))
-        return stddev * jax.random.normal(own, shape.shape, shape.dtype)
+        return stddev * jax.random.normal(own, shape, jnp.float32)
+
+    def draw(name: str, like: Any) -> jax.Array:
+        drawn = values(name, like.shape)
+        return sharding.put(drawn, places[name]) if name in places else drawn
 
     return {name: draw(name, x) if name in fresh else x for name, x in params.items()}
 

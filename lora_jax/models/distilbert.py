@@ -14,8 +14,9 @@ import jax.numpy as jnp
 
 from lora_jax.models import blocks, settings, tables
 from lora_jax.models.attention import attention
-from lora_jax.models.families import CLASSIFIER, ENCODER, Family
+from lora_jax.models.families import CLASSIFIER, ENCODER, Family, column, embedding, row
 from lora_jax.names import Name
+from lora_jax.sharding import split_lookup, split_rows
 
 Array = jax.Array
 
@@ -105,9 +106,10 @@ class Embeddings(_Part):
         init = nn.initializers.normal(c.initializer_range)
         embed = functools.partial(nn.Embed, features=c.dim, embedding_init=init, dtype=self.dtype)
         positions = jnp.arange(input_ids.shape[-1])[None, :]
-        x = embed(c.vocab_size, name="word_embeddings")(input_ids)
+        x = split_lookup(embed(c.vocab_size, name="word_embeddings")(input_ids))
         x = x + embed(c.max_position_embeddings, name="position_embeddings")(positions)
-        return blocks.Dropout(c.dropout)(self._norm("LayerNorm")(x), deterministic=deterministic)
+        x = blocks.Dropout(c.dropout)(self._norm("LayerNorm")(x), deterministic=deterministic)
+        return split_rows(x)
 
 
 class MultiHeadSelfAttention(_Part):
@@ -142,9 +144,9 @@ class TransformerBlock(_Part):
     def __call__(self, x: Array, bias: Array, *, deterministic: bool) -> Array:
         """Shapes as :class:`MultiHeadSelfAttention`."""
         y = self._part(MultiHeadSelfAttention, "attention")(x, bias, deterministic=deterministic)
-        x = self._norm("sa_layer_norm")(x + y)
+        x = split_rows(self._norm("sa_layer_norm")(x + y))
         y = self._part(FFN, "ffn")(x, deterministic=deterministic)
-        return self._norm("output_layer_norm")(x + y)
+        return split_rows(self._norm("output_layer_norm")(x + y))
 
 
 class Transformer(_Part):
@@ -279,4 +281,9 @@ FAMILY = Family(
     labelled="classifier",
     targets=("q_lin", "v_lin"),
     trained=("pre_classifier", "classifier"),
+    sharding=(
+        *column("q_lin", "k_lin", "v_lin", "lin1", "pre_classifier"),
+        *row("out_lin", "lin2", "classifier"),
+        *embedding("word_embeddings", "position_embeddings"),
+    ),
 )  # fmt: skip

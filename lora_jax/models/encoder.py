@@ -14,7 +14,9 @@ import jax.numpy as jnp
 
 from lora_jax.models import blocks, settings, tables
 from lora_jax.models.attention import attention
+from lora_jax.models.families import column, embedding, row
 from lora_jax.names import Name
+from lora_jax.sharding import split_lookup, split_rows
 
 Array = jax.Array
 
@@ -101,10 +103,12 @@ class Embeddings(Part):
         embed = functools.partial(
             nn.Embed, features=c.hidden_size, embedding_init=init, dtype=self.dtype
         )
-        x = embed(c.vocab_size, name="word_embeddings")(input_ids)
-        x = x + embed(c.type_vocab_size, name="token_type_embeddings")(token_type_ids)
-        x = x + embed(c.max_position_embeddings, name="position_embeddings")(positions)
-        return blocks.Dropout(c.hidden_dropout_prob)(self._norm()(x), deterministic=deterministic)
+        x = split_lookup(embed(c.vocab_size, name="word_embeddings")(input_ids))
+        kinds = embed(c.type_vocab_size, name="token_type_embeddings")(token_type_ids)
+        places = embed(c.max_position_embeddings, name="position_embeddings")(positions)
+        x = x + split_lookup(kinds) + split_lookup(places)
+        x = blocks.Dropout(c.hidden_dropout_prob)(self._norm()(x), deterministic=deterministic)
+        return split_rows(x)
 
 
 class Output(Part):
@@ -115,7 +119,7 @@ class Output(Part):
         """``LayerNorm(residual + dropout(dense(x)))``."""
         x = self._dense(self.config.hidden_size)(x)
         x = blocks.Dropout(self.config.hidden_dropout_prob)(x, deterministic=deterministic)
-        return self._norm()(x + residual)
+        return split_rows(self._norm()(x + residual))
 
 
 class Attention(Part):
@@ -182,6 +186,15 @@ class Pooler(Part):
         """``(batch, length, hidden)`` to ``(batch, hidden)``."""
         return nn.tanh(self._dense(self.config.hidden_size)(x[:, 0]))
 
+
+# How a mesh splits the kernels of BERT and RoBERTa, heads included.
+SHARDING = (
+    *column("query", "key", "value", "intermediate/dense", "pooler/dense"),
+    *row("output/dense"),
+    *embedding("word_embeddings", "position_embeddings", "token_type_embeddings"),
+    *column("classifier", "classifier/dense"),
+    *row("classifier/out_proj"),
+)
 
 # Flax module -> Hugging Face module, inside a layer.
 _DENSE = {

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lora_jax.sharding import FSDP, TENSOR
+
 CLASSIFIER, CAUSAL_LM, SEQ2SEQ_LM, ENCODER = "classifier", "causal-lm", "seq2seq-lm", "encoder"
 
 
@@ -32,6 +34,7 @@ class Family(NamedTuple):
       inputs: head -> shapes of arguments that the module can be initialised with.
       init_cache: of a model that generates, ``(config, batch, length, dtype, *, scan_layers)`` ->
         an empty cache.
+      sharding: how its kernels are split over a mesh, rules of :func:`lora_jax.sharding.specs`.
     """
 
     model_type: tuple[str, ...]
@@ -47,6 +50,34 @@ class Family(NamedTuple):
     trained: tuple[str, ...] = ()
     inputs: Callable = lambda head: (TOKENS, TOKENS)  # token ids and their mask
     init_cache: Callable | None = None
+    sharding: tuple[tuple[str, tuple], ...] = ()
 
 
 TOKENS = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+
+
+def column(*modules: str) -> tuple[tuple[str, tuple], ...]:
+    """Sharding rules of dense layers whose outputs are split over ``tensor``.
+
+    >>> column("up")
+    (('up/kernel', ('fsdp', 'tensor')),)
+    """
+    return tuple((f"{name}/kernel", (FSDP, TENSOR)) for name in modules)
+
+
+def row(*modules: str) -> tuple[tuple[str, tuple], ...]:
+    """The same of those whose inputs are split over ``tensor``, as the layer before left them.
+
+    >>> row("down")
+    (('down/kernel', ('tensor', 'fsdp')),)
+    """
+    return tuple((f"{name}/kernel", (TENSOR, FSDP)) for name in modules)
+
+
+def embedding(*modules: str) -> tuple[tuple[str, tuple], ...]:
+    """The same of tables of embeddings, whose words are split over ``tensor``.
+
+    >>> embedding("words")
+    (('words/embedding', ('tensor', 'fsdp')),)
+    """
+    return tuple((f"{name}/embedding", (TENSOR, FSDP)) for name in modules)

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from lora_jax.models import blocks, caches, settings, tables
 from lora_jax.models.attention import attention
 from lora_jax.models.caches import Cache
-from lora_jax.models.families import CAUSAL_LM, Family
+from lora_jax.models.families import CAUSAL_LM, Family, column, embedding, row
 from lora_jax.names import Name
+from lora_jax.sharding import split_lookup, split_rows
 
 Array = jax.Array
 PyTree = Any
@@ -181,9 +182,9 @@ class GPT2Block(_Part):
         """
         attend = GPT2Attention(self.config, dtype=self.dtype, name="attn")
         y, cache = attend(self._norm("ln_1")(x), own, shared, deterministic)
-        x = x + y
+        x = split_rows(x + y)
         feed = GPT2MLP(self.config, dtype=self.dtype, name="mlp")
-        return x + feed(self._norm("ln_2")(x), deterministic), cache
+        return split_rows(x + feed(self._norm("ln_2")(x), deterministic)), cache
 
 
 class GPT2Model(_Part):
@@ -216,7 +217,7 @@ class GPT2Model(_Part):
         n, start = input_ids.shape[1], 0 if cache is None else cache.index
         if positions is None:
             positions = caches.positions(attention_mask, start, n)
-        x = self.wte(input_ids) + self.wpe(positions)
+        x = split_lookup(self.wte(input_ids)) + split_lookup(self.wpe(positions))
         x = self.drop(x, deterministic=deterministic)
         shared = (caches.causal_bias(attention_mask, start, n), start)
         x, layers = self._run(x, None if cache is None else cache.layers, shared, deterministic)
@@ -344,4 +345,5 @@ FAMILY = Family(
     ignored=("h.*.attn.bias", "h.*.attn.masked_bias"),
     targets=("c_attn",),
     init_cache=init_cache,
+    sharding=(*column("c_attn", "c_fc", "lm_head"), *row("c_proj"), *embedding("wte", "wpe")),
 )

@@ -17,8 +17,9 @@ from lora_jax.models import caches, rope
 from lora_jax.models.attention import grouped_attention
 from lora_jax.models.blocks import ACTIVATIONS, Dropout, RMSNorm
 from lora_jax.models.caches import Cache
-from lora_jax.models.families import CAUSAL_LM, Family
+from lora_jax.models.families import CAUSAL_LM, Family, column, embedding, row
 from lora_jax.models.llama_config import FULL, SLIDING, VARIANTS, LlamaConfig, names
+from lora_jax.sharding import split_lookup, split_rows
 
 Array = jax.Array
 PyTree = Any
@@ -140,11 +141,11 @@ class LlamaLayer(_Part):
         y = self._norm("input_layernorm")(x)
         y, cache = attend(y, cache, view, index, deterministic)
         if not self.config.variant.post_norms:
-            x = x + y
-            return x + feed(self._norm("post_attention_layernorm")(x)), cache
-        x = x + self._norm("post_attention_layernorm")(y)
+            x = split_rows(x + y)
+            return split_rows(x + feed(self._norm("post_attention_layernorm")(x))), cache
+        x = split_rows(x + self._norm("post_attention_layernorm")(y))
         y = feed(self._norm("pre_feedforward_layernorm")(x))
-        return x + self._norm("post_feedforward_layernorm")(y), cache
+        return split_rows(x + self._norm("post_feedforward_layernorm")(y)), cache
 
 
 class LlamaModel(_Part):
@@ -170,7 +171,7 @@ class LlamaModel(_Part):
     ) -> tuple[Array, Cache | None]:
         """Token ids ``(batch, n)`` to states ``(batch, n, hidden)``, and the cache with them."""
         c = self.config
-        x = self.embed_tokens(input_ids)
+        x = split_lookup(self.embed_tokens(input_ids))
         if c.variant.scaled_embedding:
             x = x * jnp.asarray(c.hidden_size**0.5, x.dtype)
         slides = [kind == SLIDING for kind in c.layer_types]
@@ -321,6 +322,11 @@ def _family(model_type: str, architecture: str) -> Family:
         ignored=("layers.*.self_attn.rotary_emb.inv_freq", "rotary_emb.*"),
         targets=("q_proj", "v_proj"),
         init_cache=init_cache,
+        sharding=(
+            *column("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head"),
+            *row("o_proj", "down_proj"),
+            *embedding("embed_tokens"),
+        ),
     )
 
 

@@ -6,14 +6,15 @@ much is read; then each leaf is read, turned and handed to JAX before the next.
 
 import fnmatch
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
-from lora_jax import names
+from lora_jax import names, sharding
 from lora_jax.files import Stored, open_safetensors, read_tensor
 from lora_jax.models.families import Family
 from lora_jax.models.hub import Checkpoint
@@ -31,18 +32,24 @@ class _Part(NamedTuple):
 
 
 def load_params(
-    checkpoint: Checkpoint, shapes: Mapping[str, Any], table: Sequence[Name], family: Family
+    checkpoint: Checkpoint,
+    shapes: Mapping[str, Any],
+    table: Sequence[Name],
+    family: Family,
+    *,
+    places: Mapping[str, NamedSharding] | None = None,
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Reads the leaves that a table names.
 
     What is left out of the checkpoint, and what has to be made afresh, is logged. Host memory holds
-    one tensor more than the result (the layers of a stacked leaf count as one tensor).
+    one tensor more than the result (without ``places``, the layers of a stacked leaf count as one).
 
     Args:
       checkpoint: as found by ``resolve``.
       shapes: ``jax.ShapeDtypeStruct`` by path: what the model needs, and in which dtype.
       table: the rows for the model.
       family: the model's family.
+      places: where each leaf goes, by path; None for JAX's default device.
 
     Returns:
       Arrays by path, with ``jax.ShapeDtypeStruct`` for the leaves of optional modules that the
@@ -75,7 +82,8 @@ def load_params(
             result[leaf] = shapes[leaf]
             continue
         found = [p for part in some for p in _unfit(part)]
-        value, more = _read(some, shapes[leaf], keep=not problems + found)
+        place = places[leaf] if places else None
+        value, more = _read(some, shapes[leaf], place, keep=not problems + found)
         problems += found + more
         result[leaf] = value
         if problems:  # which are all looked for; the values are of no more use
@@ -204,14 +212,30 @@ def _unfit(part: _Part) -> list[str]:
 
 
 def _read(
-    parts: Sequence[_Part], shape: jax.ShapeDtypeStruct, *, keep: bool
+    parts: Sequence[_Part],
+    shape: jax.ShapeDtypeStruct,
+    place: NamedSharding | None,
+    *,
+    keep: bool,
 ) -> tuple[jax.Array | None, list[str]]:
     """A leaf, and what its values tell against it; it is put together only to ``keep`` it."""
     problems: list[str] = []
-    stacked = parts[0].weights[0].layer is not None
-    whole = np.empty(shape.shape, shape.dtype) if stacked and keep else None
-    value = None
-    for k, part in enumerate(parts):
+    values = _values(parts, problems)
+    if not keep:
+        for _ in values:
+            pass
+        return None, problems
+    if parts[0].weights[0].layer is not None:
+        value = _stacked(values, shape, place)
+    else:
+        value = _single(*values, shape, place)
+    return (None if problems else value), problems
+
+
+def _values(parts: Sequence[_Part], problems: list[str]) -> Iterator[np.ndarray | None]:
+    """The value of each part; None after a problem, which is put into the list."""
+    for part in parts:
+        value = None
         floating = [(n, s) for n, s in part.stored if jnp.issubdtype(s.dtype, jnp.floating)]
         for name, stored in floating:
             tensor = read_tensor(stored)
@@ -219,15 +243,31 @@ def _read(
                 problems.append(f"{name} holds NaN or infinity")
             elif name != floating[0][0]:
                 problems += _differs(tensor, name, floating[0])
-            elif keep:
+            else:
                 value = names.from_tensor(part.weights[0], tensor)
-        if whole is not None and value is not None:
-            whole[k] = value
-    if problems or not keep:
-        return None, problems
+        yield None if problems else value
+
+
+def _single(
+    value: np.ndarray | None, shape: jax.ShapeDtypeStruct, place: NamedSharding | None
+) -> jax.Array | None:
+    if value is None or place is not None:
+        return None if value is None else sharding.put(value, place, shape.dtype)
     # Contiguous in the dtype that is wanted, so that JAX has no reason to copy it once more.
-    value = whole if stacked else np.ascontiguousarray(value, shape.dtype)
-    return jnp.asarray(value), []
+    return jnp.asarray(np.ascontiguousarray(value, shape.dtype))
+
+
+def _stacked(
+    values: Iterator[np.ndarray | None], shape: jax.ShapeDtypeStruct, place: NamedSharding | None
+) -> jax.Array:
+    nothing = np.broadcast_to(np.zeros((), shape.dtype), shape.shape[1:])  # after a problem
+    layers = (nothing if value is None else value for value in values)
+    if place is not None:
+        return sharding.put_layers(shape.shape, shape.dtype, layers, place)
+    whole = np.empty(shape.shape, shape.dtype)
+    for k, layer in enumerate(layers):
+        whole[k] = layer
+    return jnp.asarray(whole)
 
 
 def _differs(tensor: np.ndarray, name: str, first: tuple[str, Stored]) -> list[str]:

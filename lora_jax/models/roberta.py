@@ -220,6 +220,7 @@ FAMILY = Family(
     labelled="classifier/out_proj",
     targets=("query", "value"),
     trained=("classifier",),
+    sharding=encoder.SHARDING,
 )  # fmt: skip
 XLM = FAMILY._replace(
     model_type=("xlm-roberta",),

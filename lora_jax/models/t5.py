@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from lora_jax.models import blocks, caches
 from lora_jax.models.attention import attention
 from lora_jax.models.caches import Cache
-from lora_jax.models.families import SEQ2SEQ_LM, TOKENS, Family
+from lora_jax.models.families import SEQ2SEQ_LM, TOKENS, Family, column, embedding, row
 from lora_jax.models.relative import relative_buckets
 from lora_jax.models.t5_config import T5Config, names
+from lora_jax.sharding import split_lookup, split_rows
 
 Array = jax.Array
 PyTree = Any
@@ -141,7 +142,7 @@ class T5Block(_Part):
     ) -> tuple[Array, PyTree]:
         """New states and the layer's cache; ``own`` is its cache and its keys of the encoder."""
         (cache, memory), (bias, cross_bias, index) = own, context
-        add = lambda x, y: x + self.dropout(y, deterministic=deterministic)
+        add = lambda x, y: split_rows(x + self.dropout(y, deterministic=deterministic))
         y = self.self_norm(x)
         keys = self.SelfAttention.keys(y)
         if cache is not None:
@@ -197,7 +198,7 @@ class T5Stack(_Part):
         bias = self._bias(x.shape[1], mask, 0 if index is None else index)
         cross_bias = None if memory is None else _forbid(memory.mask[:, None, None, :] > 0)
         own = [None if part is None else part.layers for part in (cache, memory)]
-        x = self.dropout(x, deterministic=deterministic)
+        x = split_rows(self.dropout(x, deterministic=deterministic))
         x, layers = self._run(x, own, (bias, cross_bias, index), deterministic)
         x = self.dropout(self.final_layer_norm(x), deterministic=deterministic)
         return x, None if cache is None else Cache(layers, index + jnp.int32(bias.shape[2]))
@@ -310,7 +311,7 @@ class T5ForConditionalGeneration(nn.Module):
     ) -> Memory:
         """What the decoder needs of the input; arguments as of a call."""
         _check(input_ids, attention_mask, input_ids.shape[1:])
-        x = self.shared(input_ids)
+        x = split_lookup(self.shared(input_ids))
         states, _ = self.encoder(x, attention_mask, deterministic=deterministic)
         return Memory(self.decoder.memory(states), attention_mask)
 
@@ -345,7 +346,7 @@ class T5ForConditionalGeneration(nn.Module):
             decoder_attention_mask = jnp.ones((decoder_input_ids.shape[0], *slots), jnp.int32)
         _check(decoder_input_ids, decoder_attention_mask, slots)
         x, cache = self.decoder(
-            self.shared(decoder_input_ids),
+            split_lookup(self.shared(decoder_input_ids)),
             decoder_attention_mask,
             memory=memory,
             cache=cache,
@@ -380,4 +381,9 @@ FAMILY = Family(
     targets=("q", "v"),
     inputs=lambda head: (TOKENS, TOKENS, TOKENS),
     init_cache=init_cache,
+    sharding=(
+        *column("q", "k", "v", "wi", "wi_0", "wi_1", "lm_head"),
+        *row("o", "wo"),
+        *embedding("shared"),
+    ),
 )

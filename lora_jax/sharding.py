@@ -1,0 +1,364 @@
+"""How a base and its adapter are laid out over the devices of a mesh.
+
+A short table of path patterns says how a model's kernels are split; what an adapter's factors and
+an optimiser's moments need follows from it. Everything here makes or takes plain JAX: trees of
+``PartitionSpec``, so that any other way to make specs serves as well. GSPMD does the rest.
+
+The axes of a mesh may have any names. Those that this library's own models use are ``data`` (rows
+of a batch), ``fsdp`` (rows of a batch, and each parameter in pieces) and ``tensor`` (the inner axis
+of a pair of layers: Shoeybi et al. 2019, section 3).
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from lora_jax import lowrank, paths
+from lora_jax.adapter import nodes
+
+PyTree = Any
+Rules = Sequence[tuple[str, Sequence[Any]]]
+Entry = tuple[str, ...]  # the mesh axes that one axis of an array is split over
+
+AXES = DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
+BATCH = PartitionSpec((DATA, FSDP))  # of arrays whose first axis is the rows of a batch
+
+
+def specs(
+    params: PyTree,
+    rules: Rules,
+    mesh: Mesh | AbstractMesh,
+    *,
+    fill: str = FSDP,
+    strict: bool = True,
+) -> PyTree:
+    """Makes a ``PartitionSpec`` for each parameter from a short table.
+
+    The first rule whose pattern matches a leaf gives the spec of its *last* axes; those before
+    them, such as the layers that a scan has stacked, stay whole. A mesh axis that does not divide
+    the array's is left out there. Where that happens to the mesh axis ``fill``, it goes to the
+    largest other axis of the rule that it divides; and so it does in leaves that no rule names,
+    among all their axes, the first one last. What then remains whole is no error:
+    :func:`replicated` lists it.
+
+    Args:
+      params: arrays, or anything with a shape, in any containers.
+      rules: pairs of a pattern, as in ``LoRAConfig.targets``, and a spec.
+      mesh: its axes are those that rules may name.
+      fill: the mesh axis that is to split every leaf; without effect if the mesh has none such.
+      strict: whether a pattern that matches nothing is an error.
+
+    Returns:
+      The tree of ``params`` with a ``PartitionSpec``, as long as the array's shape, for each array.
+
+    Raises:
+      ValueError: a rule names a mesh axis that does not exist, or one twice, has more entries than
+        an array has axes, or (``strict``) matches nothing; all in one message.
+
+    >>> params = {"up": {"kernel": np.zeros((3, 16, 64)), "bias": np.zeros((3, 64))}}
+    >>> mesh = AbstractMesh((4, 2), ("fsdp", "tensor"))
+    >>> made = specs(params, [("up/kernel", ("fsdp", "tensor"))], mesh)
+    >>> tuple(made["up"]["kernel"]), tuple(made["up"]["bias"])
+    ((None, 'fsdp', 'tensor'), (None, 'fsdp'))
+    """
+    leaves = paths.named_leaves(params)
+    table = [(pattern, [_entry(x) for x in spec]) for pattern, spec in rules]
+    chosen = {name: next((r for r in table if paths.matches(r[0], name)), None) for name in leaves}
+    problems = _rule_problems(table, mesh)
+    problems += [
+        f"{name!r} has {np.ndim(x)} axes, fewer than the spec of {rule[0]!r}, {_shown(rule[1])}"
+        for name, x in leaves.items()
+        if (rule := chosen[name]) and len(rule[1]) > np.ndim(x)
+    ]
+    idle = [p for p, _ in table if not any(paths.matches(p, name) for name in leaves)]
+    if strict and idle:
+        problems.append(paths.no_match(idle, leaves, what="rules").removesuffix("."))
+    if problems:
+        raise ValueError(f"These sharding rules can't be used: {'; '.join(problems)}.")
+    sizes = dict(mesh.shape)
+    new = [_spec(np.shape(x), chosen[name], sizes, fill) for name, x in leaves.items()]
+    return jax.tree.structure(params).unflatten(new)
+
+
+def _entry(x: Any) -> Entry:
+    return () if x is None else (x,) if isinstance(x, str) else tuple(x)
+
+
+def _shown(entries: Iterable[Entry]) -> str:
+    return str(_made(entries)).replace("PartitionSpec", "P")
+
+
+def _made(entries: Iterable[Entry]) -> PartitionSpec:
+    single = lambda e: None if not e else e[0] if len(e) == 1 else e
+    return PartitionSpec(*map(single, entries))
+
+
+def _rule_problems(table: Sequence[tuple[str, list[Entry]]], mesh: Any) -> list[str]:
+    problems = []
+    for pattern, entries in table:
+        used = [axis for entry in entries for axis in entry]
+        where = f"the spec of {pattern!r}, {_shown(entries)},"
+        if unknown := sorted(set(used) - set(mesh.shape)):
+            has = ", ".join(map(repr, mesh.shape))
+            problems.append(f"{where} names {unknown}, and the mesh has the axes {has}")
+        if twice := sorted({axis for axis in used if used.count(axis) > 1}):
+            problems.append(f"{where} names {twice} twice")
+    return problems
+
+
+def _spec(
+    shape: Sequence[int], rule: tuple | None, sizes: Mapping[str, int], fill: str
+) -> PartitionSpec:
+    wanted = rule[1] if rule else []
+    first = len(shape) - len(wanted)
+    entries: list[Entry] = [()] * first
+    entries += [_dividing(n, entry, sizes) for n, entry in zip(shape[first:], wanted, strict=True)]
+    asked = not rule or any(fill in entry for entry in wanted)
+    if asked and fill in sizes and not any(fill in entry for entry in entries):
+        _fill(entries, shape, range(first, len(shape)) if rule else range(len(shape)), sizes, fill)
+    return _made(entries)
+
+
+def _dividing(size: int, entry: Entry, sizes: Mapping[str, int]) -> Entry:
+    """The mesh axes of an entry, without those that make pieces of different sizes."""
+    kept: Entry = ()
+    for axis in entry:
+        if size % (_pieces(kept, sizes) * sizes[axis]) == 0:
+            kept = (*kept, axis)
+    return kept
+
+
+def _pieces(entry: Entry, sizes: Mapping[str, int]) -> int:
+    return math.prod(sizes[axis] for axis in entry)
+
+
+def _fill(
+    entries: list[Entry],
+    shape: Sequence[int],
+    among: Iterable[int],
+    sizes: Mapping[str, int],
+    fill: str,
+) -> None:
+    """Puts the mesh axis ``fill`` where it divides best, if anywhere."""
+    # The first axis may be that of a scan's layers, each of which would then have to be fetched.
+    for k in sorted(among, key=lambda k: (k == 0, -shape[k], -k)):
+        entry = (*entries[k], fill)
+        if shape[k] % _pieces(entry, sizes) == 0:
+            entries[k] = entry
+            return
+
+
+def adapter_specs(param_specs: PyTree, adapter: PyTree) -> PyTree:
+    """The specs of an adapter, derived from those of the parameters that it is for.
+
+    An axis of ``a`` or ``b`` is split as the kernel's axis that it belongs to, by ``node.axes``;
+    the rank axis and the scale are on every device. A leaf that is replaced in full is split as it
+    is in the base.
+
+    Args:
+      param_specs: the parameters' tree with ``PartitionSpec`` or ``NamedSharding``, whoever made
+        them.
+      adapter: of arrays, or shapes.
+
+    Returns:
+      The adapter's tree with a ``PartitionSpec`` for each array.
+
+    Raises:
+      ValueError: the adapter has a path that the specs lack, or a kernel has fewer axes than its
+        spec has entries.
+
+    >>> node = lowrank.LowRank(np.zeros((16, 2)), np.zeros((2, 64)), np.ones(()))
+    >>> kernels = {"up": PartitionSpec("fsdp", "tensor")}
+    >>> made = adapter_specs(kernels, {"up": node})["up"]
+    >>> tuple(made.a), tuple(made.b), tuple(made.scale)
+    (('fsdp', None), (None, 'tensor'), ())
+    """
+    known = {name: _plain(x) for name, x in paths.named_leaves(param_specs).items()}
+    entries = nodes(adapter)
+    if unknown := [name for name in entries if name not in known]:
+        raise ValueError(
+            f"The adapter has {paths.listing(unknown)}, for which there is no spec; specs here: "
+            f"{paths.listing(known)}."
+        )
+    new = [_node_specs(name, known[name], node) for name, node in entries.items()]
+    return jax.tree.structure(adapter, is_leaf=lowrank.is_node).unflatten(new)
+
+
+def _plain(x: Any) -> PartitionSpec:
+    spec = getattr(x, "spec", x)
+    if not isinstance(spec, PartitionSpec):
+        raise ValueError(f"A PartitionSpec or a NamedSharding is needed for each leaf, got {x!r}.")
+    return spec
+
+
+def _node_specs(name: str, spec: PartitionSpec, node: Any) -> Any:
+    if not isinstance(node, lowrank.LowRank):
+        return spec
+    if len(spec) > len(node.axes):
+        raise ValueError(f"{name} has {len(node.axes)} axes, fewer than its spec {spec}.")
+    entries = [*spec, *[None] * (len(node.axes) - len(spec))]
+    of = lambda role: [entries[k] for k in lowrank.positions(node.axes, role)]
+    batch = of(lowrank.BATCH)
+    return dataclasses.replace(
+        node,
+        a=PartitionSpec(*batch, *of(lowrank.IN), None),
+        b=PartitionSpec(*batch, None, *of(lowrank.OUT)),
+        scale=PartitionSpec(),
+    )
+
+
+def state_specs(state: PyTree, adapter: PyTree, specs: PyTree) -> PyTree:
+    """The specs of a state that holds trees like the adapter, such as an optimiser's.
+
+    An array whose path ends in that of one of the adapter's, and which has its shape, is split as
+    that one is: moments, averages, accumulated gradients. All else is on every device.
+
+    Args:
+      state: arrays, or shapes, in any containers.
+      adapter: likewise.
+      specs: of the adapter, from :func:`adapter_specs`.
+
+    >>> adapter, split = {"up": np.zeros((4, 2))}, {"up": PartitionSpec("fsdp")}
+    >>> state = {"count": np.zeros(()), "mu": {"up": np.zeros((4, 2))}}
+    >>> made = state_specs(state, adapter, split)
+    >>> tuple(made["mu"]["up"]), tuple(made["count"])
+    (('fsdp',), ())
+    """
+    arrays, _ = jax.tree_util.tree_flatten_with_path(adapter)
+    known = {
+        path: (np.shape(x), spec)
+        for (path, x), spec in zip(arrays, jax.tree.leaves(specs), strict=True)
+    }
+
+    def spec(path: tuple, x: Any) -> PartitionSpec:
+        ends = (known.get(path[k:]) for k in range(len(path)))
+        shape, found = next((end for end in ends if end), (None, None))
+        return found if found is not None and shape == np.shape(x) else PartitionSpec()
+
+    return jax.tree_util.tree_map_with_path(spec, state)
+
+
+def shardings(specs: PyTree, mesh: Mesh) -> PyTree:
+    """The specs as ``NamedSharding`` on a mesh, for ``jax.jit`` and ``jax.device_put``."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+
+
+def place(tree: PyTree, specs: PyTree, mesh: Mesh) -> PyTree:
+    """Puts each array of a tree where its spec says; see :func:`put`."""
+    return jax.tree.map(put, tree, shardings(specs, mesh))
+
+
+def put(x: Any, sharding: NamedSharding, dtype: Any = None) -> jax.Array:
+    """Puts one array onto the devices of a mesh, each device receiving its own piece alone.
+
+    With several processes each gives the whole array, with the same values, or one that already
+    lies on the mesh.
+
+    Args:
+      x: the array.
+      sharding: of the result.
+      dtype: that of the result where ``x`` is a numpy array of another one.
+    """
+    if isinstance(x, jax.Array) and (not x.is_fully_addressable or jax.process_count() == 1):
+        return jax.device_put(x, sharding)
+    x = np.asarray(x)
+    # A piece of its own memory: a view would keep the whole array alive on a CPU.
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: np.array(x[index], dtype))
+
+
+def put_layers(
+    shape: Sequence[int], dtype: Any, layers: Iterable[np.ndarray], sharding: NamedSharding
+) -> jax.Array:
+    """Stacks arrays along a new first axis, which stays whole, onto the devices of a mesh.
+
+    Host memory holds the pieces of this process' devices, and one layer.
+
+    Args:
+      shape: of the stack.
+      dtype: of the result.
+      layers: as many arrays as the first axis is long, one after the other.
+      sharding: of the result.
+    """
+    where = sharding.addressable_devices_indices_map(tuple(shape))
+    pieces: dict[tuple, np.ndarray] = {}  # devices that hold the same piece share it
+    keys = {device: _bounds(index, shape) for device, index in where.items()}
+    for key in keys.values():
+        pieces.setdefault(key, np.empty([high - low for low, high in key], dtype))
+    for k, layer in enumerate(layers):
+        for (_, *rest), piece in pieces.items():
+            piece[k] = layer[tuple(slice(*bounds) for bounds in rest)]
+    arrays = [jax.device_put(pieces[key], device) for device, key in keys.items()]
+    return jax.make_array_from_single_device_arrays(tuple(shape), sharding, arrays)
+
+
+def _bounds(index: tuple, shape: Sequence[int]) -> tuple:
+    return tuple(x.indices(n)[:2] for x, n in zip(index, shape, strict=True))
+
+
+def replicated(params: PyTree, specs: PyTree) -> list[str]:
+    """Names of the leaves that every device holds whole.
+
+    >>> params = {"odd": np.zeros(3), "even": np.zeros(4)}
+    >>> replicated(params, specs(params, (), AbstractMesh((2,), ("fsdp",))))
+    ['odd']
+    """
+    of = paths.named_leaves(specs)
+    return [name for name in paths.named_leaves(params) if not any(map(_entry, _plain(of[name])))]
+
+
+def bytes_per_device(params: PyTree, specs: PyTree, mesh: Mesh | AbstractMesh) -> int:
+    """What one device of the mesh holds of the parameters, in bytes.
+
+    >>> mesh = AbstractMesh((8,), ("fsdp",))
+    >>> bytes_per_device({"w": np.zeros((64, 2), np.float32)}, {"w": PartitionSpec("fsdp")}, mesh)
+    64
+    """
+    sizes = dict(mesh.shape)
+
+    def size(x: Any, spec: Any) -> int:
+        entries = [_entry(e) for e in _plain(spec)]
+        return (
+            math.prod(x.shape) * x.dtype.itemsize // math.prod(_pieces(e, sizes) for e in entries)
+        )
+
+    return sum(jax.tree.leaves(jax.tree.map(size, params, specs)))
+
+
+def split_rows(x: jax.Array) -> jax.Array:
+    """Keeps the first axis of an activation, the rows of a batch, split over ``data`` and ``fsdp``.
+
+    For a model's residual stream. Without it the compiler may rather split an activation as the
+    kernels are, and gather the rows of the whole batch on each device. It counts for functions that
+    are compiled under ``jax.set_mesh(mesh)``; elsewhere, or if the rows can't be divided, it does
+    nothing.
+    """
+    return _constrained(x, (DATA, FSDP))
+
+
+def split_lookup(x: jax.Array) -> jax.Array:
+    """:func:`split_rows` for what was looked up in a table whose columns are split over ``fsdp``.
+
+    Each device looks up its columns for the rows of its neighbours along ``fsdp``, and then they
+    exchange them; the compiler alone would look up all rows on every device.
+    """
+    columns = _split(jax.sharding.get_abstract_mesh(), (FSDP,), x.shape[-1])
+    return split_rows(_constrained(x, (DATA,), last=columns) if columns else x)
+
+
+def _constrained(x: jax.Array, rows: Entry, last: Entry = ()) -> jax.Array:
+    axes = _split(jax.sharding.get_abstract_mesh(), rows, x.shape[0])
+    if not axes and not last:
+        return x
+    return jax.lax.with_sharding_constraint(x, _made([axes, *[()] * (x.ndim - 2), last]))
+
+
+def _split(mesh: AbstractMesh, axes: Entry, size: int) -> Entry:
+    """Those of the axes that the mesh really has, if they divide the size; else none."""
+    sizes = dict(mesh.shape)
+    axes = tuple(name for name in axes if sizes.get(name, 1) > 1)
+    return () if size % _pieces(axes, sizes) else axes
