@@ -16,7 +16,17 @@ import jax
 import numpy as np
 
 import lora_jax as lora
-from experiments import checkpointing, lockstep, meter, stepping, sweepdirs, tasks, train, workdirs
+from experiments import (
+    checkpointing,
+    durations,
+    lockstep,
+    meter,
+    stepping,
+    sweepdirs,
+    tasks,
+    train,
+    workdirs,
+)
 from experiments.bar import Bar
 from experiments.lockstep import Member, Program
 from experiments.points import Point
@@ -34,12 +44,14 @@ class Group(NamedTuple):
       member: the run with an id, at step 0.
       shapes: that hold every one of them.
       dropout: whether any of them has dropout on its low-rank branches.
+      options: what all of them are compiled with.
     """
 
     task: tasks.Task
     member: Callable[[str], Member]
     shapes: PyTree
     dropout: bool
+    options: lockstep.Options = lockstep.PLAIN
 
 
 class Job(NamedTuple):
@@ -125,7 +137,7 @@ def rungs(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def _total(task: tasks.Task, job: Job) -> int:
-    return job.run.config.epochs * task.steps_per_epoch
+    return durations.plan(job.run.config, task.steps_per_epoch).total
 
 
 def _open(
@@ -151,6 +163,7 @@ def _loop(
     task: tasks.Task, jobs: list[Job], members: Member, *, on: Program, to: Stop, bar: Bar
 ) -> list[Job]:
     start, config = int(members.state.step[0]), jobs[0].run.config
+    plan = durations.plan(config, task.steps_per_epoch)
     base, clock, sums = lockstep.replicate(on, task.base), _Clock(on), []
     for done in range(start + 1, to.step + 1):
         batch = task.train_batch(done - 1)
@@ -158,9 +171,8 @@ def _loop(
         sums.append(new)
         for job in jobs:
             bar.at(job.point, done / _total(task, job))
-        epoch_end = done % task.steps_per_epoch == 0
-        every = config.checkpoint_every
-        pause = epoch_end or done == to.step or (every and done % every == 0)
+        evaluates = durations.evaluates(plan, done)
+        pause = done == to.step or durations.saves(plan, done)
         if not pause and done % config.log_every:
             continue
         jobs, sums = _logged(jobs, done, sums, clock.lap("log")), []
@@ -168,11 +180,11 @@ def _loop(
             continue
         rung = to.rung if done == to.step else ""
         found = []
-        if epoch_end or rung:
+        if evaluates or rung:
             found = _evaluations(task, jobs, members, on=on, base=base, step=done)
         jobs = _timed(jobs, clock.lap("progress"))
         states = jax.device_get(members.state)
-        jobs = _recorded(jobs, states.adapter, found, epoch_end=epoch_end, rung=rung)
+        jobs = _recorded(jobs, states.adapter, found, noted=evaluates, rung=rung)
         for k, job in enumerate(jobs):
             _save(job, states, k)
             bar.found(job.point, task.score.name, job.progress.best_score)
@@ -229,7 +241,7 @@ def _evaluations(
 
 
 def _recorded(
-    jobs: list[Job], adapters: PyTree, found: list[train.Evaluation], *, epoch_end: bool, rung: str
+    jobs: list[Job], adapters: PyTree, found: list[train.Evaluation], *, noted: bool, rung: str
 ) -> list[Job]:
     """Keeps adapters that are the best so far, and what halving wants to know."""
     new = list(jobs)
@@ -241,7 +253,7 @@ def _recorded(
         if not all(np.isfinite(x).all() for x in jax.tree.leaves((adapter, evaluation))):
             new[k] = job._replace(diverged=evaluation.step)
             continue
-        if epoch_end:
+        if noted:
             progress = train.recorded(job.run, adapter, evaluation, job.progress)
             new[k] = job._replace(progress=progress)
         if rung:

@@ -12,7 +12,7 @@ import tokenizers
 from ml_collections import ConfigDict
 
 import lora_jax as lora
-from experiments import classification, e2e_data, language, optimisers, tasks, writing
+from experiments import classification, e2e_data, language, optimisers, options, tasks, writing
 from experiments.e2e_data import Pairs
 from experiments.nlg_scores import bleu_and_chrf
 from lora_jax.models import checkpoints
@@ -21,9 +21,8 @@ from lora_jax.models.families import CAUSAL_LM
 from lora_jax.models.tokenizer import read_tokenizer
 
 _LEAST = {
-    "batch_size": 1, "eval_batch_size": 1, "epochs": 1, "log_every": 1, "checkpoint_every": 0,
-    "data.holdout": 0, "data.test_meanings": 0, "data.seed": 0, "data.alike": 0,
-    "decode.batch_size": 1,
+    "batch_size": 1, "eval_batch_size": 1, "epochs": 1, "log_every": 1, "data.holdout": 0,
+    "data.test_meanings": 0, "data.seed": 0, "data.alike": 0, "decode.batch_size": 1,
 }  # fmt: skip
 
 
@@ -64,6 +63,7 @@ def check(config: ConfigDict) -> None:
     optimisers.check(config.optimizer)
     writing.decoding(config, (0,))
     language.check_sizes(config, _LEAST)
+    options.check(config)
     if not 0 <= config.label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), got {config.label_smoothing}.")
     if bool(config.data.validation) == bool(config.data.holdout):
@@ -81,6 +81,7 @@ def load(config: ConfigDict) -> Writer:
         head=CAUSAL_LM,
         dtype=classification.dtype(c.dtype),
         scan_layers=c.scan_layers,
+        remat=c.remat,
     )
     if c.tokenizer:
         tokenizer = read_tokenizer(c.tokenizer)

@@ -19,6 +19,7 @@ from experiments import (
     data,
     language,
     optimisers,
+    options,
     packing,
     tasks,
 )
@@ -32,7 +33,6 @@ _LEAST = {
     "eval_batch_size": 1,
     "epochs": 1,
     "log_every": 1,
-    "checkpoint_every": 0,
     "data.max_length": 2,
     "data.holdout": 0,
     "data.seed": 0,
@@ -66,6 +66,7 @@ def check(config: ConfigDict) -> None:
         problems.append(f"data.date must be a date like 2024-07-26, got {config.data.date!r}")
     if problems:
         raise ValueError(f"The config is wrong: {'; '.join(problems)}.")
+    options.check(config)
 
 
 def make_task(config: ConfigDict) -> tuple[tasks.Task, lora.LoRAConfig]:
@@ -75,6 +76,7 @@ def make_task(config: ConfigDict) -> tuple[tasks.Task, lora.LoRAConfig]:
         head=CAUSAL_LM,
         dtype=classification.dtype(config.model.dtype),
         scan_layers=config.model.scan_layers,
+        remat=config.model.remat,
     )
     _check_model(config, loaded)
     tokenizer = checkpoints.load_tokenizer(loaded.checkpoint)

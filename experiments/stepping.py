@@ -4,6 +4,7 @@ The base parameters are an argument of the compiled step: neither donated nor cl
 changed.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import optax
 from ml_collections import ConfigDict
 
 import lora_jax as lora
-from experiments import metrics, optimisers
+from experiments import durations, gradients, guard, metrics, optimisers
 from experiments.tasks import Batch, Task
 
 PyTree = Any
@@ -27,36 +28,71 @@ class TrainState(NamedTuple):
     adapter: PyTree
     opt_state: PyTree
     key: jax.Array
+    health: PyTree = ()
 
 
-def train_step(task: Task, tx: optax.GradientTransformation, dropout: Any) -> Callable:
-    """``(state, base, batch) -> (state, metrics)``, a pure function.
+class Options(NamedTuple):
+    """What a step is compiled with, besides task and optimiser.
 
-    The dropout rate, and the numbers in ``tx``, may be JAX scalars: a sweep maps over them.
+    Attributes:
+      accumulate: into so many parts a batch is cut, of which one is in memory at a time.
+      guarded: whether a step without a finite loss and gradient changes nothing, and is told of.
+      spike: as in :class:`guard.Policy`.
     """
 
-    def step(state: TrainState, base: PyTree, batch: Batch) -> tuple[TrainState, tuple]:
-        model_key, branch_key = jax.random.split(jax.random.fold_in(state.key, state.step))
-        apply = lora.lift(task.apply, dropout=dropout, dropout_key=branch_key)
+    accumulate: int = 1
+    guarded: bool = False
+    spike: float = 0.0
 
-        def loss(adapter: PyTree) -> tuple[jax.Array, tuple]:
+
+PLAIN = Options()
+
+
+def options(config: ConfigDict) -> Options:
+    """Those of a config, guarded."""
+    return Options(config.accumulate, guarded=True, spike=config.guard.spike)
+
+
+def train_step(
+    task: Task, tx: optax.GradientTransformation, dropout: Any, options: Options = PLAIN
+) -> Callable:
+    """``(state, base, batch) -> (state, metrics)``, a pure function.
+
+    The dropout rate, and the numbers in ``tx``, may be JAX scalars: a sweep maps over them. Of a
+    guarded step the metrics are a pair, with the guard's verdict.
+    """
+    gradient = gradients.whole
+    if options.accumulate > 1:
+        gradient = functools.partial(gradients.accumulated, parts=options.accumulate)
+
+    def step(state: TrainState, base: PyTree, batch: Batch) -> tuple[TrainState, Any]:
+        def sums(adapter: PyTree, batch: Batch, key: jax.Array) -> NamedTuple:
+            model_key, branch_key = jax.random.split(key)
+            apply = lora.lift(task.apply, dropout=dropout, dropout_key=branch_key)
             logits = apply(lora.bind(base, adapter), batch, model_key)
-            sums = task.metrics(logits, batch)
-            return sums[0] / sums[-1], sums
+            return task.metrics(logits, batch)
 
-        grads, sums = jax.grad(loss, has_aux=True)(state.adapter)
+        key = jax.random.fold_in(state.key, state.step)
+        grads, found = gradient(sums, state.adapter, batch, key)
         updates, opt_state = tx.update(grads, state.opt_state, state.adapter)
-        adapter = optax.apply_updates(state.adapter, updates)
-        return TrainState(state.step + 1, adapter, opt_state, state.key), sums
+        new = optax.apply_updates(state.adapter, updates), opt_state
+        if not options.guarded:
+            return TrainState(state.step + 1, *new, state.key, state.health), found
+        loss = jnp.where(jnp.isfinite(found[0]), found[0] / found[-1], found[0])
+        verdict, health = guard.judge(state.health, loss, grads, spike=options.spike)
+        new = guard.kept(verdict, new, (state.adapter, state.opt_state))
+        return TrainState(state.step + 1, *new, state.key, health), (found, verdict)
 
     return step
 
 
-def make_train_step(task: Task, tx: optax.GradientTransformation, dropout: float) -> Callable:
+def make_train_step(
+    task: Task, tx: optax.GradientTransformation, dropout: float, options: Options = PLAIN
+) -> Callable:
     """:func:`train_step`, compiled; the state is donated."""
     # As an array, so that one minus the rate is rounded as in a sweep, and the masks are the same.
     rate = jnp.asarray(dropout, float) if dropout else 0.0
-    return jax.jit(train_step(task, tx, rate), donate_argnums=0)
+    return jax.jit(train_step(task, tx, rate, options), donate_argnums=0)
 
 
 def eval_step(task: Task) -> Callable:
@@ -102,8 +138,11 @@ def initial_state(task: Task, config: ConfigDict, lora_config: lora.LoRAConfig) 
         adapter = lora.init(init_key, task.apply, task.base, lora_config, task.train_batch(0), None)
     else:  # a copy, since the step donates its state
         adapter = jax.tree.map(lambda x: jnp.array(x, copy=True), task.adapter)
-    tx = optimisers.make(config.optimizer, adapter, config.epochs * task.steps_per_epoch)
-    state = TrainState(jnp.int32(0), adapter, tx.init(adapter), jax.random.key_data(run_key))
+    total = durations.plan(config, task.steps_per_epoch).total
+    tx = optimisers.make(config.optimizer, adapter, total, per_epoch=task.steps_per_epoch)
+    state = TrainState(
+        jnp.int32(0), adapter, tx.init(adapter), jax.random.key_data(run_key), guard.healthy()
+    )
     return state._replace(key=jax.random.wrap_key_data(state.key)), tx
 
 

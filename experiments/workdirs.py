@@ -23,6 +23,8 @@ from lora_jax.files import write_atomically  # noqa: E402
 CONFIG, METRICS, CURVES, ADAPTER = "config.json", "metrics.jsonl", "curves.png", "adapter"
 CHECKPOINTS, EVENTS = "checkpoints", "tensorboard"
 SWEEP = "sweep.json"  # in the directory of a sweep, whose runs are in directories below it
+# Fields, or sections, of a config that may differ between a run and its continuation.
+MAY_CHANGE = ("guard",)
 
 
 def check(workdir: Path, config: ConfigDict) -> None:
@@ -76,7 +78,9 @@ def plain(config: ConfigDict) -> Any:
 
 
 def differences(old: Any, new: Any, field: str = "") -> Iterator[str]:
-    """Says which fields of two configs differ, in a sentence each."""
+    """Says which fields of two configs differ that may not, in a sentence each."""
+    if field.removeprefix("config.") in MAY_CHANGE:
+        return
     if isinstance(old, dict) and isinstance(new, dict):
         for name in sorted(old.keys() | new.keys()):
             yield from differences(old.get(name), new.get(name), f"{field}.{name}".lstrip("."))

@@ -13,7 +13,7 @@ import numpy as np
 from lora_jax import names as tables
 from lora_jax import paths
 from lora_jax.files import safetensors_pieces, write_atomically
-from lora_jax.models import hub, registry
+from lora_jax.models import blocks, hub, registry
 from lora_jax.models.families import CLASSIFIER, Family
 from lora_jax.models.hub import Checkpoint, base_id, resolve
 from lora_jax.models.reading import load_params, shown
@@ -65,6 +65,7 @@ def load(
     key: jax.Array | None = None,
     dtype: Any = jnp.float32,
     scan_layers: bool = False,
+    remat: str = "none",
 ) -> Loaded:
     """Loads a model of the family that the checkpoint's config names.
 
@@ -76,6 +77,8 @@ def load(
         ``N(0, initializer_range²)``, biases are zero. ``jax.random.key(0)`` by default.
       dtype: of the activations; parameters are float32.
       scan_layers: whether the layers are stacked, and one is compiled for all.
+      remat: what training computes again to save memory: "none", "full", or the name of a policy
+        in ``jax.checkpoint_policies``; see :func:`lora_jax.models.blocks.rematted`.
 
     Raises:
       FileNotFoundError: there is no such checkpoint.
@@ -85,9 +88,10 @@ def load(
         raise ValueError(f"num_labels must be a whole number of at least 1, got {num_labels!r}.")
     checkpoint = resolve(name)
     family, config = _family(checkpoint)
+    blocks.check_remat(remat)
     labels = {"num_labels": num_labels} if head == CLASSIFIER else {}
     kind = _model(family, head, checkpoint)
-    model = kind(config, dtype=dtype, scan_layers=scan_layers, **labels)
+    model = kind(config, dtype=dtype, scan_layers=scan_layers, remat=remat, **labels)
     table = family.names(config, head=head, scan_layers=scan_layers)
     shapes = _shapes(model, family.inputs(head))
     params, fresh = load_params(checkpoint, shapes, table, family)
