@@ -38,6 +38,8 @@ def main(argv: list[str]) -> None:
     """Makes tokeniser and model, trains, and saves."""
     config, workdir = finetuning.command_line(argv, lambda c: c.copy_and_resolve_references())
     logging.getLogger("lora_jax").setLevel(logging.ERROR)
+    if finetuning.eval_only():
+        raise ValueError("--eval_only is for adapters, and this trains a model from nothing.")
     optimisers.check(config.optimizer)
     language.check_sizes(config, _LEAST)
     options.check(config)

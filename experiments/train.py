@@ -206,7 +206,7 @@ def _diverged(error: FloatingPointError, workdir: Path, newest: int | None) -> s
     if newest is not None:
         checkpoint = f"the newest checkpoint, of step {newest}, in {workdir / workdirs.CHECKPOINTS}"
     return (
-        f"{said}: training stopped{''.join(more)}; {kept}; {checkpoint}. Lower optimizer.learning_rate or "
-        "lora.alpha, or set optimizer.clip_norm, in a new workdir; or go on in this one without "
-        'the steps that go wrong: set guard.action to "skip".'
+        f"{said}: training stopped{''.join(more)}; {kept}; {checkpoint}. Lower "
+        "optimizer.learning_rate or lora.alpha, or set optimizer.clip_norm, in a new "
+        'workdir; or go on in this one without such steps: set guard.action to "skip".'
     )

@@ -1,5 +1,6 @@
 """The guard: what is no number changes nothing, says where it came from, and stops or is skipped."""
 
+import copy
 import functools
 import json
 import re
@@ -21,7 +22,7 @@ config, task = test_train.config, test_train.task  # the same tiny model and dat
 
 
 def changed(config, **fields):
-    config = config.copy_and_resolve_references().unlock()
+    config = copy.deepcopy(config).unlock()
     for field, value in fields.items():
         section, _, name = field.rpartition("__")
         (config[section] if section else config)[name] = value
