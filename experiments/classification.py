@@ -13,7 +13,7 @@ import tokenizers
 from ml_collections import ConfigDict
 
 import lora_jax as lora
-from experiments import adapters, data, devices, glue_tasks, metrics, tasks, text_to_text
+from experiments import adapters, data, devices, durations, glue_tasks, metrics, tasks, text_to_text
 from experiments.glue_tasks import GlueTask
 from experiments.scores import SCORES
 from lora_jax.models import checkpoints, registry
@@ -266,7 +266,8 @@ def _notes(
     fresh = f"; fresh: {', '.join(loaded.fresh)}" if loaded.fresh else ""
     n_train = len(train_set.offsets) - 1
     kind = "sentence pairs" if glue_tasks.find(config.task).pairs else "sentences"
-    steps = config.epochs * data.steps_per_epoch(n_train, config.batch_size)
+    per_epoch = data.steps_per_epoch(n_train, config.batch_size)
+    steps = durations.plan(config, per_epoch).total
     lengths = data.bucket_lengths_used(
         train_set,
         steps,

@@ -18,13 +18,14 @@ import numpy as np
 import lora_jax as lora
 from experiments import (
     checkpointing,
+    durations,
     lockstep,
+    loop,
     meter,
     stepping,
     stopping,
     sweepdirs,
     tasks,
-    train,
     workdirs,
 )
 from experiments.bar import Bar
@@ -44,22 +45,24 @@ class Group(NamedTuple):
       member: the run with an id, at step 0.
       shapes: that hold every one of them.
       dropout: whether any of them has dropout on its low-rank branches.
+      options: what all of them are compiled with.
     """
 
     task: tasks.Task
     member: Callable[[str], Member]
     shapes: PyTree
     dropout: bool
+    options: lockstep.Options = lockstep.PLAIN
 
 
 class Job(NamedTuple):
     """A run under way: what it is, where it stands, and where it writes."""
 
     point: Point
-    run: train.Run
+    run: loop.Run
     checkpoints: Any
     initial: Member
-    progress: train.Progress
+    progress: loop.Progress
     diverged: int = 0  # the step whose loss was not finite; 0 for none
 
 
@@ -123,7 +126,7 @@ def _finish(workdir: Path, job: Job, steps: int) -> None:
     sweepdirs.finish(workdir, job.point, values)
 
 
-def summary(progress: train.Progress, member: Member, score: str) -> dict[str, Any]:
+def summary(progress: loop.Progress, member: Member, score: str) -> dict[str, Any]:
     """What a result says of any run; None where there was no evaluation."""
     seen = progress.best_step >= 0
     adapter = member.state.adapter
@@ -149,7 +152,7 @@ def rungs(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def _total(task: tasks.Task, job: Job) -> int:
-    return job.run.config.epochs * task.steps_per_epoch
+    return durations.plan(job.run.config, task.steps_per_epoch).total
 
 
 def _open(
@@ -169,14 +172,15 @@ def _open(
     config = point.config
     task = group.task._replace(metadata=group.task.metadata | {"seed": config.seed})
     lora_config = lora.LoRAConfig.from_dict(config.lora.to_dict())
-    run = train.Run(task, config, lora_config, directory, log)
-    return Job(point, run, checkpoints, initial, train.stored_progress(progress)), state
+    run = loop.Run(task, config, lora_config, directory, log)
+    return Job(point, run, checkpoints, initial, loop.stored_progress(progress)), state
 
 
 def _loop(
     task: tasks.Task, jobs: list[Job], members: Member, *, on: Program, to: Stop, bar: Bar
 ) -> list[Job]:
     start, config = int(members.state.step[0]), jobs[0].run.config
+    plan = durations.plan(config, task.steps_per_epoch)
     base, clock, sums = lockstep.replicate(on, task.base), _Clock(on), []
     for done in range(start + 1, to.step + 1):
         batch = task.train_batch(done - 1)
@@ -184,10 +188,10 @@ def _loop(
         sums.append(new)
         for job in jobs:
             bar.at(job.point, done / _total(task, job))
-        epoch_end = done % task.steps_per_epoch == 0
-        line = epoch_end or done == to.step or done % config.log_every == 0
-        stop, every = stopping.requested(done), config.checkpoint_every
-        pause = epoch_end or done == to.step or stop or (every and done % every == 0)
+        evaluates = durations.evaluates(plan, done)
+        line = evaluates or done == to.step or done % config.log_every == 0
+        stop = stopping.requested(done)
+        pause = done == to.step or stop or durations.saves(plan, done)
         if not pause and not line:
             continue
         jobs, sums = _looked_at(jobs, done, sums), []
@@ -197,11 +201,11 @@ def _loop(
             continue
         rung = to.rung if done == to.step else ""
         found = []
-        if epoch_end or rung:
+        if evaluates or rung:
             found = _evaluations(task, jobs, members, on=on, base=base, step=done)
         jobs = _timed(jobs, clock.lap("progress"))
         states = jax.device_get(members.state)
-        jobs = _recorded(jobs, states.adapter, found, epoch_end=epoch_end, rung=rung)
+        jobs = _recorded(jobs, states.adapter, found, noted=evaluates, rung=rung)
         for k, job in enumerate(jobs):
             _save(job, states, k)
             bar.found(job.point, task.score.name, job.progress.best_score)
@@ -264,7 +268,7 @@ def _logged(jobs: list[Job], done: int, kind: type, seconds: float) -> list[Job]
 
 def _evaluations(
     task: tasks.Task, jobs: list[Job], members: Member, *, on: Program, base: PyTree, step: int
-) -> list[train.Evaluation]:
+) -> list[loop.Evaluation]:
     batches = list(task.eval_batches())
     found = [lockstep.call(on, "evaluate", members, base, batch) for batch in batches]
     found = jax.device_get(found)
@@ -273,11 +277,11 @@ def _evaluations(
         [(batch, *result) for batch, result in zip(batches, of_run(k), strict=True)]
         for k in range(len(jobs))
     ]
-    return [train.Evaluation(step, stepping.gathered(task, result)) for result in results]
+    return [loop.Evaluation(step, stepping.gathered(task, result)) for result in results]
 
 
 def _recorded(
-    jobs: list[Job], adapters: PyTree, found: list[train.Evaluation], *, epoch_end: bool, rung: str
+    jobs: list[Job], adapters: PyTree, found: list[loop.Evaluation], *, noted: bool, rung: str
 ) -> list[Job]:
     """Keeps adapters that are the best so far, and what halving wants to know."""
     new = list(jobs)
@@ -289,8 +293,8 @@ def _recorded(
         if not all(np.isfinite(x).all() for x in jax.tree.leaves((adapter, evaluation))):
             new[k] = job._replace(diverged=evaluation.step)
             continue
-        if epoch_end:
-            progress = train.recorded(job.run, adapter, evaluation, job.progress)
+        if noted:
+            progress = loop.recorded(job.run, adapter, evaluation, job.progress)
             new[k] = job._replace(progress=progress)
         if rung:
             _write_rung(new[k], rung, evaluation)
@@ -303,7 +307,7 @@ def _timed(jobs: list[Job], seconds: float) -> list[Job]:
     return [job._replace(progress=add(job.progress)) for job in jobs]
 
 
-def _write_rung(job: Job, rung: str, found: train.Evaluation) -> None:
+def _write_rung(job: Job, rung: str, found: loop.Evaluation) -> None:
     """Notes how the run did at a rung, and the result that it has should it be dropped there."""
     entry = {"step": found.step, **found.values, "summary": _summary(job)}
     text = json.dumps(rungs(job.run.workdir) | {rung: entry}, indent=2)

@@ -82,7 +82,7 @@ def plain(config: ConfigDict) -> Any:
 
 
 def differences(old: Any, new: Any, field: str = "") -> Iterator[str]:
-    """Says which fields of two configs differ, in a sentence each; some may."""
+    """Says which fields of two configs differ that may not, in a sentence each."""
     if field.removeprefix("config.") in MAY_CHANGE:
         return
     if isinstance(old, dict) and isinstance(new, dict):
@@ -156,7 +156,7 @@ class Log:
 class NoLog:
     """In place of a :class:`Log` in the processes that do not write."""
 
-    def __init__(self, workdir: Path, step: int) -> None:
+    def __init__(self, workdir: Path, step: int, evaluated: int | None = None) -> None:
         pass
 
     def __enter__(self) -> Self:
@@ -167,6 +167,9 @@ class NoLog:
 
     def write(self, step: int, **values: float) -> None:
         """Writes nothing."""
+
+    def sync(self) -> None:
+        """Has nothing to make durable."""
 
 
 def read(path: Path) -> list[dict[str, float]]:
