@@ -8,7 +8,7 @@ import test_train
 from test_durations import changed
 
 import lora_jax as lora
-from experiments import patience, tasks, workdirs
+from experiments import loop, patience, tasks, workdirs
 from experiments.tasks import Score
 
 config, task = test_train.config, test_train.task
