@@ -117,7 +117,7 @@ def _family(checkpoint: Checkpoint) -> tuple[Family, Any]:
     try:
         family = registry.find(checkpoint.config)
         return family, family.config.from_hf(checkpoint.config)
-    except ValueError as error:
+    except (ValueError, TypeError, OverflowError) as error:  # the last two: values of odd types
         raise ValueError(f"{checkpoint.directory / 'config.json'}: {error}") from error
 
 

@@ -67,7 +67,7 @@ def check_positive(config: Any, names: Iterable[str]) -> None:
 def check_one_of(config: Any, name: str, known: Iterable[str]) -> None:
     """Raises ValueError unless the field is one of the known words."""
     value = getattr(config, name)
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise ValueError(f"{name} {value!r} is not one of {sorted(known)}.")
 
 
