@@ -42,6 +42,7 @@ def manager(directory: Path, *, keep: int = 2) -> Iterator[ocp.CheckpointManager
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep,
         create=True,
+        lightweight_initialize=True,  # nothing in a folder is read before it is checked
         enable_async_checkpointing=True,
         async_options=ocp.AsyncOptions(
             # Orbax measures its patience by the wall clock, which may jump. Among several processes

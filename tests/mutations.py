@@ -177,7 +177,7 @@ def big_config(data, rng):
 # Mutations of any JSON.
 
 NASTY = [
-    None, True, False, 0, 1, -1, 2**31, 2**70, 10**400, 1.5, 1e308, float("nan"), float("-inf"), "", "x", "../../x",
+    None, True, False, 0, 1, -1, 50_000, 10**9, 2**31, 2**70, 10**400, 1.5, 1e308, float("nan"), float("-inf"), "", "x", "../../x",
     "/etc/passwd", "\x00", "query", [], ["x"], [[]], {}, {"x": 1}, ["a"] * 1000, "re:(a+)+$", "re:(",
 ]  # fmt: skip
 

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import json
+import time
 
 import pytest
 import test_train
@@ -74,6 +75,8 @@ def test_a_run_under_way(task, config, tmp_path):
 
     def batch(step):
         if step == 12:
+            while not (tmp_path / "run" / "checkpoints" / "8").is_dir():  # the run's own writing
+                time.sleep(0.01)
             before = traces(tmp_path / "run")
             seen.append(
                 (
