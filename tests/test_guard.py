@@ -246,6 +246,7 @@ def test_a_spike_counts_once_the_mean_has_settled():
     assert off.skips == 0
 
 
+@pytest.mark.slow
 def test_a_spike_in_a_run_and_resuming_from_before_it(task, config, tmp_path):
     """A label flip makes a spike; a run that was stopped before sees the same one, to the bit."""
     batches = lambda k: (
