@@ -91,8 +91,15 @@ def trainable(tree):
     ]
 
 
-@pytest.mark.parametrize("parts", [2, PARTS, ROWS])
-@pytest.mark.parametrize("make", [classes_task, language_task])
+@pytest.mark.parametrize(
+    "make, parts",
+    [
+        (classes_task, PARTS),
+        (language_task, ROWS),
+        pytest.param(classes_task, 2, marks=pytest.mark.slow),
+        pytest.param(language_task, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_in_float64_it_is_the_large_batchs_gradient(make, parts):
     """To 1e-12; parts weigh differently, and some weigh nothing."""
     with jax.enable_x64(True):
@@ -115,7 +122,9 @@ def test_in_float64_it_is_the_large_batchs_gradient(make, parts):
             assert 0.0 in weights
 
 
-@pytest.mark.parametrize("make", [classes_task, language_task])
+@pytest.mark.parametrize(
+    "make", [classes_task, pytest.param(language_task, marks=pytest.mark.slow)]
+)
 def test_whole_runs_stay_together(make):
     """Twenty steps of AdamW with clipping, in float64: the state is that of the large batch."""
     ends = []
@@ -254,6 +263,7 @@ def test_a_batch_that_can_not_be_dealt_out():
         step(state, task.base, task.train_batch(0))
 
 
+@pytest.mark.slow
 def test_in_a_sweep_a_run_accumulates_as_it_does_alone(tmp_path):
     root = tmp_path
     test_lockstep.tiny.checkpoint(root / "model")

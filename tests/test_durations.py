@@ -12,7 +12,18 @@ import pytest
 import test_train
 
 from configs import common
-from experiments import durations, optimisers, options, points, settings, train, workdirs
+from experiments import (
+    classification,
+    durations,
+    optimisers,
+    options,
+    points,
+    settings,
+    sweepdirs,
+    sweeping,
+    train,
+    workdirs,
+)
 from experiments.durations import Plan
 
 config, task = test_train.config, test_train.task
@@ -216,6 +227,31 @@ def test_a_run_evaluates_and_saves_when_it_should(task, config, tmp_path):
     lines = workdirs.read(tmp_path / "metrics.jsonl")
     assert [x["step"] for x in lines if "eval_loss" in x] == [6, 12, 18, 20]
     assert saved == [4, 6, 8, 12, 16, 18, 20]
+
+
+@pytest.mark.slow
+def test_a_run_of_a_sweep_pauses_as_it_does_alone(config, tmp_path):
+    """Evaluations where the config wants them, and at the end; the same lines of the log."""
+    base = changed(config, steps=13, eval_every="0.5 epochs", checkpoint_every=5, log_every=50)
+    values = [{"lora.rank": 1, "optimizer.warmup": "2 steps"}, {"lora.rank": 2, "seed": 1}]
+    found = points.points(base, lambda add: [add(**v) for v in values])
+    sweep = sweeping.Sweep(found, found, tmp_path / "sweep", 2, 0, "1/1")
+    sweeping.run(sweep, base, lambda text: None)
+    for point in found:
+        task, lora_config = classification.make_task(point.config)
+        alone = tmp_path / point.id
+        train.train(task, point.config, lora_config, alone)
+        logged = [
+            [
+                (x["step"], x["eval_loss"])
+                for x in workdirs.read(w / "metrics.jsonl")
+                if "eval_loss" in x
+            ]
+            for w in (alone, sweepdirs.run_dir(tmp_path / "sweep", point))
+        ]
+        assert [step for step, _ in logged[0]] == [4, 8, 12, 13]
+        np.testing.assert_allclose(*logged, rtol=1e-4)
+        assert sweepdirs.result(tmp_path / "sweep", point)["steps"] == 13
 
 
 def test_the_sweep_refuses_what_only_a_run_alone_can_do():

@@ -10,7 +10,7 @@ import pytest
 import test_train
 from absl import flags
 
-from experiments import classification, evaluating, finetuning, workdirs
+from experiments import adapters, classification, evaluating, finetuning, workdirs
 from lora_jax import serialize
 
 config, task = test_train.config, test_train.task
@@ -59,6 +59,22 @@ def test_the_score_is_the_logged_one(finished, config):
     assert found["step"] == line["step"] and found["adapter"] == str(finished / "adapter")
     assert f"accuracy {found['accuracy']:.4f}" in human and "not as the run was" not in human
     assert traces(finished) == before
+
+
+def test_an_adapter_in_the_format_of_peft(finished, config, tmp_path):
+    """From a directory of its own, with a workdir that is not there."""
+    plain = config.copy_and_resolve_references()
+    loaded = classification.load_model(
+        plain.model.name, num_labels=2, key=classification.head_key(plain.seed)
+    )
+    adapter, about = adapters.load(finished / "adapter", loaded)
+    adapters.save_peft(tmp_path / "peft", loaded, adapter, about, base=None)
+    before = traces(tmp_path)
+    found, human = scored(config, tmp_path / "peft", tmp_path / "none")
+    line = best(finished)
+    assert (found["accuracy"], found["loss"]) == (line["eval_accuracy"], line["eval_loss"])
+    assert "step" not in found and "not as the run was" not in human
+    assert traces(tmp_path) == before
 
 
 def test_another_config_is_said(finished, config):

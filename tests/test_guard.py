@@ -1,6 +1,5 @@
 """The guard: what is no number changes nothing, says where it came from, and stops or is skipped."""
 
-import copy
 import functools
 import json
 import re
@@ -11,22 +10,25 @@ import numpy as np
 import optax
 import pytest
 import test_train
+from test_durations import changed
 
 import lora_jax as lora
-from experiments import checkpointing, classification, guard, options, stepping, train, workdirs
+from experiments import (
+    checkpointing,
+    classification,
+    guard,
+    meter,
+    metrics,
+    options,
+    stepping,
+    train,
+    workdirs,
+)
 from lora_jax import paths
 from lora_jax.lowrank import LowRank
 
 PER_EPOCH = test_train.PER_EPOCH
 config, task = test_train.config, test_train.task  # the same tiny model and data
-
-
-def changed(config, **fields):
-    config = copy.deepcopy(config).unlock()
-    for field, value in fields.items():
-        section, _, name = field.rpartition("__")
-        (config[section] if section else config)[name] = value
-    return config.lock()
 
 
 def run(task, config, workdir):
@@ -207,6 +209,18 @@ def test_a_stopped_run_goes_on_by_skipping(task, config, tmp_path):
         workdirs.check(tmp_path / "stopped", changed(skipping, epochs=4))
 
 
+def test_the_host_looks_one_step_late(tmp_path):
+    """At a step, it reads what the step before gave, which the device has had the time to finish."""
+    sums = metrics.Sums(jnp.float32(jnp.inf), jnp.float32(0), jnp.float32(1))
+    verdict, _ = guard.judge(guard.healthy(), sums[0], {"w": jnp.ones(2)}, spike=0.0)
+    with workdirs.Log(tmp_path, 0) as log:
+        options = {"start": 0, "total": 9, "per_epoch": 3, "log_every": 1}
+        with meter.Meter(log, policy=guard.Policy(names=("w",)), **options) as seen:
+            seen.add(1, sums, verdict)
+            with pytest.raises(FloatingPointError, match="inf at step 1"):
+                seen.add(2, sums, verdict)
+
+
 def test_the_running_mean_is_the_exponential_one():
     """Against float64; losses of steps that are left out do not count."""
     losses = 1 + np.random.default_rng(0).random(200)
@@ -246,6 +260,7 @@ def test_a_spike_counts_once_the_mean_has_settled():
     assert off.skips == 0
 
 
+@pytest.mark.slow
 def test_a_spike_in_a_run_and_resuming_from_before_it(task, config, tmp_path):
     """A label flip makes a spike; a run that was stopped before sees the same one, to the bit."""
     batches = lambda k: (
