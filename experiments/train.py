@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+import jax
 from ml_collections import ConfigDict
 
 import lora_jax as lora
@@ -59,7 +60,8 @@ def train(task: Task, config: ConfigDict, lora_config: lora.LoRAConfig, workdir:
     workdirs.check(workdir, config)  # before the claim: a mistake claims nothing
     total = config.epochs * task.steps_per_epoch
     with contextlib.ExitStack() as stack:
-        stack.enter_context(enclosure.locked(workdir))
+        if jax.process_index() == 0:  # for all processes of the run
+            stack.enter_context(enclosure.locked(workdir))
         stack.enter_context(stopping.on_sigterm())
         workdirs.claim(workdir, config)
         print("\n".join([*task.notes, *report(task.base, state.adapter)]), flush=True)

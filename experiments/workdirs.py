@@ -64,12 +64,17 @@ def check(workdir: Path, config: ConfigDict) -> None:
 def claim(workdir: Path, config: ConfigDict) -> None:
     """Takes the directory for this config, or finds that it already has it.
 
+    Only the process that holds its lock may do so.
+
     Raises:
       ValueError: as :func:`check` and :func:`enclosure.check_links`.
       OSError: it can't be written.
     """
     check(workdir, config)
     enclosure.check_links(workdir)
+    for pattern in (f".{CONFIG}.*", f".{METRICS}.*", f".{CURVES}.*", f"{ADAPTER}/.adapter*"):
+        for left in workdir.glob(pattern):  # of a process that was killed while it wrote
+            left.unlink(missing_ok=True)
     path = workdir / CONFIG
     if not path.exists():
         workdir.mkdir(parents=True, exist_ok=True)

@@ -247,3 +247,15 @@ def test_a_clock_that_jumps_changes_nothing(whole, tmp_path):
     assert 0 < progress.seconds < float(out.splitlines()[-1]) + 100
     for line in workdirs.read(tmp_path / "metrics.jsonl"):
         assert 0 < line.get("examples_per_second", 1.0) < math.inf
+
+
+def test_what_a_killed_writer_has_left_is_removed(whole, tmp_path):
+    small.run(tmp_path)
+    left = [".metrics.jsonl.x1", ".config.json.x2", ".curves.png.x3", "adapter/.adapter.json.x4"]
+    left += ["adapter/.adapter-0123.safetensors.x5"]
+    for name in [*left, "notes.txt", "adapter/notes.txt"]:
+        (tmp_path / name).write_text("half")
+    small.run(tmp_path)
+    assert small.outcome(tmp_path) == whole
+    assert not any((tmp_path / name).exists() for name in left)
+    assert (tmp_path / "notes.txt").exists() and (tmp_path / "adapter" / "notes.txt").exists()
