@@ -65,10 +65,7 @@ def refused(load, size, traced=True):
             return error, None
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    with small.quiet():
-        yield
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def amounts(count=MANY):
