@@ -39,24 +39,12 @@ def manager(directory: Path, *, keep: int = 2) -> Iterator[ocp.CheckpointManager
     Raises:
       OSError: at the end of the block, if the last save has failed.
     """
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep,
-        create=True,
-        lightweight_initialize=True,  # nothing in a folder is read before it is checked
-        enable_async_checkpointing=True,
-        async_options=ocp.AsyncOptions(
-            # Orbax measures its patience by the wall clock, which may jump. Among several processes
-            # a save ends when one of them is gone; alone there is nobody to wait for.
-            timeout_secs=_LONG if jax.process_count() == 1 else _PATIENCE,
-            create_directories_asynchronously=False,  # it would wait for these by the same clock
-        ),
-    )
     handlers = {
         "state": ocp.StandardCheckpointHandler(),
         "about": ocp.JsonCheckpointHandler(),
     }
     checkpoints = ocp.CheckpointManager(
-        directory.absolute(), options=options, item_handlers=handlers
+        directory.absolute(), options=_options(keep), item_handlers=handlers
     )
     try:
         yield checkpoints
@@ -70,6 +58,21 @@ def manager(directory: Path, *, keep: int = 2) -> Iterator[ocp.CheckpointManager
     finally:
         with contextlib.suppress(Exception):  # what a save had to tell has been told
             checkpoints.close()
+
+
+def _options(keep: int) -> ocp.CheckpointManagerOptions:
+    return ocp.CheckpointManagerOptions(
+        max_to_keep=keep,
+        create=True,
+        lightweight_initialize=True,  # nothing in a folder is read before it is checked
+        enable_async_checkpointing=True,
+        async_options=ocp.AsyncOptions(
+            # Orbax measures its patience by the wall clock, which may jump. Among several processes
+            # a save ends when one of them is gone; alone there is nobody to wait for.
+            timeout_secs=_LONG if jax.process_count() == 1 else _PATIENCE,
+            create_directories_asynchronously=False,  # it would wait for these by the same clock
+        ),
+    )
 
 
 def save(checkpoints: ocp.CheckpointManager, step: int, state: PyTree, progress: dict) -> None:

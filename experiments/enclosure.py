@@ -52,7 +52,7 @@ def check_links(workdir: Path) -> None:
     bad = [
         f"{path.relative_to(root)} -> {os.readlink(path)}"
         for path in found
-        if path.is_symlink() and not path.resolve().is_relative_to(root)
+        if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(root)
     ]
     if bad:
         raise ValueError(

@@ -33,6 +33,7 @@ def check(workdir: Path, base: ConfigDict, halving: int) -> None:
     single = (workdirs.CONFIG, workdirs.CHECKPOINTS, workdirs.ADAPTER)
     if any((workdir / name).exists() for name in single):
         raise ValueError(f"The workdir {workdir} holds a single run; use a new one for a sweep.")
+    enclosure.check_links(workdir)
     path = workdir / workdirs.SWEEP
     if not path.exists():
         return
@@ -53,7 +54,6 @@ def claim(workdir: Path, base: ConfigDict, halving: int) -> None:
       OSError: it can't be written.
     """
     check(workdir, base, halving)
-    enclosure.check_links(workdir)
     path = workdir / workdirs.SWEEP
     if not path.exists():
         workdir.mkdir(parents=True, exist_ok=True)

@@ -35,12 +35,13 @@ def check(workdir: Path, config: ConfigDict) -> None:
 
     Raises:
       ValueError: it holds a run with another config (the message shows the differences), or
-        checkpoints of an unknown one, or is a file.
+        checkpoints of an unknown one, or is a file, or holds links that lead out of it.
     """
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"The workdir {workdir} is a file; give a directory, new or of this run.")
     if (workdir / SWEEP).exists():
         raise ValueError(f"The workdir {workdir} is that of a sweep; use a new workdir for a run.")
+    enclosure.check_links(workdir)
     path = workdir / CONFIG
     if not path.exists():
         if (workdir / CHECKPOINTS).exists() or (workdir / ADAPTER).exists():
@@ -64,12 +65,16 @@ def check(workdir: Path, config: ConfigDict) -> None:
 def claim(workdir: Path, config: ConfigDict) -> None:
     """Takes the directory for this config, or finds that it already has it.
 
+    Only the process that holds its lock may do so.
+
     Raises:
-      ValueError: as :func:`check` and :func:`enclosure.check_links`.
+      ValueError: as :func:`check`.
       OSError: it can't be written.
     """
     check(workdir, config)
-    enclosure.check_links(workdir)
+    for pattern in (f".{CONFIG}.*", f".{METRICS}.*", f".{CURVES}.*", f"{ADAPTER}/.adapter*"):
+        for left in workdir.glob(pattern):  # of a process that was killed while it wrote
+            left.unlink(missing_ok=True)
     path = workdir / CONFIG
     if not path.exists():
         workdir.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 
 import lora_jax as lora
 from configs import common
@@ -76,17 +75,6 @@ def state():
 
 def same(one, two):
     jax.tree.map(np.testing.assert_array_equal, one, two)
-
-
-@contextlib.contextmanager
-def quiet():
-    """As the commands have it: Orbax logs a failed save with its traceback, which keeps files open."""
-    before = logging.get_verbosity()
-    logging.set_verbosity(logging.FATAL)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 @contextlib.contextmanager

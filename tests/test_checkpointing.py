@@ -9,23 +9,10 @@ import numpy as np
 import pytest
 import small
 
-import lora_jax as lora
-from experiments import checkpointing, stepping
-from lora_jax.models import bert
+from benchmarks.checkpoints import bert_base_state
+from experiments import checkpointing
 
-
-@pytest.fixture(autouse=True)
-def quiet():
-    with small.quiet():
-        yield
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A run that was left alone."""
-    workdir = tmp_path_factory.mktemp("whole")
-    small.run(workdir)
-    return workdir
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.fixture
@@ -53,18 +40,18 @@ def steps(workdir):
     return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
 
 
-def same_as(whole, workdir):
-    one, two = small.outcome(whole), small.outcome(workdir)
-    assert one == two and len(one.lines) > 8
+def same_as(left_alone, workdir):
+    found = small.outcome(workdir)
+    assert found == left_alone and len(found.lines) > 8
 
 
-@pytest.mark.parametrize("step", [2, 7, 11, 15, 16, 23])
-def test_a_run_that_goes_on_is_the_run_left_alone(whole, tmp_path, step):
+@pytest.mark.parametrize("step", [2, 7, 11, 16])
+def test_a_run_that_goes_on_is_the_run_left_alone(left_alone, tmp_path, step):
     """Whatever the steps of lines, evaluations and checkpoints have to do with the interruption."""
     with pytest.raises(RuntimeError):
         small.run(tmp_path, failing(step))
     small.run(tmp_path)
-    same_as(whole, tmp_path)
+    same_as(left_alone, tmp_path)
     assert [x["step"] for x in small.lines(tmp_path)] == [
         3, 6, 8, 8, 9, 12, 15, 16, 16, 18, 21, 24, 24,
     ]  # fmt: skip
@@ -89,26 +76,13 @@ def test_state_and_progress_come_back_exactly(tmp_path):
 
 def test_a_checkpoint_of_bert_base_takes_a_few_megabytes(tmp_path):
     """Rank 8 on query and value, and the classifier; by shapes alone."""
-    model = bert.BertForSequenceClassification(bert.BertConfig(), num_labels=2)
-    ids = jax.ShapeDtypeStruct((1, 8), np.int32)
-    base = jax.eval_shape(model.init, jax.random.key(0), ids, ids)
-    config = lora.LoRAConfig(rank=8, targets=("query", "value"), train=("classifier",))
-    apply = lambda params, ids: model.apply(params, ids, ids)
-    task = small.task()._replace(apply=lambda params, batch, key: apply(params, batch["ids"]))
-    task = task._replace(base=base, train_batch=lambda step: {"ids": ids})
-    made = lambda base: stepping.storable(
-        stepping.initial_state(task._replace(base=base), small.config(), config)[0]
-    )
-    shapes = jax.eval_shape(made, base)
-    trained = sum(x.size for x in jax.tree.leaves(shapes.adapter) if x.ndim)
+    state = bert_base_state()
+    trained = sum(x.size for x in jax.tree.leaves(state.adapter) if x.ndim)
     assert trained == 24 * 8 * (768 + 768) + 2 * 768 + 2
-    rng = np.random.default_rng(0)  # noise, which no compression makes smaller
-    noise = lambda x: rng.integers(0, 255, x.size * x.dtype.itemsize, np.uint8).view(x.dtype)
-    state = jax.tree.map(lambda x: noise(x).reshape(x.shape), shapes)
     with checkpointing.manager(tmp_path) as checkpoints:
         checkpointing.save(checkpoints, 1, state, {})
     size = sum(p.stat().st_size for p in tmp_path.rglob("*") if p.is_file())
-    assert 12 * trained < size < 12 * trained + 20_000  # three float32 numbers: 3.6 MB
+    assert 12 * trained < size < 12 * trained + 20_000  # three float32 numbers each: 3.6 MB
 
 
 @pytest.mark.parametrize("keep", [1, 3])
@@ -202,32 +176,32 @@ DAMAGES = [truncated, emptied, half_deleted, empty, no_json, other_json, nested_
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)
-def test_a_damaged_checkpoint_is_put_aside(whole, stopped, damage, capsys):
+def test_a_damaged_checkpoint_is_put_aside(left_alone, stopped, damage, capsys):
     """The one before is used, the run ends as one left alone, and the same step is saved again."""
     damage(stopped / "checkpoints" / "10")
     small.run(stopped)
     out = capsys.readouterr().out
     assert "The checkpoint of step 10 is damaged: " in out
     assert "The checkpoint of step 8 is used." in out and "from the checkpoint of step 8." in out
-    same_as(whole, stopped)
+    same_as(left_alone, stopped)
     assert (stopped / "checkpoints" / "damaged-10-1").is_dir()
 
 
-def test_bits_that_flip(whole, stopped, tmp_path):
-    """One in each file: the run ends the same, whether or not the file counts for anything."""
+def test_bits_that_flip(left_alone, stopped, tmp_path):
+    """The run ends the same, whether or not the file counts for anything."""
     newest = stopped / "checkpoints" / "10"
     rng, refused = np.random.default_rng(3), 0
-    for path in files(newest):
+    for path in files(newest)[::2]:
         copy = tmp_path / "copy"
         shutil.copytree(stopped, copy)
         data = bytearray(path.read_bytes())
         data[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
         (copy / path.relative_to(stopped)).write_bytes(data)
         small.run(copy)
-        same_as(whole, copy)
+        same_as(left_alone, copy)
         refused += (copy / "checkpoints" / "damaged-10-1").exists()
         shutil.rmtree(copy)
-    assert refused >= 3
+    assert refused >= 2
 
 
 def test_all_are_damaged(stopped):
@@ -247,13 +221,13 @@ def test_a_checkpoint_of_another_state_is_no_damage(stopped):
     assert steps(stopped) == [8, 10]
 
 
-def test_leftovers_of_a_killed_save_are_removed(whole, stopped):
+def test_leftovers_of_a_killed_save_are_removed(left_alone, stopped):
     folder = stopped / "checkpoints" / "13.orbax-checkpoint-tmp"
     shutil.copytree(stopped / "checkpoints" / "10", folder)
     (folder / "state" / "manifest.ocdbt").unlink()
     (stopped / "checkpoints" / "readme").write_text("not ours")
     small.run(stopped)
-    same_as(whole, stopped)
+    same_as(left_alone, stopped)
     assert not folder.exists() and (stopped / "checkpoints" / "readme").exists()
 
 

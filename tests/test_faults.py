@@ -19,17 +19,7 @@ from experiments import enclosure, sweepdirs, workdirs
 TESTS = Path(__file__).parent
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    with small.quiet():
-        yield
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("whole")
-    small.run(workdir)
-    return small.outcome(workdir)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def child(code, *arguments):
@@ -64,7 +54,7 @@ with enclosure.locked(Path(sys.argv[1])):
 """
 
 
-def test_a_second_run_on_the_same_directory_is_refused(whole, tmp_path):
+def test_a_second_run_on_the_same_directory_is_refused(left_alone, tmp_path):
     """While the first lives; however it dies, its lock goes with it."""
     holder = child(HOLDS, tmp_path)
     try:
@@ -76,16 +66,16 @@ def test_a_second_run_on_the_same_directory_is_refused(whole, tmp_path):
         holder.send_signal(signal.SIGKILL)
         holder.communicate()
     small.run(tmp_path)
-    assert small.outcome(tmp_path) == whole
+    assert small.outcome(tmp_path) == left_alone
 
 
-def test_the_first_run_goes_on_when_a_second_is_refused(whole, tmp_path):
+def test_the_first_run_goes_on_when_a_second_is_refused(left_alone, tmp_path):
     def second():
         with pytest.raises(ValueError, match="Another process"):
             small.run(tmp_path)
 
     small.run(tmp_path, at(11, second))
-    assert small.outcome(tmp_path) == whole
+    assert small.outcome(tmp_path) == left_alone
 
 
 def test_a_lock_is_no_way_out(tmp_path):
@@ -122,7 +112,7 @@ def test_links_that_lead_out_of_the_workdir_are_refused(tmp_path, name):
     assert {p: p.read_bytes() for p in outside.iterdir()} == before
 
 
-def test_links_within_and_to_the_workdir_are_followed(whole, tmp_path):
+def test_links_within_and_to_the_workdir_are_followed(left_alone, tmp_path):
     (tmp_path / "real" / "best").mkdir(parents=True)
     (tmp_path / "real" / "adapter").symlink_to("best")
     (tmp_path / "link").symlink_to("real")
@@ -130,7 +120,7 @@ def test_links_within_and_to_the_workdir_are_followed(whole, tmp_path):
         json.dumps(workdirs.plain(small.config()), indent=2)
     )
     small.run(tmp_path / "link")
-    assert small.outcome(tmp_path / "real") == whole
+    assert small.outcome(tmp_path / "real") == left_alone
     assert (tmp_path / "real" / "best" / "adapter.json").exists()
 
 
@@ -171,7 +161,7 @@ def fill(disk, left=0):
 # What can't be flushed any more can't be closed either, as the destructor of the event file tells.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("step, left", [(8, 0), (9, 8192), (12, 0), (12, 16384)])
-def test_a_disk_that_is_full(whole, disk, step, left):
+def test_a_disk_that_is_full(left_alone, disk, step, left):
     """One clear error, what was saved before is intact, and with room the run goes on.
 
     At step 8 a checkpoint is being written when the disk becomes full.
@@ -194,10 +184,10 @@ def test_a_disk_that_is_full(whole, disk, step, left):
     assert not busy()
     (disk / "filler").unlink()
     small.run(run)
-    assert small.outcome(run) == whole
+    assert small.outcome(run) == left_alone
 
 
-def test_a_disk_that_is_read_only(whole, disk):
+def test_a_disk_that_is_read_only(left_alone, disk):
     run = disk / "run"
     with pytest.raises(RuntimeError):
         small.run(run, at(12, lambda: (_ for _ in ()).throw(RuntimeError)))
@@ -211,7 +201,7 @@ def test_a_disk_that_is_read_only(whole, disk):
     finally:
         remount("rw")
     small.run(run)
-    assert small.outcome(run) == whole
+    assert small.outcome(run) == left_alone
 
 
 # Clocks.
@@ -231,7 +221,7 @@ finally:
 """
 
 
-def test_a_clock_that_jumps_changes_nothing(whole, tmp_path):
+def test_a_clock_that_jumps_changes_nothing(left_alone, tmp_path):
     """By hours and years at every look: results are the same, and durations are durations."""
     with pytest.raises(RuntimeError):
         small.run(tmp_path, at(12, lambda: (_ for _ in ()).throw(RuntimeError)))
@@ -242,8 +232,20 @@ def test_a_clock_that_jumps_changes_nothing(whole, tmp_path):
         process.kill()
     assert process.returncode == 0, err
     assert "Going on from the checkpoint of step 10." in out
-    assert small.outcome(tmp_path) == whole
+    assert small.outcome(tmp_path) == left_alone
     progress = small.run(tmp_path)  # finished
     assert 0 < progress.seconds < float(out.splitlines()[-1]) + 100
     for line in workdirs.read(tmp_path / "metrics.jsonl"):
         assert 0 < line.get("examples_per_second", 1.0) < math.inf
+
+
+def test_what_a_killed_writer_has_left_is_removed(left_alone, tmp_path):
+    small.run(tmp_path)
+    left = [".metrics.jsonl.x1", ".config.json.x2", ".curves.png.x3", "adapter/.adapter.json.x4"]
+    left += ["adapter/.adapter-0123.safetensors.x5"]
+    for name in [*left, "notes.txt", "adapter/notes.txt"]:
+        (tmp_path / name).write_text("half")
+    small.run(tmp_path)
+    assert small.outcome(tmp_path) == left_alone
+    assert not any((tmp_path / name).exists() for name in left)
+    assert (tmp_path / "notes.txt").exists() and (tmp_path / "adapter" / "notes.txt").exists()

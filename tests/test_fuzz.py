@@ -65,10 +65,7 @@ def refused(load, size, traced=True):
             return error, None
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    with small.quiet():
-        yield
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def amounts(count=MANY):
@@ -231,6 +228,28 @@ def test_shards_that_lead_elsewhere(bases, tmp_path, name):
     (directory / "model.safetensors.index.json").write_text(json.dumps(about))
     with pytest.raises(ValueError, match="lacks the shards"):
         checkpoints.load(directory, head=head)
+
+
+@pytest.mark.parametrize(
+    "kind, changes, says",
+    [
+        ("bert", {"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000, .* hold 39 tensors"),
+        ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers must be at most 10000"),
+        ("t5", {"relative_attention_max_distance": 10**9}, "max_distance must be at most 1048576"),
+        ("bert", {"vocab_size": 10**400}, "vocab_size must be below 2.*31, got one of 1329 bits"),
+        ("bert", {"layer_norm_eps": 10**400}, "layer_norm_eps must be a positive number below"),
+        ("bert", {"hidden_act": ["gelu"]}, "hidden_act .* is not one of"),
+        ("llama", {"model_type": {}}, "model_type is {} in this config"),
+    ],
+)
+def test_absurd_configs(bases, tmp_path, kind, changes, says):
+    """Each was found by damage at random, and took all memory or raised another error."""
+    source, head, _ = bases[kind]
+    shutil.copytree(source, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ValueError, match=says), bounded(10_000):
+        checkpoints.load(tmp_path / "model", head=head)
 
 
 # Checkpoints of a run.

@@ -10,7 +10,6 @@ import signal
 import jax
 import numpy as np
 import pytest
-import small
 import tiny
 
 import lora_jax as lora
@@ -35,11 +34,7 @@ def task(config):
     return classification.make_task(config)[0]
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    with small.quiet():
-        yield
-
+pytestmark = pytest.mark.usefixtures("quiet")
 
 PER_EPOCH = 8  # 64 examples, 8 a batch
 

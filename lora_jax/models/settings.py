@@ -46,6 +46,12 @@ def check_sizes(config: Any, names: Iterable[str]) -> None:
             raise ValueError(f"{name} must be below 2**31, got one of {value.bit_length()} bits.")
 
 
+def check_at_most(config: Any, name: str, most: int) -> None:
+    """Raises ValueError if the field is larger: something of that size would be made at once."""
+    if getattr(config, name) > most:
+        raise ValueError(f"{name} must be at most {most}, got {getattr(config, name)}.")
+
+
 def check_rates(config: Any, names: Iterable[str], *, optional: Iterable[str] = ()) -> None:
     """Raises ValueError unless each field is in [0, 1); optional ones may be None."""
     optional = tuple(optional)
