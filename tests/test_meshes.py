@@ -44,7 +44,7 @@ def run(root, *cases):
 @pytest.fixture(scope="module")
 def found(root):
     meshes = ("one", "data", "fsdp", "tensor", "mixed")
-    return run(root, *(f"losses:{mesh}" for mesh in meshes), "stream:mixed")
+    return run(root, *(f"losses:{mesh}" for mesh in meshes), "stream:mixed", "host:fsdp")
 
 
 def close(one, other):
@@ -108,6 +108,15 @@ def test_a_checkpoint_is_loaded_into_its_pieces(found):
         assert [name for name, right in about[what].items() if not right] == [], what
     fresh = {name for name, dtype in about["dtypes"].items() if dtype == "float32"}
     assert fresh == {f"params/{name}" for name in about["fresh"]}
+
+
+@pytest.mark.parametrize("scan", ["False", "True"])
+def test_host_memory_is_a_tensor_above_the_result(found, scan):
+    """Also where layers are stacked, whose leaves are six tensors each."""
+    about = found["host:fsdp"]
+    # The tensor, its check for numbers that are none, and what the interpreter makes on the way.
+    assert about[scan] < about["result"] + 2.5 * about["tensor"]
+    assert about["result"] > 15 * about["tensor"]
 
 
 def test_pmap_gives_the_numbers_of_one_device(root):

@@ -9,9 +9,10 @@ from flax import linen as nn
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 import lora_jax as lora
+from configs import common
 from experiments import devices
 from lora_jax import paths, sharding
-from lora_jax.lowrank import LowRank
+from lora_jax.lowrank import LowRank, factor_shapes
 from lora_jax.models import registry
 from lora_jax.models.families import CLASSIFIER
 
@@ -89,8 +90,6 @@ def test_all_mistakes_in_one_error():
 
 
 def node(axes, *shape, rank=2):
-    from lora_jax.lowrank import factor_shapes
-
     a, b = factor_shapes(shape, axes, rank)
     return LowRank(zeros(*a), zeros(*b), zeros(), axes=axes)
 
@@ -111,7 +110,6 @@ def test_factors_are_split_as_their_kernel(axes, kernel, a, b):
     adapter = {"w": node(axes, *(4,) * len(axes))}
     found = sharding.adapter_specs({"w": kernel, "other": P()}, adapter)["w"]
     assert (tuple(found.a), tuple(found.b), tuple(found.scale)) == (a, b, ())
-    assert len(a) == adapter["w"].a.ndim if hasattr(adapter["w"].a, "ndim") else True
     assert jax.tree.structure(adapter) == jax.tree.structure({"w": found})
 
 
@@ -150,7 +148,6 @@ def test_states_of_optimisers_are_split_as_the_adapter(rule):
     same = jax.tree.map(lambda x, y: tuple(x) == tuple(y), found, wanted)
     if rule != "adafactor":  # whose vectors have no counterpart, and are on every device
         assert all(jax.tree.leaves(same))
-    assert {len(s) for s in jax.tree.leaves(found)} >= {0}
 
 
 def test_optimiser_of_the_experiments():
@@ -191,12 +188,8 @@ def test_placing_keeps_values():
 
 
 def test_constraints_do_nothing_without_a_mesh():
-    x = jnp.ones((4, 3, 8))
-    text = jax.jit(lambda x: sharding.split_lookup(sharding.split_rows(x))).lower(x).as_text()
-    assert (
-        "sharding" not in text.replace("mhlo.sharding", "").replace("sdy", "")
-        or "constraint" not in text
-    )
+    made = jax.make_jaxpr(lambda x: sharding.split_lookup(sharding.split_rows(x)))(jnp.ones((4, 8)))
+    assert not made.eqns
 
 
 def test_dropout_is_the_same_with_and_without_constraints():
@@ -225,7 +218,7 @@ def test_dropout_is_the_same_with_and_without_constraints():
 @pytest.mark.parametrize("family", registry.FAMILIES, ids=lambda f: f.model_type[0])
 @pytest.mark.parametrize("scan", [False, True])
 def test_every_family_says_how_its_kernels_are_split(family, scan):
-    """Each kernel of two axes has a rule, and each rule a kernel in some head of the family."""
+    """Each kernel has a rule; an eighth is left of all; layers that are stacked stay whole."""
     head = CLASSIFIER if CLASSIFIER in family.models else next(iter(family.models))
     model = family.models[head](family.config(), scan_layers=scan)
     shapes = jax.eval_shape(model.init, jax.random.key(0), *family.inputs(head))
@@ -234,26 +227,15 @@ def test_every_family_says_how_its_kernels_are_split(family, scan):
     ruled = {n for n in leaves if any(paths.matches(p, n) for p, _ in family.sharding)}
     matrices = {n for n in leaves if n.endswith(("/kernel", "/embedding"))}
     assert matrices - ruled <= {n for n in matrices if "relative_attention_bias" in n}
-    one = sharding.bytes_per_device(
-        shapes,
-        sharding.specs(shapes, [], AbstractMesh((1,), ("fsdp",))),
-        AbstractMesh((1,), ("fsdp",)),
-    )
-    eight = AbstractMesh((8,), ("fsdp",))
-    split = sharding.specs(
-        shapes,
-        [(p, [a if a == "fsdp" else None for a in s]) for p, s in family.sharding],
-        eight,
-        strict=False,
-    )
-    assert sharding.bytes_per_device(shapes, split, eight) / one == pytest.approx(1 / 8, rel=1e-3)
+    total = sum(x.size * x.dtype.itemsize for x in leaves.values())
+    eight = AbstractMesh((1, 8, 1), sharding.AXES)
+    split = sharding.specs(shapes, family.sharding, eight, strict=False)
+    assert sharding.bytes_per_device(shapes, split, eight) / total == pytest.approx(1 / 8, rel=1e-3)
     stacks = [n for n in leaves if scan and "layer" in n.split("/")[-3:]]
     assert all(tuple(paths.named_leaves(specs)[n])[:1] == (None,) for n in stacks)
 
 
 def config(**mesh):
-    from configs import common
-
     made = common.base_config()
     made.pmap = mesh.pop("pmap", False)
     made.mesh.update(mesh)
