@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from configs.common import base_config
 from experiments import settings, workdirs
 
 # Fields whose values are data to the compiled step: runs that differ in nothing else share it.
@@ -110,12 +109,11 @@ def _point(base: ConfigDict, values: dict[str, Any]) -> Point:
             f"adapter is {config.adapter!r}: the runs of a sweep start from fresh adapters, since "
             "rank and alpha are theirs; leave it empty"
         )
-    for field in ("mesh", "pmap"):
-        if (asked := config[field]) != (default := base_config()[field]):
-            raise ValueError(
-                f"{field} is {asked!r}: a sweep spreads its runs over the devices, each of them on "
-                f"one, so leave it at {default!r}"
-            )
+    if config.pmap or any(size != 1 for size in config.mesh.values()):
+        raise ValueError(
+            f"mesh is {config.mesh.to_dict()} and pmap {config.pmap}: a sweep spreads its runs "
+            "over the devices, each on one, so leave all sizes at 1 and pmap at False"
+        )
     return Point(_identity(config), values, config)
 
 

@@ -257,7 +257,8 @@ def put(x: Any, sharding: NamedSharding, dtype: Any = None) -> jax.Array:
     """Puts one array onto the devices of a mesh, each device receiving its own piece alone.
 
     With several processes each gives the whole array, with the same values, or one that already
-    lies on the mesh.
+    lies on the mesh. As with ``jax.device_put``, the result may share memory with a JAX array that
+    is given: do not use that one after the result has been donated.
 
     Args:
       x: the array.

@@ -9,6 +9,7 @@ import ast
 import json
 import os
 import sys
+import tracemalloc
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = (
@@ -213,6 +214,23 @@ def steps(run, state, base, ids):
     return losses
 
 
+def host_memory(root, name):
+    """The most that numpy had at a time while a checkpoint was loaded into pieces, in bytes."""
+    tiny.CONFIGS["large"] = tiny.BERT | dict(
+        hidden_size=256, num_hidden_layers=6, intermediate_size=1024
+    )
+    directory = tiny.checkpoint(root / "large", kind="large")
+    mesh = devices.find(config(root, **MESHES[name])).mesh
+    about = {}
+    for scan in (False, True):
+        tracemalloc.start()
+        loaded = checkpoints.load(directory, head="encoder", scan_layers=scan, mesh=mesh)
+        about[str(scan)] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    leaves = jax.tree.leaves(loaded.params)
+    return about | {"result": sum(x.nbytes for x in leaves), "tensor": 256 * 1024 * 4}
+
+
 def stream(root, name):
     """Loading into pieces, with how much of the arrays on the host is alive at most."""
     mesh = devices.find(config(root, **MESHES[name])).mesh
@@ -240,7 +258,9 @@ def stream(root, name):
     }  # fmt: skip
 
 
-CASES = dict(losses=losses, still=still, memory=memory, family=family, stream=stream)
+CASES = dict(
+    losses=losses, still=still, memory=memory, family=family, stream=stream, host=host_memory
+)
 
 
 if __name__ == "__main__":

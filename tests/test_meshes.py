@@ -44,7 +44,7 @@ def run(root, *cases):
 @pytest.fixture(scope="module")
 def found(root):
     meshes = ("one", "data", "fsdp", "tensor", "mixed")
-    return run(root, *(f"losses:{mesh}" for mesh in meshes), "stream:mixed")
+    return run(root, *(f"losses:{mesh}" for mesh in meshes), "stream:mixed", "host:fsdp")
 
 
 def close(one, other):
@@ -110,6 +110,15 @@ def test_a_checkpoint_is_loaded_into_its_pieces(found):
     assert fresh == {f"params/{name}" for name in about["fresh"]}
 
 
+@pytest.mark.parametrize("scan", ["False", "True"])
+def test_host_memory_is_a_tensor_above_the_result(found, scan):
+    """Also where layers are stacked, whose leaves are six tensors each."""
+    about = found["host:fsdp"]
+    # The tensor, its check for numbers that are none, and what the interpreter makes on the way.
+    assert about[scan] < about["result"] + 2.5 * about["tensor"]
+    assert about["result"] > 15 * about["tensor"]
+
+
 def test_pmap_gives_the_numbers_of_one_device(root):
     """Without dropout: there, each device of a pmap draws for itself."""
     found = run(root, "still:one", "still:pmap")
@@ -132,5 +141,5 @@ def test_the_base_is_never_whole_on_a_device(root):
 def test_other_families_with_stacked_layers(root):
     found = run(root, "family:llama", "family:gpt2", "family:t5")
     for name, about in found.items():
-        assert about["one"][-1] < 0.99 * about["one"][0], name
+        assert about["one"][-1] < 0.997 * about["one"][0], name  # far more than what is tolerated
         np.testing.assert_allclose(about["mixed"], about["one"], rtol=1e-5, err_msg=name)

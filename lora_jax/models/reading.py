@@ -225,7 +225,7 @@ def _read(
 ) -> tuple[jax.Array | None, list[str]]:
     """A leaf, and what its values tell against it; it is put together only to ``keep`` it."""
     problems: list[str] = []
-    values = _values(parts, problems)
+    values = _values(parts, problems, keep=keep)
     if not keep:
         for _ in values:
             pass
@@ -237,8 +237,10 @@ def _read(
     return (None if problems else value), problems
 
 
-def _values(parts: Sequence[_Part], problems: list[str]) -> Iterator[np.ndarray | None]:
-    """The value of each part; None after a problem, which is put into the list."""
+def _values(
+    parts: Sequence[_Part], problems: list[str], *, keep: bool
+) -> Iterator[np.ndarray | None]:
+    """The value of each part, to ``keep`` it; None after a problem, which goes into the list."""
     for part in parts:
         value = None
         floating = [(n, s) for n, s in part.stored if jnp.issubdtype(s.dtype, jnp.floating)]
@@ -248,7 +250,7 @@ def _values(parts: Sequence[_Part], problems: list[str]) -> Iterator[np.ndarray 
                 problems.append(f"{name} holds NaN or infinity")
             elif name != floating[0][0]:
                 problems += _differs(tensor, name, floating[0])
-            else:
+            elif keep:
                 value = names.from_tensor(part.weights[0], tensor)
         yield None if problems else value
 
