@@ -9,7 +9,9 @@ import jax.numpy as jnp
 PyTree = Any
 
 
-def whole(fn: Callable, adapter: PyTree, batch: dict, key: jax.Array) -> tuple[PyTree, Any]:
+def whole(
+    fn: Callable, adapter: PyTree, batch: dict, key: jax.Array, *, axis: str | None = None
+) -> tuple[PyTree, Any]:
     """The gradient of the mean loss of a batch, and the batch's sums.
 
     Args:
@@ -17,17 +19,30 @@ def whole(fn: Callable, adapter: PyTree, batch: dict, key: jax.Array) -> tuple[P
       adapter: what the gradient is taken of.
       batch: arrays with a leading axis of rows.
       key: of all dropout.
+      axis: of a ``pmap`` over devices that have some of the rows each; all get the result for all
+        of the rows.
     """
 
     def loss(adapter: PyTree) -> tuple[jax.Array, Any]:
         sums = fn(adapter, batch, key)
-        return sums[0] / sums[-1], sums
+        # Of all rows, not the mean of the devices' means: their weights may differ.
+        return sums[0] / _of_all(sums[-1], axis), sums
 
-    return jax.grad(loss, has_aux=True)(adapter)
+    return _of_all(jax.grad(loss, has_aux=True)(adapter), axis)
+
+
+def _of_all(tree: PyTree, axis: str | None) -> PyTree:
+    return tree if axis is None else jax.lax.psum(tree, axis)
 
 
 def accumulated(
-    fn: Callable, adapter: PyTree, batch: dict, key: jax.Array, *, parts: int
+    fn: Callable,
+    adapter: PyTree,
+    batch: dict,
+    key: jax.Array,
+    *,
+    parts: int,
+    axis: str | None = None,
 ) -> tuple[PyTree, Any]:
     """The same, with the activations of one part of the batch in memory at a time.
 
@@ -40,17 +55,18 @@ def accumulated(
       ValueError: the rows can't be dealt out evenly.
     """
     dealt = {name: deal(x, parts) for name, x in batch.items()}
-    loss = lambda adapter, batch, key: (lambda sums: (sums[0], sums))(fn(adapter, batch, key))
+
+    def loss(adapter: PyTree, batch: dict, key: jax.Array) -> tuple[jax.Array, Any]:
+        sums = fn(adapter, batch, key)
+        return sums[0], sums
+
     gradient = jax.grad(loss, has_aux=True)
-
-    def add(so_far: PyTree, part: tuple) -> tuple[PyTree, None]:
-        return jax.tree.map(
-            lambda x, y: x + y.astype(x.dtype), so_far, gradient(adapter, *part)
-        ), None
-
+    plus = lambda x, y: x + y.astype(x.dtype)
+    add = lambda so_far, part: (jax.tree.map(plus, so_far, gradient(adapter, *part)), None)
     inputs = (dealt, jax.random.split(key, parts))
     shapes = jax.eval_shape(gradient, adapter, *jax.tree.map(lambda x: x[0], inputs))
-    (grads, sums), _ = jax.lax.scan(add, jax.tree.map(_zeros, shapes), inputs)
+    total, _ = jax.lax.scan(add, jax.tree.map(_zeros, shapes), inputs)
+    grads, sums = _of_all(total, axis)
     mean = lambda x, like: (x / sums[-1].astype(x.dtype)).astype(like.dtype)
     return jax.tree.map(mean, grads, adapter), sums
 

@@ -54,16 +54,23 @@ def options(config: ConfigDict) -> Options:
 
 
 def train_step(
-    task: Task, tx: optax.GradientTransformation, dropout: Any, options: Options = PLAIN
+    task: Task,
+    tx: optax.GradientTransformation,
+    dropout: Any,
+    options: Options = PLAIN,
+    *,
+    axis: str | None = None,
 ) -> Callable:
     """``(state, base, batch) -> (state, metrics)``, a pure function.
 
     The dropout rate, and the numbers in ``tx``, may be JAX scalars: a sweep maps over them. Of a
-    guarded step the metrics are a pair, with the guard's verdict.
+    guarded step the metrics are a pair, with the guard's verdict. Under a pmap ``axis`` is its
+    name; each device then has rows, and dropout, of its own.
     """
-    gradient = gradients.whole
+    gradient = functools.partial(gradients.whole, axis=axis)
     if options.accumulate > 1:
-        gradient = functools.partial(gradients.accumulated, parts=options.accumulate)
+        parts = options.accumulate
+        gradient = functools.partial(gradients.accumulated, parts=parts, axis=axis)
 
     def step(state: TrainState, base: PyTree, batch: Batch) -> tuple[TrainState, Any]:
         def sums(adapter: PyTree, batch: Batch, key: jax.Array) -> NamedTuple:
@@ -73,6 +80,8 @@ def train_step(
             return task.metrics(logits, batch)
 
         key = jax.random.fold_in(state.key, state.step)
+        if axis is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
         grads, found = gradient(sums, state.adapter, batch, key)
         updates, opt_state = tx.update(grads, state.opt_state, state.adapter)
         new = optax.apply_updates(state.adapter, updates), opt_state

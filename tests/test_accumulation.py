@@ -144,6 +144,28 @@ def test_whole_runs_stay_together(make):
             np.testing.assert_allclose(x, y, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_over_devices_it_is_the_gradient_of_all_rows(parts):
+    """Two devices with half of the rows each, mapped over by an axis with a name: as under a pmap."""
+    with jax.enable_x64(True):
+        task, c, state, tx = started(classes_task(), accumulate=parts)
+        batch = task.train_batch(0)
+        halves = {k: np.stack([v[:4], v[4:]]) for k, v in batch.items()}
+        halves["weights"][1] = [3, 0, 0, 0]
+        batch["weights"] = halves["weights"].reshape(-1)
+        step = stepping.train_step(task, tx, 0.0, stepping.options(c), axis="devices")
+        both = jax.vmap(step, in_axes=(None, None, 0), axis_name="devices")
+        ends, (sums, verdict) = jax.jit(both)(state, task.base, halves)
+        want, whole = stepping.make_train_step(task, tx, 0.0)(state, task.base, batch)
+        for device in (0, 1):
+            here = jax.tree.map(lambda x, d=device: x[d], (ends.adapter, sums))
+            for x, y in zip(
+                jax.tree.leaves(here), jax.tree.leaves((want.adapter, whole)), strict=True
+            ):
+                np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-12)
+        assert not verdict.skips.any()
+
+
 def test_rows_are_dealt_out_like_cards():
     """Those that a device holds of a batch that is sharded by rows stay on it."""
     assert doctest.testmod(gradients).failed == 0
