@@ -19,18 +19,19 @@ def whole(
       adapter: what the gradient is taken of.
       batch: arrays with a leading axis of rows.
       key: of all dropout.
-      axis: name of the axis of a pmap, whose devices hold rows of one batch: the mean is that of
-        all their rows, not the mean of their means, since their weights may differ.
+      axis: of a ``pmap`` over devices that have some of the rows each; all get the result for all
+        of the rows.
     """
 
     def loss(adapter: PyTree) -> tuple[jax.Array, Any]:
         sums = fn(adapter, batch, key)
-        return sums[0] / _total(sums[-1], axis), sums
+        # Of all rows, not the mean of the devices' means: their weights may differ.
+        return sums[0] / _of_all(sums[-1], axis), sums
 
-    return _total(jax.grad(loss, has_aux=True)(adapter), axis)
+    return _of_all(jax.grad(loss, has_aux=True)(adapter), axis)
 
 
-def _total(tree: PyTree, axis: str | None) -> PyTree:
+def _of_all(tree: PyTree, axis: str | None) -> PyTree:
     return tree if axis is None else jax.lax.psum(tree, axis)
 
 
@@ -54,18 +55,18 @@ def accumulated(
       ValueError: the rows can't be dealt out evenly.
     """
     dealt = {name: deal(x, parts) for name, x in batch.items()}
-    loss = lambda adapter, batch, key: (lambda sums: (sums[0], sums))(fn(adapter, batch, key))
+
+    def loss(adapter: PyTree, batch: dict, key: jax.Array) -> tuple[jax.Array, Any]:
+        sums = fn(adapter, batch, key)
+        return sums[0], sums
+
     gradient = jax.grad(loss, has_aux=True)
-
-    def add(so_far: PyTree, part: tuple) -> tuple[PyTree, None]:
-        return jax.tree.map(
-            lambda x, y: x + y.astype(x.dtype), so_far, gradient(adapter, *part)
-        ), None
-
+    plus = lambda x, y: x + y.astype(x.dtype)
+    add = lambda so_far, part: (jax.tree.map(plus, so_far, gradient(adapter, *part)), None)
     inputs = (dealt, jax.random.split(key, parts))
     shapes = jax.eval_shape(gradient, adapter, *jax.tree.map(lambda x: x[0], inputs))
-    found, _ = jax.lax.scan(add, jax.tree.map(_zeros, shapes), inputs)
-    grads, sums = _total(found, axis)
+    total, _ = jax.lax.scan(add, jax.tree.map(_zeros, shapes), inputs)
+    grads, sums = _of_all(total, axis)
     mean = lambda x, like: (x / sums[-1].astype(x.dtype)).astype(like.dtype)
     return jax.tree.map(mean, grads, adapter), sums
 

@@ -39,13 +39,11 @@ class Options(NamedTuple):
       accumulate: into so many parts a batch is cut, of which one is in memory at a time.
       guarded: whether a step without a finite loss and gradient changes nothing, and is told of.
       spike: as in :class:`guard.Policy`.
-      axis: the name of a pmap's axis: each device then has rows, and dropout, of its own.
     """
 
     accumulate: int = 1
     guarded: bool = False
     spike: float = 0.0
-    axis: str | None = None
 
 
 PLAIN = Options()
@@ -57,18 +55,23 @@ def options(config: ConfigDict) -> Options:
 
 
 def train_step(
-    task: Task, tx: optax.GradientTransformation, dropout: Any, options: Options = PLAIN
+    task: Task,
+    tx: optax.GradientTransformation,
+    dropout: Any,
+    options: Options = PLAIN,
+    *,
+    axis: str | None = None,
 ) -> Callable:
     """``(state, base, batch) -> (state, metrics)``, a pure function.
 
     The dropout rate, and the numbers in ``tx``, may be JAX scalars: a sweep maps over them. Of a
-    guarded step the metrics are a pair, with the guard's verdict.
+    guarded step the metrics are a pair, with the guard's verdict. Under a pmap ``axis`` is its
+    name; each device then has rows, and dropout, of its own.
     """
-    gradient = functools.partial(gradients.whole, axis=options.axis)
+    gradient = functools.partial(gradients.whole, axis=axis)
     if options.accumulate > 1:
-        gradient = functools.partial(
-            gradients.accumulated, parts=options.accumulate, axis=options.axis
-        )
+        parts = options.accumulate
+        gradient = functools.partial(gradients.accumulated, parts=parts, axis=axis)
 
     def step(state: TrainState, base: PyTree, batch: Batch) -> tuple[TrainState, Any]:
         def sums(adapter: PyTree, batch: Batch, key: jax.Array) -> NamedTuple:
@@ -78,8 +81,8 @@ def train_step(
             return task.metrics(logits, batch)
 
         key = jax.random.fold_in(state.key, state.step)
-        if options.axis is not None:
-            key = jax.random.fold_in(key, jax.lax.axis_index(options.axis))
+        if axis is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
         grads, found = gradient(sums, state.adapter, batch, key)
         updates, opt_state = tx.update(grads, state.opt_state, state.adapter)
         new = optax.apply_updates(state.adapter, updates), opt_state
@@ -105,8 +108,8 @@ def make_train_step(
     """:func:`train_step`, compiled; the state is donated, and on a mesh stays where ``like`` is."""
     # As an array, so that one minus the rate is rounded as in a sweep, and the masks are the same.
     rate = jnp.asarray(dropout, float) if dropout else 0.0
-    options = options._replace(axis=devices.PMAP if on.pmap else None)
-    return devices.train_step(on, train_step(task, tx, rate, options), like)
+    axis = devices.PMAP if on.pmap else None
+    return devices.train_step(on, train_step(task, tx, rate, options, axis=axis), like)
 
 
 def eval_step(task: Task) -> Callable:

@@ -108,20 +108,21 @@ def test_in_float64_it_is_the_large_batchs_gradient(make, parts):
         gradient = jax.jit(lambda a, b: gradients.accumulated(fn, a, b, state.key, parts=parts))
         found, sums = gradient(state.adapter, batch)
         mean = lambda a: (lambda s: s[0] / s[-1])(fn(a, batch, None))
-        want = jax.grad(mean)(state.adapter)
+        want = jax.jit(jax.grad(mean))(state.adapter)
         for x, y in zip(trainable(found), trainable(want), strict=True):
             assert x.dtype == np.float64 and np.abs(y).max() > 1e-4
             np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-15)
-        np.testing.assert_allclose(sums, fn(state.adapter, batch, None), rtol=1e-12)
+        whole = jax.jit(lambda b: fn(state.adapter, b, None))
+        np.testing.assert_allclose(sums, whole(batch), rtol=1e-12)
         weights = [
-            float(task.metrics(task.apply(task.base, part, None), part)[-1])
-            for part in [{k: v[i::parts] for k, v in batch.items()} for i in range(parts)]
+            float(whole({k: v[i::parts] for k, v in batch.items()})[-1]) for i in range(parts)
         ]
         assert len(set(weights)) > 1  # the mean of means would be another gradient
         if parts == ROWS:
             assert 0.0 in weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make", [classes_task, pytest.param(language_task, marks=pytest.mark.slow)]
 )
@@ -143,6 +144,28 @@ def test_whole_runs_stay_together(make):
             np.testing.assert_allclose(x, y, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_over_devices_it_is_the_gradient_of_all_rows(parts):
+    """Two devices with half of the rows each, mapped over by an axis with a name: as under a pmap."""
+    with jax.enable_x64(True):
+        task, c, state, tx = started(classes_task(), accumulate=parts)
+        batch = task.train_batch(0)
+        halves = {k: np.stack([v[:4], v[4:]]) for k, v in batch.items()}
+        halves["weights"][1] = [3, 0, 0, 0]
+        batch["weights"] = halves["weights"].reshape(-1)
+        step = stepping.train_step(task, tx, 0.0, stepping.options(c), axis="devices")
+        both = jax.vmap(step, in_axes=(None, None, 0), axis_name="devices")
+        ends, (sums, verdict) = jax.jit(both)(state, task.base, halves)
+        want, whole = stepping.make_train_step(task, tx, 0.0)(state, task.base, batch)
+        for device in (0, 1):
+            here = jax.tree.map(lambda x, d=device: x[d], (ends.adapter, sums))
+            for x, y in zip(
+                jax.tree.leaves(here), jax.tree.leaves((want.adapter, whole)), strict=True
+            ):
+                np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-12)
+        assert not verdict.skips.any()
+
+
 def test_rows_are_dealt_out_like_cards():
     """Those that a device holds of a batch that is sharded by rows stay on it."""
     assert doctest.testmod(gradients).failed == 0
@@ -154,6 +177,7 @@ def test_rows_are_dealt_out_like_cards():
     np.testing.assert_array_equal(jnp.swapaxes(device, 0, 1), dealt)
 
 
+@pytest.mark.slow
 def test_a_part_without_weight_does_no_harm():
     """Also where its rows are no numbers: NaN times a weight of zero would be NaN."""
     task, c, state, tx = started(language_task(jnp.float32), accumulate=ROWS)
@@ -196,7 +220,8 @@ def test_bfloat16_gradients_are_added_up_in_float32_and_clipped_once():
     apply = lora.lift(task.apply)
     fn = lambda a, b, key: task.metrics(apply(lora.bind(task.base, a), b, None), b)
     one = jax.jit(jax.grad(lambda a, b: fn(a, b, None)[0]))
-    total = sum(float(fn(state.adapter, part, None)[-1]) for part in parts)
+    sums_of_part = jax.jit(lambda b: fn(state.adapter, b, None))
+    total = sum(float(sums_of_part(part)[-1]) for part in parts)
     each = [trainable(one(state.adapter, part)) for part in parts]
     want = [sum(np.asarray(x, np.float64) for x in xs) / total for xs in zip(*each, strict=True)]
     accumulated = functools.partial(gradients.accumulated, fn, parts=PARTS)

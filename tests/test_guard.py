@@ -121,7 +121,9 @@ def test_a_bad_step_changes_nothing_but_the_clock(task, step):
     assert verdict.skips == 0 and state.health.skips == 0
 
 
-@pytest.mark.parametrize("action, bad", [("stop", np.inf), ("skip", np.nan)])
+@pytest.mark.parametrize(
+    "action, bad", [("stop", np.inf), pytest.param("skip", np.nan, marks=pytest.mark.slow)]
+)
 def test_a_gradient_that_is_not_finite(task, config, tmp_path, action, bad):
     """The loss is; the error names the first leaf in the adapter's order."""
     names = list(paths.named_leaves(stepping.initial_state(
@@ -187,6 +189,7 @@ def test_skipping_is_as_if_the_batch_had_not_been(task, config, tmp_path, step):
     same(stored.opt_state, state.opt_state)
 
 
+@pytest.mark.slow
 def test_too_many_in_a_row_stop_the_run(task, config, tmp_path):
     config = changed(config, guard__action="skip", guard__patience=3)
     with pytest.raises(FloatingPointError, match=r"inf at step 6: .*after 3 steps in a row"):
@@ -194,6 +197,7 @@ def test_too_many_in_a_row_stop_the_run(task, config, tmp_path):
     assert [x["step"] for x in lines(tmp_path) if "skipped" in x] == [4, 5]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_by_skipping(task, config, tmp_path):
     """In the same workdir, from its checkpoint: to the bits of a run that skipped from the start."""
     faulty = poisoned(task, {PER_EPOCH + 1})
@@ -291,6 +295,7 @@ def test_a_spike_in_a_run_and_resuming_from_before_it(task, config, tmp_path):
         run(spiky, stop, tmp_path / "stop")
 
 
+@pytest.mark.slow
 def test_it_costs_little(task, config):
     """XLA's own count of operations, next to those of the step."""
     flops = []
@@ -316,6 +321,7 @@ def test_mistakes(config, fields, message):
         options.check(changed(config, **fields))
 
 
+@pytest.mark.slow
 def test_the_log_stays_json(task, config, tmp_path):
     """A window of nothing but skipped steps has no line of means, and no NaN is written."""
     config = changed(config, guard__action="skip", log_every=2, epochs=1)

@@ -66,8 +66,7 @@ def check(case, scan_layers, remat):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6 * largest)
 
 
-QUICK = [("gpt2/plain", True, "dots_saveable"), ("t5/v1_1", False, "full"),
-         ("llama/qwen3", False, "full"), ("distilbert/base", True, "full")]  # fmt: skip
+QUICK = [("gpt2/plain", True, "dots_saveable"), ("distilbert/base", False, "full")]
 
 
 @pytest.mark.parametrize("case, scan_layers, remat", QUICK)
@@ -154,11 +153,14 @@ def temporary_bytes(*args):
 
 def test_memory_falls():
     """Eight layers: what they keep is most of the memory, and with "full" it is their inputs."""
-    kept, some, full = (
-        temporary_bytes(deep_bert, remat, True)
-        for remat in ("none", "dots_with_no_batch_dims_saveable", "full")
-    )
-    assert full < 0.4 * kept and full < some < kept
+    assert temporary_bytes(deep_bert, "full", True) < 0.4 * temporary_bytes(deep_bert, "none", True)
+
+
+@pytest.mark.slow
+def test_a_policy_is_between_all_and_nothing():
+    policies = ("full", "dots_with_no_batch_dims_saveable", "none")
+    found = [temporary_bytes(deep_bert, remat, True) for remat in policies]
+    assert found == sorted(found) and len(set(found)) == 3
 
 
 @pytest.mark.slow
@@ -166,7 +168,8 @@ def test_memory_falls_of_a_decoder():
     assert temporary_bytes(deep_gpt2, "full", True) < 0.4 * temporary_bytes(deep_gpt2, "none", True)
 
 
-@pytest.mark.parametrize("make", [deep_gpt2, pytest.param(deep_bert, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [deep_gpt2, deep_bert])
 def test_layer_by_layer_the_program_computes_twice_and_says_so(make):
     """Without a scan, barriers keep the two computations apart, which XLA would merge otherwise.
 
