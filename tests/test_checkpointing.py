@@ -237,3 +237,12 @@ def test_a_newer_version_s_checkpoint_is_refused(stopped, tmp_path):
         checkpointing.save(checkpoints, 11, state, progress | {"future": 1})
     with pytest.raises(ValueError, match="notes future, which this version does not know"):
         small.run(stopped)
+
+
+def test_an_old_checkpoint_that_was_half_deleted_does_no_harm(left_alone, stopped):
+    """As a kill leaves it: it is older than those that are kept, and is removed with the next save."""
+    shutil.copytree(stopped / "checkpoints" / "8", stopped / "checkpoints" / "5")
+    half_deleted(stopped / "checkpoints" / "5")
+    small.run(stopped)
+    same_as(left_alone, stopped)
+    assert steps(stopped) == [20, 24]

@@ -250,15 +250,13 @@ def test_sigterm_ends_a_sweep_at_checkpoints(finished, inputs, grid, tmp_path):
     assert process.returncode == 0, err
     assert "Stopped, as asked" in out and "runs finished" not in out, out
     # A damaged checkpoint costs a run some steps, and nothing else.
-    (newest,) = (max(p.glob("checkpoints/[0-9]*"), key=lambda q: int(q.name))
-                 for p in workdir.glob("runs/*") if list(p.glob("checkpoints/[0-9]*")))  # fmt: skip
-    older = newest.with_name("1")
-    if not older.exists():
-        newest.rename(older)
-        newest.mkdir()
+    saved = [int(p.name) for p in workdir.glob("runs/*/checkpoints/[0-9]*")]
+    (folder,) = workdir.glob("runs/*/checkpoints")
+    (folder / str(max(saved) + 1)).mkdir()
     again = out.strip().splitlines()[-1].strip()
     done = subprocess.run(again, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    assert f"The checkpoint of step {max(saved) + 1} is damaged" in done.stdout
     assert outcome(workdir) == wanted
 
 
