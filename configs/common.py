@@ -63,6 +63,7 @@ def base_config() -> ConfigDict:
     c.epochs = 3
     c.log_every = 20  # steps between lines of metrics.jsonl
     c.checkpoint_every = 0  # steps between checkpoints; 0 for one each epoch
+    c.checkpoint_keep = 2  # so many of the newest are kept; older ones are there if one is damaged
 
     c.optimizer = ConfigDict()  # AdamW
     c.optimizer.learning_rate = 5e-4

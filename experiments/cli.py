@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import jax
 from absl import app, flags, logging
 
-from experiments import processes
+from experiments import processes, stopping
 
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 
@@ -17,8 +17,9 @@ _MISTAKES = (ValueError, KeyError, AttributeError, TypeError, OSError, FloatingP
 def run(main: Callable[[list[str]], None]) -> None:
     """Runs ``main(positional arguments)`` as a program.
 
-    It exits with 0; 1 where the training diverged; 2 after a mistake; 3 where another process of
-    the run has ended before its time; 130 if interrupted.
+    It exits with 0, also if it was asked to stop and can go on; 1 where the training diverged; 2
+    after a mistake; 3 where another process of the run has ended before its time; 130 if
+    interrupted.
     """
 
     def guarded(argv: Sequence[str]) -> int:
@@ -27,6 +28,8 @@ def run(main: Callable[[list[str]], None]) -> None:
         try:
             processes.start()
             main(list(argv[1:]))
+        except stopping.Stopped as stopped:
+            print(stopped, flush=True)
         except FloatingPointError as error:
             return _fail(error, 1)
         except (ValueError, OSError) as error:

@@ -10,13 +10,23 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
 
 import lora_jax as lora
-from experiments import checkpointing, lockstep, meter, stepping, sweepdirs, tasks, train, workdirs
+from experiments import (
+    checkpointing,
+    lockstep,
+    meter,
+    stepping,
+    stopping,
+    sweepdirs,
+    tasks,
+    train,
+    workdirs,
+)
 from experiments.bar import Bar
 from experiments.lockstep import Member, Program
 from experiments.points import Point
@@ -72,10 +82,18 @@ def saved_step(workdir: Path, point: Point) -> int:
 def advance(
     group: Group, points: list[Point], *, on: Program, workdir: Path, to: Stop, bar: Bar
 ) -> None:
-    """Takes runs that stand at one step on to another, and finishes those that are done."""
+    """Takes runs that stand at one step on to another, and finishes those that are done.
+
+    Nothing is done if they turn out to stand apart, since the newest checkpoint of one is damaged.
+
+    Raises:
+      Stopped: SIGTERM came; each run has a checkpoint to go on from.
+    """
     with contextlib.ExitStack() as stack:
         found = [_open(stack, group, point, workdir) for point in points]
         jobs, states = [job for job, _ in found], [state for _, state in found]
+        if len({int(state.step) for state in states}) > 1:
+            return
         members = [j.initial._replace(state=s) for j, s in zip(jobs, states, strict=True)]
         padded = [lockstep.pad(m, group.shapes) for m in members]
         stacked = lockstep.place(on, lockstep.stack(padded, on.count))
@@ -86,11 +104,17 @@ def advance(
             bar.at(job.point, 1.0)
 
 
-def settle(group: Group, point: Point, workdir: Path) -> None:
-    """Finishes a run whose newest checkpoint is its last: it was killed just before its result."""
+def settle(group: Group, point: Point, workdir: Path) -> bool:
+    """Finishes a run whose newest checkpoint is its last: it was killed just before its result.
+
+    Returns:
+      Whether it was: it is not if that checkpoint is damaged.
+    """
     with contextlib.ExitStack() as stack:
         job, state = _open(stack, group, point, workdir)
-    _finish(workdir, job, int(state.step))
+    if last := int(state.step) == _total(group.task, job):
+        _finish(workdir, job, int(state.step))
+    return last
 
 
 def _finish(workdir: Path, job: Job, steps: int) -> None:
@@ -135,7 +159,9 @@ def _open(
     initial, directory = group.member(point.id), sweepdirs.run_dir(workdir, point)
     workdirs.claim(directory, point.config)
     folder = directory / workdirs.CHECKPOINTS
-    checkpoints = stack.enter_context(checkpointing.manager(folder))
+    checkpoints = stack.enter_context(
+        checkpointing.manager(folder, keep=point.config.checkpoint_keep)
+    )
     found = checkpointing.restore(checkpoints, initial.state)
     state, progress = found or (initial.state, {})
     state = jax.tree.map(np.asarray, state)
@@ -144,7 +170,7 @@ def _open(
     task = group.task._replace(metadata=group.task.metadata | {"seed": config.seed})
     lora_config = lora.LoRAConfig.from_dict(config.lora.to_dict())
     run = train.Run(task, config, lora_config, directory, log)
-    return Job(point, run, checkpoints, initial, train.Progress(**progress)), state
+    return Job(point, run, checkpoints, initial, train.stored_progress(progress)), state
 
 
 def _loop(
@@ -159,11 +185,14 @@ def _loop(
         for job in jobs:
             bar.at(job.point, done / _total(task, job))
         epoch_end = done % task.steps_per_epoch == 0
-        every = config.checkpoint_every
-        pause = epoch_end or done == to.step or (every and done % every == 0)
-        if not pause and done % config.log_every:
+        line = epoch_end or done == to.step or done % config.log_every == 0
+        stop, every = stopping.requested(done), config.checkpoint_every
+        pause = epoch_end or done == to.step or stop or (every and done % every == 0)
+        if not pause and not line:
             continue
-        jobs, sums = _logged(jobs, done, sums, clock.lap("log")), []
+        jobs, sums = _looked_at(jobs, done, sums), []
+        if line:
+            jobs = _logged(jobs, done, type(new), clock.lap("log"))
         if not pause:
             continue
         rung = to.rung if done == to.step else ""
@@ -178,6 +207,8 @@ def _loop(
             bar.found(job.point, task.score.name, job.progress.best_score)
         if all(job.diverged for job in jobs):
             break
+        if stop and done < to.step:
+            _stop(jobs)
     return jobs
 
 
@@ -197,8 +228,17 @@ class _Clock:
         return max(now - last, 1e-9)
 
 
-def _logged(jobs: list[Job], done: int, sums: list, seconds: float) -> list[Job]:
-    """Writes a line for each run, and marks those whose loss is not finite."""
+def _stop(jobs: list[Job]) -> NoReturn:
+    for job in jobs:
+        checkpointing.wait(job.checkpoints)
+    raise stopping.Stopped(
+        "Stopped, as asked, with a checkpoint of each run that was under way. To go on:\n"
+        f"  {stopping.command()}"
+    )
+
+
+def _looked_at(jobs: list[Job], done: int, sums: list) -> list[Job]:
+    """Keeps the sums of each run until its next line, and marks runs whose loss is not finite."""
     values = np.asarray(jax.device_get(sums), np.float64)  # (steps, fields, runs)
     first = done - len(sums) + 1
     new = []
@@ -206,11 +246,19 @@ def _logged(jobs: list[Job], done: int, sums: list, seconds: float) -> list[Job]
         bad = np.flatnonzero(~np.isfinite(values[:, 0, k]))
         if not job.diverged and bad.size:
             job = job._replace(diverged=first + int(bad[0]))
+        pending = [*job.progress.pending, *values[:, :, k].tolist()]
+        new.append(job._replace(progress=job.progress._replace(pending=pending)))
+    return new
+
+
+def _logged(jobs: list[Job], done: int, kind: type, seconds: float) -> list[Job]:
+    """Writes a line for each run that has not diverged."""
+    new = []
+    for job in jobs:
         if not job.diverged:
-            of_run = [type(sums[0])(*step) for step in values[:, :, k].tolist()]
-            line = meter.means(of_run, seconds / len(jobs))
+            line = meter.means([kind(*x) for x in job.progress.pending], seconds / len(jobs))
             job.run.log.write(done, epoch=done / job.run.task.steps_per_epoch, **line)
-        new.append(job)
+        new.append(job._replace(progress=job.progress._replace(pending=())))
     return new
 
 
@@ -267,4 +315,5 @@ def _save(job: Job, states: stepping.TrainState, index: int) -> None:
     if not job.diverged:
         state = lockstep.cut(lockstep.unstack(states, index), job.initial.state)
         progress = job.progress._asdict()
+        job.run.log.sync()
         checkpointing.save(job.checkpoints, int(state.step), state, progress)

@@ -31,6 +31,7 @@ from lora_jax.models.tokenizer import read_tokenizer
 
 _LEAST = {
     "batch_size": 1, "eval_batch_size": 1, "epochs": 1, "log_every": 1, "checkpoint_every": 0,
+    "checkpoint_keep": 1,
     "data.holdout": 0, "data.test_meanings": 0, "data.seed": 0, "data.alike": 0,
     "decode.batch_size": 1,
 }  # fmt: skip

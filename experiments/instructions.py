@@ -34,6 +34,7 @@ _LEAST = {
     "epochs": 1,
     "log_every": 1,
     "checkpoint_every": 0,
+    "checkpoint_keep": 1,
     "data.max_length": 2,
     "data.holdout": 0,
     "data.seed": 0,

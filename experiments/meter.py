@@ -4,7 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 from tqdm import tqdm
@@ -27,15 +27,22 @@ class Meter:
     """Takes the metrics of each step, writes a line every ``log_every``, and shows a bar.
 
     Metrics are looked at when the next step has been dispatched, so that the device need not wait
-    for the host.
+    for the host. ``pending`` is what :meth:`pending` gave when the run that goes on was saved.
     """
 
     def __init__(
-        self, log: workdirs.Log, *, start: int, total: int, per_epoch: int, log_every: int
+        self,
+        log: workdirs.Log,
+        *,
+        start: int,
+        total: int,
+        per_epoch: int,
+        log_every: int,
+        pending: Sequence[Sequence[float]] = (),
     ) -> None:
         self._log, self._per_epoch, self._log_every = log, per_epoch, log_every
         self._pending: tuple[int, NamedTuple] | None = None
-        self._sums: list[NamedTuple] = []
+        self._sums: list[Any] = list(pending)
         self._last = start
         self._clock = time.perf_counter()
         # In a file, which keeps every update, a line now and then is enough.
@@ -70,6 +77,15 @@ class Meter:
         if self._sums:
             self._write()
 
+    def pending(self) -> list[list[float]]:
+        """The sums of each step since the last line, for a checkpoint: its line is yet to come.
+
+        Raises:
+          FloatingPointError: the loss of the last step is NaN or infinite.
+        """
+        self._look()
+        return [[float(x) for x in sums] for sums in self._sums]
+
     def evaluated(self, name: str, best: float) -> None:
         """Shows the best score beside the bar; the evaluation's time is no training time."""
         self._bar.set_description(f"best validation {name} {best:.4f}", refresh=False)
@@ -90,7 +106,8 @@ class Meter:
 
     def _write(self) -> None:
         now = time.perf_counter()
-        values = means(self._sums, now - self._clock)
+        kind = type(self._sums[-1])  # what comes from a checkpoint is plain lists
+        values = means([kind(*x) for x in self._sums], now - self._clock)
         self._log.write(self._last, epoch=self._last / self._per_epoch, **values)
         speed = values.pop("examples_per_second")
         shown = [f"{name} {value:.3f}" for name, value in values.items()]

@@ -140,7 +140,8 @@ def value_of(config: ConfigDict, field: str) -> Any:
 
 
 def _identity(config: ConfigDict) -> str:
-    return _digest(workdirs.plain(config))
+    fixed = {n: x for n, x in workdirs.plain(config).items() if n not in workdirs.MAY_CHANGE}
+    return _digest(fixed)
 
 
 def _digest(value: Any) -> str:

@@ -15,6 +15,7 @@ _LEAST = {
     "epochs": 1,
     "log_every": 1,
     "checkpoint_every": 0,
+    "checkpoint_keep": 1,
     "data.train_examples": 0,
     "data.holdout": 0,
     "data.max_length": 1,

@@ -5,17 +5,15 @@ is done, ``result.json``. It is written last and in one piece: a run is finished
 is there. Until then ``checkpoints/`` holds the state to go on from.
 """
 
-import fcntl
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments import workdirs
+from experiments import enclosure, workdirs
 from experiments.points import Point
 from lora_jax.files import write_atomically
 
@@ -55,6 +53,7 @@ def claim(workdir: Path, base: ConfigDict, halving: int) -> None:
       OSError: it can't be written.
     """
     check(workdir, base, halving)
+    enclosure.check_links(workdir)
     path = workdir / workdirs.SWEEP
     if not path.exists():
         workdir.mkdir(parents=True, exist_ok=True)
@@ -68,30 +67,16 @@ def _about(base: ConfigDict, halving: int) -> dict[str, Any]:
 def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} is damaged ({error}); remove it, or use a new workdir."
         ) from error
 
 
-@contextmanager
-def locked(workdir: Path, shard: str) -> Iterator[None]:
-    """Keeps a second process from working on the same shard at the same time.
-
-    The system lets go of the lock when the process ends, however it ends.
-
-    Raises:
-      ValueError: another process has it.
-    """
-    with (workdir / f".lock-{shard.replace('/', '-of-')}").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"Another process is at work on this sweep in {workdir}: wait for it, or share the "
-                "runs with --shard=1/2 and --shard=2/2."
-            ) from error
-        yield
+def locked(workdir: Path, shard: str) -> AbstractContextManager[None]:
+    """Keeps a second process from working on the same shard; see :func:`enclosure.locked`."""
+    hint = "wait for it, or share the runs of the sweep with --shard=1/2 and --shard=2/2"
+    return enclosure.locked(workdir, f".lock-{shard.replace('/', '-of-')}", hint)
 
 
 def run_dir(workdir: Path, point: Point) -> Path:

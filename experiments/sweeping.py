@@ -14,7 +14,16 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import classification, cohort, lockstep, points, programs, sweepdirs, tasks
+from experiments import (
+    classification,
+    cohort,
+    lockstep,
+    points,
+    programs,
+    stopping,
+    sweepdirs,
+    tasks,
+)
 from experiments.bar import Bar
 from experiments.cohort import Group, Stop
 from experiments.lockstep import Member
@@ -98,6 +107,7 @@ def run(sweep: Sweep, base: ConfigDict, say: Callable[[str], None]) -> dict[str,
     Raises:
       ValueError: runs and model do not fit; the directory is another sweep's, or in use.
       OSError: it can't be written; what was there is intact.
+      Stopped: SIGTERM came; each run has a checkpoint to go on from.
     """
     made = Programs(sweep.parallel)
     parts = points.groups(sweep.points)
@@ -109,7 +119,8 @@ def run(sweep: Sweep, base: ConfigDict, say: Callable[[str], None]) -> dict[str,
     _stop(sweep, ready(first), parts[first][0], 0)  # before the claim: a mistake claims nothing
     sweepdirs.claim(sweep.workdir, base, sweep.halving)
     swept = points.swept([p.config for p in sweep.points])
-    with sweepdirs.locked(sweep.workdir, sweep.shard), Bar(sweep.mine, swept) as bar:
+    locked = sweepdirs.locked(sweep.workdir, sweep.shard)
+    with locked, stopping.on_sigterm(), Bar(sweep.mine, swept) as bar:
         for point in sweep.mine:
             if found := sweepdirs.result(sweep.workdir, point):
                 bar.at(point, 1.0)
@@ -204,8 +215,11 @@ def _train(
             programs.check_memory(error)
             made.narrow(key, count, error)
     if not rung:
-        for point in unfinished(sweep, pending):
-            cohort.settle(group, point, sweep.workdir)
+        settled = [
+            cohort.settle(group, point, sweep.workdir) for point in unfinished(sweep, pending)
+        ]
+        if not all(settled):  # those whose last checkpoint is damaged have some way to go again
+            _train(sweep, group, pending, made=made, rung=rung, bar=bar)
 
 
 def _next(sweep: Sweep, pending: list[Point], stop: Stop) -> list[Point]:

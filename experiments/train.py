@@ -3,17 +3,17 @@
 A task brings a function of (params, batch, key), batches by step, and metrics.
 """
 
-import functools
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from ml_collections import ConfigDict
 
 import lora_jax as lora
-from experiments import checkpointing, devices, stepping, workdirs
+from experiments import checkpointing, devices, enclosure, stepping, stopping, workdirs
 from experiments.meter import Meter
 from experiments.stepping import TrainState
 from experiments.tasks import Score, Task
@@ -24,12 +24,23 @@ PyTree = Any
 
 
 class Progress(NamedTuple):
-    """The best evaluation so far (step -1 for none), and the seconds that the run has taken."""
+    """How far a run is, apart from its state.
+
+    Attributes:
+      best_step: of the best evaluation so far; -1 for none.
+      best_score: its score.
+      best_loss: its loss.
+      seconds: that the run has taken.
+      evaluated: the step of the last evaluation; 0 for none.
+      pending: sums of the steps since the last line of the log.
+    """
 
     best_step: int = -1
     best_score: float = -math.inf
     best_loss: float = math.inf
     seconds: float = 0.0
+    evaluated: int = 0
+    pending: Sequence[Sequence[float]] = ()
 
 
 def train(task: Task, config: ConfigDict, lora_config: lora.LoRAConfig, workdir: Path) -> Progress:
@@ -39,22 +50,32 @@ def train(task: Task, config: ConfigDict, lora_config: lora.LoRAConfig, workdir:
     TensorBoard events and ``curves.png``.
 
     Raises:
+      Stopped: SIGTERM came; it has stopped at a checkpoint, and goes on if called again.
       FloatingPointError: the loss became NaN or infinite; the best adapter so far is kept.
-      ValueError: the config and the model do not fit; or the workdir is another run's.
+      ValueError: the config and the model do not fit; or the workdir is another run's, or in use.
       OSError: the workdir can't be written; what was there is intact.
     """
     on = devices.find(config)
     task = devices.local(on, task, config)
     state, tx = stepping.initial_state(task, config, lora_config)
-    _claim(workdir, config)  # not before all has been checked: a mistake claims nothing
-    lines = [*task.notes, *devices.notes(on, task.base), *report(task.base, state.adapter)]
-    print("\n".join(lines), flush=True)
+    workdirs.check(workdir, config)  # before the claim: a mistake claims nothing
     total = config.epochs * task.steps_per_epoch
-    with checkpointing.manager(workdir / workdirs.CHECKPOINTS) as checkpoints:
+    with contextlib.ExitStack() as stack:
+        if devices.first():  # for all processes of the run
+            stack.enter_context(enclosure.locked(workdir))
+            workdirs.claim(workdir, config)
+        devices.barrier("the workdir is claimed")
+        stack.enter_context(stopping.on_sigterm())
+        lines = [*task.notes, *devices.notes(on, task.base), *report(task.base, state.adapter)]
+        print("\n".join(lines), flush=True)
+        folder = workdir / workdirs.CHECKPOINTS
+        checkpoints = stack.enter_context(
+            checkpointing.manager(folder, keep=config.checkpoint_keep)
+        )
         state, progress = _resumed(workdir, checkpoints, state)
         start = int(state.step)
         devices.agree(start)
-        if start == total:
+        if start == total == progress.evaluated:
             print(f"This run is finished: all {total} steps are done.", flush=True)
             return progress
         state = stepping.usable(devices.place(on, stepping.storable(state), task.base))
@@ -64,20 +85,16 @@ def train(task: Task, config: ConfigDict, lora_config: lora.LoRAConfig, workdir:
             stepping.make_train_step(task, tx, lora_config.dropout, on=on, like=state),
             stepping.make_eval_step(task, on),
         )
-        with (workdirs.Log if devices.first() else workdirs.NoLog)(workdir, start) as log:
-            run = Run(task, config, lora_config, workdir, log, on)
-            try:
-                return _loop(run, steps, checkpoints, state, progress)
-            except FloatingPointError as error:
-                raise FloatingPointError(_diverged(error, workdir)) from error
-
-
-def _claim(workdir: Path, config: ConfigDict) -> None:
-    """Takes the directory; of several processes the first does, and the others wait for it."""
-    workdirs.check(workdir, config)
-    if devices.first():
-        workdirs.claim(workdir, config)
-    devices.barrier("the workdir is claimed")
+        log = stack.enter_context(
+            (workdirs.Log if devices.first() else workdirs.NoLog)(
+                workdir, start, progress.evaluated
+            )
+        )
+        run = Run(task, config, lora_config, workdir, log, on)
+        try:
+            return _loop(run, steps, checkpoints, state, progress)
+        except FloatingPointError as error:
+            raise FloatingPointError(_diverged(error, workdir)) from error
 
 
 def report(base: PyTree, adapter: PyTree) -> list[str]:
@@ -123,7 +140,7 @@ def _resumed(workdir: Path, checkpoints: Any, state: TrainState) -> tuple[TrainS
     found = checkpointing.restore(checkpoints, stepping.storable(state))
     if found is None:
         return state, Progress()
-    stored, progress = found[0], Progress(**found[1])
+    stored, progress = found[0], stored_progress(found[1])
     if progress.best_step >= 0 and not (workdir / workdirs.ADAPTER).is_dir():
         raise FileNotFoundError(
             f"The run in {workdir} has its best adapter from step {progress.best_step}, and its "
@@ -133,36 +150,90 @@ def _resumed(workdir: Path, checkpoints: Any, state: TrainState) -> tuple[TrainS
     return stepping.usable(stored), progress
 
 
+def stored_progress(stored: dict) -> Progress:
+    """The progress that a checkpoint notes.
+
+    Raises:
+      ValueError: it has more to say than this version knows.
+    """
+    if unknown := sorted(stored.keys() - set(Progress._fields)):
+        raise ValueError(
+            f"The checkpoint notes {', '.join(unknown)}, which this version does not know: go on "
+            "with the version that wrote it, or use a new workdir."
+        )
+    return Progress(**stored)
+
+
 def _loop(
     run: Run, steps: _Steps, checkpoints: Any, state: TrainState, progress: Progress
 ) -> Progress:
-    """Runs the steps that are left, with evaluations and checkpoints between them."""
-    host = functools.partial(devices.on_host, run.on)
-    start, per_epoch = int(host(state.step)), run.task.steps_per_epoch
+    """Runs the steps that are left, with evaluations and checkpoints between them.
+
+    It starts with the evaluation that is still to be made after the step before, if there is one.
+    """
+    start = int(devices.on_host(run.on, state.step))
+    per_epoch = run.task.steps_per_epoch
     total, every = run.config.epochs * per_epoch, run.config.checkpoint_every
     begun = time.perf_counter() - progress.seconds
     with Meter(
-        run.log, start=start, total=total, per_epoch=per_epoch, log_every=run.config.log_every
-    ) as meter:
-        for done in range(start + 1, total + 1):
-            batch = run.task.train_batch(done - 1)
-            state, metrics = steps.train(state, run.task.base, batch)
-            meter.add(done, metrics)
-            at_epoch_end = done % per_epoch == 0
-            if not (at_epoch_end or (every and done % every == 0)):
-                continue
-            # A line at each checkpoint, so that a run that goes on from there logs the same.
-            meter.flush()
-            if at_epoch_end:
-                found = Evaluation(done, stepping.evaluate(steps.evaluate, state.adapter, run.task))
-                progress = recorded(run, host(state.adapter), found, progress)
-                if devices.first():
-                    workdirs.plot_curves(run.workdir, run.task.score.name)
-                meter.evaluated(run.task.score.name, progress.best_score)
-            progress = progress._replace(seconds=time.perf_counter() - begun)
-            stored = host(stepping.storable(state))
-            checkpointing.save(checkpoints, done, stored, progress._asdict())
+        run.log, start=start, total=total, per_epoch=per_epoch, log_every=run.config.log_every,
+        pending=progress.pending,
+    ) as meter:  # fmt: skip
+        for done in range(start, total + 1):
+            if done > start:
+                batch = run.task.train_batch(done - 1)
+                state, metrics = steps.train(state, run.task.base, batch)
+                meter.add(done, metrics)
+            stop = stopping.requested(done)
+            due = done % per_epoch == 0 and done > progress.evaluated
+            if due and done > start:
+                meter.flush()
+            if due and not stop:
+                found = _evaluated(run, steps, state.adapter, done)
+                stop = found is None
+                progress = progress if stop else _noted(run, state.adapter, found, progress, meter)
+            if done > start and (due or stop or (every and done % every == 0)):
+                seconds = time.perf_counter() - begun
+                progress = progress._replace(seconds=seconds, pending=meter.pending())
+                _save(run, checkpoints, state, progress)
+            if stop and (due or done < total):
+                _stop(run, checkpoints, done)
     return progress
+
+
+def _evaluated(run: Run, steps: _Steps, adapter: PyTree, step: int) -> Evaluation | None:
+    """An evaluation, or None if it was left since the run is to stop."""
+    batches = lambda: stopping.unless_requested(run.task.eval_batches())
+    task = run.task._replace(eval_batches=batches)
+    try:
+        return Evaluation(step, stepping.evaluate(steps.evaluate, adapter, task))
+    except stopping.Interrupted:
+        return None
+
+
+def _noted(
+    run: Run, adapter: PyTree, found: Evaluation, progress: Progress, meter: Meter
+) -> Progress:
+    """Puts an evaluation where it is looked for: files, curves, bar."""
+    progress = recorded(run, devices.on_host(run.on, adapter), found, progress)
+    if devices.first():
+        workdirs.plot_curves(run.workdir, run.task.score.name)
+    meter.evaluated(run.task.score.name, progress.best_score)
+    return progress
+
+
+def _save(run: Run, checkpoints: Any, state: TrainState, progress: Progress) -> None:
+    run.log.sync()
+    stored = devices.on_host(run.on, stepping.storable(state))
+    checkpointing.save(checkpoints, int(stored.step), stored, progress._asdict())
+
+
+def _stop(run: Run, checkpoints: Any, step: int) -> NoReturn:
+    checkpointing.wait(checkpoints)  # what is not on disk is no reason to end well
+    raise stopping.Stopped(
+        f"Stopped after step {step}, as asked, with a checkpoint in {run.workdir}. To go on:\n"
+        f"  {stopping.command()}"
+    )
 
 
 def recorded(run: Run, adapter: PyTree, found: Evaluation, progress: Progress) -> Progress:
@@ -177,6 +248,7 @@ def recorded(run: Run, adapter: PyTree, found: Evaluation, progress: Progress) -
         raise FloatingPointError(f"The validation loss is {loss} at step {step}")
     epoch = step / run.task.steps_per_epoch
     run.log.write(step, epoch=epoch, **{f"eval_{name}": x for name, x in values.items()})
+    progress = progress._replace(evaluated=step)
     if progress.best_step >= 0 and not _is_better(run.task.score, score, progress.best_score):
         return progress
     metadata = {**run.task.metadata, "step": step, **values}
@@ -185,7 +257,7 @@ def recorded(run: Run, adapter: PyTree, found: Evaluation, progress: Progress) -
             run.workdir / workdirs.ADAPTER, adapter, run.lora_config,
             base=run.task.base_id, metadata=metadata,
         )  # fmt: skip
-    return Progress(step, score, loss, progress.seconds)
+    return progress._replace(best_step=step, best_score=score, best_loss=loss)
 
 
 def _is_better(score: Score, value: float, than: float) -> bool:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,12 +19,15 @@ from tensorboardX import summary  # noqa: E402
 from tensorboardX.event_file_writer import EventsWriter  # noqa: E402
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # noqa: E402
 
+from experiments import enclosure  # noqa: E402
 from lora_jax.files import write_atomically  # noqa: E402
 
 CONFIG, METRICS, CURVES, ADAPTER = "config.json", "metrics.jsonl", "curves.png", "adapter"
-MAY_CHANGE = ("mesh", "pmap")  # in a config, between a run and its continuation
 CHECKPOINTS, EVENTS = "checkpoints", "tensorboard"
+_EVALUATED = "eval_loss"  # in a line of an evaluation, and in no other
 SWEEP = "sweep.json"  # in the directory of a sweep, whose runs are in directories below it
+# Fields of a config that may differ between a run and its continuation: no number depends on them.
+MAY_CHANGE = ("checkpoint_keep", "mesh", "pmap")
 
 
 def check(workdir: Path, config: ConfigDict) -> None:
@@ -47,7 +51,7 @@ def check(workdir: Path, config: ConfigDict) -> None:
         return
     try:
         theirs = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); use a new workdir.") from error
     changes = list(differences(theirs, plain(config)))
     if changes:
@@ -60,11 +64,17 @@ def check(workdir: Path, config: ConfigDict) -> None:
 def claim(workdir: Path, config: ConfigDict) -> None:
     """Takes the directory for this config, or finds that it already has it.
 
+    Only the process that holds its lock may do so.
+
     Raises:
-      ValueError: as :func:`check`.
+      ValueError: as :func:`check` and :func:`enclosure.check_links`.
       OSError: it can't be written.
     """
     check(workdir, config)
+    enclosure.check_links(workdir)
+    for pattern in (f".{CONFIG}.*", f".{METRICS}.*", f".{CURVES}.*", f"{ADAPTER}/.adapter*"):
+        for left in workdir.glob(pattern):  # of a process that was killed while it wrote
+            left.unlink(missing_ok=True)
     path = workdir / CONFIG
     if not path.exists():
         workdir.mkdir(parents=True, exist_ok=True)
@@ -83,22 +93,28 @@ def differences(old: Any, new: Any, field: str = "") -> Iterator[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         for name in sorted(old.keys() | new.keys()):
             yield from differences(old.get(name), new.get(name), f"{field}.{name}".lstrip("."))
-    elif old != new:
+    elif old != new and field.removeprefix("config.") not in MAY_CHANGE:
         yield f"{field} is {old!r} there and {new!r} here"
 
 
 class Log:
     """Metrics of a run: one JSON object a line in ``metrics.jsonl``, and TensorBoard events.
 
-    What was logged after ``step`` is dropped, as a resumed run will log it again.
+    What was logged after ``step`` is dropped, as a resumed run will log it again; and so is the
+    evaluation at ``step`` if it is not the one at ``evaluated``, the last that counts.
 
     TensorBoard's usual writer is a thread of its own, in which an error of the disk is lost; here
     each event is written at once.
     """
 
-    def __init__(self, workdir: Path, step: int) -> None:
+    def __init__(self, workdir: Path, step: int, evaluated: int | None = None) -> None:
         self._path = workdir / METRICS
-        kept = [json.dumps(line) + "\n" for line in read(self._path) if line["step"] <= step]
+        last = step if evaluated is None else evaluated
+        kept = [
+            json.dumps(line) + "\n"
+            for line in read(self._path)
+            if line["step"] <= (last if _EVALUATED in line else step)
+        ]
         write_atomically(self._path, "".join(kept).encode())
         (workdir / EVENTS).mkdir(exist_ok=True)
         self._events = EventsWriter(str(workdir / EVENTS / "events"))
@@ -115,9 +131,27 @@ class Log:
             self._events.close()
 
     def write(self, step: int, **values: float) -> None:
-        """Appends a line."""
+        """Appends a line.
+
+        Raises:
+          OSError: no space, ...; checkpoints are intact.
+        """
+        text = json.dumps({"step": step, **values}, allow_nan=False) + "\n"
+        try:
+            self._write(step, text, values)
+        except OSError as error:
+            said = f"Could not write {self._path} ({error.strerror or error}); the checkpoints are"
+            todo = "intact: make room, and run the same command again to go on"
+            raise OSError(error.errno, f"{said} {todo}") from error
+
+    def sync(self) -> None:
+        """Makes the lines durable, before a checkpoint that counts on them."""
+        with self._path.open("rb") as file:
+            os.fsync(file.fileno())
+
+    def _write(self, step: int, text: str, values: dict[str, float]) -> None:
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
+            file.write(text)
         for name, value in values.items():
             scalar = summary.scalar(name, value)
             self._events.write_event(Event(wall_time=time.time(), step=step, summary=scalar))
@@ -127,7 +161,7 @@ class Log:
 class NoLog:
     """In place of a :class:`Log` in the processes that do not write."""
 
-    def __init__(self, workdir: Path, step: int) -> None:
+    def __init__(self, workdir: Path, step: int, evaluated: int | None = None) -> None:
         pass
 
     def __enter__(self) -> Self:
@@ -139,17 +173,23 @@ class NoLog:
     def write(self, step: int, **values: float) -> None:
         """Writes nothing."""
 
+    def sync(self) -> None:
+        """Has nothing to make durable."""
+
 
 def read(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics file; a last line cut short by an interruption is left out."""
+    """The lines of a metrics file, up to one that is none: a last one that was cut short."""
     if not path.exists():
         return []
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_bytes().splitlines():
         try:
-            lines.append(json.loads(text))
-        except ValueError:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            break
+        lines.append(line)
     return lines
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -129,7 +130,8 @@ class LoRAConfig:
 
 def _number(name: str, value: Any) -> float:
     # A bool is an int to Python, but `alpha=True` is a mistake.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    known = isinstance(value, int | float) and not isinstance(value, bool)
+    if not known or not abs(value) <= sys.float_info.max:  # also for an int beyond every float
         raise ValueError(f"{name} must be a finite number, got {value!r}.")
     return float(value)
 

@@ -8,8 +8,28 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
 import pytest
+from absl import logging
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def quiet():
+    """As the commands have it: Orbax logs a failed save with its traceback, which keeps files open."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.FATAL)
+    yield
+    logging.set_verbosity(before)
+
+
+@pytest.fixture(scope="session")
+def left_alone(tmp_path_factory):
+    """The outcome of a run of ``small`` that nothing happened to."""
+    import small  # and with it all that the experiments need, where a test wants it
+
+    workdir = tmp_path_factory.mktemp("left_alone")
+    small.run(workdir)
+    return small.outcome(workdir)
 
 
 @pytest.fixture

@@ -147,11 +147,37 @@ def test_a_killed_run_goes_on_to_the_same_bits(inputs, finished, tmp_path):
     done = run(*training(inputs, workdir))
     assert done.returncode == 0, done.stderr
     assert weights(workdir) == weights(finished[0])
-    steps = lambda w: [
+    assert lines_without_speed(workdir) == lines_without_speed(finished[0])
+
+
+def test_sigterm_ends_a_run_at_a_checkpoint(inputs, finished, tmp_path):
+    """With status 0 and the command that goes on, to the same bits; a second one does no harm."""
+    workdir = tmp_path / "run"
+    process = subprocess.Popen(
+        command(*training(inputs, workdir)), cwd=ROOT, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    metrics, deadline = workdir / "metrics.jsonl", time.time() + 200
+    while time.time() < deadline and not (metrics.exists() and metrics.read_text().count("\n") > 2):
+        time.sleep(0.01)
+    for _ in range(3):
+        process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert "Stopped after step" in out and "best validation" not in out, out
+    again = out.strip().splitlines()[-1].strip()
+    assert again.startswith(sys.executable) and f"--workdir={workdir}" in again
+    done = subprocess.run(again, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "Going on from the checkpoint" in done.stdout, done.stderr
+    assert weights(workdir) == weights(finished[0])
+    assert lines_without_speed(workdir) == lines_without_speed(finished[0])
+
+
+def lines_without_speed(workdir):
+    return [
         {k: v for k, v in json.loads(line).items() if k != "examples_per_second"}
-        for line in (w / "metrics.jsonl").read_text().splitlines()
+        for line in (workdir / "metrics.jsonl").read_text().splitlines()
     ]
-    assert steps(workdir) == steps(finished[0])
 
 
 def refused(done, *parts, status=2):

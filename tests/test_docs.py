@@ -99,3 +99,16 @@ def test_configs_are_locked_and_valid(path):
     if settings.DEFAULT in fields["targets"]:  # known with the model's family alone
         fields |= {"targets": ("query",), "train": ("classifier",)}
     lora_jax.LoRAConfig.from_dict(fields)
+
+
+def test_every_test_that_the_documents_name_exists():
+    """And the slow ones are marked as such there."""
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`(\*?)", text)
+    assert len(named) > 40
+    for file, name, star in named:
+        source = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert f"\ndef {name}(" in source, (file, name)
+        before = source.split(f"\ndef {name}(")[0].rsplit("\n\n\n", 1)[-1]
+        slow = "pytestmark = pytest.mark.slow" in source or "@pytest.mark.slow\n" in before
+        assert bool(star) == slow, (file, name)

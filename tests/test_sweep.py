@@ -231,6 +231,37 @@ def test_killed_at_a_write_and_resumed(finished, inputs, grid, tmp_path):
     assert outcome(workdir) == wanted
 
 
+def test_sigterm_ends_a_sweep_at_checkpoints(finished, inputs, grid, tmp_path):
+    wanted = {k: v for k, v in outcome(finished[0]).items() if v[0]["id"] in ids(finished[0])}
+    workdir = tmp_path / "sweep"
+    arguments = command(inputs, grid, workdir, "--parallel=1")
+    process = subprocess.Popen(
+        list(map(str, arguments)),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.time() + 200
+    while time.time() < deadline and not list(workdir.glob("runs/*/metrics.jsonl")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert "Stopped, as asked" in out and "runs finished" not in out, out
+    # A damaged checkpoint costs a run some steps, and nothing else.
+    (newest,) = (max(p.glob("checkpoints/[0-9]*"), key=lambda q: int(q.name))
+                 for p in workdir.glob("runs/*") if list(p.glob("checkpoints/[0-9]*")))  # fmt: skip
+    older = newest.with_name("1")
+    if not older.exists():
+        newest.rename(older)
+        newest.mkdir()
+    again = out.strip().splitlines()[-1].strip()
+    done = subprocess.run(again, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert outcome(workdir) == wanted
+
+
 def ids(workdir):
     """The ids of the four runs of the grid, whatever was added since."""
     return {path.name for key, path in by_values(workdir).items() if key[0] in (1, 3)}

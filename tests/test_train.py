@@ -34,6 +34,8 @@ def task(config):
     return classification.make_task(config)[0]
 
 
+pytestmark = pytest.mark.usefixtures("quiet")
+
 PER_EPOCH = 8  # 64 examples, 8 a batch
 
 

@@ -1,5 +1,6 @@
 """Loads and saves Hugging Face checkpoints of every family, by its table of names."""
 
+import dataclasses
 import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from lora_jax.files import safetensors_pieces, write_atomically
 from lora_jax.models import hub, registry
 from lora_jax.models.families import CLASSIFIER, Family
 from lora_jax.models.hub import Checkpoint, base_id, resolve
-from lora_jax.models.reading import load_params, shown
+from lora_jax.models.reading import load_params, open_tensors, shown
 from lora_jax.models.tokenizer import load_tokenizer
 from lora_jax.names import Name
 
@@ -98,6 +99,7 @@ def load(
     family, config = _family(checkpoint)
     labels = {"num_labels": num_labels} if head == CLASSIFIER else {}
     kind = _model(family, head, checkpoint)
+    _check_layers(config, checkpoint)
     model = kind(config, dtype=dtype, scan_layers=scan_layers, **labels)
     table = family.names(config, head=head, scan_layers=scan_layers)
     shapes = _typed(_shapes(model, family.inputs(head)), param_dtype)
@@ -129,7 +131,7 @@ def _family(checkpoint: Checkpoint) -> tuple[Family, Any]:
     try:
         family = registry.find(checkpoint.config)
         return family, family.config.from_hf(checkpoint.config)
-    except ValueError as error:
+    except (ValueError, TypeError, OverflowError) as error:  # the last two: values of odd types
         raise ValueError(f"{checkpoint.directory / 'config.json'}: {error}") from error
 
 
@@ -140,6 +142,18 @@ def _model(family: Family, head: str, checkpoint: Checkpoint) -> Any:
             f"which has no head {head!r} here; it has {', '.join(map(repr, family.models))}."
         )
     return family.models[head]
+
+
+def _check_layers(config: Any, checkpoint: Checkpoint) -> None:
+    """Sees that the files can hold so many layers, before anything is made for each of them."""
+    tensors = len(open_tensors(checkpoint))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if "layer" in field.name and type(value) is int and value > tensors:
+            raise ValueError(
+                f"{checkpoint.directory / 'config.json'} has {field.name} {value}, and the files "
+                f"beside it hold {tensors} tensors: they do not belong together."
+            )
 
 
 def _shapes(model: Any, inputs: Sequence[Any]) -> dict[str, jax.ShapeDtypeStruct]:

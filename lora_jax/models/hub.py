@@ -210,10 +210,12 @@ def _weights(directory: Path) -> tuple[Path, ...]:
     try:
         index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
         shards = set(index["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if strange := [shard for shard in shards if not isinstance(shard, str)]:
+            raise TypeError(f"{strange[0]!r} is no name of a file")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{directory / INDEX} is damaged: {error!r}.") from error
     # A shard is a file beside the index: its name is never a path that leads elsewhere.
-    files = tuple(directory / Path(str(shard)).name for shard in sorted(shards))
+    files = tuple(directory / Path(shard).name for shard in sorted(shards))
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise ValueError(f"{directory} lacks the shards {missing} that its {INDEX} names.")

@@ -162,6 +162,7 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         settings.check_one_of(self, "model_type", VARIANTS)
         settings.check_sizes(self, ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+        settings.check_at_most(self, "num_hidden_layers", 10_000)
         kind = SLIDING if self.sliding_window else FULL
         for name, value in {
             "num_key_value_heads": self.num_attention_heads,

@@ -62,7 +62,7 @@ def load_params(
     """
     parts = _parts(table, shapes)
     known = _known_names(table, shapes)
-    tensors, problems = _standard_names(_open(checkpoint), known, family)
+    tensors, problems = _standard_names(open_tensors(checkpoint), known, family)
     for part in parts.values():
         part.stored.extend((w.hf, tensors[w.hf]) for w in part.weights if w.hf in tensors)
         other = part.weights[0].row.otherwise
@@ -110,7 +110,12 @@ def _parts(table: Sequence[Name], shapes: Mapping[str, Any]) -> dict[tuple, _Par
     return parts
 
 
-def _open(checkpoint: Checkpoint) -> dict[str, Stored]:
+def open_tensors(checkpoint: Checkpoint) -> dict[str, Stored]:
+    """The tensors of all files by name; only headers are read.
+
+    Raises:
+      ValueError: damaged files, or a tensor in two of them.
+    """
     tensors: dict[str, Stored] = {}
     damaged = []
     for path in checkpoint.weights:

@@ -28,7 +28,7 @@ def find(config: Mapping[str, Any]) -> Family:
     """
     kind = config.get("model_type")
     built = {name: family for family in FAMILIES for name in family.model_type}
-    if kind not in built:
+    if not isinstance(kind, str) or kind not in built:
         raise ValueError(
             f"model_type is {kind!r} in this config; built here are {', '.join(sorted(built))}."
         )

@@ -37,11 +37,19 @@ def read(
 
 
 def check_sizes(config: Any, names: Iterable[str]) -> None:
-    """Raises ValueError unless each of these fields is a whole number of at least 1."""
+    """Raises ValueError unless each of these fields is a whole number that an axis may have."""
     for name in names:
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+        if value >= 2**31:
+            raise ValueError(f"{name} must be below 2**31, got one of {value.bit_length()} bits.")
+
+
+def check_at_most(config: Any, name: str, most: int) -> None:
+    """Raises ValueError if the field is larger: something of that size would be made at once."""
+    if getattr(config, name) > most:
+        raise ValueError(f"{name} must be at most {most}, got {getattr(config, name)}.")
 
 
 def check_rates(config: Any, names: Iterable[str], *, optional: Iterable[str] = ()) -> None:
@@ -55,17 +63,17 @@ def check_rates(config: Any, names: Iterable[str], *, optional: Iterable[str] = 
 
 
 def check_positive(config: Any, names: Iterable[str]) -> None:
-    """Raises ValueError unless each of these fields is a finite number above 0."""
+    """Raises ValueError unless each of these fields is a number above 0 that float32 holds."""
     for name in names:
         value = getattr(config, name)
-        if not isinstance(value, int | float) or not 0 < value < float("inf"):
-            raise ValueError(f"{name} must be a positive number, got {value!r}.")
+        if not isinstance(value, int | float) or not 0 < value < 2.0**128:
+            raise ValueError(f"{name} must be a positive number below 2**128, got {value!r:.60}.")
 
 
 def check_one_of(config: Any, name: str, known: Iterable[str]) -> None:
     """Raises ValueError unless the field is one of the known words."""
     value = getattr(config, name)
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise ValueError(f"{name} {value!r} is not one of {sorted(known)}.")
 
 

@@ -54,6 +54,7 @@ class T5Config:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(self, other))
         settings.check_sizes(self, _SIZES)
+        settings.check_at_most(self, "relative_attention_max_distance", 2**20)
         settings.check_rates(self, ("dropout_rate",))
         settings.check_positive(self, ("layer_norm_epsilon", "initializer_factor"))
         known = [f"{gate}{name}" for gate in ("", "gated-") for name in ACTIVATIONS]
