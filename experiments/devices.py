@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -255,6 +256,30 @@ def _fed(on: Devices, run: Callable, put: Callable) -> Callable:
 
     fed.lower = lower
     return fed
+
+
+def over_all(gradient: Callable, axis: str) -> Callable:
+    """The gradient over the rows of all devices of a pmap, from one that sees a device's rows.
+
+    Each device's mean counts by its weight: the mean of the devices' means would be another number
+    where some rows only fill the batch, or texts have different numbers of tokens.
+
+    Args:
+      gradient: ``(fn, adapter, batch, key) -> (gradient of the mean loss, sums)``.
+      axis: the pmap's.
+    """
+
+    def over(fn: Callable, adapter: PyTree, batch: Batch, key: jax.Array) -> tuple[PyTree, Any]:
+        # Dropout of its own for each device, as their rows are different ones.
+        own = jax.random.fold_in(key, jax.lax.axis_index(axis))
+        grads, sums = gradient(fn, adapter, batch, own)
+        total = jax.lax.psum(sums, axis)
+        weight = sums[-1]
+        # A device whose rows all fill the batch has a mean of 0 / 0.
+        part = lambda x: jnp.where(weight > 0, x * (weight / total[-1]).astype(x.dtype), 0)
+        return jax.lax.psum(jax.tree.map(part, grads), axis), total
+
+    return over
 
 
 def eval_step(on: Devices, step: Callable) -> Callable:

@@ -38,29 +38,32 @@ def train_step(
     The dropout rate, and the numbers in ``tx``, may be JAX scalars: a sweep maps over them. Under a
     pmap ``axis`` is its name; each device then has rows, and dropout, of its own.
     """
+    gradient = _gradient if axis is None else devices.over_all(_gradient, axis)
 
     def step(state: TrainState, base: PyTree, batch: Batch) -> tuple[TrainState, tuple]:
-        key = jax.random.fold_in(state.key, state.step)
-        if axis is not None:
-            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
-        model_key, branch_key = jax.random.split(key)
-        apply = lora.lift(task.apply, dropout=dropout, dropout_key=branch_key)
-
-        def loss(adapter: PyTree) -> tuple[jax.Array, tuple]:
+        def sums(adapter: PyTree, batch: Batch, key: jax.Array) -> NamedTuple:
+            model_key, branch_key = jax.random.split(key)
+            apply = lora.lift(task.apply, dropout=dropout, dropout_key=branch_key)
             logits = apply(lora.bind(base, adapter), batch, model_key)
-            sums = task.metrics(logits, batch)
-            # Of all rows, not the mean of the devices' means: their weights may differ.
-            weight = sums[-1] if axis is None else jax.lax.psum(sums[-1], axis)
-            return sums[0] / weight, sums
+            return task.metrics(logits, batch)
 
-        grads, sums = jax.grad(loss, has_aux=True)(state.adapter)
-        if axis is not None:
-            grads, sums = jax.lax.psum((grads, sums), axis)
+        key = jax.random.fold_in(state.key, state.step)
+        grads, found = gradient(sums, state.adapter, batch, key)
         updates, opt_state = tx.update(grads, state.opt_state, state.adapter)
         adapter = optax.apply_updates(state.adapter, updates)
-        return TrainState(state.step + 1, adapter, opt_state, state.key), sums
+        return TrainState(state.step + 1, adapter, opt_state, state.key), found
 
     return step
+
+
+def _gradient(fn: Callable, adapter: PyTree, batch: Batch, key: jax.Array) -> tuple[PyTree, Any]:
+    """The gradient of the mean loss of a batch, and the batch's sums."""
+
+    def loss(adapter: PyTree) -> tuple[jax.Array, Any]:
+        sums = fn(adapter, batch, key)
+        return sums[0] / sums[-1], sums
+
+    return jax.grad(loss, has_aux=True)(adapter)
 
 
 def make_train_step(
