@@ -138,6 +138,23 @@ def test_a_process_dies_and_another_number_goes_on(inputs, single, tmp_path):
 
 
 @pytest.mark.slow
+def test_one_is_asked_to_stop_and_all_do(inputs, single, tmp_path):
+    """SIGTERM to any of them: they agree on a step, save together, and end well."""
+    workdir = tmp_path / "run"
+    options = dict(mesh__data=-1, log_every=5)
+    processes = start(inputs, workdir, 2, **options)
+    wait_for(workdir, 10, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    first, _ = finish(processes)
+    assert "Stopped after step" in first and "To go on:" in first
+    first, _ = finish(start(inputs, workdir, 2, **options))
+    assert "Going on from the checkpoint of step" in first
+    one, two = adapter(single), adapter(workdir)
+    for name, x in one.items():
+        np.testing.assert_allclose(two[name], x, rtol=1e-5, atol=1e-5 * np.abs(x).max())
+
+
+@pytest.mark.slow
 def test_what_only_one_process_finds_wrong_ends_all(inputs, tmp_path):
     workdir = tmp_path / "run"
     workdir.mkdir()
