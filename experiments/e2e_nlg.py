@@ -14,6 +14,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -31,10 +32,15 @@ def main(argv: list[str]) -> None:
     config, workdir = finetuning.command_line(argv, e2e.resolved)
     logging.getLogger("lora_jax").setLevel(logging.ERROR)
     e2e.check(config)
+    if _EVALUATE.value and jax.process_count() > 1:
+        raise ValueError("Texts are written by one process: leave out what tells of others.")
     if not config.adapter and not _EVALUATE.value:  # whose settings are not known yet
         workdirs.check(workdir, config)
     writer = e2e.load(config)
     directory = config.adapter if _EVALUATE.value else _trained(config, writer, workdir)
+    if jax.process_count() > 1:
+        print(f"Next: let one process score it, with --evaluate --adapter={directory}")
+        return
     found = {}
     if config.decode.unadapted or not directory:
         found["unadapted"] = _scored("unadapted", config, writer)
