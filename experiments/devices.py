@@ -122,6 +122,15 @@ def base_mesh(config: ConfigDict) -> Mesh | None:
     return None if on.pmap else on.mesh
 
 
+def settled(on: Devices, task: Task) -> Task:
+    """The task with its base on the mesh, if it was not loaded onto it: by no table, then."""
+    is_there = lambda x: isinstance(x.sharding, NamedSharding) and x.sharding.mesh == on.mesh
+    if on.mesh is None or on.pmap or all(map(is_there, jax.tree.leaves(task.base))):
+        return task
+    specs = sharding.specs(task.base, (), on.mesh)
+    return task._replace(base=sharding.place(task.base, specs, on.mesh))
+
+
 def notes(on: Devices, base: PyTree) -> list[str]:
     """Lines for the report at the start."""
     if on.mesh is None:

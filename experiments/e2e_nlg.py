@@ -16,6 +16,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -44,12 +45,17 @@ def main(argv: list[str]) -> None:
     e2e.check(config)
     if finetuning.eval_only() and _EVALUATE.value:
         raise ValueError("--eval_only is the validation loss alone; leave it out with --evaluate.")
+    if _EVALUATE.value and jax.process_count() > 1:
+        raise ValueError("Texts are written by one process: leave out what tells of others.")
     if not config.adapter and not _EVALUATE.value:  # whose settings are not known yet
         workdirs.check(workdir, config)
     writer = e2e.load(config)
     if finetuning.eval_only():
         return evaluating.report(e2e.make_task(config, writer)[0], config, workdir)
     directory = config.adapter if _EVALUATE.value else _trained(config, writer, workdir)
+    if jax.process_count() > 1:
+        print(f"Next: let one process score it, with --evaluate --adapter={directory}")
+        return
     found = {}
     if config.decode.unadapted or not directory:
         found["unadapted"] = _scored("unadapted", config, writer)

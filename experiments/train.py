@@ -34,7 +34,7 @@ def train(task: Task, config: ConfigDict, lora_config: lora.LoRAConfig, workdir:
       OSError: the workdir can't be written; what was there is intact.
     """
     on = devices.find(config)
-    task = devices.local(on, task, config)
+    task = devices.settled(on, devices.local(on, task, config))
     state, tx = stepping.initial_state(task, config, lora_config)
     workdirs.check(workdir, config)  # before the claim: a mistake claims nothing
     with contextlib.ExitStack() as stack:
