@@ -42,7 +42,7 @@ class Meter:
         self._log, self._per_epoch, self._log_every = log, per_epoch, log_every
         self._pending: tuple[int, NamedTuple] | None = None
         self._sums: list[Any] = list(pending)
-        self._last = start
+        self._last, self._kind = start, tuple
         self._clock = time.perf_counter()
         # In a file, which keeps every update, a line now and then is enough.
         seconds = 1 if sys.stderr.isatty() else 10
@@ -94,7 +94,8 @@ class Meter:
             return
         self._last, sums = self._pending
         self._pending = None
-        sums = type(sums)(*(float(x) for x in sums))
+        self._kind = type(sums)
+        sums = self._kind(*(float(x) for x in sums))
         if not math.isfinite(sums[0]):
             raise FloatingPointError(f"The training loss is {sums[0]} at step {self._last}")
         self._sums.append(sums)
@@ -104,8 +105,8 @@ class Meter:
 
     def _write(self) -> None:
         now = time.perf_counter()
-        kind = type(self._sums[-1])  # what comes from a checkpoint is plain lists
-        values = means([kind(*x) for x in self._sums], now - self._clock)
+        # What comes from a checkpoint is plain lists.
+        values = means([self._kind(*x) for x in self._sums], now - self._clock)
         self._log.write(self._last, epoch=self._last / self._per_epoch, **values)
         speed = values.pop("examples_per_second")
         shown = [f"{name} {value:.3f}" for name, value in values.items()]
