@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 
 def product(axes: Mapping[str, Iterable[Any]]) -> Iterator[dict[str, Any]]:
@@ -15,6 +15,11 @@ def product(axes: Mapping[str, Iterable[Any]]) -> Iterator[dict[str, Any]]:
     """
     for values in itertools.product(*axes.values()):
         yield dict(zip(axes, values, strict=True))
+
+
+def duration(value: float | str) -> config_dict.FieldReference:
+    """A field that takes a number, or a text such as "100 steps", "1.5 epochs" or "6%"."""
+    return config_dict.FieldReference(value, field_type=object)
 
 
 def base_config() -> ConfigDict:
@@ -30,6 +35,9 @@ def base_config() -> ConfigDict:
     c.model.labels = ("negative", "positive")  # what predictions are called; () for the task's own
     c.model.dtype = "float32"  # of the activations: float32 or bfloat16
     c.model.param_dtype = "float32"  # of the frozen base; what is trained is float32
+    # What the backward pass computes again rather than keeps in memory, layer by layer: "none",
+    # "full" (all of it), or the name of a policy in jax.checkpoint_policies.
+    c.model.remat = "none"
 
     c.lora = ConfigDict()  # the fields of lora_jax.LoRAConfig
     c.lora.rank = 8
@@ -58,16 +66,30 @@ def base_config() -> ConfigDict:
     c.mesh.tensor = 1  # the width of the layers is split over it
     c.pmap = False  # rows split by jax.pmap, over mesh.data devices, or all if that is 1
 
-    c.batch_size = 16
+    c.batch_size = 16  # rows of a step, whatever accumulate is
+    c.accumulate = 1  # parts that a batch is cut into, with the activations of one in memory
     c.eval_batch_size = 64
     c.epochs = 3
+    c.steps = duration(0)  # how long to train, in place of epochs; 0 for these
     c.log_every = 20  # steps between lines of metrics.jsonl
-    c.checkpoint_every = 0  # steps between checkpoints; 0 for one each epoch
+    c.eval_every = duration("1 epoch")  # between evaluations; there is always one at the end
+    c.checkpoint_every = duration(0)  # steps between checkpoints, besides one with each evaluation
     c.checkpoint_keep = 2  # so many of the newest are kept; older ones are there if one is damaged
+
+    c.early_stopping = ConfigDict()
+    c.early_stopping.patience = 0  # evaluations without an improvement that end the run; 0: never
+    c.early_stopping.min_delta = 0.0  # what the score must improve by to count
+
+    c.guard = ConfigDict()  # against a loss or gradient that is NaN or infinite
+    c.guard.action = "stop"  # or "skip": go on without that step's update
+    c.guard.patience = 10  # so many steps in a row that are left out stop the run all the same
+    c.guard.spike = 0.0  # a loss above so many times its running mean is treated alike; 0: never
 
     c.optimizer = ConfigDict()  # AdamW
     c.optimizer.learning_rate = 5e-4
-    c.optimizer.warmup = 0.0  # fraction of all steps, before the linear decay to zero
+    # The linear rise before the decay, a fraction of all steps (0.06), or "6%", "100 steps", ...
+    c.optimizer.warmup = duration(0.0)
+    c.optimizer.decay = "linear"  # of the learning rate, to zero at the end: linear, cosine or none
     c.optimizer.weight_decay = 0.01
     c.optimizer.clip_norm = 1.0  # of the gradient's global norm; 0 for none
     return c

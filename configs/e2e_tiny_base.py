@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
     c.model.n_embd = 128
     c.model.n_layer = 4
     c.model.n_head = 4
+    c.model.remat = "none"
     c.model.resid_pdrop = c.model.embd_pdrop = c.model.attn_pdrop = 0.0
     c.lora.targets = ()
     c.lora.train = ("re:.*",)

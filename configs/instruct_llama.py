@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
     c.model.dtype = "bfloat16"  # of the activations: float32 or bfloat16
     c.model.param_dtype = "float32"  # of the frozen base; in bfloat16 it takes half the memory
     c.model.scan_layers = True  # one layer is compiled for all
+    c.model.remat = "none"  # as in base_config; "full" takes the least memory
 
     c.lora.rank = 16
     c.lora.alpha = 32.0

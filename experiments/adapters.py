@@ -15,6 +15,7 @@ from lora_jax.models.families import CAUSAL_LM, SEQ2SEQ_LM
 
 PyTree = Any
 
+FRESH_HEAD = "fresh head"  # how the note on a head that is not the adapter's begins
 _TASK_TYPES = {CAUSAL_LM: "CAUSAL_LM", SEQ2SEQ_LM: "SEQ_2_SEQ_LM"}  # PEFT's words
 
 
@@ -81,7 +82,7 @@ def start(
             f"{ours} are wanted here: start from one whose head is trained in full."
         )
     new = nodes | {name: own[name] for name in head}
-    return paths.nest(new), config, f"fresh head: that of the adapter has {theirs} labels"
+    return paths.nest(new), config, f"{FRESH_HEAD}: that of the adapter has {theirs} labels"
 
 
 def count_labels(directory: str | Path, base: dict[str, Any]) -> int:

@@ -13,7 +13,16 @@ import tokenizers
 from ml_collections import ConfigDict
 
 import lora_jax as lora
-from experiments import adapters, data, devices, glue_tasks, metrics, tasks, text_to_text
+from experiments import (
+    adapters,
+    data,
+    devices,
+    durations,
+    glue_tasks,
+    metrics,
+    tasks,
+    text_to_text,
+)
 from experiments.glue_tasks import GlueTask
 from experiments.scores import SCORES
 from lora_jax.models import checkpoints, registry
@@ -129,6 +138,7 @@ def make_task(config: ConfigDict) -> tuple[tasks.Task, lora.LoRAConfig]:
         config.model.name,
         num_labels=config.model.num_labels,
         key=head_key(config.seed),
+        remat=config.model.remat,
         **load_options(config),
     )
     _check_positions(config, loaded)
@@ -266,7 +276,8 @@ def _notes(
     fresh = f"; fresh: {', '.join(loaded.fresh)}" if loaded.fresh else ""
     n_train = len(train_set.offsets) - 1
     kind = "sentence pairs" if glue_tasks.find(config.task).pairs else "sentences"
-    steps = config.epochs * data.steps_per_epoch(n_train, config.batch_size)
+    per_epoch = data.steps_per_epoch(n_train, config.batch_size)
+    steps = durations.plan(config, per_epoch).total
     lengths = data.bucket_lengths_used(
         train_set,
         steps,

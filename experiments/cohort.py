@@ -18,6 +18,7 @@ import numpy as np
 import lora_jax as lora
 from experiments import (
     checkpointing,
+    durations,
     lockstep,
     meter,
     stepping,
@@ -44,12 +45,14 @@ class Group(NamedTuple):
       member: the run with an id, at step 0.
       shapes: that hold every one of them.
       dropout: whether any of them has dropout on its low-rank branches.
+      options: what all of them are compiled with.
     """
 
     task: tasks.Task
     member: Callable[[str], Member]
     shapes: PyTree
     dropout: bool
+    options: lockstep.Options = lockstep.PLAIN
 
 
 class Job(NamedTuple):
@@ -149,7 +152,7 @@ def rungs(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def _total(task: tasks.Task, job: Job) -> int:
-    return job.run.config.epochs * task.steps_per_epoch
+    return durations.plan(job.run.config, task.steps_per_epoch).total
 
 
 def _open(
@@ -177,6 +180,7 @@ def _loop(
     task: tasks.Task, jobs: list[Job], members: Member, *, on: Program, to: Stop, bar: Bar
 ) -> list[Job]:
     start, config = int(members.state.step[0]), jobs[0].run.config
+    plan = durations.plan(config, task.steps_per_epoch)
     base, clock, sums = lockstep.replicate(on, task.base), _Clock(on), []
     for done in range(start + 1, to.step + 1):
         batch = task.train_batch(done - 1)
@@ -184,10 +188,9 @@ def _loop(
         sums.append(new)
         for job in jobs:
             bar.at(job.point, done / _total(task, job))
-        epoch_end = done % task.steps_per_epoch == 0
-        line = epoch_end or done == to.step or done % config.log_every == 0
-        stop, every = stopping.requested(done), config.checkpoint_every
-        pause = epoch_end or done == to.step or stop or (every and done % every == 0)
+        evaluates, stop = durations.evaluates(plan, done), stopping.requested(done)
+        pause = done == to.step or stop or durations.saves(plan, done)
+        line = evaluates or done == to.step or done % config.log_every == 0
         if not pause and not line:
             continue
         jobs, sums = _looked_at(jobs, done, sums), []
@@ -197,11 +200,11 @@ def _loop(
             continue
         rung = to.rung if done == to.step else ""
         found = []
-        if epoch_end or rung:
+        if evaluates or rung:
             found = _evaluations(task, jobs, members, on=on, base=base, step=done)
         jobs = _timed(jobs, clock.lap("progress"))
         states = jax.device_get(members.state)
-        jobs = _recorded(jobs, states.adapter, found, epoch_end=epoch_end, rung=rung)
+        jobs = _recorded(jobs, states.adapter, found, noted=evaluates, rung=rung)
         for k, job in enumerate(jobs):
             _save(job, states, k)
             bar.found(job.point, task.score.name, job.progress.best_score)
@@ -277,7 +280,7 @@ def _evaluations(
 
 
 def _recorded(
-    jobs: list[Job], adapters: PyTree, found: list[train.Evaluation], *, epoch_end: bool, rung: str
+    jobs: list[Job], adapters: PyTree, found: list[train.Evaluation], *, noted: bool, rung: str
 ) -> list[Job]:
     """Keeps adapters that are the best so far, and what halving wants to know."""
     new = list(jobs)
@@ -289,7 +292,7 @@ def _recorded(
         if not all(np.isfinite(x).all() for x in jax.tree.leaves((adapter, evaluation))):
             new[k] = job._replace(diverged=evaluation.step)
             continue
-        if epoch_end:
+        if noted:
             progress = train.recorded(job.run, adapter, evaluation, job.progress)
             new[k] = job._replace(progress=progress)
         if rung:

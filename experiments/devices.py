@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -76,11 +75,16 @@ def _misfits(config: ConfigDict) -> list[str]:
             f"the {jax.process_count()} processes have {there} devices, and the mesh has "
             f"{math.prod(shape)} ({said}): all must be used, so set mesh.data to -1"
         )
-    for field in ("batch_size", "eval_batch_size"):
-        if config[field] % (shape[0] * shape[1]):
+    rows = {
+        f"batch_size {config.batch_size}": (config.batch_size, config.accumulate),
+        f"eval_batch_size {config.eval_batch_size}": (config.eval_batch_size, 1),
+    }
+    for said, (size, parts) in rows.items():
+        if size % (shape[0] * shape[1] * parts):
+            of_parts = f", of each of its {parts} parts (accumulate)" if parts > 1 else ""
             found.append(
-                f"{field} {config[field]} must be a multiple of mesh.data x mesh.fsdp, "
-                f"{shape[0]} x {shape[1]}, over which its rows are split"
+                f"{said} must be a multiple of mesh.data x mesh.fsdp, {shape[0]} x {shape[1]}, "
+                f"over which the rows{of_parts} are split"
             )
     return found
 
@@ -132,6 +136,11 @@ def settled(on: Devices, task: Task) -> Task:
     return task._replace(base=sharding.place(task.base, specs, on.mesh))
 
 
+def with_copies(on: Devices, task: Task) -> Task:
+    """The task with a copy of its base on each device, for a pmap."""
+    return task._replace(base=stacked(on, task.base)) if on.pmap else task
+
+
 def notes(on: Devices, base: PyTree) -> list[str]:
     """Lines for the report at the start."""
     if on.mesh is None:
@@ -162,6 +171,15 @@ def place(on: Devices, state: Any, base: PyTree) -> Any:
     if on.pmap:
         return stacked(on, state)
     return sharding.place(state, state_specs(state, base), on.mesh)
+
+
+def place_adapter(on: Devices, adapter: PyTree, base: PyTree) -> PyTree:
+    """The same for an adapter alone."""
+    if on.mesh is None:
+        return adapter
+    if on.pmap:
+        return stacked(on, adapter)
+    return sharding.place(adapter, sharding.adapter_specs(_specs(base), adapter), on.mesh)
 
 
 def state_specs(state: Any, base: PyTree) -> Any:
@@ -265,30 +283,6 @@ def _fed(on: Devices, run: Callable, put: Callable) -> Callable:
 
     fed.lower = lower
     return fed
-
-
-def over_all(gradient: Callable, axis: str) -> Callable:
-    """The gradient over the rows of all devices of a pmap, from one that sees a device's rows.
-
-    Each device's mean counts by its weight: the mean of the devices' means would be another number
-    where some rows only fill the batch, or texts have different numbers of tokens.
-
-    Args:
-      gradient: ``(fn, adapter, batch, key) -> (gradient of the mean loss, sums)``.
-      axis: the pmap's.
-    """
-
-    def over(fn: Callable, adapter: PyTree, batch: Batch, key: jax.Array) -> tuple[PyTree, Any]:
-        # Dropout of its own for each device, as their rows are different ones.
-        own = jax.random.fold_in(key, jax.lax.axis_index(axis))
-        grads, sums = gradient(fn, adapter, batch, own)
-        total = jax.lax.psum(sums, axis)
-        weight = sums[-1]
-        # A device whose rows all fill the batch has a mean of 0 / 0.
-        part = lambda x: jnp.where(weight > 0, x * (weight / total[-1]).astype(x.dtype), 0)
-        return jax.lax.psum(jax.tree.map(part, grads), axis), total
-
-    return over
 
 
 def eval_step(on: Devices, step: Callable) -> Callable:

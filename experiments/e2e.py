@@ -19,6 +19,7 @@ from experiments import (
     e2e_data,
     language,
     optimisers,
+    options,
     tasks,
     writing,
 )
@@ -30,8 +31,7 @@ from lora_jax.models.families import CAUSAL_LM
 from lora_jax.models.tokenizer import read_tokenizer
 
 _LEAST = {
-    "batch_size": 1, "eval_batch_size": 1, "epochs": 1, "log_every": 1, "checkpoint_every": 0,
-    "checkpoint_keep": 1,
+    "batch_size": 1, "eval_batch_size": 1, "epochs": 1, "log_every": 1, "checkpoint_keep": 1,
     "data.holdout": 0, "data.test_meanings": 0, "data.seed": 0, "data.alike": 0,
     "decode.batch_size": 1,
 }  # fmt: skip
@@ -75,6 +75,7 @@ def check(config: ConfigDict) -> None:
     optimisers.check(config.optimizer)
     writing.decoding(config, (0,))
     language.check_sizes(config, _LEAST)
+    options.check(config)
     if not 0 <= config.label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), got {config.label_smoothing}.")
     if bool(config.data.validation) == bool(config.data.holdout):
@@ -91,6 +92,7 @@ def load(config: ConfigDict) -> Writer:
         c.name,
         head=CAUSAL_LM,
         scan_layers=c.scan_layers,
+        remat=c.remat,
         **classification.load_options(config),
     )
     if c.tokenizer:

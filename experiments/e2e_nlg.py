@@ -7,6 +7,8 @@ It trains, then writes a text for each meaning of the test file by beam search, 
 chrF of the unadapted model and of the adapted one. Run again with the same config, it goes on where
 it stopped. With --adapter it starts from a trained adapter, of this library or in PEFT's format.
 With --evaluate nothing is trained: the unadapted model is scored, and the adapter if one is given.
+With --eval_only nothing is trained or written: the loss of the run's best adapter, or of that of
+--adapter, on the validation texts.
 """
 
 import json
@@ -18,7 +20,16 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import adapters, classification, cli, e2e, finetuning, train, workdirs
+from experiments import (
+    adapters,
+    classification,
+    cli,
+    e2e,
+    evaluating,
+    finetuning,
+    train,
+    workdirs,
+)
 from experiments.e2e import Writer, Written
 from lora_jax.files import write_atomically
 
@@ -34,9 +45,13 @@ def main(argv: list[str]) -> None:
     e2e.check(config)
     if _EVALUATE.value and jax.process_count() > 1:
         raise ValueError("Texts are written by one process: leave out what tells of others.")
+    if finetuning.eval_only() and _EVALUATE.value:
+        raise ValueError("--eval_only is the validation loss alone; leave it out with --evaluate.")
     if not config.adapter and not _EVALUATE.value:  # whose settings are not known yet
         workdirs.check(workdir, config)
     writer = e2e.load(config)
+    if finetuning.eval_only():
+        return evaluating.report(e2e.make_task(config, writer)[0], config, workdir)
     directory = config.adapter if _EVALUATE.value else _trained(config, writer, workdir)
     if jax.process_count() > 1:
         print(f"Next: let one process score it, with --evaluate --adapter={directory}")

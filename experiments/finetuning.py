@@ -7,12 +7,18 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from experiments import classification, settings, train, workdirs
+from experiments import classification, evaluating, settings, train, workdirs
 from experiments.glue_tasks import find
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
 _ADAPTER = flags.DEFINE_string("adapter", None, "Directory of an adapter to go on from.")
+_EVAL_ONLY = flags.DEFINE_bool(
+    "eval_only",
+    False,
+    "Train nothing and write nothing: score the run's best adapter, or that of --adapter, on the "
+    "evaluation set.",
+)
 flags.mark_flag_as_required("config")
 
 
@@ -24,6 +30,8 @@ def main(argv: list[str]) -> None:
     if not config.adapter:  # whose settings are not known yet
         workdirs.check(workdir, config)
     task, lora_config = classification.make_task(config)
+    if eval_only():
+        return evaluating.report(task, config, workdir)
     if config.adapter:
         with config.unlocked():
             config.lora = classification.settings(lora_config)
@@ -43,6 +51,11 @@ def main(argv: list[str]) -> None:
     )
 
 
+def eval_only() -> bool:
+    """Whether the command line asks for an evaluation and nothing else."""
+    return _EVAL_ONLY.value
+
+
 def command_line(
     argv: list[str], resolved: Callable[[ConfigDict], ConfigDict]
 ) -> tuple[ConfigDict, Path]:
@@ -52,14 +65,21 @@ def command_line(
       argv: what is no option; there must be none.
       resolved: puts into a copy of the config what it leaves open.
 
+    Where nothing but an evaluation is asked for, the adapter is that of the directory's run by
+    default.
+
     Raises:
       ValueError: unexpected arguments, or settings that an adapter brings along itself.
+      FileNotFoundError: only an evaluation is asked for, and there is no adapter.
     """
     if argv:
         raise ValueError(f"Unexpected arguments {argv}; options start with --.")
     config = resolved(_CONFIG.value)
     if _ADAPTER.value:
         config.adapter = _ADAPTER.value
+    if _EVAL_ONLY.value and not _ADAPTER.value:
+        config.adapter = str(evaluating.adapter_of(Path(_WORKDIR.value)))
+        return config, Path(_WORKDIR.value)
     fixed = config_flags.get_override_values(flags.FLAGS["config"])
     fixed = [name for name in fixed if name.startswith("lora.") and name != "lora.dropout"]
     if config.adapter and fixed:

@@ -5,7 +5,7 @@ r"""Fine-tunes BERT, RoBERTa, DistilBERT or T5 (as text to text) on any task of 
 
 The tasks are cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte and wnli; DIRECTORY holds the task's
 files as GLUE unpacks them (or the directories of all tasks). Without it the data come through TFDS.
-Resuming and --adapter are as in experiments.sst2.
+Resuming, --adapter and --eval_only are as in experiments.sst2.
 """
 
 from experiments import cli, finetuning

@@ -6,12 +6,13 @@ r"""Fine-tunes a language model on conversations, such as Llama on instructions 
 A line of the file is {"messages": [{"role": "user", "content": "..."}, {"role": "assistant",
 "content": "..."}]}; the model's own chat template makes a text of it, of which only what the
 assistant says is learned. Several conversations share a row of a batch, without seeing each other.
-Resuming and --adapter are as in experiments.sst2; experiments.chat talks to the result.
+Resuming, --adapter and --eval_only are as in experiments.sst2; experiments.chat talks to what comes
+out.
 """
 
 import logging
 
-from experiments import classification, cli, finetuning, instructions, train, workdirs
+from experiments import classification, cli, evaluating, finetuning, instructions, train, workdirs
 
 
 def main(argv: list[str]) -> None:
@@ -22,6 +23,8 @@ def main(argv: list[str]) -> None:
     if not config.adapter:  # whose settings are not known yet
         workdirs.check(workdir, config)
     task, lora_config = instructions.make_task(config)
+    if finetuning.eval_only():
+        return evaluating.report(task, config, workdir)
     if config.adapter:
         with config.unlocked():
             config.lora = classification.settings(lora_config)

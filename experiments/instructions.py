@@ -20,6 +20,7 @@ from experiments import (
     devices,
     language,
     optimisers,
+    options,
     packing,
     tasks,
 )
@@ -33,7 +34,6 @@ _LEAST = {
     "eval_batch_size": 1,
     "epochs": 1,
     "log_every": 1,
-    "checkpoint_every": 0,
     "checkpoint_keep": 1,
     "data.max_length": 2,
     "data.holdout": 0,
@@ -69,6 +69,7 @@ def check(config: ConfigDict) -> None:
     problems += devices.problems(config)
     if problems:
         raise ValueError(f"The config is wrong: {'; '.join(problems)}.")
+    options.check(config)
 
 
 def make_task(config: ConfigDict) -> tuple[tasks.Task, lora.LoRAConfig]:
@@ -77,6 +78,7 @@ def make_task(config: ConfigDict) -> tuple[tasks.Task, lora.LoRAConfig]:
         config.model.name,
         head=CAUSAL_LM,
         scan_layers=config.model.scan_layers,
+        remat=config.model.remat,
         **classification.load_options(config),
     )
     _check_model(config, loaded)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 import lora_jax as lora
-from experiments import optimisers, stepping, tasks
+from experiments import durations, optimisers, stepping, tasks
 from lora_jax import adapter as adapters
 from lora_jax import lowrank, paths
 
@@ -44,6 +44,26 @@ class Member(NamedTuple):
     own: dict[str, Any]
 
 
+class Options(NamedTuple):
+    """What steps are compiled with, the same for all of their runs.
+
+    Attributes:
+      decay: of the learning rate; see :func:`optimisers.schedule`.
+      accumulate: as in :class:`stepping.Options`.
+    """
+
+    decay: str = "linear"
+    accumulate: int = 1
+
+
+PLAIN = Options()
+
+
+def options(config: ConfigDict) -> Options:
+    """Those of a config."""
+    return Options(config.optimizer.decay, config.accumulate)
+
+
 def member(task: tasks.Task, config: ConfigDict, lora_config: lora.LoRAConfig) -> Member:
     """A run at step 0, in numpy arrays of its true rank.
 
@@ -52,12 +72,12 @@ def member(task: tasks.Task, config: ConfigDict, lora_config: lora.LoRAConfig) -
     """
     base = task.base if task.base_of is None else task.base_of(config.seed)
     state, _ = stepping.initial_state(task._replace(base=base), config, lora_config)
-    total = config.epochs * task.steps_per_epoch
+    total = durations.plan(config, task.steps_per_epoch).total
     own = _own_leaves(task.base, base, state.adapter)
     found = Member(
         stepping.storable(state),
         np.array(True),
-        optimisers.settings(config.optimizer, total),
+        optimisers.settings(config.optimizer, total, per_epoch=task.steps_per_epoch),
         float(lora_config.dropout),
         own,
     )
@@ -119,17 +139,20 @@ def unstack(tree: PyTree, index: int) -> PyTree:
     return jax.tree.map(lambda x: np.asarray(x)[index], tree)
 
 
-def train_step(task: tasks.Task, *, dropout: bool) -> Callable:
+def train_step(task: tasks.Task, *, dropout: bool, options: Options = PLAIN) -> Callable:
     """``(member, base, batch) -> (member, sums)``: the step of a single run, with its data.
 
     Args:
       task: its ``apply`` and ``metrics`` are used.
       dropout: whether the low-rank branches have any; a rate of zero is exact, and costs the draw.
+      options: of the runs.
     """
 
     def step(run: Member, base: PyTree, batch: tasks.Batch) -> tuple[Member, Any]:
-        tx = optimisers.adamw(run.settings, run.state.adapter)
-        single = stepping.train_step(task, tx, run.dropout if dropout else 0.0)
+        tx = optimisers.adamw(run.settings, run.state.adapter, options.decay)
+        # What diverges is left alone here, run by run: no guard of a single run's kind.
+        step = stepping.Options(accumulate=options.accumulate)
+        single = stepping.train_step(task, tx, run.dropout if dropout else 0.0, step)
         state, sums = single(stepping.usable(run.state), _with_own(base, run.own), batch)
         alive = run.alive & jnp.isfinite(sums[0])
         kept = lambda new, old: jnp.where(alive, new, old)
@@ -176,14 +199,17 @@ def replicate(on: Program, tree: PyTree) -> PyTree:
     return jax.device_put(tree, NamedSharding(on.mesh, PartitionSpec()))
 
 
-def program(task: tasks.Task, count: int, *, dropout: bool) -> Program:
+def program(task: tasks.Task, count: int, *, dropout: bool, options: Options = PLAIN) -> Program:
     """A program for ``count`` runs at a time, over as many devices as divide them evenly."""
     # Nothing of the data is held on to.
     task = task._replace(base=None, train_batch=None, eval_batches=None, base_of=None)
     devices = jax.devices()
     used = max(d for d in range(1, len(devices) + 1) if count % d == 0)
     mesh = Mesh(np.array(devices[:used]), (_AXIS,))
-    steps = {"train": train_step(task, dropout=dropout), "evaluate": eval_step(task)}
+    steps = {
+        "train": train_step(task, dropout=dropout, options=options),
+        "evaluate": eval_step(task),
+    }
     return Program(steps, count, mesh, {})
 
 

@@ -1,6 +1,5 @@
 """Training metrics as they come: checked, averaged, logged and shown."""
 
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -9,7 +8,7 @@ from typing import Any, NamedTuple, Self
 import jax
 from tqdm import tqdm
 
-from experiments import metrics, workdirs
+from experiments import guard, metrics, workdirs
 
 
 def means(sums: Sequence[NamedTuple], seconds: float) -> dict[str, float]:
@@ -27,7 +26,8 @@ class Meter:
     """Takes the metrics of each step, writes a line every ``log_every``, and shows a bar.
 
     Metrics are looked at when the next step has been dispatched, so that the device need not wait
-    for the host. ``pending`` is what :meth:`pending` gave when the run that goes on was saved.
+    for the host. ``policy`` says what is done about a step that the guard left out; ``pending`` is
+    what :meth:`pending` gave when the run that goes on was saved.
     """
 
     def __init__(
@@ -38,11 +38,14 @@ class Meter:
         total: int,
         per_epoch: int,
         log_every: int,
+        policy: guard.Policy,
         pending: Sequence[Sequence[float]] = (),
     ) -> None:
+        self._policy = policy
         self._log, self._per_epoch, self._log_every = log, per_epoch, log_every
-        self._pending: tuple[int, NamedTuple] | None = None
+        self._pending: tuple[int, NamedTuple, guard.Verdict] | None = None
         self._sums: list[Any] = list(pending)
+        self._kind: type = tuple
         self._last = start
         self._clock = time.perf_counter()
         # In a file, which keeps every update, a line now and then is enough.
@@ -58,20 +61,20 @@ class Meter:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def add(self, done: int, sums: NamedTuple) -> None:
-        """Takes the sums of step ``done`` (1 is the first).
+    def add(self, done: int, sums: NamedTuple, verdict: guard.Verdict) -> None:
+        """Takes the sums of step ``done`` (1 is the first), and what the guard found of it.
 
         Raises:
-          FloatingPointError: the loss of the step before is NaN or infinite.
+          FloatingPointError: the step before is one to stop at.
         """
         self._look()
-        self._pending = done, sums
+        self._pending = done, sums, verdict
 
     def flush(self) -> None:
         """Looks at the last step, and writes what has come since the last line, if anything.
 
         Raises:
-          FloatingPointError: the loss of the last step is NaN or infinite.
+          FloatingPointError: the last step is one to stop at.
         """
         self._look()
         if self._sums:
@@ -94,21 +97,28 @@ class Meter:
     def _look(self) -> None:
         if self._pending is None:
             return
-        self._last, sums = self._pending
+        self._last, *found = self._pending
         self._pending = None
-        sums = type(sums)(*(float(x) for x in sums))
-        if not math.isfinite(sums[0]):
-            raise FloatingPointError(f"The training loss is {sums[0]} at step {self._last}")
-        self._sums.append(sums)
+        sums, verdict = jax.device_get(found)
+        self._kind = type(sums)
+        if complaint := guard.complaint(self._policy, self._last, verdict):
+            self._log.write(self._last, epoch=self._epoch(), skipped=int(verdict.skips))
+            if jax.process_index() == 0:
+                self._bar.write(f"{complaint}: its update is left out", file=sys.stderr)
+        else:
+            self._sums.append(type(sums)(*(float(x) for x in sums)))
         self._bar.update(1)
-        if self._last % self._log_every == 0:
+        if self._last % self._log_every == 0 and self._sums:
             self._write()
+
+    def _epoch(self) -> float:
+        return self._last / self._per_epoch
 
     def _write(self) -> None:
         now = time.perf_counter()
-        kind = type(self._sums[-1])  # what comes from a checkpoint is plain lists
-        values = means([kind(*x) for x in self._sums], now - self._clock)
-        self._log.write(self._last, epoch=self._last / self._per_epoch, **values)
+        # What comes from a checkpoint is plain lists.
+        values = means([self._kind(*x) for x in self._sums], now - self._clock)
+        self._log.write(self._last, epoch=self._epoch(), **values)
         speed = values.pop("examples_per_second")
         shown = [f"{name} {value:.3f}" for name, value in values.items()]
         self._bar.set_postfix_str(", ".join([*shown, f"{speed:.0f} examples/s"]), refresh=False)

@@ -9,6 +9,10 @@ import optax
 from ml_collections import ConfigDict
 
 import lora_jax as lora
+from experiments import durations
+
+DECAYS = ("linear", "cosine", "none")
+_WARMUP = "optimizer.warmup"
 
 
 def check(config: ConfigDict) -> None:
@@ -22,9 +26,10 @@ def check(config: ConfigDict) -> None:
     for field in ("weight_decay", "clip_norm"):
         if not 0 <= config[field] < math.inf:
             raise ValueError(f"optimizer.{field} must not be negative, got {config[field]}.")
-    if not 0 <= config.warmup < 1:
+    durations.parse_field(_WARMUP, config.warmup, number="fraction")
+    if config.decay not in DECAYS:
         raise ValueError(
-            f"optimizer.warmup is a fraction in [0, 1) of all steps, got {config.warmup}."
+            f"optimizer.decay must be one of {', '.join(DECAYS)}, got {config.decay!r}."
         )
 
 
@@ -34,7 +39,7 @@ class Settings(NamedTuple):
     Attributes:
       learning_rate: at its peak.
       warmup_steps: steps of the linear rise to it; 0 for none.
-      total_steps: the step at which the linear decay has come to zero.
+      total_steps: the step at which the decay has come to zero.
       weight_decay: of AdamW; it is multiplied by the learning rate.
       clip_norm: the largest global norm of a gradient; infinite for no limit.
     """
@@ -46,26 +51,41 @@ class Settings(NamedTuple):
     clip_norm: Any
 
 
-def settings(config: ConfigDict, total_steps: int) -> Settings:
+def settings(config: ConfigDict, total_steps: int, *, per_epoch: int | None = None) -> Settings:
     """The settings that a config describes, for a run of ``total_steps``.
 
+    Args:
+      config: the section ``optimizer``.
+      total_steps: of the run.
+      per_epoch: steps of an epoch, in which the warm-up may be given; the whole run by default.
+
     Raises:
-      ValueError: as :func:`check`.
+      ValueError: as :func:`check`; or the warm-up takes as long as the run.
     """
     check(config)
+    warmup = durations.steps(
+        config.warmup, per_epoch=per_epoch or total_steps, total=total_steps, number="fraction"
+    )
+    if warmup and warmup >= total_steps:
+        raise ValueError(
+            f"{_WARMUP} {config.warmup!r} takes {warmup} steps, and the run has {total_steps}: the "
+            "learning rate would never come to its peak."
+        )
     return Settings(
         learning_rate=config.learning_rate,
-        warmup_steps=round(config.warmup * total_steps),
+        warmup_steps=warmup,
         total_steps=total_steps,
         weight_decay=config.weight_decay,
         clip_norm=config.clip_norm or math.inf,
     )
 
 
-def schedule(settings: Settings) -> optax.Schedule:
-    """Linear warm-up, then linear decay to zero at the last step.
+def schedule(settings: Settings, decay: str = "linear") -> optax.Schedule:
+    """Linear warm-up, then the decay to zero at the last step; or no decay, for "none".
 
-    Optax's own schedules want the number of steps as a Python number, where a sweep has an array.
+    Cosine: ``(1 + cos πx) / 2`` of the peak (Loshchilov & Hutter 2017, eq. 5), where ``x`` is the
+    part of the decay that is over. Optax's own schedules want the number of steps as a Python
+    number, where a sweep has an array.
 
     >>> rate = schedule(Settings(0.5, 2, 6, 0.0, 1.0))
     >>> [float(rate(step)) for step in range(7)]
@@ -77,24 +97,30 @@ def schedule(settings: Settings) -> optax.Schedule:
         step = jnp.asarray(step, float)
         rise = step / jnp.maximum(s.warmup_steps, 1)
         left = (s.total_steps - step) / jnp.maximum(s.total_steps - s.warmup_steps, 1)
+        if decay == "cosine":
+            left = 0.5 * (1 - jnp.cos(jnp.pi * jnp.clip(left, 0.0, 1.0)))
+        if decay == "none":
+            left = jnp.ones_like(left)
         fraction = jnp.where(step < s.warmup_steps, rise, left)
         return s.learning_rate * jnp.clip(fraction, 0.0, 1.0)
 
     return rate
 
 
-def adamw(settings: Settings, adapter: Any) -> optax.GradientTransformation:
+def adamw(settings: Settings, adapter: Any, decay: str = "linear") -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019) on the trainable leaves; the scales stay as they are."""
     clip = optax.clip_by_global_norm(settings.clip_norm)
-    rule = optax.adamw(schedule(settings), weight_decay=settings.weight_decay)
+    rule = optax.adamw(schedule(settings, decay), weight_decay=settings.weight_decay)
     parts = {"trainable": optax.chain(clip, rule), "frozen": optax.set_to_zero()}
     return optax.multi_transform(parts, lora.labels(adapter))
 
 
-def make(config: ConfigDict, adapter: Any, total_steps: int) -> optax.GradientTransformation:
+def make(
+    config: ConfigDict, adapter: Any, total_steps: int, *, per_epoch: int | None = None
+) -> optax.GradientTransformation:
     """The optimiser of a config.
 
     Raises:
-      ValueError: as :func:`check`.
+      ValueError: as :func:`settings`, which also gets the lengths.
     """
-    return adamw(settings(config, total_steps), adapter)
+    return adamw(settings(config, total_steps, per_epoch=per_epoch), adapter, config.decay)

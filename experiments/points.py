@@ -103,6 +103,7 @@ def _point(base: ConfigDict, values: dict[str, Any]) -> Point:
         _set(config, field, value.item() if isinstance(value, np.generic) else value)
     config = settings.resolved(config)
     settings.check(config)
+    _check_alone(config)
     if config.adapter:
         raise ValueError(
             f"adapter is {config.adapter!r}: the runs of a sweep start from fresh adapters, since "
@@ -114,6 +115,23 @@ def _point(base: ConfigDict, values: dict[str, Any]) -> Point:
             "over the devices, each on one, so leave all sizes at 1 and pmap at False"
         )
     return Point(_identity(config), values, config)
+
+
+def _check_alone(config: ConfigDict) -> None:
+    """Refuses what a run can only do by itself, not in step with others."""
+    found = []
+    if config.early_stopping.patience:
+        found.append(
+            f"early_stopping.patience is {config.early_stopping.patience}: the runs of a sweep go "
+            "in step to the end, or are dropped by --halving; set it to 0"
+        )
+    if config.guard.action != "stop" or config.guard.spike:
+        found.append(
+            f"guard is {config.guard.to_dict()}: a run of a sweep whose loss is not finite ends as "
+            "diverged, and the others go on; leave guard.action at stop and guard.spike at 0"
+        )
+    if found:
+        raise ValueError("; ".join(found))
 
 
 def _set(config: ConfigDict, field: str, value: Any) -> None:

@@ -19,7 +19,7 @@ import tokenizers
 from ml_collections import ConfigDict
 
 import lora_jax as lora
-from experiments import cli, e2e_data, finetuning, language, optimisers, train, workdirs
+from experiments import cli, e2e_data, finetuning, language, optimisers, options, train, workdirs
 from experiments.sources import permutation
 from lora_jax.files import write_atomically
 from lora_jax.models import checkpoints, gpt2, hub
@@ -28,8 +28,7 @@ from lora_jax.models.families import CAUSAL_LM, TOKENS
 START, MODEL = "start", "model"
 _END = "<|endoftext|>"
 _LEAST = {
-    "batch_size": 1, "eval_batch_size": 1, "epochs": 1, "log_every": 1, "checkpoint_every": 0,
-    "checkpoint_keep": 1,
+    "batch_size": 1, "eval_batch_size": 1, "epochs": 1, "log_every": 1, "checkpoint_keep": 1,
     "data.holdout": 1, "data.seed": 0, "data.alike": 0,
     "data.length": 2, "model.vocab_size": 257,
 }  # fmt: skip
@@ -39,8 +38,11 @@ def main(argv: list[str]) -> None:
     """Makes tokeniser and model, trains, and saves."""
     config, workdir = finetuning.command_line(argv, lambda c: c.copy_and_resolve_references())
     logging.getLogger("lora_jax").setLevel(logging.ERROR)
+    if finetuning.eval_only():
+        raise ValueError("--eval_only is for adapters, and this trains a model from nothing.")
     optimisers.check(config.optimizer)
     language.check_sizes(config, _LEAST)
+    options.check(config)
     workdirs.check(workdir, config)
     pairs = e2e_data.read(config.data.source, config.data.train)
     parts = e2e_data.split(pairs, config.data.holdout, config.data.seed)
@@ -97,7 +99,7 @@ def make_model(
     weights = (directory / hub.WEIGHTS,)
     here = hub.Checkpoint(str(directory), directory, json.loads(json.dumps(about)), weights, "made")
     checkpoints.save_hf(directory, params, here, head=CAUSAL_LM)
-    return checkpoints.load(directory, head=CAUSAL_LM)
+    return checkpoints.load(directory, head=CAUSAL_LM, remat=config.model.remat)
 
 
 _SIZES = ("n_positions", "n_embd", "n_layer", "n_head", "resid_pdrop", "embd_pdrop", "attn_pdrop")

@@ -23,7 +23,8 @@ _PROBE_STEPS = 3
 def key(point: Point) -> str:
     """Groups of equal keys differ in their data alone, and so may share compiled steps."""
     config = point.config
-    return f"{config.model.to_json()}{tuple(config.lora.targets)}{tuple(config.lora.train)}"
+    model = f"{config.model.to_json()}{tuple(config.lora.targets)}{tuple(config.lora.train)}"
+    return f"{model}{lockstep.options(config)}"
 
 
 class Programs:
@@ -39,7 +40,9 @@ class Programs:
         """The program for ``count`` runs of a group; those of equal key and shapes share it."""
         place = key, str(group.shapes), group.dropout, count
         if place not in self._made:
-            self._made[place] = lockstep.program(group.task, count, dropout=group.dropout)
+            self._made[place] = lockstep.program(
+                group.task, count, dropout=group.dropout, options=group.options
+            )
         return self._made[place]
 
     def width(self, group: Group, key: str, runs: Sequence[Point], steps: int) -> int:

@@ -4,7 +4,7 @@ import functools
 
 from ml_collections import ConfigDict
 
-from experiments import classification, devices, glue_tasks, optimisers
+from experiments import classification, devices, glue_tasks, optimisers, options
 from lora_jax.models import checkpoints, registry
 from lora_jax.models.families import Family
 
@@ -14,7 +14,6 @@ _LEAST = {
     "eval_batch_size": 1,
     "epochs": 1,
     "log_every": 1,
-    "checkpoint_every": 0,
     "checkpoint_keep": 1,
     "data.train_examples": 0,
     "data.holdout": 0,
@@ -63,6 +62,7 @@ def check(config: ConfigDict) -> None:
     for field, low in _LEAST.items():
         if values[field] < low:
             raise ValueError(f"{field} must be at least {low}, got {values[field]}.")
+    options.check(config)
     _check_buckets(config)
     _check_labels(config)
     devices.check(config)

@@ -4,7 +4,8 @@ r"""Fine-tunes BERT, RoBERTa, DistilBERT or T5 (as text to text) for sentence cl
         --config.lora.rank=4
 
 Run again with the same config, it goes on where it stopped. With --adapter it starts from a trained
-adapter, of this library or in PEFT's format, whose rank, targets and so on then hold.
+adapter, of this library or in PEFT's format, whose rank, targets and so on then hold. With
+--eval_only it trains nothing: it scores the run's best adapter, or that of --adapter.
 """
 
 from experiments import cli, finetuning

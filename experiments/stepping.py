@@ -4,6 +4,7 @@ The base parameters are an argument of the compiled step: neither donated nor cl
 changed.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import optax
 from ml_collections import ConfigDict
 
 import lora_jax as lora
-from experiments import devices, metrics, optimisers
+from experiments import devices, durations, gradients, guard, metrics, optimisers
 from experiments.devices import ONE, Devices
 from experiments.tasks import Batch, Task
 
@@ -28,19 +29,51 @@ class TrainState(NamedTuple):
     adapter: PyTree
     opt_state: PyTree
     key: jax.Array
+    health: PyTree = ()
+
+
+class Options(NamedTuple):
+    """What a step is compiled with, besides task and optimiser.
+
+    Attributes:
+      accumulate: into so many parts a batch is cut, of which one is in memory at a time.
+      guarded: whether a step without a finite loss and gradient changes nothing, and is told of.
+      spike: as in :class:`guard.Policy`.
+    """
+
+    accumulate: int = 1
+    guarded: bool = False
+    spike: float = 0.0
+
+
+PLAIN = Options()
+
+
+def options(config: ConfigDict) -> Options:
+    """Those of a config, guarded."""
+    return Options(config.accumulate, guarded=True, spike=config.guard.spike)
 
 
 def train_step(
-    task: Task, tx: optax.GradientTransformation, dropout: Any, *, axis: str | None = None
+    task: Task,
+    tx: optax.GradientTransformation,
+    dropout: Any,
+    options: Options = PLAIN,
+    *,
+    axis: str | None = None,
 ) -> Callable:
     """``(state, base, batch) -> (state, metrics)``, a pure function.
 
-    The dropout rate, and the numbers in ``tx``, may be JAX scalars: a sweep maps over them. Under a
-    pmap ``axis`` is its name; each device then has rows, and dropout, of its own.
+    The dropout rate, and the numbers in ``tx``, may be JAX scalars: a sweep maps over them. Of a
+    guarded step the metrics are a pair, with the guard's verdict. Under a pmap ``axis`` is its
+    name; each device then has rows, and dropout, of its own.
     """
-    gradient = _gradient if axis is None else devices.over_all(_gradient, axis)
+    gradient = functools.partial(gradients.whole, axis=axis)
+    if options.accumulate > 1:
+        parts = options.accumulate
+        gradient = functools.partial(gradients.accumulated, parts=parts, axis=axis)
 
-    def step(state: TrainState, base: PyTree, batch: Batch) -> tuple[TrainState, tuple]:
+    def step(state: TrainState, base: PyTree, batch: Batch) -> tuple[TrainState, Any]:
         def sums(adapter: PyTree, batch: Batch, key: jax.Array) -> NamedTuple:
             model_key, branch_key = jax.random.split(key)
             apply = lora.lift(task.apply, dropout=dropout, dropout_key=branch_key)
@@ -48,28 +81,26 @@ def train_step(
             return task.metrics(logits, batch)
 
         key = jax.random.fold_in(state.key, state.step)
+        if axis is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
         grads, found = gradient(sums, state.adapter, batch, key)
         updates, opt_state = tx.update(grads, state.opt_state, state.adapter)
-        adapter = optax.apply_updates(state.adapter, updates)
-        return TrainState(state.step + 1, adapter, opt_state, state.key), found
+        new = optax.apply_updates(state.adapter, updates), opt_state
+        if not options.guarded:
+            return TrainState(state.step + 1, *new, state.key, state.health), found
+        loss = jnp.where(jnp.isfinite(found[0]), found[0] / found[-1], found[0])
+        verdict, health = guard.judge(state.health, loss, grads, spike=options.spike)
+        new = guard.kept(verdict, new, (state.adapter, state.opt_state))
+        return TrainState(state.step + 1, *new, state.key, health), (found, verdict)
 
     return step
-
-
-def _gradient(fn: Callable, adapter: PyTree, batch: Batch, key: jax.Array) -> tuple[PyTree, Any]:
-    """The gradient of the mean loss of a batch, and the batch's sums."""
-
-    def loss(adapter: PyTree) -> tuple[jax.Array, Any]:
-        sums = fn(adapter, batch, key)
-        return sums[0] / sums[-1], sums
-
-    return jax.grad(loss, has_aux=True)(adapter)
 
 
 def make_train_step(
     task: Task,
     tx: optax.GradientTransformation,
     dropout: float,
+    options: Options = PLAIN,
     *,
     on: Devices = ONE,
     like: TrainState | None = None,
@@ -78,7 +109,7 @@ def make_train_step(
     # As an array, so that one minus the rate is rounded as in a sweep, and the masks are the same.
     rate = jnp.asarray(dropout, float) if dropout else 0.0
     axis = devices.PMAP if on.pmap else None
-    return devices.train_step(on, train_step(task, tx, rate, axis=axis), like)
+    return devices.train_step(on, train_step(task, tx, rate, options, axis=axis), like)
 
 
 def eval_step(task: Task) -> Callable:
@@ -127,8 +158,11 @@ def initial_state(task: Task, config: ConfigDict, lora_config: lora.LoRAConfig) 
     # Leaves of a bfloat16 base that are trained in full: small updates would round to nothing.
     wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
     adapter = jax.tree.map(wide, adapter)
-    tx = optimisers.make(config.optimizer, adapter, config.epochs * task.steps_per_epoch)
-    state = TrainState(jnp.int32(0), adapter, tx.init(adapter), jax.random.key_data(run_key))
+    total = durations.plan(config, task.steps_per_epoch).total
+    tx = optimisers.make(config.optimizer, adapter, total, per_epoch=task.steps_per_epoch)
+    state = TrainState(
+        jnp.int32(0), adapter, tx.init(adapter), jax.random.key_data(run_key), guard.healthy()
+    )
     return state._replace(key=jax.random.wrap_key_data(state.key)), tx
 
 

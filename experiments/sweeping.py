@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from experiments import (
     classification,
     cohort,
+    durations,
     lockstep,
     points,
     programs,
@@ -75,7 +76,7 @@ def prepare(members: Sequence[Point], pending: Sequence[Point]) -> Group:
     needed = {p.id: p for p in (*pending, *largest)}.values()
     shapes = lockstep.common_shapes(_checked(member, needed))
     dropout = any(point.config.lora.dropout > 0 for point in members)
-    return Group(task, member, shapes, dropout)
+    return Group(task, member, shapes, dropout, lockstep.options(pending[0].config))
 
 
 def _checked(member: Callable[[str], Member], wanted: Iterable[Point]) -> list[Any]:
@@ -184,7 +185,7 @@ def rung_step(total: int, halving: int, rungs: int, rung: int) -> int:
 
 
 def _stop(sweep: Sweep, group: Group, point: Point, rung: int) -> Stop:
-    total = point.config.epochs * group.task.steps_per_epoch
+    total = durations.plan(point.config, group.task.steps_per_epoch).total
     rungs = rung_count(sweep)
     if total < sweep.halving**rungs:
         raise ValueError(

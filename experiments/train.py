@@ -13,7 +13,17 @@ from typing import Any, NamedTuple, NoReturn
 from ml_collections import ConfigDict
 
 import lora_jax as lora
-from experiments import checkpointing, devices, enclosure, stepping, stopping, workdirs
+from experiments import (
+    checkpointing,
+    devices,
+    durations,
+    enclosure,
+    guard,
+    patience,
+    stepping,
+    stopping,
+    workdirs,
+)
 from experiments.meter import Meter
 from experiments.stepping import TrainState
 from experiments.tasks import Score, Task
@@ -33,6 +43,9 @@ class Progress(NamedTuple):
       seconds: that the run has taken.
       evaluated: the step of the last evaluation; 0 for none.
       pending: sums of the steps since the last line of the log.
+      reference: of early stopping, the score to be better than.
+      waited: evaluations since it was found.
+      ended: why the run is over before its last step, if it is.
     """
 
     best_step: int = -1
@@ -41,6 +54,9 @@ class Progress(NamedTuple):
     seconds: float = 0.0
     evaluated: int = 0
     pending: Sequence[Sequence[float]] = ()
+    reference: float | None = None
+    waited: int = 0
+    ended: str = ""
 
 
 def train(task: Task, config: ConfigDict, lora_config: lora.LoRAConfig, workdir: Path) -> Progress:
@@ -51,7 +67,8 @@ def train(task: Task, config: ConfigDict, lora_config: lora.LoRAConfig, workdir:
 
     Raises:
       Stopped: SIGTERM came; it has stopped at a checkpoint, and goes on if called again.
-      FloatingPointError: the loss became NaN or infinite; the best adapter so far is kept.
+      FloatingPointError: a loss or gradient is NaN or infinite, or the loss too large, and the
+        config's guard says stop; the best adapter so far and the checkpoints are kept.
       ValueError: the config and the model do not fit; or the workdir is another run's, or in use.
       OSError: the workdir can't be written; what was there is intact.
     """
@@ -59,7 +76,7 @@ def train(task: Task, config: ConfigDict, lora_config: lora.LoRAConfig, workdir:
     task = devices.settled(on, devices.local(on, task, config))
     state, tx = stepping.initial_state(task, config, lora_config)
     workdirs.check(workdir, config)  # before the claim: a mistake claims nothing
-    total = config.epochs * task.steps_per_epoch
+    total = durations.plan(config, task.steps_per_epoch).total
     with contextlib.ExitStack() as stack:
         if devices.first():  # for all processes of the run
             stack.enter_context(enclosure.locked(workdir))
@@ -75,26 +92,33 @@ def train(task: Task, config: ConfigDict, lora_config: lora.LoRAConfig, workdir:
         state, progress = _resumed(workdir, checkpoints, state)
         start = int(state.step)
         devices.agree(start)
-        if start == total == progress.evaluated:
-            print(f"This run is finished: all {total} steps are done.", flush=True)
+        if progress.ended or start == total == progress.evaluated:
+            print(f"This run is finished: {_end(progress, start, total)}.", flush=True)
             return progress
         state = stepping.usable(devices.place(on, stepping.storable(state), task.base))
-        if on.pmap:
-            task = task._replace(base=devices.stacked(on, task.base))
+        task = devices.with_copies(on, task)
+        options = stepping.options(config)
         steps = _Steps(
-            stepping.make_train_step(task, tx, lora_config.dropout, on=on, like=state),
+            stepping.make_train_step(task, tx, lora_config.dropout, options, on=on, like=state),
             stepping.make_eval_step(task, on),
         )
-        log = stack.enter_context(
-            (workdirs.Log if devices.first() else workdirs.NoLog)(
-                workdir, start, progress.evaluated
-            )
-        )
+        kind = workdirs.Log if devices.first() else workdirs.NoLog
+        log = stack.enter_context(kind(workdir, start, progress.evaluated))
         run = Run(task, config, lora_config, workdir, log, on)
         try:
-            return _loop(run, steps, checkpoints, state, progress)
+            step, progress = _loop(run, steps, checkpoints, state, progress)
         except FloatingPointError as error:
-            raise FloatingPointError(_diverged(error, workdir)) from error
+            newest = checkpoints.latest_step()
+            raise FloatingPointError(_diverged(error, workdir, newest)) from error
+        print(f"Training ended: {_end(progress, step, total)}.", flush=True)
+        return progress
+
+
+def _end(progress: Progress, step: int, total: int) -> str:
+    """Why a run is over."""
+    if progress.ended:
+        return f"{progress.ended}, at step {step} of {total}"
+    return f"all {total} steps are done"
 
 
 def report(base: PyTree, adapter: PyTree) -> list[str]:
@@ -166,39 +190,42 @@ def stored_progress(stored: dict) -> Progress:
 
 def _loop(
     run: Run, steps: _Steps, checkpoints: Any, state: TrainState, progress: Progress
-) -> Progress:
+) -> tuple[int, Progress]:
     """Runs the steps that are left, with evaluations and checkpoints between them.
 
     It starts with the evaluation that is still to be made after the step before, if there is one.
+    Returns the last step.
     """
     start = int(devices.on_host(run.on, state.step))
     per_epoch = run.task.steps_per_epoch
-    total, every = run.config.epochs * per_epoch, run.config.checkpoint_every
+    plan, policy = durations.plan(run.config, per_epoch), guard.policy(run.config, state.adapter)
     begun = time.perf_counter() - progress.seconds
     with Meter(
-        run.log, start=start, total=total, per_epoch=per_epoch, log_every=run.config.log_every,
-        pending=progress.pending,
+        run.log, start=start, total=plan.total, per_epoch=per_epoch,
+        log_every=run.config.log_every, policy=policy, pending=progress.pending,
     ) as meter:  # fmt: skip
-        for done in range(start, total + 1):
+        for done in range(start, plan.total + 1):
             if done > start:
                 batch = run.task.train_batch(done - 1)
-                state, metrics = steps.train(state, run.task.base, batch)
-                meter.add(done, metrics)
+                state, told = steps.train(state, run.task.base, batch)
+                meter.add(done, *told)
             stop = stopping.requested(done)
-            due = done % per_epoch == 0 and done > progress.evaluated
+            due = durations.evaluates(plan, done) and done > progress.evaluated
             if due and done > start:
                 meter.flush()
             if due and not stop:
                 found = _evaluated(run, steps, state.adapter, done)
                 stop = found is None
                 progress = progress if stop else _noted(run, state.adapter, found, progress, meter)
-            if done > start and (due or stop or (every and done % every == 0)):
+            if done > start and (due or stop or durations.saves(plan, done)):
                 seconds = time.perf_counter() - begun
                 progress = progress._replace(seconds=seconds, pending=meter.pending())
                 _save(run, checkpoints, state, progress)
-            if stop and (due or done < total):
+            if progress.ended:
+                break
+            if stop and (due or done < plan.total):
                 _stop(run, checkpoints, done)
-    return progress
+    return done, progress
 
 
 def _evaluated(run: Run, steps: _Steps, adapter: PyTree, step: int) -> Evaluation | None:
@@ -216,6 +243,8 @@ def _noted(
 ) -> Progress:
     """Puts an evaluation where it is looked for: files, curves, bar."""
     progress = recorded(run, devices.on_host(run.on, adapter), found, progress)
+    score = run.task.score
+    progress = patience.noted(progress, score, found.values[score.name], run.config.early_stopping)
     if devices.first():
         workdirs.plot_curves(run.workdir, run.task.score.name)
     meter.evaluated(run.task.score.name, progress.best_score)
@@ -264,12 +293,17 @@ def _is_better(score: Score, value: float, than: float) -> bool:
     return value > than if score.higher_is_better else value < than
 
 
-def _diverged(error: FloatingPointError, workdir: Path) -> str:
+def _diverged(error: FloatingPointError, workdir: Path, newest: int | None) -> str:
+    said, *more = error.args
     folder = workdir / workdirs.ADAPTER
     kept = f"the best adapter so far is kept in {folder}"
     if not folder.exists():
         kept = "there was no evaluation before, so no adapter is kept"
+    checkpoint = "there is no checkpoint yet"
+    if newest is not None:
+        checkpoint = f"the newest checkpoint, of step {newest}, in {workdir / workdirs.CHECKPOINTS}"
     return (
-        f"{error}: training stopped; {kept}. Lower optimizer.learning_rate or lora.alpha, or set "
-        "optimizer.clip_norm, in a new workdir."
+        f"{said}: training stopped{''.join(more)}; {kept}; {checkpoint}. Lower "
+        "optimizer.learning_rate or lora.alpha, or set optimizer.clip_norm, in a new "
+        'workdir; or go on in this one without such steps: set guard.action to "skip".'
     )

@@ -26,8 +26,8 @@ CONFIG, METRICS, CURVES, ADAPTER = "config.json", "metrics.jsonl", "curves.png",
 CHECKPOINTS, EVENTS = "checkpoints", "tensorboard"
 _EVALUATED = "eval_loss"  # in a line of an evaluation, and in no other
 SWEEP = "sweep.json"  # in the directory of a sweep, whose runs are in directories below it
-# Fields of a config that may differ between a run and its continuation: no number depends on them.
-MAY_CHANGE = ("checkpoint_keep", "mesh", "pmap")
+# Fields, or sections, of a config that may differ between a run and its continuation.
+MAY_CHANGE = ("checkpoint_keep", "guard", "mesh", "pmap")
 
 
 def check(workdir: Path, config: ConfigDict) -> None:
@@ -87,7 +87,7 @@ def plain(config: ConfigDict) -> Any:
 
 
 def differences(old: Any, new: Any, field: str = "") -> Iterator[str]:
-    """Says which fields of two configs differ, in a sentence each; some may."""
+    """Says which fields of two configs differ that may not, in a sentence each."""
     if field.removeprefix("config.") in MAY_CHANGE:
         return
     if isinstance(old, dict) and isinstance(new, dict):

@@ -17,7 +17,7 @@ import numpy as np
 
 import lora_jax as lora
 from configs import sst2_minilm
-from experiments import checkpointing, classification, data, stepping, workdirs
+from experiments import checkpointing, classification, data, durations, stepping, workdirs
 from lora_jax.models.checkpoints import load_tokenizer, resolve
 
 WORDS, SHARED, COUNT = 10, 5, 2500
@@ -43,7 +43,7 @@ def last_adapter(run, task, config):
     state, _ = stepping.initial_state(task, config, classification.lora_config(config))
     with checkpointing.manager(run / workdirs.CHECKPOINTS) as checkpoints:
         stored, _ = checkpointing.restore(checkpoints, stepping.storable(state))
-    done, total = int(stored.step), config.epochs * task.steps_per_epoch
+    done, total = int(stored.step), durations.plan(config, task.steps_per_epoch).total
     if done < total:
         raise SystemExit(f"{run} stands at step {done} of {total}: finish it first.")
     return stored.adapter

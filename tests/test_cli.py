@@ -86,6 +86,26 @@ def test_running_a_finished_run_again_changes_nothing(inputs, finished):
     assert best(again) == best(first)
 
 
+def test_evaluation_alone(inputs, finished, tmp_path):
+    """The best line of the log again, and nothing is touched; without a run there is an error."""
+    workdir, _ = finished
+    traces = lambda: {
+        str(p): (p.stat().st_mtime_ns, p.is_file() and p.read_bytes()) for p in workdir.rglob("*")
+    }
+    before = traces()
+    done = run(*training(inputs, workdir), "--eval_only")
+    assert done.returncode == 0, done.stderr
+    assert traces() == before
+    found = json.loads(done.stdout.splitlines()[-1])
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    best = next(x for x in lines if x["step"] == found["step"] and "eval_loss" in x)
+    assert (found["accuracy"], found["loss"]) == (best["eval_accuracy"], best["eval_loss"])
+    assert found["accuracy"] == max(x["eval_accuracy"] for x in lines if "eval_accuracy" in x)
+    none = run(*training(inputs, tmp_path / "none"), "--eval_only")
+    assert none.returncode == 2 and "There is no adapter to evaluate" in none.stderr
+    assert not (tmp_path / "none").exists()
+
+
 def test_predict(finished, tmp_path):
     adapter = f"--adapter={finished[0]}/adapter"
     one = run("predict", adapter, "the film was great", "the film was awful")

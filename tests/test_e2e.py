@@ -265,6 +265,18 @@ def test_run_again_it_trains_no_more_and_writes_the_same(finished):
     assert (root / "run" / "texts.jsonl").read_bytes() == before
 
 
+def test_evaluation_alone_is_the_logged_loss(finished):
+    root, arguments, _ = finished
+    before = {p: p.stat().st_mtime_ns for p in (root / "run").rglob("*")}
+    done = run(*arguments, "--eval_only")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert {p: p.stat().st_mtime_ns for p in (root / "run").rglob("*")} == before
+    found = json.loads(done.stdout.splitlines()[-1])
+    lines = map(json.loads, (root / "run" / "metrics.jsonl").read_text().splitlines())
+    losses = {x["step"]: x["eval_loss"] for x in lines if "eval_loss" in x}
+    assert found["loss"] == losses[found["step"]] == min(losses.values())
+
+
 def test_the_unadapted_model_can_be_scored_alone(finished, tmp_path):
     root, arguments, _ = finished
     given = [a for a in arguments if not a.startswith("--workdir")]

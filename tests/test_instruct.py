@@ -57,6 +57,25 @@ def test_training_learns_and_reports(finished):
     assert max(line["eval_accuracy"] for line in lines if "eval_loss" in line) > 0.99
 
 
+def test_evaluation_alone_is_the_logged_loss(finished):
+    root, _ = finished
+    flags = [f"--config.{name}={value}" for name, value in overrides(root).items()]
+    workdir = root / "run"
+    before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
+    said = run(
+        "instruct",
+        "--config=configs/instruct_llama.py",
+        f"--workdir={workdir}",
+        "--eval_only",
+        *flags,
+    )
+    assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*")} == before
+    found = json.loads(said.splitlines()[-1])
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    losses = {x["step"]: x["eval_loss"] for x in lines if "eval_loss" in x}
+    assert found["loss"] == losses[found["step"]] == min(losses.values())
+
+
 def test_it_answers(finished):
     root, _ = finished
     asked = "what is red?\n\nwhat is two?\n"

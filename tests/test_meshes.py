@@ -129,6 +129,16 @@ def test_pmap_gives_the_numbers_of_one_device(root):
 
 
 @pytest.mark.slow
+def test_parts_of_a_batch_on_a_mesh(root):
+    """Accumulation and rematerialisation change no number, on a mesh and in a pmap."""
+    found = run(root, "parts:one", "parts:fsdp", "parts:mixed", "parts:pmap")
+    for name, about in found.items():
+        np.testing.assert_allclose(
+            about["losses"], found["parts:one"]["losses"], rtol=1e-5, err_msg=name
+        )
+
+
+@pytest.mark.slow
 def test_the_base_is_never_whole_on_a_device(root):
     """Of a Llama with 16 stacked layers, the program has one layer's kernels at a time."""
     about = run(root, "memory:fsdp")["memory:fsdp"]

@@ -56,9 +56,11 @@ class BertModel(Part):
       config: the shape.
       dtype: of the activations, float32 or bfloat16; parameters are float32.
       scan_layers: whether the layers are stacked, and one is compiled for all.
+      remat: what the backward pass computes again; see :func:`blocks.rematted`.
     """
 
     scan_layers: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(
@@ -91,7 +93,8 @@ class BertModel(Part):
         positions = jnp.arange(input_ids.shape[-1])[None, :]
         embeddings = self._part(Embeddings, "embeddings")
         x = embeddings(input_ids, token_type_ids, positions, deterministic=deterministic)
-        layers = Encoder(self.config, self.dtype, scan_layers=self.scan_layers, name="encoder")
+        stack = {"scan_layers": self.scan_layers, "remat": self.remat}
+        layers = Encoder(self.config, self.dtype, **stack, name="encoder")
         x = layers(x, attention_mask, deterministic=deterministic)
         return x, self._part(Pooler, "pooler")(x)
 
@@ -103,13 +106,14 @@ class BertForSequenceClassification(nn.Module):
       config: the encoder's shape.
       num_labels: outputs of the classifier.
       dtype: of the activations, float32 or bfloat16; parameters are float32.
-      scan_layers: as in :class:`BertModel`.
+      scan_layers, remat: as in :class:`BertModel`.
     """
 
     config: BertConfig
     num_labels: int = 2
     dtype: Any = jnp.float32
     scan_layers: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(
@@ -122,7 +126,8 @@ class BertForSequenceClassification(nn.Module):
     ) -> Array:
         """Logits ``(batch, num_labels)``, at least float32; arguments as :class:`BertModel`."""
         c = self.config
-        model = BertModel(c, self.dtype, scan_layers=self.scan_layers, name="bert")
+        stack = {"scan_layers": self.scan_layers, "remat": self.remat}
+        model = BertModel(c, self.dtype, **stack, name="bert")
         _, pooled = model(input_ids, attention_mask, token_type_ids, deterministic=deterministic)
         pooled = blocks.Dropout(c.head_dropout)(pooled, deterministic=deterministic)
         init = nn.initializers.normal(c.initializer_range)

@@ -1,7 +1,7 @@
 """What the model families share: activations, norms, the mask's bias, a stack of layers."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -93,30 +93,86 @@ def mask_bias(attention_mask: Array) -> Array:
     return jnp.where(attention_mask > 0, 0.0, jnp.finfo(jnp.float32).min)[:, None, None, :]
 
 
+# Policies of jax.checkpoint_policies that are ready to use; the other names there make policies.
+POLICIES = (
+    "checkpoint_dots",
+    "checkpoint_dots_with_no_batch_dims",
+    "dots_saveable",
+    "dots_with_no_batch_dims_saveable",
+    "everything_saveable",
+    "nothing_saveable",
+)
+
+
+def check_remat(remat: str) -> None:
+    """Raises ValueError unless ``remat`` is one of "none", "full", or of :data:`POLICIES`."""
+    known = ("none", "full", *POLICIES)
+    if remat not in known:
+        raise ValueError(f"remat must be one of {', '.join(known)}; got {remat!r}")
+
+
+def rematted(layer: Any, remat: str, *, scan: bool = False, static: tuple[int, ...] = ()) -> Any:
+    """A layer whose backward pass computes its activations again (Chen et al. 2016).
+
+    Values, parameters and their names stay as they are. ``nn.remat``, by the name of what is kept.
+
+    Args:
+      layer: a module class, or a function of a module and arrays.
+      remat: "none" for the layer as it is; "full" to keep the layer's inputs alone; or the name of
+        the policy in ``jax.checkpoint_policies`` that says what else is kept.
+      scan: whether it will be the body of a scan, where no barrier is needed to keep XLA from
+        merging the two computations.
+      static: positions of arguments that are no arrays; that of the module is 0.
+
+    Raises:
+      ValueError: there is no such policy.
+    """
+    check_remat(remat)
+    if remat == "none":
+        return layer
+    policy = None if remat == "full" else getattr(jax.checkpoint_policies, remat)
+    return nn.remat(layer, policy=policy, prevent_cse=not scan, static_argnums=static)
+
+
+class Layers(NamedTuple):
+    """How a stack of layers is run.
+
+    Attributes:
+      count: number of layers.
+      scan: whether one layer is compiled for all (``nn.scan``); its parameters then have a leading
+        axis of layers.
+      remat: as :func:`rematted`.
+    """
+
+    count: int
+    scan: bool = False
+    remat: str = "none"
+
+
 def repeat(
-    make: Callable[[str], nn.Module], x: Array, *args: Any, count: int, scan: bool, **static: Any
+    make: Callable[[str], nn.Module], layers: Layers, x: Array, *args: Any, **static: Any
 ) -> Array:
     """Passes ``x`` through ``count`` layers, called inside a compact method.
 
     Args:
       make: a layer by its name: "layer_0", "layer_1", ..., or "layer" for a scan.
+      layers: how many, and how they are run.
       x: the first layer's input.
       *args: further arrays, the same for each layer.
-      count: number of layers.
-      scan: whether one layer is compiled for all (``nn.scan``); its parameters then have a leading
-        axis of layers.
       **static: further arguments that are no arrays, such as ``deterministic``.
     """
-    if not scan:
-        for k in range(count):
-            x = make(f"layer_{k}")(x, *args, **static)
+    run = lambda layer, x, *args: layer(x, *args, **static)
+    run = rematted(run, layers.remat, scan=layers.scan)
+    if not layers.scan:
+        for k in range(layers.count):
+            x = run(make(f"layer_{k}"), x, *args)
         return x
     scanned = nn.scan(
-        lambda layer, x, *args: (layer(x, *args, **static), None),
+        lambda layer, x, *args: (run(layer, x, *args), None),
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=nn.broadcast,
-        length=count,
+        length=layers.count,
     )
     return scanned(make("layer"), x, *args)[0]
 

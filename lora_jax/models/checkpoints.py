@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from lora_jax import names as tables
 from lora_jax import paths, sharding
 from lora_jax.files import safetensors_pieces, write_atomically
-from lora_jax.models import hub, registry
+from lora_jax.models import blocks, hub, registry
 from lora_jax.models.families import CLASSIFIER, Family
 from lora_jax.models.hub import Checkpoint, base_id, resolve
 from lora_jax.models.reading import load_params, open_tensors, shown
@@ -70,6 +70,7 @@ def load(
     param_dtype: Any = jnp.float32,
     mesh: Mesh | None = None,
     rules: sharding.Rules | None = None,
+    remat: str = "none",
 ) -> Loaded:
     """Loads a model of the family that the checkpoint's config names.
 
@@ -87,6 +88,8 @@ def load(
       param_dtype: of the parameters, float32 or bfloat16; what is drawn here is float32.
       mesh: of the devices that the parameters are split over; None for JAX's default device.
       rules: how they are split, as for :func:`lora_jax.sharding.specs`; None for the family's own.
+      remat: what training computes again to save memory: "none", "full", or the name of a policy
+        in ``jax.checkpoint_policies``; see :func:`lora_jax.models.blocks.rematted`.
 
     Raises:
       FileNotFoundError: there is no such checkpoint.
@@ -97,10 +100,11 @@ def load(
         raise ValueError(f"num_labels must be a whole number of at least 1, got {num_labels!r}.")
     checkpoint = resolve(name)
     family, config = _family(checkpoint)
+    blocks.check_remat(remat)
     labels = {"num_labels": num_labels} if head == CLASSIFIER else {}
     kind = _model(family, head, checkpoint)
     _check_layers(config, checkpoint)
-    model = kind(config, dtype=dtype, scan_layers=scan_layers, **labels)
+    model = kind(config, dtype=dtype, scan_layers=scan_layers, remat=remat, **labels)
     table = family.names(config, head=head, scan_layers=scan_layers)
     shapes = _typed(_shapes(model, family.inputs(head)), param_dtype)
     places = _places(shapes, mesh, family.sharding if rules is None else rules)

@@ -153,16 +153,16 @@ class Transformer(_Part):
     """The stack of layers."""
 
     scan_layers: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, x: Array, attention_mask: Array, *, deterministic: bool) -> Array:
         """``x`` is ``(batch, length, dim)``, the mask ``(batch, length)``."""
         return blocks.repeat(
             functools.partial(self._part, TransformerBlock),
+            blocks.Layers(self.config.n_layers, self.scan_layers, self.remat),
             x,
             blocks.mask_bias(attention_mask),
-            count=self.config.n_layers,
-            scan=self.scan_layers,
             deterministic=deterministic,
         )
 
@@ -174,9 +174,11 @@ class DistilBertModel(_Part):
       config: the shape.
       dtype: of the activations, float32 or bfloat16; parameters are float32.
       scan_layers: whether the layers are stacked, and one is compiled for all.
+      remat: what the backward pass computes again; see :func:`blocks.rematted`.
     """
 
     scan_layers: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(
@@ -196,9 +198,8 @@ class DistilBertModel(_Part):
             self.config.positions, input_ids=input_ids, attention_mask=attention_mask
         )
         x = self._part(Embeddings, "embeddings")(input_ids, deterministic=deterministic)
-        layers = Transformer(
-            self.config, self.dtype, scan_layers=self.scan_layers, name="transformer"
-        )
+        stack = {"scan_layers": self.scan_layers, "remat": self.remat}
+        layers = Transformer(self.config, self.dtype, **stack, name="transformer")
         return layers(x, attention_mask, deterministic=deterministic)
 
 
@@ -209,11 +210,12 @@ class DistilBertForSequenceClassification(_Part):
       config: the encoder's shape.
       dtype: of the activations, float32 or bfloat16; parameters are float32.
       num_labels: outputs of the classifier.
-      scan_layers: as in :class:`DistilBertModel`.
+      scan_layers, remat: as in :class:`DistilBertModel`.
     """
 
     num_labels: int = 2
     scan_layers: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(
@@ -221,7 +223,8 @@ class DistilBertForSequenceClassification(_Part):
     ) -> Array:
         """Logits ``(batch, num_labels)``, at least float32; arguments as the encoder's."""
         c = self.config
-        model = DistilBertModel(c, self.dtype, scan_layers=self.scan_layers, name="distilbert")
+        stack = {"scan_layers": self.scan_layers, "remat": self.remat}
+        model = DistilBertModel(c, self.dtype, **stack, name="distilbert")
         x = model(input_ids, attention_mask, deterministic=deterministic)
         x = nn.relu(self._dense(c.dim, "pre_classifier")(x[:, 0]))
         x = blocks.Dropout(c.seq_classif_dropout)(x, deterministic=deterministic)

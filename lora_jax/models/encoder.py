@@ -164,16 +164,16 @@ class Encoder(Part):
     """The stack of layers."""
 
     scan_layers: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, x: Array, attention_mask: Array, *, deterministic: bool) -> Array:
         """``x`` is ``(batch, length, hidden)``, the mask ``(batch, length)``."""
         return blocks.repeat(
             functools.partial(self._part, Layer),
+            blocks.Layers(self.config.num_hidden_layers, self.scan_layers, self.remat),
             x,
             blocks.mask_bias(attention_mask),
-            count=self.config.num_hidden_layers,
-            scan=self.scan_layers,
             deterministic=deterministic,
         )
 

@@ -20,8 +20,8 @@ class Family(NamedTuple):
       names: ``(config, *, head, scan_layers=False)`` -> the table, a list of
         :class:`lora_jax.names.Name`. A weight that is tied has one row, with the other tensors'
         names in ``tied``.
-      models: head -> Linen module class, made as ``cls(config, dtype=..., scan_layers=...)``, a
-        classifier with ``num_labels=...`` as well.
+      models: head -> Linen module class, made as ``cls(config, dtype=..., scan_layers=...,
+        remat=...)``, a classifier with ``num_labels=...`` as well.
       architectures: head -> the class of ``transformers`` that a saved checkpoint is of.
       prefix: what the tensors' names lack in a bare backbone's checkpoint ("bert.").
       ignored: shell patterns of tensors, prefix apart, that are left out: buffers, other heads. A

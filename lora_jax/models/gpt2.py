@@ -191,6 +191,7 @@ class GPT2Model(_Part):
     """Embeddings and layers."""
 
     scan_layers: bool = False
+    remat: str = "none"
 
     def setup(self) -> None:
         """Makes the parts."""
@@ -199,9 +200,10 @@ class GPT2Model(_Part):
         embed = lambda n: nn.Embed(n, c.n_embd, embedding_init=init, dtype=self.dtype)
         self.wte, self.wpe = embed(c.vocab_size), embed(c.n_positions)
         if self.scan_layers:
-            self.h = _scanned(c.n_layer)(c, dtype=self.dtype)
+            self.h = _scanned(c.n_layer, self.remat)(c, dtype=self.dtype)
         else:
-            self.h = [GPT2Block(c, dtype=self.dtype) for _ in range(c.n_layer)]
+            block = blocks.rematted(GPT2Block, self.remat, static=_STATIC)
+            self.h = [block(c, dtype=self.dtype) for _ in range(c.n_layer)]
         self.ln_f = self._norm()
         self.drop = blocks.Dropout(c.embd_pdrop)
 
@@ -236,10 +238,13 @@ class GPT2Model(_Part):
         return x, tuple(layers)
 
 
-def _scanned(count: int) -> type[nn.Module]:
+_STATIC = (4,)  # "deterministic", where the layer itself is 0
+
+
+def _scanned(count: int, remat: str) -> type[nn.Module]:
     """:class:`GPT2Block` with the parameters of all layers stacked, compiled once."""
     return nn.scan(
-        GPT2Block,
+        blocks.rematted(GPT2Block, remat, scan=True, static=_STATIC),
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=(0, nn.broadcast, nn.broadcast),
@@ -254,16 +259,19 @@ class GPT2LMHeadModel(nn.Module):
       config: the model's shape.
       dtype: of the activations, float32 or bfloat16; parameters are float32.
       scan_layers: the layers in one array a parameter, compiled once.
+      remat: what the backward pass computes again; see :func:`blocks.rematted`.
     """
 
     config: GPT2Config
     dtype: Any = jnp.float32
     scan_layers: bool = False
+    remat: str = "none"
 
     def setup(self) -> None:
         """Makes the parts."""
         c = self.config
-        self.transformer = GPT2Model(c, dtype=self.dtype, scan_layers=self.scan_layers)
+        stack = {"scan_layers": self.scan_layers, "remat": self.remat}
+        self.transformer = GPT2Model(c, dtype=self.dtype, **stack)
         if not c.tie_word_embeddings:
             init = nn.initializers.normal(c.initializer_range)
             self.lm_head = nn.Dense(

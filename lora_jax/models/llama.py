@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lora_jax.models import caches, rope
+from lora_jax.models import blocks, caches, rope
 from lora_jax.models.attention import grouped_attention
 from lora_jax.models.blocks import ACTIVATIONS, Dropout, RMSNorm
 from lora_jax.models.caches import Cache
@@ -152,6 +152,7 @@ class LlamaModel(_Part):
     """Embeddings and layers."""
 
     scan_layers: bool = False
+    remat: str = "none"
 
     def setup(self) -> None:
         """Makes the parts."""
@@ -161,9 +162,10 @@ class LlamaModel(_Part):
             c.vocab_size, c.hidden_size, embedding_init=init, dtype=self.dtype
         )
         if self.scan_layers:
-            self.layers = _scanned(c.num_hidden_layers)(c, dtype=self.dtype)
+            self.layers = _scanned(c.num_hidden_layers, self.remat)(c, dtype=self.dtype)
         else:
-            self.layers = [LlamaLayer(c, dtype=self.dtype) for _ in range(c.num_hidden_layers)]
+            layer = blocks.rematted(LlamaLayer, self.remat, static=_STATIC)
+            self.layers = [layer(c, dtype=self.dtype) for _ in range(c.num_hidden_layers)]
         self.norm = self._norm()
 
     def __call__(
@@ -191,10 +193,13 @@ class LlamaModel(_Part):
         return self.norm(x), cache
 
 
-def _scanned(count: int) -> type[nn.Module]:
+_STATIC = (4,)  # "deterministic", where the layer itself is 0
+
+
+def _scanned(count: int, remat: str) -> type[nn.Module]:
     """:class:`LlamaLayer` with the parameters of all layers stacked, compiled once."""
     return nn.scan(
-        LlamaLayer,
+        blocks.rematted(LlamaLayer, remat, scan=True, static=_STATIC),
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=(0, nn.broadcast, nn.broadcast),
@@ -209,16 +214,19 @@ class LlamaForCausalLM(nn.Module):
       config: the model's shape, and which of the family it is.
       dtype: of the activations, float32 or bfloat16; parameters are float32.
       scan_layers: the layers in one array a parameter, compiled once.
+      remat: what the backward pass computes again; see :func:`blocks.rematted`.
     """
 
     config: LlamaConfig
     dtype: Any = jnp.float32
     scan_layers: bool = False
+    remat: str = "none"
 
     def setup(self) -> None:
         """Makes the parts."""
         c = self.config
-        self.model = LlamaModel(c, dtype=self.dtype, scan_layers=self.scan_layers)
+        stack = {"scan_layers": self.scan_layers, "remat": self.remat}
+        self.model = LlamaModel(c, dtype=self.dtype, **stack)
         if not c.tie_word_embeddings:
             init = nn.initializers.normal(c.initializer_range)
             self.lm_head = nn.Dense(

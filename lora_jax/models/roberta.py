@@ -92,10 +92,12 @@ class RobertaModel(Part):
       dtype: of the activations, float32 or bfloat16; parameters are float32.
       pooler: whether there is a pooler; a classifier has none.
       scan_layers: whether the layers are stacked, and one is compiled for all.
+      remat: what the backward pass computes again; see :func:`blocks.rematted`.
     """
 
     pooler: bool = True
     scan_layers: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(
@@ -128,7 +130,8 @@ class RobertaModel(Part):
         positions = position_ids(input_ids, self.config.pad_token_id)
         embeddings = self._part(Embeddings, "embeddings")
         x = embeddings(input_ids, token_type_ids, positions, deterministic=deterministic)
-        layers = Encoder(self.config, self.dtype, scan_layers=self.scan_layers, name="encoder")
+        stack = {"scan_layers": self.scan_layers, "remat": self.remat}
+        layers = Encoder(self.config, self.dtype, **stack, name="encoder")
         x = layers(x, attention_mask, deterministic=deterministic)
         return x, self._part(Pooler, "pooler")(x) if self.pooler else None
 
@@ -153,13 +156,14 @@ class RobertaForSequenceClassification(nn.Module):
       config: the encoder's shape.
       num_labels: outputs of the classifier.
       dtype: of the activations, float32 or bfloat16; parameters are float32.
-      scan_layers: as in :class:`RobertaModel`.
+      scan_layers, remat: as in :class:`RobertaModel`.
     """
 
     config: RobertaConfig
     num_labels: int = 2
     dtype: Any = jnp.float32
     scan_layers: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(
@@ -171,9 +175,8 @@ class RobertaForSequenceClassification(nn.Module):
         deterministic: bool = True,
     ) -> Array:
         """Logits ``(batch, num_labels)``, at least float32; arguments as :class:`RobertaModel`."""
-        model = RobertaModel(
-            self.config, self.dtype, pooler=False, scan_layers=self.scan_layers, name="roberta"
-        )
+        stack = {"scan_layers": self.scan_layers, "remat": self.remat}
+        model = RobertaModel(self.config, self.dtype, pooler=False, **stack, name="roberta")
         x, _ = model(input_ids, attention_mask, token_type_ids, deterministic=deterministic)
         head = RobertaClassificationHead(
             self.config, self.dtype, num_labels=self.num_labels, name="classifier"

@@ -158,6 +158,7 @@ class T5Stack(_Part):
 
     decoder: bool = False
     scan_layers: bool = False
+    remat: str = "none"
 
     def setup(self) -> None:
         """Makes the parts."""
@@ -172,9 +173,10 @@ class T5Stack(_Part):
         count = c.num_decoder_layers if self.decoder else c.num_layers
         block = lambda kind: kind(c, dtype=self.dtype, decoder=self.decoder)
         if self.scan_layers:
-            self.block = block(_scanned(count))
+            self.block = block(_scanned(count, self.remat))
         else:
-            self.block = [block(T5Block) for _ in range(count)]
+            kind = blocks.rematted(T5Block, self.remat, static=_STATIC)
+            self.block = [block(kind) for _ in range(count)]
         self.final_layer_norm = self._norm()
         self.dropout = self._dropout()
 
@@ -237,7 +239,10 @@ def _forbid(allowed: Array, bias: Array | float = 0.0) -> Array:
     return jnp.where(allowed, bias, jnp.finfo(jnp.float32).min)
 
 
-def _scanned(count: int) -> type[nn.Module]:
+_STATIC = (4,)  # "deterministic", where the layer itself is 0
+
+
+def _scanned(count: int, remat: str) -> type[nn.Module]:
     """:class:`T5Block` with the parameters of all layers stacked, compiled once."""
     rules = {
         "variable_axes": {"params": 0},
@@ -245,7 +250,7 @@ def _scanned(count: int) -> type[nn.Module]:
         "length": count,
     }
     return nn.scan(
-        T5Block,
+        blocks.rematted(T5Block, remat, scan=True, static=_STATIC),
         methods={
             "__call__": {**rules, "in_axes": (0, nn.broadcast, nn.broadcast)},
             "memory": {**rules, "in_axes": 0},
@@ -260,18 +265,24 @@ class T5ForConditionalGeneration(nn.Module):
       config: the model's shape.
       dtype: of the activations, float32 or bfloat16; parameters are float32.
       scan_layers: the layers of each stack in one array a parameter, compiled once.
+      remat: what the backward pass computes again; see :func:`blocks.rematted`.
     """
 
     config: T5Config
     dtype: Any = jnp.float32
     scan_layers: bool = False
+    remat: str = "none"
 
     def setup(self) -> None:
         """Makes the parts."""
         c = self.config
         init = nn.initializers.normal(c.initializer_factor)
         stack = lambda decoder: T5Stack(
-            c, dtype=self.dtype, decoder=decoder, scan_layers=self.scan_layers
+            c,
+            dtype=self.dtype,
+            decoder=decoder,
+            scan_layers=self.scan_layers,
+            remat=self.remat,
         )
         self.shared = nn.Embed(c.vocab_size, c.d_model, embedding_init=init, dtype=self.dtype)
         self.encoder, self.decoder = stack(False), stack(True)

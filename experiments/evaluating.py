@@ -1,0 +1,65 @@
+"""Scores an adapter that is there on the evaluation set; nothing is trained or written."""
+
+import json
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from experiments import adapters, devices, stepping, workdirs
+from experiments.tasks import Task
+from lora_jax import peft, serialize
+
+
+def adapter_of(workdir: Path) -> Path:
+    """The directory of the best adapter of a run, finished or under way.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    directory = workdir / workdirs.ADAPTER
+    if not directory.is_dir():
+        why = "no evaluation has been made there yet" if workdir.is_dir() else "no such directory"
+        raise FileNotFoundError(
+            f"There is no adapter to evaluate in {directory} ({why}): give the --workdir of a run "
+            "that has had an evaluation, or --adapter=DIRECTORY."
+        )
+    return directory
+
+
+def report(task: Task, config: ConfigDict, workdir: Path) -> None:
+    """Prints the scores of ``config.adapter``, which the task starts from: for people, then JSON.
+
+    Raises:
+      ValueError: the adapter's head is not the task's.
+      FloatingPointError: a score is NaN or infinite.
+    """
+    if random := [note for note in task.notes if note.startswith(adapters.FRESH_HEAD)]:
+        raise ValueError(f"{random[0]}, so that its scores would be those of a random one.")
+    directory = Path(config.adapter)
+    on = devices.find(config)
+    task = devices.settled(on, devices.local(on, task, config))
+    adapter = devices.place_adapter(on, task.adapter, task.base)
+    step = stepping.make_eval_step(task, on)
+    values = stepping.evaluate(step, adapter, devices.with_copies(on, task))
+    about: dict[str, object] = {"adapter": str(directory)}
+    if not peft.is_peft(directory):
+        about |= {"step": serialize.read_metadata(directory).get("step")}
+    print("\n".join([*task.notes, *_changes(config, workdir, directory)]))
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+    at = f", of step {about['step']}" if about.get("step") is not None else ""
+    print(f"validation of the adapter in {directory}{at}: {shown}", flush=True)
+    try:
+        print(json.dumps(about | values, allow_nan=False), flush=True)
+    except ValueError as error:
+        raise FloatingPointError(f"Not all scores are numbers: {shown}") from error
+
+
+def _changes(config: ConfigDict, workdir: Path, directory: Path) -> list[str]:
+    """What the config has otherwise than the run that the adapter is of."""
+    path = workdir / workdirs.CONFIG
+    if directory != workdir / workdirs.ADAPTER or not path.exists():
+        return []
+    theirs = json.loads(path.read_text(encoding="utf-8"))
+    ours = workdirs.plain(config) | {"adapter": theirs.get("adapter")}
+    changes = list(workdirs.differences(theirs, ours))
+    return [f"not as the run was: {'; '.join(changes)}"] if changes else []
