@@ -266,7 +266,13 @@ def stream(root, name):
 
 
 CASES = dict(
-    losses=losses, still=still, memory=memory, family=family, stream=stream, host=host_memory
+    losses=losses,
+    still=still,
+    parts=parts,
+    memory=memory,
+    family=family,
+    stream=stream,
+    host=host_memory,
 )
 
 
