@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,8 @@ def manager(directory: Path, *, keep: int = 2) -> Iterator[ocp.CheckpointManager
     finally:
         with contextlib.suppress(Exception):  # what a save had to tell has been told
             checkpoints.close()
+        # Of a save that failed, which was still being written when it was first cleared away.
+        _remove(_primary(directory.glob(_TEMPORARY)))
 
 
 def _options(keep: int) -> ocp.CheckpointManagerOptions:
@@ -114,8 +116,7 @@ def wait(checkpoints: ocp.CheckpointManager) -> None:
 def _failed(checkpoints: ocp.CheckpointManager, step: int | None, error: Exception) -> OSError:
     """The error to raise; what the save has left behind is removed, to make room."""
     directory = Path(checkpoints.directory)
-    for path in directory.glob(f"{step}{_TEMPORARY[1:]}"):
-        shutil.rmtree(path, ignore_errors=True)
+    _remove(directory.glob(f"{step}{_TEMPORARY[1:]}"))
     steps = sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal())
     there = f"that of step {steps[-1]} is intact" if steps else "there was none before"
     return OSError(
@@ -140,8 +141,7 @@ def restore(
     Raises:
       ValueError: all are damaged; or the newest sound one is of another state.
     """
-    for path in _primary(Path(checkpoints.directory).glob(_TEMPORARY)):
-        shutil.rmtree(path, ignore_errors=True)
+    _remove(_primary(Path(checkpoints.directory).glob(_TEMPORARY)))
     damaged: dict[int, str] = {}
     for step in sorted(checkpoints.all_steps(), reverse=True):
         try:
@@ -161,6 +161,11 @@ def restore(
             "from a backup, or remove that folder to start from the beginning."
         )
     return None
+
+
+def _remove(folders: Iterable[Path]) -> None:
+    for path in folders:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _told(damaged: dict[int, str]) -> str:

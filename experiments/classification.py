@@ -47,8 +47,9 @@ def dtypes(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_options(config: ConfigDict) -> dict[str, Any]:
-    """Options of loading a model to train: its dtypes, and the mesh that it is split over."""
-    return dtypes(config.model) | {"mesh": devices.base_mesh(config)}
+    """Options of loading a model to train: dtypes, rematerialisation, the mesh it is split over."""
+    remat, mesh = config.model.remat, devices.base_mesh(config)
+    return dtypes(config.model) | {"remat": remat, "mesh": mesh}
 
 
 def apply(model: Any, params: Any, batch: dict, key: jax.Array | None) -> jax.Array:

@@ -75,11 +75,16 @@ def _misfits(config: ConfigDict) -> list[str]:
             f"the {jax.process_count()} processes have {there} devices, and the mesh has "
             f"{math.prod(shape)} ({said}): all must be used, so set mesh.data to -1"
         )
-    for field in ("batch_size", "eval_batch_size"):
-        if config[field] % (shape[0] * shape[1]):
+    rows = {
+        f"batch_size {config.batch_size}": (config.batch_size, config.accumulate),
+        f"eval_batch_size {config.eval_batch_size}": (config.eval_batch_size, 1),
+    }
+    for said, (size, parts) in rows.items():
+        if size % (shape[0] * shape[1] * parts):
+            of_parts = f", of each of its {parts} parts (accumulate)" if parts > 1 else ""
             found.append(
-                f"{field} {config[field]} must be a multiple of mesh.data x mesh.fsdp, "
-                f"{shape[0]} x {shape[1]}, over which its rows are split"
+                f"{said} must be a multiple of mesh.data x mesh.fsdp, {shape[0]} x {shape[1]}, "
+                f"over which the rows{of_parts} are split"
             )
     return found
 
@@ -131,6 +136,11 @@ def settled(on: Devices, task: Task) -> Task:
     return task._replace(base=sharding.place(task.base, specs, on.mesh))
 
 
+def with_copies(on: Devices, task: Task) -> Task:
+    """The task with a copy of its base on each device, for a pmap."""
+    return task._replace(base=stacked(on, task.base)) if on.pmap else task
+
+
 def notes(on: Devices, base: PyTree) -> list[str]:
     """Lines for the report at the start."""
     if on.mesh is None:
@@ -161,6 +171,15 @@ def place(on: Devices, state: Any, base: PyTree) -> Any:
     if on.pmap:
         return stacked(on, state)
     return sharding.place(state, state_specs(state, base), on.mesh)
+
+
+def place_adapter(on: Devices, adapter: PyTree, base: PyTree) -> PyTree:
+    """The same for an adapter alone."""
+    if on.mesh is None:
+        return adapter
+    if on.pmap:
+        return stacked(on, adapter)
+    return sharding.place(adapter, sharding.adapter_specs(_specs(base), adapter), on.mesh)
 
 
 def state_specs(state: Any, base: PyTree) -> Any:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from experiments import adapters, stepping, workdirs
+from experiments import adapters, devices, stepping, workdirs
 from experiments.tasks import Task
 from lora_jax import peft, serialize
 
@@ -36,7 +36,11 @@ def report(task: Task, config: ConfigDict, workdir: Path) -> None:
     if random := [note for note in task.notes if note.startswith(adapters.FRESH_HEAD)]:
         raise ValueError(f"{random[0]}, so that its scores would be those of a random one.")
     directory = Path(config.adapter)
-    values = stepping.evaluate(stepping.make_eval_step(task), task.adapter, task)
+    on = devices.find(config)
+    task = devices.settled(on, devices.local(on, task, config))
+    adapter = devices.place_adapter(on, task.adapter, task.base)
+    step = stepping.make_eval_step(task, on)
+    values = stepping.evaluate(step, adapter, devices.with_copies(on, task))
     about: dict[str, object] = {"adapter": str(directory)}
     if not peft.is_peft(directory):
         about |= {"step": serialize.read_metadata(directory).get("step")}

@@ -52,8 +52,7 @@ def train(task: Task, config: ConfigDict, lora_config: lora.LoRAConfig, workdir:
             print(f"This run is finished: {_end(progress, start, total)}.", flush=True)
             return progress
         state = stepping.usable(devices.place(on, stepping.storable(state), task.base))
-        if on.pmap:
-            task = task._replace(base=devices.stacked(on, task.base))
+        task = devices.with_copies(on, task)
         options = stepping.options(config)
         steps = Steps(
             stepping.make_train_step(task, tx, lora_config.dropout, options, on=on, like=state),

@@ -55,16 +55,16 @@ def train(c, *, scores=False):
     state, tx = stepping.initial_state(task, c, settings)
     state = stepping.usable(devices.place(on, stepping.storable(state), task.base))
     about = {} if on.pmap else layout(task, state)
-    if on.pmap:
-        task = task._replace(base=devices.stacked(on, task.base))
-    step = stepping.make_train_step(task, tx, settings.dropout, on=on, like=state)
+    task, options = devices.with_copies(on, task), stepping.options(c)
+    step = stepping.make_train_step(task, tx, settings.dropout, options, on=on, like=state)
     if on.mesh is not None and not on.pmap:
         compiled = step.lower(state, task.base, task.train_batch(0)).compile()
         about["collectives"] = [x._asdict() for x in collectives(compiled.as_text())]
         step = lambda state, base, batch: compiled(state, base, devices.put_batch(on, batch))
     before, losses = jax.tree.map(lambda x: x.sharding, state.opt_state), []
     for k in range(STEPS):
-        state, sums = step(state, task.base, task.train_batch(k))
+        state, (sums, verdict) = step(state, task.base, task.train_batch(k))
+        assert not int(verdict.skips)
         losses.append(float(sums[0]) / float(sums[-1]))
     jax.tree.map(lambda x: x + 1, task.base)  # it was not donated
     stays = jax.tree.map(
@@ -93,6 +93,13 @@ def layout(task, state):
 def still(root, mesh):
     """Without dropout, whose draw in a pmap is each device's own; some have rows of no weight."""
     changes = {"model.name": str(root / "still"), "lora.dropout": 0.0, "data.train_examples": 196}
+    return train(config(root, **MESHES[mesh], **changes), scores=True)
+
+
+def parts(root, mesh):
+    """With the batch in two parts, each layer computed again, and no dropout."""
+    changes = {"accumulate": 2, "model.remat": "full", "batch_size": 16}
+    changes |= {"model.name": str(root / "still"), "lora.dropout": 0.0}
     return train(config(root, **MESHES[mesh], **changes), scores=True)
 
 
@@ -259,7 +266,13 @@ def stream(root, name):
 
 
 CASES = dict(
-    losses=losses, still=still, memory=memory, family=family, stream=stream, host=host_memory
+    losses=losses,
+    still=still,
+    parts=parts,
+    memory=memory,
+    family=family,
+    stream=stream,
+    host=host_memory,
 )
 
 

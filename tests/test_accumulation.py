@@ -95,7 +95,7 @@ def trainable(tree):
     "make, parts",
     [
         (classes_task, PARTS),
-        (language_task, ROWS),
+        pytest.param(language_task, ROWS, marks=pytest.mark.slow),
         pytest.param(classes_task, 2, marks=pytest.mark.slow),
         pytest.param(language_task, 2, marks=pytest.mark.slow),
     ],
@@ -144,7 +144,7 @@ def test_whole_runs_stay_together(make):
             np.testing.assert_allclose(x, y, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("parts", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_over_devices_it_is_the_gradient_of_all_rows(parts):
     """Two devices with half of the rows each, mapped over by an axis with a name: as under a pmap."""
     with jax.enable_x64(True):
@@ -189,6 +189,7 @@ def test_a_part_without_weight_does_no_harm():
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.adapter))
 
 
+@pytest.mark.slow
 def test_one_part_is_the_step_without():
     """The same program, letter by letter."""
     task, c, state, tx = started(language_task(jnp.float32))
@@ -210,6 +211,7 @@ def test_memory_falls():
     assert found[8] < found[1] / 3
 
 
+@pytest.mark.slow
 def test_bfloat16_gradients_are_added_up_in_float32_and_clipped_once():
     """Against numpy, from each part's own gradient; bfloat16 sums would be off by 4e-3."""
     task, c, state, tx = started(

@@ -16,6 +16,7 @@ import pytest
 import tiny
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.xdist_group("meshes")  # what takes long is done once
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +127,16 @@ def test_pmap_gives_the_numbers_of_one_device(root):
     assert one["losses"][-1] < 0.6 * one["losses"][0]
     close(one["losses"], pmap["losses"])
     close(list(one["scores"].values()), list(pmap["scores"].values()))
+
+
+@pytest.mark.slow
+def test_parts_of_a_batch_on_a_mesh(root):
+    """Accumulation and rematerialisation change no number, on a mesh and in a pmap."""
+    found = run(root, "parts:one", "parts:fsdp", "parts:mixed", "parts:pmap")
+    for name, about in found.items():
+        np.testing.assert_allclose(
+            about["losses"], found["parts:one"]["losses"], rtol=1e-5, err_msg=name
+        )
 
 
 @pytest.mark.slow

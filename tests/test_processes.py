@@ -89,6 +89,7 @@ def single(inputs, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_run(inputs, single, tmp_path):
     workdir = tmp_path / "run"
     first, second = finish(start(inputs, workdir, 2, mesh__data=-1))
