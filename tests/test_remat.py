@@ -1,16 +1,27 @@
 """Rematerialisation by policy: the same numbers and names, from less memory."""
 
 import functools
+import inspect
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 import lora_jax as lora
-from configs import common
-from experiments import language, metrics, options, stepping, tasks
+from configs import common, sst2_minilm
+from experiments import (
+    classification,
+    e2e,
+    instructions,
+    language,
+    metrics,
+    options,
+    stepping,
+    tasks,
+)
 from lora_jax import paths
 from lora_jax.models import bert, blocks, checkpoints, generate, gpt2, llama, llama_config
 from lora_jax.models.decoding import Decoding
@@ -217,3 +228,19 @@ def test_windows_of_gemma_too():
     np.testing.assert_allclose(x, y, rtol=1e-6)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
     jax.tree.map(close, dx, dy)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_a_config_has_its_way(tmp_path, remat):
+    """What a task applies is the model that the config describes."""
+    tiny.checkpoint(tmp_path / "model")
+    tiny.data(tmp_path / "data", n=16)
+    c = sst2_minilm.get_config().unlock()
+    c.model.name, c.data.source = str(tmp_path / "model"), str(tmp_path / "data")
+    c.data.train_examples, c.data.max_length, c.data.buckets = 0, 16, (16,)
+    c.model.remat = remat
+    task, _ = classification.make_task(c)
+    program = str(jax.make_jaxpr(task.apply)(task.base, task.train_batch(0), jax.random.key(0)))
+    assert ("checkpoint" in program or "remat" in program) == (remat == "full")
+    for load in (e2e.load, instructions.make_task):  # which take the same options
+        assert "load_options(config)" in inspect.getsource(load)
