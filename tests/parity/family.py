@@ -211,7 +211,13 @@ def our_loss(logits, labels, head):
 def our_losses(apply, params, adapter, data, head, *, strict=True):
     """This library's side, with the optimiser of the experiments."""
     settings = ConfigDict(
-        {"learning_rate": RATE, "weight_decay": DECAY, "clip_norm": CLIP, "warmup": 0.0}
+        {
+            "learning_rate": RATE,
+            "weight_decay": DECAY,
+            "clip_norm": CLIP,
+            "warmup": 0.0,
+            "decay": "linear",
+        }
     )
     tx = optimisers.make(settings, adapter, len(data))
 

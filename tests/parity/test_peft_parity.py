@@ -122,7 +122,13 @@ def torch_losses(model, data):
 def our_losses(fn, params, adapter, data):
     """This library's side, with the optimiser of the experiments."""
     settings = ConfigDict(
-        {"learning_rate": RATE, "weight_decay": DECAY, "clip_norm": CLIP, "warmup": 0.0}
+        {
+            "learning_rate": RATE,
+            "weight_decay": DECAY,
+            "clip_norm": CLIP,
+            "warmup": 0.0,
+            "decay": "linear",
+        }
     )
     tx = optimisers.make(settings, adapter, STEPS)
 
