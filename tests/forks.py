@@ -42,8 +42,8 @@ def run(log, *arguments):
     told(workdirs.Log, "write", "line")
     make = stepping.make_train_step
 
-    def making(*args):
-        step = {"call": make(*args)}
+    def making(*args, **named):
+        step = {"call": make(*args, **named)}
         step = type("Step", (), step)
         told(step, "call", "step")
         return step.call
