@@ -6,10 +6,12 @@ An adapter overlays a parameter tree: ``merge(params, adapter)`` says what it me
 
 from lora_jax import peft as peft
 from lora_jax import sharding as sharding
-from lora_jax.adapter import bind, explain, init, labels, mask, merge, summary
+from lora_jax.adapter import bind, labels, mask, merge, summary
 from lora_jax.config import LoRAConfig
-from lora_jax.lift import lift
+from lora_jax.explain import explain
+from lora_jax.initial import init
 from lora_jax.serialize import load, save
+from lora_jax.transform.lift import lift
 from lora_jax.version import __version__
 
 __all__ = [

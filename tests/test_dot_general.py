@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from jax import lax
 
 import lora_jax as lora
-from lora_jax import moves
 from lora_jax.lowrank import LowRank, factor_shapes
+from lora_jax.transform import moves
 
 sizes = st.integers(1, 3)
 

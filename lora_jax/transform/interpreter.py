@@ -1,7 +1,7 @@
 """Evaluates a jaxpr some of whose inputs are low-rank sums, keeping them factored.
 
 An equation without such an input goes to JAX unchanged. One with such an input goes to its rule, in
-:mod:`lora_jax.moves` or :mod:`lora_jax.uses`, or is recursed into if it is control flow. Where
+:mod:`.moves` or :mod:`.uses`, or is recursed into if it is control flow. Where
 there is no rule, or it does not fit, ``W + s·BA`` is formed there and the equation goes to JAX with
 plain arrays: never wrong, at worst slower. So a new JAX release can cost speed, not correctness.
 
@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core, source_info_util
 
-from lora_jax import lowrank, moves, uses
+from lora_jax import lowrank
 from lora_jax.dropout import dropout
-from lora_jax.moves import Kernel, Unfactored
+from lora_jax.transform import moves, uses
+from lora_jax.transform.moves import Kernel, Unfactored
 
 Array = jax.Array
 

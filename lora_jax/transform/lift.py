@@ -1,7 +1,7 @@
 """``lift``: a function of arrays becomes a function of low-rank sums, evaluated factored.
 
 ``lift(fn)`` traces ``fn`` to a jaxpr with each :class:`~lora_jax.lowrank.LowRank` node seen as the
-array that it stands for, and hands the jaxpr to :mod:`lora_jax.interpreter`.
+array that it stands for, and hands the jaxpr to :mod:`lora_jax.transform.interpreter`.
 """
 
 import functools
@@ -11,9 +11,9 @@ from typing import Any
 import jax
 
 from lora_jax import lowrank
-from lora_jax.interpreter import Event, Scope, evaluate, formed
 from lora_jax.lowrank import LowRank, Trained
-from lora_jax.moves import Kernel
+from lora_jax.transform.interpreter import Event, Scope, evaluate, formed
+from lora_jax.transform.moves import Kernel
 
 Array = jax.Array
 

@@ -15,7 +15,7 @@ from jax import lax
 
 from lora_jax import lowrank
 from lora_jax.lowrank import BATCH, IN, OUT, positions
-from lora_jax.moves import Kernel, Unfactored
+from lora_jax.transform.moves import Kernel, Unfactored
 
 Array = jax.Array
 

@@ -1,0 +1,55 @@
+"""``explain``: where each adapted kernel stays factored, and where it is formed."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lora_jax.adapter import bind, nodes
+from lora_jax.lowrank import LowRank
+from lora_jax.transform import interpreter
+from lora_jax.transform.lift import trace
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelUse:
+    """How one adapted kernel is used: ``factored`` times as a sum, and formed for these reasons."""
+
+    factored: int
+    fallbacks: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """The uses of each adapted kernel; prints as a table."""
+
+    kernels: Mapping[str, KernelUse]
+
+    def __str__(self) -> str:
+        rows = [f"{len(self.kernels)} adapted kernels"]
+        for name, use in self.kernels.items():
+            unused = "" if use.factored or use.fallbacks else " (never used)"
+            rows.append(f"{name}: factored {use.factored}, formed {len(use.fallbacks)}{unused}")
+            rows += [f"    formed by {reason}" for reason in use.fallbacks]
+        return "\n".join(rows)
+
+
+def explain(
+    fn: Callable, params: PyTree, adapter: PyTree, *args: Any, **kwargs: Any
+) -> Explanation:
+    """Tells, per adapted kernel, how often it stays factored and where ``W + s·BA`` is formed.
+
+    Each place in the code counts once, also inside a loop. ``fn`` is traced, never run; arrays may
+    be given as ``jax.ShapeDtypeStruct``.
+    """
+    names = [n for n, node in nodes(adapter).items() if isinstance(node, LowRank)]
+    events = trace(fn, (bind(params, adapter), *args), kwargs)
+    uses = {name: [e for e in events if name in e.name.split(" + ")] for name in names}
+    return Explanation({name: _kernel_use(found) for name, found in uses.items()})
+
+
+def _kernel_use(events: list[interpreter.Event]) -> KernelUse:
+    formed = [e for e in events if e.reason]
+    reasons = tuple(f"{e.primitive} ({e.reason}) at {e.source}" for e in formed)
+    return KernelUse(len(events) - len(formed), reasons)
