@@ -9,7 +9,7 @@ from lora_jax import sharding as sharding
 from lora_jax.adapter import bind, labels, mask, merge, summary
 from lora_jax.config import LoRAConfig
 from lora_jax.explain import explain
-from lora_jax.initial import init
+from lora_jax.initial import init, tabulate
 from lora_jax.serialize import load, save
 from lora_jax.transform.lift import lift
 from lora_jax.version import __version__
@@ -27,4 +27,5 @@ __all__ = [
     "merge",
     "save",
     "summary",
+    "tabulate",
 ]

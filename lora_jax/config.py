@@ -31,6 +31,9 @@ class LoRAConfig:
       rank_stabilized: divide alpha by the square root of the rank.
       rank_pattern: rank of the kernels matching a pattern; the first pattern that matches wins.
       alpha_pattern: alpha of the kernels matching a pattern; the first pattern that matches wins.
+      roles: roles of the axes of the leaves matching a pattern, one letter an axis: "i" (input),
+        "o" (output), "b" (batch: every entry is a kernel of its own). For leaves whose use can't be
+        seen, and where another choice than the one found is wanted; the first that matches wins.
       origin: what a file in another format says besides, in JSON types, kept for writing that
         format again; it means nothing here and makes no difference to equality.
 
@@ -55,6 +58,7 @@ class LoRAConfig:
     # Hashed without the dictionaries: equal configs still have equal hashes.
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict, hash=False)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
+    roles: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
     origin: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -66,6 +70,7 @@ class LoRAConfig:
         put("dropout", _number("dropout", self.dropout))
         put("rank_pattern", _by_pattern("rank_pattern", self.rank_pattern, _whole))
         put("alpha_pattern", _by_pattern("alpha_pattern", self.alpha_pattern, _positive))
+        put("roles", _by_pattern("roles", self.roles, _roles))
         put("origin", _json_object("origin", self.origin))
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}.")
@@ -85,17 +90,18 @@ class LoRAConfig:
         """The rank for the kernel called ``name``."""
         return _first_match(self.rank_pattern, name, self.rank)
 
-    def kernel_scale(self, name: str) -> float:
-        """The scale ``s`` for the kernel called ``name``."""
-        rank = self.kernel_rank(name)
+    def kernel_scale(self, name: str, rank: int | None = None) -> float:
+        """The scale ``s`` for the kernel called ``name``, or for another rank than is asked for."""
+        rank = self.kernel_rank(name) if rank is None else rank
         alpha = _first_match(self.alpha_pattern, name, self.alpha)
         return alpha / math.sqrt(rank) if self.rank_stabilized else alpha / rank
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types."""
         fields = dataclasses.asdict(self)
-        if not self.origin:
-            del fields["origin"]
+        for optional in ("origin", "roles"):
+            if not fields[optional]:
+                del fields[optional]
         return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
     def to_json(self) -> str:
@@ -146,6 +152,15 @@ def _whole(name: str, value: Any) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
     return int(value)
+
+
+def _roles(name: str, value: Any) -> str:
+    if not isinstance(value, str) or set(value) - set("iob") or not {"i", "o"} <= set(value):
+        raise ValueError(
+            f"{name} must hold one letter for each axis, i (input), o (output) or b (batch), with "
+            f"an input and an output among them; got {value!r}."
+        )
+    return value
 
 
 def _patterns(name: str, value: Any) -> tuple[str, ...]:

@@ -45,7 +45,7 @@ def explain(
     """
     names = [n for n, node in nodes(adapter).items() if isinstance(node, LowRank)]
     events = trace(fn, (bind(params, adapter), *args), kwargs)
-    uses = {name: [e for e in events if name in e.name.split(" + ")] for name in names}
+    uses = {name: [e for e in events if name in e.names] for name in names}
     return Explanation({name: _kernel_use(found) for name, found in uses.items()})
 
 

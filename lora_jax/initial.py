@@ -1,5 +1,8 @@
 """Which kernels an adapter has, and the values that it starts with."""
 
+import dataclasses
+import math
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -7,10 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax import lowrank, paths
+from lora_jax import kernels, lowrank, paths
 from lora_jax.config import ALL_LINEAR, LoRAConfig
+from lora_jax.kernels import Kernels, Leaf, find_kernels
 from lora_jax.lowrank import LowRank
-from lora_jax.transform.lift import trace
 
 PyTree = Any
 Array = jax.Array
@@ -41,7 +44,13 @@ def init(
 
     Raises:
       ValueError: an entry of the config matches nothing, or nothing that can be adapted; targets
-        and train overlap; a rank exceeds the smaller side of its kernel.
+        and train overlap; a rank exceeds the smaller side of a kernel that the config names
+        ("all-linear" takes the largest rank that each kernel allows).
+
+    Warns:
+      UserWarning: a kernel that was asked for can't be adapted; an equation has a form that is not
+        understood, so that kernels may be missing; an adapter is not smaller than its kernel.
+        :func:`tabulate` lists every leaf with the reason.
 
     >>> params = {"dense": {"kernel": jnp.zeros((10, 6)), "bias": jnp.zeros(6)}}
     >>> fn = lambda p, x: x @ p["dense"]["kernel"] + p["dense"]["bias"]
@@ -50,63 +59,137 @@ def init(
     >>> jax.tree.map(jnp.shape, adapter)["dense"]["kernel"].b
     (2, 6)
     """
-    leaves = paths.named_leaves(params)
-    trained = _trained(leaves, config)
-    axes = _target_axes(fn, params, config, (args, kwargs), trained=trained)
-    _check_patterns(config, axes)
+    choice = choose(fn, params, config, args, kwargs)
+    leaves, trained = paths.named_leaves(params), choice.trained
     abstract = [n for n in trained if isinstance(leaves[n], jax.ShapeDtypeStruct)]
     if abstract:
         raise ValueError(
             f"train needs the values of {paths.listing(abstract)}, and got shapes only."
         )
+    _warn(choice)
     # Copies, so that a step that donates the adapter spares the base.
     full = {n: jnp.array(leaves[n], copy=True) for n in leaves if n in trained}
-    nodes = {n: _init_node(key, n, leaves[n], axes=a, config=config) for n, a in axes.items()}
+    nodes = {n: _init_node(key, n, choice, config) for n in choice.ranks}
     return paths.nest({n: (nodes | full)[n] for n in leaves if n in nodes or n in full})
 
 
-def _trained(leaves: Mapping[str, Any], config: LoRAConfig) -> set[str]:
-    """Names of the leaves that ``config.train`` selects; integers (counters, keys) can't train."""
-    real = [n for n, x in leaves.items() if _is_real(x)]
-    return {n for hits in paths.select(config.train, real, what="train").values() for n in hits}
+def tabulate(
+    fn: Callable, params: PyTree, config: LoRAConfig, *args: Any, **kwargs: Any
+) -> kernels.Table:
+    """Lists every leaf of the parameters: what it is, and what becomes of it, or why nothing does.
+
+    Args:
+      fn: the function to adapt, as for :func:`init`; traced, never run.
+      params: its parameters: arrays or ``jax.ShapeDtypeStruct`` in any containers.
+      config: what to adapt and train.
+      *args: example arguments; arrays may be given as ``jax.ShapeDtypeStruct``.
+      **kwargs: likewise.
+
+    Returns:
+      A :class:`~lora_jax.kernels.Table`, with a row for each leaf by name, which prints as a table.
+
+    Raises:
+      ValueError: as :func:`init`.
+
+    >>> params = {"dense": {"kernel": jnp.zeros((10, 2)), "bias": jnp.zeros(2)}}
+    >>> fn = lambda p, x: x @ p["dense"]["kernel"] + p["dense"]["bias"]
+    >>> print(tabulate(fn, params, LoRAConfig(rank=4), jnp.zeros(10)))
+    leaf         shape kind   axes action  rank
+    dense/bias   2     other       frozen       is a vector or a number: it has no two sides
+    dense/kernel 10×2  kernel io   adapted 2    the rank is lowered from 4 to what the kernel allows
+    """
+    choice = choose(fn, params, config, args, kwargs)
+    return kernels.Table(
+        rows={n: _row(n, leaf, choice, config) for n, leaf in choice.kernels.leaves.items()},
+        unknown=choice.kernels.unknown,
+    )
 
 
-def _is_real(x: Any) -> bool:
-    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
+def _row(name: str, leaf: Leaf, choice: "Choice", config: LoRAConfig) -> kernels.Row:
+    if name in choice.trained:
+        return kernels.Row(leaf=leaf, action="trained", note="in full")
+    if name not in choice.ranks:
+        skipped = "" if leaf.reason or not leaf.axes else "not among the targets"
+        return kernels.Row(leaf=leaf, action="frozen", note=leaf.reason or skipped)
+    rank, wanted = choice.ranks[name], config.kernel_rank(name)
+    lowered = f"the rank is lowered from {wanted} to what the kernel allows"
+    note = lowered if rank < wanted else ""
+    return kernels.Row(leaf=leaf, action="adapted", rank=rank, note=note)
 
 
-def _target_axes(
-    fn: Callable, params: PyTree, config: LoRAConfig, inputs: tuple, *, trained: set[str]
-) -> dict[str, str]:
-    """Roles of the axes of each kernel to adapt."""
-    leaves = {n: x for n, x in paths.named_leaves(params).items() if _is_real(x)}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What a config chooses among the leaves of a parameter tree.
+
+    Attributes:
+      kernels: every leaf.
+      ranks: of each kernel to adapt, in the order of the leaves.
+      trained: the leaves to train in full.
+      left_out: leaves that were asked for and can't be adapted, and kernels that "all-linear" can't
+        adapt, with the reasons.
+    """
+
+    kernels: Kernels
+    ranks: Mapping[str, int]
+    trained: frozenset[str]
+    left_out: Mapping[str, str]
+
+
+def choose(
+    fn: Callable, params: PyTree, config: LoRAConfig, args: tuple, kwargs: Mapping[str, Any]
+) -> Choice:
+    """Finds the kernels of ``fn`` and chooses those that the config wants; see :func:`init`."""
+    leaves = paths.named_leaves(params)
+    real = [n for n, x in leaves.items() if kernels.is_real(x)]
+    train_hits = paths.select(config.train, real, what="train")
+    trained = frozenset(n for hits in train_hits.values() for n in hits)
     explicit = [entry for entry in config.targets if entry != ALL_LINEAR]
     hits = paths.select(explicit, leaves, what="targets")
     _check_overlap(hits, trained)
     if not config.targets:
-        return {}
-    uses = kernel_uses(fn, params, *inputs[0], **inputs[1])
-    missing = [entry for entry, names in hits.items() if not set(names) & set(uses)]
-    if missing:
-        raise ValueError(
-            f"targets entries {missing} match parameters, but none that the function contracts, "
-            f"convolves or looks up, so there is no kernel to adapt. Kernels here: "
-            f"{paths.listing(uses)}."
-        )
-    chosen = {n for names in hits.values() for n in names}
-    if ALL_LINEAR in config.targets:
-        linear = {n for n, (kind, _) in uses.items() if kind != "gather"} - trained
-        if not linear:
-            raise ValueError(
-                f"targets {ALL_LINEAR!r} finds no kernel: the function contracts none of its "
-                f"parameters, or `train` names them all. Kernels here: {paths.listing(uses)}."
-            )
-        chosen |= linear
-    return {n: axes for n, (_, axes) in uses.items() if n in chosen}
+        none = Kernels(leaves={})
+        return Choice(kernels=none, ranks={}, trained=trained, left_out={})
+    found = find_kernels(fn, params, args, kwargs, config)
+    named = {n for names in hits.values() for n in names}
+    found = _with_usual_roles(found, named)
+    usable = found.adaptable()
+    _check_explicit(hits, found)
+    chosen = named | (_all_linear(found, trained) if ALL_LINEAR in config.targets else set())
+    _check_patterns(config, [n for n in usable if n in chosen])
+    ranks = {n: _rank(n, usable[n], config, n in named) for n in usable if n in chosen}
+    beside = {n.rpartition("/")[0] for n in ranks}  # where what is missed is a bias, no news
+    missed = [n for n in leaves if _is_missed(found, n, named, config)]
+    left_out = {n: found.leaves[n].reason for n in missed if n.rpartition("/")[0] not in beside}
+    return Choice(kernels=found, ranks=ranks, trained=trained, left_out=left_out)
 
 
-def _check_overlap(hits: Mapping[str, Iterable[str]], trained: set[str]) -> None:
-    both = sorted({n for names in hits.values() for n in names} & trained)
+def _with_usual_roles(found: Kernels, named: set[str]) -> Kernels:
+    """Takes matrices whose use can't be seen for kernels with inputs first, if they are named.
+
+    Either way round they have the same adapters; only the scale of the first values depends on it.
+    """
+    hidden = [n for n in found.leaves if n in named and _is_hidden_matrix(found.leaves[n])]
+    usual = {
+        n: dataclasses.replace(found.leaves[n], kind=kernels.KERNEL, axes="io") for n in hidden
+    }
+    return dataclasses.replace(found, leaves={**found.leaves, **usual})
+
+
+def _is_hidden_matrix(leaf: Leaf) -> bool:
+    return bool(leaf.hidden_in) and len(leaf.shape or ()) == 2 and not leaf.axes
+
+
+def _is_missed(found: Kernels, name: str, named: set[str], config: LoRAConfig) -> bool:
+    """Whether a matrix was asked for and can't be adapted."""
+    leaf = found.leaves[name]
+    if leaf.axes or len(leaf.shape or ()) < 2 or not leaf.is_weight:
+        return False
+    is_complex = jnp.issubdtype(leaf.dtype, jnp.complexfloating)
+    return name in named or (ALL_LINEAR in config.targets and is_complex)
+
+
+def _check_overlap(hits: Mapping[str, Iterable[str]], trained: Iterable[str]) -> None:
+    both = sorted({n for names in hits.values() for n in names} & set(trained))
     if both:
         raise ValueError(
             f"targets and train overlap in {paths.listing(both)}: a leaf is either adapted or "
@@ -114,50 +197,105 @@ def _check_overlap(hits: Mapping[str, Iterable[str]], trained: set[str]) -> None
         )
 
 
-def _check_patterns(config: LoRAConfig, kernels: Iterable[str]) -> None:
-    for what in ("rank_pattern", "alpha_pattern"):
-        paths.select(getattr(config, what), kernels, what=what)
-
-
-def kernel_uses(fn: Callable, params: PyTree, *args: Any, **kwargs: Any) -> dict[str, tuple]:
-    """Finds the kernels of ``fn``: ``{name: (primitive, axes)}`` for each leaf used as one.
-
-    A leaf used in several ways (a tied embedding) gets the roles of its lookup if there is one,
-    of its first use otherwise.
-    """
-    leaves = paths.named_leaves(params)
-    probes = [
-        LowRank(None, None, None, w=x, name=name) if _is_real(x) and x.ndim > 1 else x
-        for name, x in leaves.items()
-    ]
-    probed = jax.tree.structure(params).unflatten(probes)
-    events = [e for e in trace(fn, (probed, *args), kwargs) if _has_both_sides(e.roles)]
-    linear = {e.name for e in events if e.primitive != "gather"}
-    found: dict[str, tuple] = {}
-    for event in sorted(events, key=lambda e: e.primitive != "gather"):  # a stable sort
-        kind = "dot_general" if event.name in linear else "gather"
-        found.setdefault(event.name, (kind, event.roles))
-    return {name: found[name] for name in leaves if name in found}
-
-
-def _has_both_sides(roles: str) -> bool:
-    return lowrank.IN in roles and lowrank.OUT in roles
-
-
-def _init_node(key: Array, name: str, w: Any, *, axes: str, config: LoRAConfig) -> LowRank:
-    rank, most = config.kernel_rank(name), lowrank.max_rank(w.shape, axes)
-    if rank > most:
+def _check_explicit(hits: Mapping[str, Iterable[str]], found: Kernels) -> None:
+    usable = found.adaptable()
+    missing = {entry: names for entry, names in hits.items() if not set(names) & set(usable)}
+    if missing:
+        reasons = [f"{n}: {found.leaves[n].reason}" for names in missing.values() for n in names]
         raise ValueError(
-            f"rank {rank} is larger than the kernel {name!r} of shape {tuple(w.shape)} allows to "
+            f"targets entries {list(missing)} match parameters, but none that the function "
+            f"contracts, convolves or looks up, so there is no kernel to adapt. "
+            f"{_shortened(reasons)}. Kernels here: {paths.listing(usable)}. If one of them is a "
+            "kernel all the same, say which axes are inputs (i), outputs (o) and batch (b): "
+            f'roles={{"{next(iter(missing))}": "io"}}.{_not_understood(found)}'
+        )
+
+
+def _shortened(reasons: list[str], most: int = 8) -> str:
+    reasons = list(dict.fromkeys(reasons))
+    return "; ".join([*reasons[:most], *(["..."] if len(reasons) > most else [])])
+
+
+def _not_understood(found: Kernels) -> str:
+    """Says which equations were not understood: kernels may be behind them."""
+    if not found.unknown:
+        return ""
+    return (
+        " Kernels may be missing, since the jaxpr of the function is not understood: "
+        + "; ".join(found.unknown)
+        + "."
+    )
+
+
+def _all_linear(found: Kernels, trained: Iterable[str]) -> set[str]:
+    linear = {
+        n for n, leaf in found.adaptable().items() if leaf.kind == kernels.KERNEL and leaf.is_weight
+    } - set(trained)
+    if not linear:
+        raise ValueError(
+            f"targets {ALL_LINEAR!r} finds no kernel: the function contracts none of its "
+            f"parameters, or `train` names them all. Kernels here: "
+            f"{paths.listing(found.adaptable())}.{_not_understood(found)}"
+        )
+    return linear
+
+
+def _check_patterns(config: LoRAConfig, names: Iterable[str]) -> None:
+    for what in ("rank_pattern", "alpha_pattern"):
+        paths.select(getattr(config, what), names, what=what)
+
+
+def _rank(name: str, leaf: Leaf, config: LoRAConfig, is_named: bool) -> int:
+    """The rank of a kernel; where "all-linear" has chosen it, what the kernel allows at most."""
+    rank, most = config.kernel_rank(name), kernels.max_rank(leaf)
+    explicit = is_named or any(paths.matches(p, name) for p in config.rank_pattern)
+    if rank > most and explicit:
+        raise ValueError(
+            f"rank {rank} is larger than the kernel {name!r} of shape {leaf.shape} allows to "
             f"mean anything: its change has rank {most} at most. Lower the rank (rank_pattern sets "
             "it per kernel), or train the kernel in full (train)."
         )
-    dtype = jnp.promote_types(w.dtype, jnp.float32)
+    return min(rank, most)
+
+
+def _warn(choice: Choice) -> None:
+    found = choice.kernels
+    say = lambda text: warnings.warn(text, UserWarning, stacklevel=3)
+    if found.unknown:
+        say(f"Some kernels may not be adapted.{_not_understood(found)}")
+    if choice.left_out:
+        reasons = [f"{name} {reason}" for name, reason in choice.left_out.items()]
+        say(f"Not adapted: {_shortened(reasons)}. lora_jax.tabulate lists every leaf.")
+    guessed = [n for n in choice.ranks if found.leaves[n].hidden_in]
+    if guessed:
+        say(
+            f"The use of {paths.listing(guessed)} can't be seen, since a primitive hides it: taken "
+            'for a kernel whose first axis is its input. Say so (roles={"...": "io"}), or say '
+            'otherwise (roles={"...": "oi"}), to be rid of this warning.'
+        )
+    wide = [n for n, r in choice.ranks.items() if _is_wide(found.leaves[n], r)]
+    if wide:
+        say(
+            f"The adapters of {paths.listing(wide)} are not smaller than their kernels: a lower "
+            "rank, or training these in full (train), would do the same for less."
+        )
+
+
+def _is_wide(leaf: Leaf, rank: int) -> bool:
+    """Whether the factors hold as many numbers as the kernel, at a rank that was not lowered."""
+    shapes = lowrank.factor_shapes(leaf.shape or (), leaf.axes, rank)
+    size = sum(math.prod(shape) for shape in shapes)
+    return size >= math.prod(leaf.shape or ()) and rank < kernels.max_rank(leaf)
+
+
+def _init_node(key: Array, name: str, choice: Choice, config: LoRAConfig) -> LowRank:
+    leaf, rank = choice.kernels.leaves[name], choice.ranks[name]
+    dtype = jnp.promote_types(leaf.dtype, jnp.float32)
     # crc32 of the path: the same number in every process, unlike `hash`.
     key = jax.random.fold_in(key, zlib.crc32(name.encode()))
     return LowRank(
-        a=lowrank.init_a(key, w.shape, axes, rank, dtype),
-        b=jnp.zeros(lowrank.factor_shapes(w.shape, axes, rank)[1], dtype),
-        scale=jnp.asarray(config.kernel_scale(name), dtype),
-        axes=axes,
+        a=lowrank.init_a(key, leaf.shape, leaf.axes, rank, dtype),
+        b=jnp.zeros(lowrank.factor_shapes(leaf.shape, leaf.axes, rank)[1], dtype),
+        scale=jnp.asarray(config.kernel_scale(name, rank), dtype),
+        axes=leaf.axes,
     )

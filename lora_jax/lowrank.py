@@ -17,12 +17,13 @@ order in which its axes stand in the kernel.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 Array = jax.Array
 IN, OUT, BATCH = "i", "o", "b"
@@ -143,7 +144,15 @@ def swap_sides(a: Array, b: Array, axes: str) -> tuple[Array, Array, str]:
 
 
 def contract(
-    x: Array, a: Array, b: Array, axes: str, *, dims: tuple, x_first: bool, **options: Any
+    x: Array,
+    a: Array,
+    b: Array,
+    axes: str,
+    *,
+    dims: tuple,
+    x_first: bool,
+    out_sharding: Any = None,
+    **options: Any,
 ) -> Array:
     """``(x·a)·b`` in the layout that ``lax.dot_general`` gives to ``x`` times the kernel.
 
@@ -155,34 +164,59 @@ def contract(
       dims: ``((x contracting, kernel contracting), (x batch, kernel batch))``; all input axes of
         the kernel are contracted, and its batch axes may be batch axes here or stay free.
       x_first: whether ``x`` is the left operand, which decides the order of the result's axes.
+      out_sharding: explicit sharding of the result, a ``NamedSharding``; both products get theirs
+        from it.
       **options: ``precision`` and ``preferred_element_type`` of the second product.
     """
     (x_in, k_in), (x_batch, k_batch) = dims
     lead = next((d for d in range(x.ndim) if d in x_in), x.ndim)
-    if lead > 1 and not x_batch and jax.default_backend() == "cpu":
+    by_rows = lead > 1 and not x_batch and jax.default_backend() == "cpu"
+    if by_rows and out_sharding is None and not _is_sharded(x, range(lead)):
         return _by_rows(x, a, b, axes, dims=dims, x_first=x_first, lead=lead, **options)
     a_axes, b_axes = positions(axes, BATCH + IN), positions(axes, BATCH)
     free_batch = [k for k in b_axes if k not in k_batch]
     x_free = [d for d in range(x.ndim) if d not in (*x_in, *x_batch)]
 
     # t: (shared batch, free axes of x, batch axes of the kernel that x lacks, rank)
+    # y: (shared batch, free batch of the kernel, free axes of x, out); wanted: shared batch, then
+    # the free axes of the left operand and of the right one, the kernel's in its own order.
+    batch = [("s", k) for k in range(len(k_batch))]
+    rows, stacked = [("x", k) for k in x_free], [("k", k) for k in free_batch]
+    have = batch + stacked + rows + [("k", k) for k in positions(axes, OUT)]
+    kernel = sorted(axis for axis in have if axis[0] == "k")
+    want = batch + (rows + kernel if x_first else kernel + rows)
+    sharding = _sharding_by_axis(out_sharding, want)
+
     a_dims = ([a_axes.index(k) for k in k_in], [a_axes.index(k) for k in k_batch])
     t = lax.dot_general(
-        x, a, ((x_in, a_dims[0]), (x_batch, a_dims[1])), precision=options.get("precision")
+        x,
+        a,
+        ((x_in, a_dims[0]), (x_batch, a_dims[1])),
+        precision=options.get("precision"),
+        **sharding([*batch, *rows, *stacked, "rank"]),
     )
     shared, first_free = len(k_batch), len(k_batch) + len(x_free)
     t_batch = [*range(shared), *range(first_free, t.ndim - 1)]
     b_batch = [b_axes.index(k) for k in (*k_batch, *free_batch)]
-    y = lax.dot_general(t, b, (((t.ndim - 1,), (len(b_axes),)), (t_batch, b_batch)), **options)
-
-    # y: (shared batch, free batch of the kernel, free axes of x, out); wanted: shared batch, then
-    # the free axes of the left operand and of the right one, the kernel's in its own order.
-    have = [("s", k) for k in range(shared)] + [("k", k) for k in free_batch]
-    have += [("x", k) for k in x_free] + [("k", k) for k in positions(axes, OUT)]
-    kernel = sorted(axis for axis in have if axis[0] == "k")
-    others = [axis for axis in have if axis[0] == "x"]
-    want = have[:shared] + (others + kernel if x_first else kernel + others)
+    dims = (((t.ndim - 1,), (len(b_axes),)), (t_batch, b_batch))
+    y = lax.dot_general(t, b, dims, **options, **sharding(have))
     return y if have == want else lax.transpose(y, [have.index(axis) for axis in want])
+
+
+def _sharding_by_axis(out_sharding: Any, want: list) -> Callable[[list], dict[str, Any]]:
+    """From the explicit sharding of a result with axes ``want``, that of arrays with its axes."""
+    if out_sharding is None:
+        return lambda axes: {}
+    spec = [*out_sharding.spec, *[None] * (len(want) - len(out_sharding.spec))]
+    entries = dict(zip(want, spec, strict=True))
+    of = lambda axes: PartitionSpec(*(entries.get(axis) for axis in axes))
+    return lambda axes: {"out_sharding": NamedSharding(out_sharding.mesh, of(axes))}
+
+
+def _is_sharded(x: Array, axes: Iterable[int]) -> bool:
+    """Whether the type of ``x`` says that one of the axes is split over devices."""
+    spec = getattr(getattr(jax.typeof(x), "sharding", None), "spec", ())
+    return any(spec[k] is not None for k in axes if k < len(spec))
 
 
 def _by_rows(

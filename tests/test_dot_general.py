@@ -2,7 +2,6 @@
 
 import string
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings
@@ -11,7 +10,8 @@ from jax import lax
 
 import lora_jax as lora
 from lora_jax.lowrank import LowRank, factor_shapes
-from lora_jax.transform import moves
+from lora_jax.transform.kernel import axis_groups
+from lora_jax.transform.lift import trace
 
 sizes = st.integers(1, 3)
 
@@ -93,7 +93,7 @@ def test_groups_of_a_reshape(shape, data):
         if len(new) > 8:
             new.append(size)
             break
-    groups = moves._groups(tuple(shape), tuple(new))
+    groups = axis_groups(tuple(shape), tuple(new))
     assert [k for old, _ in groups for k in old] == list(range(len(shape)))
     assert [k for _, added in groups for k in added] == list(range(len(new)))
     for old, added in groups:
@@ -109,17 +109,16 @@ def test_moves_commute_with_forming_the_kernel(permutation, seed):
     shape = rng.integers(2, 4, 4)
     a, b = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in factor_shapes(shape, axes, 2))
     w = jnp.asarray(rng.normal(size=shape), jnp.float32)
-    kernel = moves.Kernel(w, a, b, tuple(axes), "w")
-    formed = moves.materialise(kernel)
+    params = {"w": w}
+    bound = lora.bind(params, {"w": LowRank(a, b, jnp.float32(1), axes=axes)})
 
-    moved = moves.transpose(kernel, permutation=permutation)
-    formed = jnp.transpose(formed, permutation)
-    cut = dict(start=[0, 1, 0, 0], limit=list(formed.shape), strides=[1, 1, 2, 1])
-    moved, formed = moves.slice_(moved, **cut), formed[:, 1:, ::2]
-    target = (*formed.shape[:2], 1, *formed.shape[2:])
-    moved = moves.reshape(moved, shape=target)
-    moved = moves.concatenate([moved, moved, jnp.ones(target)], dimension=int(seed % 5))
-    formed = formed.reshape(target)
-    formed = jnp.concatenate([formed, formed, jnp.ones(target)], axis=int(seed % 5))
-    np.testing.assert_allclose(moves.materialise(moved), formed, rtol=1e-5, atol=1e-5)
-    assert jax.tree.leaves(moved)[0].shape == formed.shape
+    def chain(w):
+        w = jnp.transpose(w, permutation)[:, 1:, ::2]
+        w = w.reshape(*w.shape[:2], 1, *w.shape[2:])
+        return jnp.concatenate([w, w, jnp.ones(w.shape)], axis=int(seed % 5))
+
+    got = lora.lift(lambda p: chain(p["w"]))(bound)
+    want = chain(lora.merge(params, {"w": LowRank(a, b, jnp.float32(1), axes=axes)})["w"])
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    (event,) = trace(lambda p: chain(p["w"]), (bound,), {})
+    assert event.primitive == "output"  # it was kept factored up to there

@@ -226,6 +226,78 @@ FACTORED = {
             x[0, 0] > 9, lambda w: (x, w), lambda w: (jnp.tanh(x @ w), w), p["w"])),
         array(4, 4), X, "io",
     ),
+    "product with itself": (lambda p, x: 0.1 * x @ p["w"] @ (p["w"].T @ p["w"]), W, X, "io"),
+    "product with itself, and no other use": (lambda p, x: x @ (p["w"] @ p["w"].T), W, X, "io"),
+    "scale of columns": (lambda p, x: x @ (p["w"] * jnp.arange(1.0, 7.0)[None]), W, X, "io"),
+    "scale of rows": (lambda p, x: x @ (p["w"] / jnp.arange(1.0, 5.0)[:, None]), W, X, "io"),
+    "scale of experts": (
+        lambda p, x: jnp.einsum("ebd,edo->ebo", jnp.stack([x] * 3), p["w"] * jnp.arange(1.0, 4.0)[:, None, None]),
+        array(3, 4, 6), X, "bio",
+    ),
+    "scale of experts' columns": (
+        lambda p, x: jnp.einsum("ebd,edo->ebo", jnp.stack([x] * 3), p["w"] * jnp.arange(1.0, 19.0).reshape(3, 1, 6)),
+        array(3, 4, 6), X, "bio",
+    ),
+    "scale of heads": (
+        lambda p, x: jnp.einsum("bd,dhk->bhk", x, p["w"].reshape(4, 2, 3) * jnp.arange(1.0, 3.0)[None, :, None]), W, X, "io",
+    ),
+    "plus an array": (lambda p, x: x @ (p["w"] + jnp.arange(24.0).reshape(4, 6)), W, X, "io"),
+    "plus a row": (lambda p, x: x @ (jnp.arange(6.0)[None] + p["w"]), W, X, "io"),
+    "an array minus it": (lambda p, x: x @ (jnp.arange(24.0).reshape(4, 6) - p["w"]), W, X, "io"),
+    "plus itself, transposed": (lambda p, x: x @ (p["w"] + p["w"].T), array(4, 4), X, "io"),
+    "minus itself, turned": (lambda p, x: x @ (p["w"] - p["w"][::-1]), W, X, "io"),
+    "mean of two parts": (lambda p, x: x @ ((p["w"][:, :3] + p["w"][:, 3:]) / 2), W, X, "io"),
+    "sum, scaled, in a jit": (
+        lambda p, x: jax.jit(lambda w, x: x @ w)(2 * (p["w"] + jnp.ones((4, 6))) * jnp.arange(6.0)[None], x), W, X, "io",
+    ),
+    "repeated heads": (lambda p, x: x @ jnp.repeat(p["w"], 2, axis=1), W, X, "io"),
+    "repeated inputs": (lambda p, x: jnp.tile(x, 2) @ jnp.repeat(p["w"], 2, axis=0), W, X, "io"),
+    "repeated heads of a 3-D kernel": (
+        lambda p, x: jnp.einsum("bd,dhk->bhk", x, jnp.repeat(p["w"], 3, axis=1)), array(4, 2, 3), X, "ioo",
+    ),
+    "tiled": (lambda p, x: x @ jnp.tile(p["w"], (1, 2)), W, X, "io"),
+    "tiled inputs and outputs": (lambda p, x: jnp.tile(x, 2) @ jnp.tile(p["w"], (2, 3)), W, X, "io"),
+    "one for each example": (
+        lambda p, x: jax.vmap(lambda w, x: x @ w)(jnp.broadcast_to(p["w"], (5, 4, 6)), x), W, X, "io",
+    ),
+    "chosen by a number": (lambda p, x: x @ jnp.where(x[0, 0] > 9, p["w"], 0.0), W, X, "io"),
+    "chosen among its parts": (
+        lambda p, x: x @ lax.select_n(x[0, 0] > 9, p["w"][:, :3], 2 * p["w"][:, 3:]), W, X, "io",
+    ),
+    "head in chunks of its outputs": (
+        lambda p, x: lax.map(lambda w: jax.nn.logsumexp(x @ w.T, -1), p["w"].reshape(3, 2, 4)), array(6, 4), X, "oi",
+    ),
+    "head in chunks, stored the other way": (
+        lambda p, x: lax.map(lambda w: jax.nn.logsumexp(x @ w, -1), p["w"].reshape(4, 3, 2).transpose(1, 0, 2)),
+        W, X, "io",
+    ),
+    "inputs in chunks": (
+        lambda p, x: lax.scan(lambda c, xw: (c + xw[0] @ xw[1], None), jnp.zeros((5, 6)),
+                              (x.reshape(5, 2, 2).swapaxes(0, 1), p["w"].reshape(2, 2, 6)))[0],
+        W, X, "io",
+    ),
+    "experts in chunks of their outputs": (
+        lambda p, x: lax.map(lambda w: jnp.einsum("ebd,edo->beo", jnp.stack([x] * 3), w), p["w"].reshape(3, 4, 2, 3).transpose(2, 0, 1, 3)),
+        array(3, 4, 6), X, "bio",
+    ),
+    "rounded to bfloat16": (lambda p, x: x @ lax.reduce_precision(p["w"], 8, 23), W, X, "io"),
+    "behind a barrier": (lambda p, x: x @ lax.optimization_barrier((p["w"], x))[0], W, X, "io"),
+    "named": (lambda p, x: x @ checkpoint_name(p["w"], "w"), W, X, "io"),
+    "put on a device": (lambda p, x: x @ jax.device_put(p["w"], jax.devices()[0]), W, X, "io"),
+    "columns by number": (lambda p, x: x @ p["w"][:, np.array([0, 2, 5])], W, X, "io"),
+    "an expert for each token, by vmap": (
+        lambda p, x: jax.vmap(lambda x, k: x @ p["w"][k])(x, jnp.array([0, 2, 1, 1, 0])), array(3, 4, 6), X, "bio",
+    ),
+    "two experts for each token": (
+        lambda p, x: jnp.einsum("td,tkod->tko", x, p["w"][jnp.array([[0, 2], [1, 1], [2, 0], [0, 1], [1, 2]])]),
+        array(3, 6, 4), X, "boi",
+    ),
+    "a layer by number": (
+        lambda p, x: lax.fori_loop(0, 3, lambda k, x: jnp.tanh(x @ jnp.take(p["w"], k, axis=0)), x), array(3, 4, 4), X, "bio",
+    ),
+    "an expert for each token": (
+        lambda p, x: jnp.einsum("td,tdo->to", x, p["w"][jnp.array([0, 2, 1, 1, 0])]), array(3, 4, 6), X, "bio",
+    ),
     "carried by a loop": (
         lambda p, x: lax.scan(lambda c, _: ((c[0], jnp.tanh(c[1] @ c[0])), None), (p["w"], x), length=3)[0][1],
         array(4, 4), X, "io",
@@ -246,15 +318,25 @@ FALLBACK = {
         W, X,
     ),
     "joins input and output": (lambda p, x: x @ p["w"] + jnp.tile(x, 6)[:, :24] @ p["w"].reshape(24, 1), W, X),
-    "product of the kernel with itself": (lambda p, x: 0.1 * x @ p["w"] @ (p["w"].T @ p["w"]), W, X),
-    "product of two uses, and no other": (
-        lambda p, x: x @ (p["w"] @ p["w"].T), W, X,
-    ),
     "each entry changed before the only product": (lambda p, x: x @ jnp.tanh(p["w"]), W, X),
     "normalised by columns": (
         lambda p, x: x @ ((p["w"] - p["w"].mean(0, keepdims=True)) / p["w"].std(0, keepdims=True)), W, X,
     ),
     "masked": (lambda p, x: x @ jnp.where(jnp.tri(4, 6) > 0, p["w"], 0.0), W, X),
+    "rounded to float8": (
+        lambda p, x: x @ p["w"].astype(jnp.float8_e4m3fn).astype(jnp.float32) + 0 * (x @ p["w"]), W, X,
+    ),
+    "scale of rows and columns": (
+        lambda p, x: x @ (p["w"] * jnp.arange(1.0, 25.0).reshape(4, 6)), W, X,
+    ),
+    "set into zeros": (lambda p, x: x @ jnp.zeros((4, 9)).at[:, :6].set(p["w"]), W, X),
+    "updated in zeros": (
+        lambda p, x: x @ lax.dynamic_update_slice(jnp.zeros((4, 9)), p["w"], (0, 0)), W, X,
+    ),
+    "a branch gives it": (
+        lambda p, x: x @ lax.cond(x[0, 0] > 9, lambda: p["w"], lambda: 2 * p["w"]), W, X,
+    ),
+    "complex numbers": (lambda p, x: jnp.abs(x @ lax.complex(p["w"], 2 * p["w"])), W, X),
     "custom derivative on the way": (lambda p, x: x @ jax.nn.relu(p["w"]), W, X),
     "divides": (lambda p, x: x @ (1 / (3 + jnp.abs(p["w"]))), W, X),
     "custom derivative": (

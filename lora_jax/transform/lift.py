@@ -5,15 +5,19 @@ array that it stands for, and hands the jaxpr to :mod:`lora_jax.transform.interp
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from lora_jax import lowrank
 from lora_jax.lowrank import LowRank, Trained
-from lora_jax.transform.interpreter import Event, Scope, evaluate, formed
-from lora_jax.transform.moves import Kernel
+from lora_jax.transform import origins, roles
+from lora_jax.transform.control import evaluate
+from lora_jax.transform.forms import body_of
+from lora_jax.transform.interpreter import OUTPUT, Event, Scope, formed
+from lora_jax.transform.kernel import Kernel
 
 Array = jax.Array
 
@@ -73,8 +77,7 @@ def _dropout_rate(rate: Any, key: Array | None) -> Any:
 def trace(fn: Callable, args: tuple, kwargs: dict) -> list[Event]:
     """The uses of the low-rank sums in ``args`` by ``fn``, found without running it.
 
-    Arrays and ``jax.ShapeDtypeStruct`` are both accepted. A ``LowRank`` without factors takes part
-    as a kernel whose roles are to be found.
+    Arrays and ``jax.ShapeDtypeStruct`` are both accepted.
     """
     leaves, treedef = jax.tree.flatten((args, kwargs))
     abstract = [k for k, x in enumerate(leaves) if isinstance(x, jax.ShapeDtypeStruct)]
@@ -87,6 +90,46 @@ def trace(fn: Callable, args: tuple, kwargs: dict) -> list[Event]:
 
     jax.eval_shape(run, *[leaves[k] for k in abstract])
     return list(scope.events.values())
+
+
+def trace_roles(
+    fn: Callable, params: Any, args: tuple, kwargs: dict, *, names: Mapping[int, str]
+) -> roles.Findings:
+    """Finds out how ``fn(params, *args, **kwargs)`` uses its parameters, without running it.
+
+    Args:
+      fn: any function that JAX can trace.
+      params: its parameters, arrays or ``jax.ShapeDtypeStruct``.
+      args: the other arguments; likewise.
+      kwargs: likewise.
+      names: the leaves of ``params`` to follow: their numbers, and what they are called.
+    """
+    leaves, treedef = jax.tree.flatten((params, args, kwargs))
+    n_params = len(jax.tree.leaves(params))
+    is_input = lambda k, x: k >= n_params and isinstance(x, jax.Array | np.ndarray)
+    needed = [k for k, x in enumerate(leaves) if k in names or isinstance(x, jax.ShapeDtypeStruct)]
+    inputs = [k for k, x in enumerate(leaves) if is_input(k, x)]
+    try:
+        closed = _jaxpr(fn, leaves, treedef, traced=sorted({*needed, *inputs}))
+    except Exception:
+        # The function needs the values of its inputs, for an `if` or a shape. They are constants
+        # of the jaxpr then, and nobody can tell them from other constants.
+        inputs = []
+        closed = _jaxpr(fn, leaves, treedef, traced=needed)
+    traced = sorted({*needed, *inputs})
+    named = lambda k: origins.of_parameter(names[k], len(leaves[k].shape))
+    other = lambda k: roles.of_input(leaves[k]) if k >= n_params else origins.Value()
+    values = [named(k) if k in names else other(k) for k in traced]
+    return roles.find(closed, values, consts_are_data=all(k < n_params for k in traced))
+
+
+def _jaxpr(fn: Callable, leaves: Sequence, treedef: Any, *, traced: Sequence[int]) -> Any:
+    def run(*values: Array) -> Any:
+        filled = dict(zip(traced, values, strict=True))
+        params, args, kwargs = treedef.unflatten([filled.get(k, x) for k, x in enumerate(leaves)])
+        return fn(params, *args, **kwargs)
+
+    return jax.make_jaxpr(run)(*[leaves[k] for k in traced])
 
 
 def _run(scope: Scope, fn: Callable, args: tuple, kwargs: dict) -> Any:
@@ -105,8 +148,8 @@ def _run(scope: Scope, fn: Callable, args: tuple, kwargs: dict) -> Any:
     # was given: flags stay Python values, concrete arrays stay concrete, outer tracers outer.
     kernels = [_kernel(node) for node in nodes.values()]
     closed, shapes = jax.make_jaxpr(call, return_shape=True)(*[k.w for k in kernels])
-    outs = evaluate(scope, closed.jaxpr, closed.consts, kernels)
-    outs = [formed(scope, x, "output", "is returned by the function") for x in outs]
+    outs = evaluate(scope, body_of(closed), kernels)
+    outs = [formed(scope, x, OUTPUT, "is returned by the function") for x in outs]
     return jax.tree.unflatten(jax.tree.structure(shapes), outs)
 
 
@@ -116,7 +159,4 @@ def _kernel(node: LowRank) -> Kernel:
             "Got an adapter where a bound tree is expected; "
             "call lift(fn)(bind(params, adapter), ...)."
         )
-    if node.a is None:
-        origins = tuple(frozenset({(node.name, k, node.w.ndim)}) for k in range(node.w.ndim))
-        return Kernel(node.w, None, None, origins, node.name)
-    return Kernel(node.w, node.a, lowrank.scaled_b(node), tuple(node.axes), node.name)
+    return Kernel(node.w, node.a, lowrank.scaled_b(node), node.axes, (node.name,))

@@ -1,8 +1,9 @@
-"""Moves: the primitives that rearrange a kernel that is a low-rank sum, and give back such kernels.
+"""Moves: the primitives that take a kernel that is a low-rank sum, and give back such kernels.
 
-The same moves serve to find out which axes of a kernel are inputs, outputs and batch: then the
-kernel has no factors yet, and each axis carries, instead of a role, the set of (kernel name,
-original axis, number of axes) that it came from.
+The frozen part goes through the very equation of the user's function, whatever its parameters are.
+A rule says only what becomes of the factors. It is called with the equation, its operands, and the
+equation's results for the frozen parts, and gives the results: kernels, or plain arrays where no
+factor is concerned. It raises :class:`Unfactored` with the reason where the sum does not stay one.
 """
 
 import dataclasses
@@ -11,354 +12,602 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax import lowrank
 from lora_jax.lowrank import BATCH, IN, OUT, positions
+from lora_jax.transform.kernel import (
+    SAME,
+    Kernel,
+    Unfactored,
+    alike,
+    axis_groups,
+    carried,
+    is_free,
+    map_factors,
+    rank_inside,
+    rank_last,
+    turned,
+    with_roles,
+)
 
 Array = jax.Array
+Rule = Callable[[Any, Sequence[Any], Sequence[Array]], list]
 
 
-class Unfactored(Exception):
-    """The low-rank sum cannot be kept factored here; the message says why."""
+def _the_kernel(vals: Sequence[Any], which: int = 0) -> Kernel:
+    """Operand number ``which``, if it and no other is a kernel."""
+    kernels = [k for k, x in enumerate(vals) if isinstance(x, Kernel)]
+    if kernels != [which]:
+        raise Unfactored(
+            f"operands {kernels} are low-rank sums; the rule wants operand {which} only"
+        )
+    return vals[which]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Kernel:
-    """A kernel inside the interpreter: ``w + a·b``, rearranged by the moves so far.
-
-    Attributes:
-      w: the frozen part.
-      a: ``(*batch, *in, rank)``, or None while roles are being found.
-      b: ``(*batch, rank, *out)`` with the scale already in it, or None likewise.
-      axes: the role of each axis of ``w``; while roles are being found, its origins.
-      name: the path of the parameter, or of several that were concatenated.
-    """
-
-    w: Array
-    a: Array | None
-    b: Array | None
-    axes: tuple
-    name: str
+# ---- One kernel, rearranged ----------------------------------------------------------------------
 
 
-jax.tree_util.register_dataclass(Kernel, ["w", "a", "b"], ["axes", "name"])
+def _transpose(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    return [_transposed(_the_kernel(vals), w[0], eqn.params["permutation"])]
 
 
-def materialise(kernel: Kernel) -> Array:
-    """The plain array that the kernel stands for."""
-    if kernel.a is None:
-        return kernel.w
-    return lowrank.dense(kernel.w, kernel.a, kernel.b, "".join(kernel.axes))
+def _transposed(kernel: Kernel, w: Array, order: Sequence[int]) -> Kernel:
+    def change(x: Array, old: list[int], new: list[int]) -> Array:
+        return lax.transpose(x, [old.index(order[k]) for k in new] + [x.ndim - 1])
+
+    return map_factors(kernel, w, "".join(kernel.axes[k] for k in order), change)
 
 
-def _moved(kernel: Kernel, w: Array, axes: Sequence[Any], move: Callable) -> Kernel:
-    """Applies ``move(factor, old, new)`` to both factors.
-
-    ``old`` and ``new`` are the kernel axes that the factor carries before and after, in the order
-    of its own axes; the rank is the factor's last axis during the move.
-    """
-    axes = tuple(axes)
-    if kernel.a is None:
-        return dataclasses.replace(kernel, w=w, axes=axes)
-    carried = lambda role: (positions(kernel.axes, BATCH + role), positions(axes, BATCH + role))
-    a = move(kernel.a, *carried(IN))
-    b = jnp.moveaxis(kernel.b, kernel.axes.count(BATCH), -1)
-    b = jnp.moveaxis(move(b, *carried(OUT)), -1, axes.count(BATCH))
-    return dataclasses.replace(kernel, w=w, a=a, b=b, axes=axes)
-
-
-def transpose(kernel: Kernel, *, permutation: Sequence[int]) -> Kernel:
-    """``lax.transpose``."""
-
-    def move(x: Array, old: list[int], new: list[int]) -> Array:
-        return lax.transpose(x, [old.index(permutation[k]) for k in new] + [x.ndim - 1])
-
-    w = lax.transpose(kernel.w, permutation)
-    return _moved(kernel, w, [kernel.axes[k] for k in permutation], move)
-
-
-def reshape(kernel: Kernel, *, shape: Sequence[int]) -> Kernel:
+def _reshape(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
     """``lax.reshape``, if it splits and joins axes within one role only."""
-    axes: list[Any] = [None] * len(shape)
-    for old, new in _groups(kernel.w.shape, shape):
-        role = _join(kernel, [k for k in old if kernel.w.shape[k] != 1] or old)
+    kernel, shape, order = _the_kernel(vals), w[0].shape, eqn.params.get("dimensions")
+    if order is not None:
+        kernel = _transposed(kernel, lax.transpose(kernel.w, order), order)
+    groups = axis_groups(kernel.w.shape, shape)
+    axes = [SAME] * len(shape)
+    for old, new in groups:
+        role = _joined_role(kernel, old)
+        # An axis along which nothing changes takes the role of the axes that it is joined with.
+        joined = [role if is_free(kernel, k) and k in old else x for k, x in enumerate(kernel.axes)]
+        if role != SAME and any(kernel.axes[k] == SAME and kernel.w.shape[k] != 1 for k in old):
+            kernel = with_roles(kernel, "".join(joined))
         for k in new:
             axes[k] = role
-    return _reshaped(kernel, shape, axes)
+    return [_reshaped(kernel, w[0], "".join(axes), eqn.params.get("sharding"))]
 
 
-def _reshaped(kernel: Kernel, shape: Sequence[int], axes: Sequence[Any]) -> Kernel:
-    def move(x: Array, old: list[int], new: list[int]) -> Array:
-        return lax.reshape(x, [shape[k] for k in new] + [x.shape[-1]])
-
-    return _moved(kernel, lax.reshape(kernel.w, shape), axes, move)
-
-
-def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Pairs the runs of axes of two shapes that hold the same elements.
-
-    >>> _groups((2, 6, 1), (2, 1, 2, 3))
-    [([0], [0]), ([], [1]), ([1], [2, 3]), ([2], [])]
-    """
-    if 0 in (*old, *new):
-        raise Unfactored("reshape of an empty array")
-    groups, i, j = [], 0, 0
-    while i < len(old) or j < len(new):
-        left, right = old[i : i + 1], new[j : j + 1]
-        if left != right and left == (1,):
-            step = (1, 0)
-        elif left != right and right == (1,):
-            step = (0, 1)
-        else:
-            step = _same_product(old[i:], new[j:])
-        groups.append((list(range(i, i + step[0])), list(range(j, j + step[1]))))
-        i, j = i + step[0], j + step[1]
-    return groups
-
-
-def _same_product(old: Sequence[int], new: Sequence[int]) -> tuple[int, int]:
-    """The smallest non-empty leading runs of two shapes with the same product."""
-    i, j, left, right = 1, 1, old[0], new[0]
-    while left != right:
-        if left < right:
-            left, i = left * old[i], i + 1
-        else:
-            right, j = right * new[j], j + 1
-    return i, j
-
-
-def _join(kernel: Kernel, group: list[int]) -> Any:
-    """The role of the axes that a reshape joins; axes that it adds belong to no side: batch."""
-    roles = {kernel.axes[k] for k in group}
-    if kernel.a is None:
-        return frozenset().union(*roles)
+def _joined_role(kernel: Kernel, group: Sequence[int]) -> str:
+    roles = {kernel.axes[k] for k in group if not is_free(kernel, k)}
     if len(roles) > 1:
         raise Unfactored("reshape joins axes of different sides (input, output, batch)")
-    return roles.pop() if roles else BATCH
+    rest = [kernel.axes[k] for k in group if kernel.axes[k] != SAME]
+    return roles.pop() if roles else (rest or [SAME])[0]
 
 
-def squeeze(kernel: Kernel, *, dimensions: Sequence[int]) -> Kernel:
-    """``lax.squeeze``."""
-    keep = [k for k in range(kernel.w.ndim) if k not in dimensions]
-    shape = [kernel.w.shape[k] for k in keep]
-    return _reshaped(kernel, shape, [kernel.axes[k] for k in keep])
+def _reshaped(kernel: Kernel, w: Array, axes: str, sharding: Any = None) -> Kernel:
+    def change(x: Array, old: list[int], new: list[int]) -> Array:
+        sizes = [*(w.shape[k] for k in new), x.shape[-1]]
+        options = {} if sharding is None else {"out_sharding": _of_factor(sharding, new)}
+        return jnp.reshape(x, sizes, **options)
+
+    return map_factors(kernel, w, axes, change)
 
 
-def broadcast_in_dim(kernel: Kernel, *, shape: Sequence[int], dims: Sequence[int]) -> Kernel:
-    """``lax.broadcast_in_dim``; an axis that it adds becomes a batch axis of both factors."""
-    added = frozenset() if kernel.a is None else BATCH
-    axes = [kernel.axes[dims.index(k)] if k in dims else added for k in range(len(shape))]
-
-    def move(x: Array, old: list[int], new: list[int]) -> Array:
-        target = [shape[k] for k in new] + [x.shape[-1]]
-        return lax.broadcast_in_dim(x, target, [new.index(dims[k]) for k in old] + [len(new)])
-
-    return _moved(kernel, lax.broadcast_in_dim(kernel.w, shape, dims), axes, move)
+def _of_factor(sharding: Any, axes: Sequence[int]) -> NamedSharding:
+    """The sharding of a kernel, for a factor that carries some of its axes; its rank is whole."""
+    spec = [*sharding.spec, *[None] * len(axes)]
+    spec += [None] * (max(axes, default=-1) + 1 - len(spec))
+    return NamedSharding(sharding.mesh, PartitionSpec(*(spec[k] for k in axes), None))
 
 
-def slice_(kernel: Kernel, *, start: Sequence[int], limit: Sequence[int], strides: Any) -> Kernel:
+def _squeeze(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    kernel = _the_kernel(vals)
+    gone = {k % kernel.w.ndim for k in eqn.params["dimensions"]}
+    axes = "".join(axis for k, axis in enumerate(kernel.axes) if k not in gone)
+    return [_reshaped(kernel, w[0], axes)]
+
+
+def _broadcast(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    """``lax.broadcast_in_dim``: along an axis that it adds or widens the sum is constant."""
+    kernel, dims = _the_kernel(vals), eqn.params["broadcast_dimensions"]
+    if eqn.params.get("sharding") is not None:
+        raise Unfactored("broadcast to an explicit sharding")
+    return [_broadcasted(kernel, w[0], dims)]
+
+
+def _broadcasted(kernel: Kernel, w: Array, dims: Sequence[int]) -> Kernel:
+    old = dict(zip(dims, kernel.axes, strict=True))
+    axes = "".join(old.get(k, SAME) for k in range(w.ndim))
+
+    def change(x: Array, before: list[int], new: list[int]) -> Array:
+        sizes = [*(w.shape[k] for k in new), x.shape[-1]]
+        return lax.broadcast_in_dim(x, sizes, [*(new.index(dims[k]) for k in before), len(new)])
+
+    return map_factors(kernel, w, axes, change)
+
+
+def _slice(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
     """``lax.slice``: rows of ``a`` for input axes, columns of ``b`` for output axes."""
-    strides = strides or (1,) * kernel.w.ndim
+    kernel = _the_kernel(vals)
+    start, limit = eqn.params["start_indices"], eqn.params["limit_indices"]
+    strides = eqn.params["strides"] or (1,) * kernel.w.ndim
+    return [_sliced(kernel, w[0], start, limit, strides)]
 
-    def move(x: Array, old: list[int], new: list[int]) -> Array:
+
+def _sliced(
+    kernel: Kernel, w: Array, start: Sequence, limit: Sequence, strides: Sequence
+) -> Kernel:
+    def change(x: Array, old: list[int], new: list[int]) -> Array:
         pick = lambda values, last: [values[k] for k in old] + [last]
         return lax.slice(x, pick(start, 0), pick(limit, x.shape[-1]), pick(strides, 1))
 
-    return _moved(kernel, lax.slice(kernel.w, start, limit, strides), kernel.axes, move)
+    return map_factors(kernel, w, kernel.axes, change)
 
 
-def dynamic_slice(kernel: Kernel, indices: Sequence[Array], *, sizes: Sequence[int]) -> Kernel:
-    """``lax.dynamic_slice``."""
+def _dynamic_slice(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    kernel, sizes, indices = _the_kernel(vals), eqn.params["slice_sizes"], vals[1:]
 
-    def move(x: Array, old: list[int], new: list[int]) -> Array:
+    def change(x: Array, old: list[int], new: list[int]) -> Array:
         start = [indices[k] for k in old] + [jnp.zeros_like(indices[0])]
         return lax.dynamic_slice(x, start, [sizes[k] for k in old] + [x.shape[-1]])
 
-    return _moved(kernel, lax.dynamic_slice(kernel.w, indices, sizes), kernel.axes, move)
+    return [map_factors(kernel, w[0], kernel.axes, change)]
 
 
-def convert(kernel: Kernel, *, dtype: Any) -> Kernel:
+def _reverse(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    kernel, turned_axes = _the_kernel(vals), eqn.params["dimensions"]
+
+    def change(x: Array, old: list[int], new: list[int]) -> Array:
+        return lax.rev(x, [old.index(k) for k in turned_axes if k in old])
+
+    return [map_factors(kernel, w[0], kernel.axes, change)]
+
+
+def _pad(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    """``lax.pad``: the frozen part is padded with the value, the factors with zeros."""
+    kernel, config = _the_kernel(vals), eqn.params["padding_config"]
+    padded = lambda k: tuple(config[k]) != (0, 0, 0) and is_free(kernel, k)
+    kernel = with_roles(
+        kernel, "".join(OUT if padded(k) else role for k, role in enumerate(kernel.axes))
+    )
+
+    def change(x: Array, old: list[int], new: list[int]) -> Array:
+        zero = jnp.zeros((), x.dtype)
+        return lax.pad(x, zero, [*(config[k] for k in old), (0, 0, 0)])
+
+    return [map_factors(kernel, w[0], kernel.axes, change)]
+
+
+def _tile(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    kernel, reps = _the_kernel(vals), eqn.params["reps"]
+
+    def change(x: Array, old: list[int], new: list[int]) -> Array:
+        return jnp.tile(x, (*(reps[k] for k in old), 1))
+
+    return [map_factors(kernel, w[0], kernel.axes, change)]
+
+
+def _split(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    kernel, axis = _the_kernel(vals), eqn.params["axis"]
+    parts, start = [], [0] * kernel.w.ndim
+    for size, part in zip(map(int, eqn.params["sizes"]), w, strict=True):
+        limit = list(kernel.w.shape)
+        limit[axis] = start[axis] + size
+        parts.append(_sliced(kernel, part, list(start), limit, [1] * kernel.w.ndim))
+        start[axis] += size
+    return parts
+
+
+def _unstack(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    kernel, axis = _the_kernel(vals), eqn.params["axis"]
+    axes = kernel.axes[:axis] + kernel.axes[axis + 1 :]
+    rows = []
+    for k, part in enumerate(w):
+        start, limit = [0] * kernel.w.ndim, list(kernel.w.shape)
+        start[axis], limit[axis] = k, k + 1
+        row = _sliced(kernel, lax.expand_dims(part, [axis]), start, limit, [1] * kernel.w.ndim)
+        rows.append(_reshaped(row, part, axes))
+    return rows
+
+
+def picked(eqn: Any, kernel: Kernel, indices: Array, w: Array, rows: Sequence[int]) -> list[Kernel]:
+    """``lax.gather`` of entries of batch axes: each index has a kernel of its own, and its factors.
+
+    So experts are picked for each token, or layers by number.
+    """
+    dims, n_ids = eqn.params["dimension_numbers"], indices.ndim - 1
+    columns = [k for k, axis in enumerate(dims.start_index_map) if axis in rows]
+    kept = iter(k for k in range(len(kernel.axes)) if k not in dims.collapsed_slice_dims)
+    ids = iter(range(n_ids))
+    # What each axis of the result is: an axis of the indices, or of the kernel.
+    labels = [
+        ("kernel", next(kept)) if p in dims.offset_dims else ("ids", next(ids))
+        for p in range(w.ndim)
+    ]
+    role = lambda kind, k: BATCH if kind == "ids" else SAME if k in rows else kernel.axes[k]
+    axes = "".join(role(*label) for label in labels)
+
+    def change(x: Array, old: list[int], new: list[int]) -> Array:
+        rest = [k for k in old if k not in rows]
+        y = lax.gather(
+            x,
+            indices[..., np.array(columns)],
+            lax.GatherDimensionNumbers(
+                offset_dims=tuple(range(n_ids, n_ids + len(rest) + 1)),
+                collapsed_slice_dims=tuple(sorted(old.index(k) for k in rows)),
+                start_index_map=tuple(old.index(dims.start_index_map[k]) for k in columns),
+            ),
+            slice_sizes=[1 if k in rows else x.shape[n] for n, k in enumerate(old)] + [x.shape[-1]],
+            indices_are_sorted=eqn.params["indices_are_sorted"],
+            unique_indices=eqn.params["unique_indices"],
+            mode=eqn.params["mode"],
+            fill_value=0,  # out of bounds the base's own fill value must stand
+        )
+        have = [*(("ids", k) for k in range(n_ids)), *(("kernel", k) for k in rest)]
+        return lax.transpose(y, [*(have.index(labels[p]) for p in new), len(have)])
+
+    return [map_factors(kernel, w, axes, change)]
+
+
+# ---- One kernel, its entries changed -------------------------------------------------------------
+
+
+def _convert(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
     """A cast. The factors keep their precision until they meet an activation."""
+    kernel, dtype = _the_kernel(vals), w[0].dtype
     if not jnp.issubdtype(dtype, jnp.floating):
         raise Unfactored(f"conversion to {dtype}")
-    return dataclasses.replace(kernel, w=kernel.w.astype(dtype))
+    if jnp.finfo(dtype).bits < 16 and dtype != kernel.w.dtype:
+        raise Unfactored(f"rounding to {dtype}: the sum is rounded, not its parts")
+    return [dataclasses.replace(kernel, w=w[0])]
 
 
-def scaled(kernel: Kernel, change: Callable[[Array], Array], *numbers: Any) -> Kernel:
-    """A negative, or a product or quotient with a number: ``c·(w + a·b) = c·w + a·(c·b)``.
-
-    ``change`` is applied to both terms as it is, so that the frozen part keeps its very bits.
-    """
-    if any(isinstance(x, Kernel) or jnp.ndim(x) for x in numbers):
-        raise Unfactored("multiplied or divided by something other than a single number")
-    b = None if kernel.b is None else change(kernel.b)
-    return dataclasses.replace(kernel, w=change(kernel.w), b=b)
+def _reduce_precision(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    kernel = _the_kernel(vals)
+    if eqn.params["mantissa_bits"] < jnp.finfo(jnp.bfloat16).nmant:
+        raise Unfactored("rounding to few bits: the sum is rounded, not its parts")
+    a, b = (eqn.primitive.bind(x, **eqn.params) for x in (kernel.a, kernel.b))
+    return [dataclasses.replace(kernel, w=w[0], a=a, b=b)]
 
 
-def reverse(kernel: Kernel, *, dimensions: Sequence[int]) -> Kernel:
-    """``lax.rev``."""
-
-    def move(x: Array, old: list[int], new: list[int]) -> Array:
-        return lax.rev(x, [old.index(k) for k in dimensions if k in old])
-
-    return _moved(kernel, lax.rev(kernel.w, dimensions), kernel.axes, move)
+def _stop_gradient(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    kernel = _the_kernel(vals)
+    a, b = (lax.stop_gradient(x) for x in (kernel.a, kernel.b))
+    return [dataclasses.replace(kernel, w=w[0], a=a, b=b)]
 
 
-def concatenate(parts: Sequence[Kernel | Array], *, dimension: int) -> Kernel:
-    """``lax.concatenate``, as when gates or query, key and value are computed in one product.
-
-    ``[W1 + a1·b1, W2 + a2·b2] = [W1, W2] + [a1, a2]·diag(b1, b2)``: the ranks add up. Along a batch
-    axis the factors are concatenated as they are, the ranks padded with zeros to the largest.
-    """
-    kernels = [p for p in parts if isinstance(p, Kernel)]
-    w = lax.concatenate([p.w if isinstance(p, Kernel) else p for p in parts], dimension)
-    if kernels[0].a is None:
-        return without_factors(w, kernels)
-    axes = kernels[0].axes
-    if any(k.axes != axes for k in kernels):
-        raise Unfactored("concatenates kernels whose axes have different roles")
-    factors = [_factors(part, like=kernels[0]) for part in parts]
-    a, b = _concatenated(factors, [p.shape[dimension] for p in _arrays(parts)], axes, dimension)
-    return Kernel(w, a, b, axes, _joint_name(kernels))
+def _negative(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    kernel = _the_kernel(vals)
+    return [dataclasses.replace(kernel, w=w[0], b=-kernel.b)]
 
 
-def without_factors(w: Array, kernels: Sequence[Kernel]) -> Kernel:
-    """A kernel made of several while roles are being found: an axis has the origins of all."""
-    origins = zip(*(k.axes for k in kernels), strict=True)
-    axes = tuple(frozenset().union(*origin) for origin in origins)
-    return Kernel(w, None, None, axes, _joint_name(kernels))
+def _mul(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    which = 0 if isinstance(vals[0], Kernel) else 1
+    return [_scaled(_the_kernel(vals, which), vals[1 - which], w[0], jnp.multiply)]
 
 
-def _joint_name(kernels: Sequence[Kernel]) -> str:
-    return " + ".join(k.name for k in kernels)
+def _div(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    if not isinstance(vals[0], Kernel):
+        raise Unfactored("divides something by the kernel")
+    return [_scaled(_the_kernel(vals), vals[1], w[0], jnp.divide)]
 
 
-def _arrays(parts: Sequence[Kernel | Array]) -> list[Array]:
-    return [p.w if isinstance(p, Kernel) else p for p in parts]
+def _scaled(kernel: Kernel, scale: Any, w: Array, change: Callable) -> Kernel:
+    """A product or quotient with a number, or with an array that varies along one side only."""
+    if jnp.ndim(scale) == 0:
+        b = change(kernel.b, jnp.asarray(scale, kernel.b.dtype))
+        return dataclasses.replace(kernel, w=w, b=b)
+    kernel = _widened(kernel, w)
+    varies = [k for k, n in enumerate(scale.shape) if n != 1]
+    free = {k for k in varies if is_free(kernel, k)}
+    roles = {kernel.axes[k] for k in varies if k not in free} - {BATCH}
+    if len(roles) > 1:
+        raise Unfactored("multiplied or divided by an array that varies over inputs and outputs")
+    side = roles.pop() if roles else OUT
+    kernel = with_roles(
+        kernel, "".join(side if k in free else role for k, role in enumerate(kernel.axes))
+    )
+    factor = rank_last(kernel) if side == OUT else kernel.a
+    axes = carried(kernel.axes, side)
+    thin = lax.squeeze(scale, [k for k in range(scale.ndim) if k not in axes])
+    kept = sorted(axes)
+    thin = lax.transpose(thin, [kept.index(k) for k in axes])
+    factor = change(factor, lax.expand_dims(thin, [thin.ndim]).astype(factor.dtype))
+    new = {"b": rank_inside(factor, kernel.axes)} if side == OUT else {"a": factor}
+    return dataclasses.replace(kernel, w=w, **new)
 
 
-def _factors(part: Kernel | Array, *, like: Kernel) -> tuple[Array, Array]:
-    """The factors of a kernel; a plain array is one of rank zero."""
-    if isinstance(part, Kernel):
-        return part.a, part.b
-    a, b = lowrank.factor_shapes(part.shape, "".join(like.axes), rank=0)
-    return jnp.zeros(a, like.a.dtype), jnp.zeros(b, like.b.dtype)
+def _widened(kernel: Kernel, w: Array) -> Kernel:
+    """The kernel with the shape of ``w``, to which an operation with an array has broadcast it."""
+    if kernel.w.shape == w.shape:
+        return kernel
+    wide = lax.broadcast_in_dim(kernel.w, w.shape, range(w.ndim))
+    return _broadcasted(kernel, wide, range(w.ndim))
 
 
-def _concatenated(
-    factors: list[tuple[Array, Array]], sizes: list[int], axes: tuple, dimension: int
-) -> tuple[Array, Array]:
-    n, role = axes.count(BATCH), axes[dimension]
-    if role == IN:  # the mirror image of an output axis
-        mirror = "".join(axes)
-        swapped = [lowrank.swap_sides(a, b, mirror)[:2] for a, b in factors]
-        axes = tuple(lowrank.swap_sides(*factors[0], mirror)[2])
-        a, b = _concatenated(swapped, sizes, axes, dimension)
-        return lowrank.swap_sides(a, b, "".join(axes))[:2]
-    if role == BATCH:
-        rank = max(a.shape[-1] for a, _ in factors)
-        where = positions(axes, BATCH).index(dimension)
-        a = [_pad(a, a.ndim - 1, 0, rank) for a, _ in factors]
-        b = [_pad(b, n, 0, rank) for _, b in factors]
-        return lax.concatenate(a, where), lax.concatenate(b, where)
-    where = n + 1 + positions(axes, OUT).index(dimension)
-    starts = [sum(sizes[:k]) for k in range(len(sizes))]
-    b = [_pad(b, where, s, sum(sizes)) for (_, b), s in zip(factors, starts, strict=True)]
-    a = [a for a, _ in factors]
-    return lax.concatenate(a, a[0].ndim - 1), lax.concatenate(b, n)
+# ---- Several kernels -----------------------------------------------------------------------------
 
 
-def _pad(x: Array, axis: int, before: int, size: int) -> Array:
+def _add(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    """``w + plain + a·b``; the ranks of two kernels add up."""
+    return [_summed([_widened(v, w[0]) for v in vals if isinstance(v, Kernel)], w[0])]
+
+
+def _sub(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    kernels = [_widened(v, w[0]) for v in vals if isinstance(v, Kernel)]
+    if isinstance(vals[1], Kernel):
+        kernels[-1] = dataclasses.replace(kernels[-1], b=-kernels[-1].b)
+    return [_summed(kernels, w[0])]
+
+
+def _summed(kernels: Sequence[Kernel], w: Array) -> Kernel:
+    kernels = alike(kernels)
+    first = kernels[0]
+    if len(kernels) == 1:
+        return dataclasses.replace(first, w=w)
+    a = _join([k.a for k in kernels], first.a.ndim - 1)
+    b = _join([k.b for k in kernels], first.axes.count(BATCH))
+    return Kernel(w, a, b, first.axes, joint_names(kernels))
+
+
+def _join(parts: Sequence[Array], axis: int) -> Array:
+    dtype = jnp.result_type(*parts)
+    return lax.concatenate([x.astype(dtype) for x in parts], axis)
+
+
+def joint_names(kernels: Sequence[Kernel]) -> tuple:
+    """The parameters that several kernels are made of, each once."""
+    return tuple(dict.fromkeys(name for k in kernels for name in k.names))
+
+
+def _select(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    """``lax.select_n`` by a scalar: a plain case has factors of zeros."""
+    which, *cases = vals
+    if isinstance(which, Kernel) or jnp.ndim(which):
+        raise Unfactored("selects entry by entry")
+    kernels = alike([c for c in cases if isinstance(c, Kernel)])
+    rank = max(k.a.shape[-1] for k in kernels)
+    found = iter([_padded(k, rank) for k in kernels])
+    zero = jax.tree.map(jnp.zeros_like, _padded(kernels[0], rank))
+    whole = [next(found) if isinstance(c, Kernel) else zero for c in cases]
+    a, b = (_select_n(which, [getattr(k, side) for k in whole]) for side in ("a", "b"))
+    return [Kernel(w[0], a, b, kernels[0].axes, joint_names(kernels))]
+
+
+def _select_n(which: Array, cases: Sequence[Array]) -> Array:
+    dtype = jnp.result_type(*cases)
+    return lax.select_n(which, *(x.astype(dtype) for x in cases))
+
+
+def _padded(kernel: Kernel, rank: int) -> Kernel:
+    a = _pad_axis(kernel.a, kernel.a.ndim - 1, 0, rank)
+    return dataclasses.replace(
+        kernel, a=a, b=_pad_axis(kernel.b, kernel.axes.count(BATCH), 0, rank)
+    )
+
+
+def _pad_axis(x: Array, axis: int, before: int, size: int) -> Array:
     """Zeros around ``x`` along one axis, up to ``size``."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (before, size - before - x.shape[axis])
     return jnp.pad(x, widths)
 
 
-def _new_axis(part: Kernel | Array, axis: int) -> Kernel | Array:
-    shape = _arrays([part])[0].shape
-    shape, dims = (*shape[:axis], 1, *shape[axis:]), [k + (k >= axis) for k in range(len(shape))]
+def _concatenate(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    return [_concatenated(list(vals), w[0], eqn.params["dimension"])]
+
+
+def _stack(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    axis = eqn.params["axis"]
+    return [_concatenated([_with_new_axis(v, axis) for v in vals], w[0], axis)]
+
+
+def _with_new_axis(part: Kernel | Array, axis: int) -> Kernel | Array:
+    if not isinstance(part, Kernel):
+        return lax.expand_dims(part, [axis])
+    axes = part.axes[:axis] + SAME + part.axes[axis:]
+    return dataclasses.replace(part, w=lax.expand_dims(part.w, [axis]), axes=axes)
+
+
+def _concatenated(parts: Sequence[Any], w: Array, dimension: int) -> Kernel:
+    """Several kernels side by side, as when query, key and value are computed in one product.
+
+    ``[W1 + a1·b1, W2 + a2·b2] = [W1, W2] + [a1, a2]·diag(b1, b2)``: the ranks add up. Along a batch
+    axis the factors are concatenated as they are, the ranks padded with zeros to the largest.
+    """
+    kernels = alike([p for p in parts if isinstance(p, Kernel)])
+    axes = kernels[0].axes
+    if axes[dimension] == SAME:
+        axes = axes[:dimension] + BATCH + axes[dimension + 1 :]
+        kernels = [with_roles(k, axes) for k in kernels]
+    found = iter(kernels)
+    whole = [next(found) if isinstance(p, Kernel) else p for p in parts]
+    factors = [_factors(part, kernels[0]) for part in whole]
+    sizes = [(p.w if isinstance(p, Kernel) else p).shape[dimension] for p in parts]
+    a, b = _side_by_side(factors, sizes, axes, dimension)
+    return Kernel(w, a, b, axes, joint_names(kernels))
+
+
+def _factors(part: Kernel | Array, like: Kernel) -> tuple[Array, Array]:
+    """The factors of a kernel; a plain array is one of rank zero."""
     if isinstance(part, Kernel):
-        return broadcast_in_dim(part, shape=shape, dims=dims)
-    return lax.broadcast_in_dim(part, shape, dims)
+        return part.a, part.b
+    axes = like.axes.replace(SAME, "")
+    shape = [n for n, role in zip(part.shape, like.axes, strict=True) if role != SAME]
+    a, b = lowrank.factor_shapes(shape, axes, rank=0)
+    return jnp.zeros(a, like.a.dtype), jnp.zeros(b, like.b.dtype)
 
 
-def _split(kernel: Kernel, sizes: Sequence[int], axis: int) -> list[Kernel]:
-    parts, start = [], [0] * kernel.w.ndim
-    for size in map(int, sizes):
-        limit = list(kernel.w.shape)
-        limit[axis] = start[axis] + size
-        parts.append(slice_(kernel, start=list(start), limit=limit, strides=None))
-        start[axis] += size
-    return parts
+def _side_by_side(
+    factors: list[tuple[Array, Array]], sizes: list[int], axes: str, dimension: int
+) -> tuple[Array, Array]:
+    n, role = axes.count(BATCH), axes[dimension]
+    if role == IN:  # the mirror image of an output axis
+        swapped = [lowrank.swap_sides(a, b, axes)[:2] for a, b in factors]
+        mirror = lowrank.swap_sides(*factors[0], axes)[2]
+        a, b = _side_by_side(swapped, sizes, mirror, dimension)
+        return lowrank.swap_sides(a, b, mirror)[:2]
+    if role == BATCH:
+        rank = max(a.shape[-1] for a, _ in factors)
+        where = positions(axes, BATCH).index(dimension)
+        a = [_pad_axis(a, a.ndim - 1, 0, rank) for a, _ in factors]
+        b = [_pad_axis(b, n, 0, rank) for _, b in factors]
+        return _join(a, where), _join(b, where)
+    where = n + 1 + positions(axes, OUT).index(dimension)
+    starts = [sum(sizes[:k]) for k in range(len(sizes))]
+    b = [_pad_axis(b, where, s, sum(sizes)) for (_, b), s in zip(factors, starts, strict=True)]
+    a = [a for a, _ in factors]
+    return _join(a, a[0].ndim - 1), _join(b, n)
 
 
-def _move_reshape(params: dict, kernel: Kernel) -> list[Kernel]:
-    if params.get("dimensions") is not None:
-        raise Unfactored("reshape in another order of dimensions")
-    return [reshape(kernel, shape=params["new_sizes"])]
+def product(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    """A product of two kernels, whose ranks add up.
+
+    ``(W1 + a1·b1)·(W2 + a2·b2) = W1·W2 + [a1, W1·a2]·[b1·(W2 + a2·b2), b2]``.
+    """
+    (left_in, right_in), (left_batch, _) = eqn.params["dimension_numbers"]
+    if left_batch or not all(isinstance(v, Kernel) for v in vals):
+        raise Unfactored("a product of two kernels with batch axes")
+    left = _with_side(vals[0], left_in, OUT)
+    right = _with_side(vals[1], right_in, IN)
+    # As matrices: rows of the left kernel, what is summed over, columns of the right one.
+    rows, columns = positions(left.axes, IN), positions(right.axes, OUT)
+    w1 = lax.transpose(left.w, [*rows, *left_in]).reshape(-1, _size(left.w, left_in))
+    w2 = lax.transpose(right.w, [*right_in, *columns]).reshape(w1.shape[1], -1)
+    order = lambda axes, wanted: [axes.index(k) for k in wanted]
+    b1 = lax.transpose(left.b, [0, *(1 + k for k in order(positions(left.axes, OUT), left_in))])
+    a2_order = order(positions(right.axes, IN), right_in)
+    a2 = lax.transpose(right.a, [*a2_order, right.a.ndim - 1]).reshape(w1.shape[1], -1)
+    a1, b1 = left.a.reshape(w1.shape[0], -1), b1.reshape(-1, w1.shape[1])
+    b2 = right.b.reshape(-1, w2.shape[1])
+    dtype = jnp.result_type(a1, b1, a2, b2)
+    a1, b1, a2, b2, w1, w2 = (x.astype(dtype) for x in (a1, b1, a2, b2, w1, w2))
+    a = lax.concatenate([a1, w1 @ a2], 1)
+    b = lax.concatenate([b1 @ w2 + (b1 @ a2) @ b2, b2], 0)
+    a = a.reshape(*(left.w.shape[k] for k in rows), -1)
+    b = b.reshape(-1, *(right.w.shape[k] for k in columns))
+    axes = IN * len(rows) + OUT * len(columns)
+    return [Kernel(w[0], a, b, axes, joint_names([left, right]))]
 
 
-def pad(kernel: Kernel, value: Array, *, config: Sequence[tuple[int, int, int]]) -> Kernel:
-    """``lax.pad``: the frozen part is padded with the value, the factors with zeros."""
-
-    def move(x: Array, old: list[int], new: list[int]) -> Array:
-        zero = jnp.zeros((), x.dtype)
-        return lax.pad(x, zero, [*(config[k] for k in old), (0, 0, 0)])
-
-    return _moved(kernel, lax.pad(kernel.w, value, config), kernel.axes, move)
+def _size(x: Array, axes: Sequence[int]) -> int:
+    size = 1
+    for k in axes:
+        size *= x.shape[k]
+    return size
 
 
-def _move_mul(params: dict, x: Any, y: Any) -> list[Kernel]:
-    kernel, number = (x, y) if isinstance(x, Kernel) else (y, x)
-    return [scaled(kernel, lambda k: k * jnp.asarray(number, k.dtype), number)]
+def _with_side(kernel: Kernel, summed: Sequence[int], role: str) -> Kernel:
+    """The kernel with exactly the given axes on one side, and the rest on the other."""
+    other = IN if role == OUT else OUT
+    axes = "".join(role if k in summed else other for k in range(len(kernel.axes)))
+    try:
+        return with_roles(kernel, axes)
+    except Unfactored:
+        return with_roles(turned(kernel), axes)
 
 
-def _move_div(params: dict, x: Any, y: Any) -> list[Kernel]:
-    if not isinstance(x, Kernel):
-        raise Unfactored("divides something by the kernel")
-    return [scaled(x, lambda k: k / jnp.asarray(y, k.dtype), y)]
+# ---- Where arrays lie ----------------------------------------------------------------------------
 
 
-def _move_dynamic_slice(params: dict, kernel: Any, *indices: Any) -> list[Kernel]:
-    return [dynamic_slice(kernel, indices, sizes=params["slice_sizes"])]
+def _factors_untouched(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list:
+    """Marks and moves the frozen part alone; the results are one for each operand."""
+    pairs = zip(vals, w, strict=True)
+    return [dataclasses.replace(v, w=x) if isinstance(v, Kernel) else x for v, x in pairs]
 
 
-def _move_unstack(params: dict, kernel: Kernel) -> list[Kernel]:
-    axis = params["axis"]
-    rows = _split(kernel, [1] * kernel.w.shape[axis], axis)
-    return [squeeze(row, dimensions=(axis,)) for row in rows]
+def _rebound(eqn: Any, x: Array, **params: Any) -> Array:
+    """The equation for another operand, with some parameters changed."""
+    out = eqn.primitive.bind(x, **{**eqn.params, **params})
+    return out[0] if eqn.primitive.multiple_results else out
 
 
-# (parameters of the equation, its inputs) -> its outputs
-MOVES: dict[str, Callable[..., list[Kernel]]] = {
-    "transpose": lambda p, k: [transpose(k, permutation=p["permutation"])],
-    "reshape": _move_reshape,
-    "squeeze": lambda p, k: [squeeze(k, dimensions=p["dimensions"])],
-    "broadcast_in_dim": lambda p, k, *_: [
-        broadcast_in_dim(k, shape=p["shape"], dims=p["broadcast_dimensions"])
-    ],
-    "slice": lambda p, k: [
-        slice_(k, start=p["start_indices"], limit=p["limit_indices"], strides=p["strides"])
-    ],
-    "dynamic_slice": _move_dynamic_slice,
-    "pad": lambda p, k, value: [pad(k, value, config=p["padding_config"])],
-    "rev": lambda p, k: [reverse(k, dimensions=p["dimensions"])],
-    "neg": lambda p, k: [scaled(k, jnp.negative)],
-    "mul": _move_mul,
-    "div": _move_div,
-    "split": lambda p, k: _split(k, p["sizes"], p["axis"]),
-    "unstack": _move_unstack,
-    "concatenate": lambda p, *ks: [concatenate(ks, dimension=p["dimension"])],
-    "stack": lambda p, *ks: [
-        concatenate([_new_axis(k, p["axis"]) for k in ks], dimension=p["axis"])
-    ],
-    "convert_element_type": lambda p, k: [convert(k, dtype=p["new_dtype"])],
-    "sharding_constraint": lambda p, k: [
-        dataclasses.replace(k, w=lax.with_sharding_constraint(k.w, p["sharding"]))
-    ],
-    "copy": lambda p, k: [k],
-    "copy_p": lambda p, k: [k],
-    "stop_gradient": lambda p, k: [jax.tree.map(lax.stop_gradient, k)],
+def _reshard(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    """``jax.reshard``: an axis of a factor lies where the kernel's does."""
+    kernel, target = _the_kernel(vals), eqn.params["dst_sharding"]
+
+    def change(x: Array, old: list[int], new: list[int]) -> Array:
+        return _rebound(eqn, x, dst_sharding=_of_factor(target, old))
+
+    return [map_factors(kernel, w[0], kernel.axes, change)]
+
+
+def _device_put(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list:
+    """``jax.device_put``, also from one kind of memory to another."""
+    outs = []
+    for value, x, target in zip(vals, w, eqn.params["devices"], strict=True):
+        if not isinstance(value, Kernel):
+            outs.append(x)
+            continue
+
+        def change(y: Array, old: list[int], new: list[int], target: Any = target) -> Array:
+            where = _of_factor(target, old) if isinstance(target, NamedSharding) else target
+            kinds = target.memory_kind if isinstance(target, NamedSharding) else None
+            where = where.with_memory_kind(kinds) if kinds else where
+            return y if where is None else jax.device_put(y, where)
+
+        outs.append(map_factors(value, x, value.axes, change))
+    return outs
+
+
+def _all_gather(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    """``lax.all_gather`` in a ``shard_map``, along an axis of which each device has a part."""
+    kernel, axis = _the_kernel(vals), eqn.params["all_gather_dimension"]
+    if not eqn.params["tiled"]:
+        axes = kernel.axes[:axis] + BATCH + kernel.axes[axis:]
+    elif is_free(kernel, axis) and kernel.axes[axis] == SAME:
+        return [dataclasses.replace(kernel, w=w[0])]
+    else:
+        axes = kernel.axes
+
+    def change(x: Array, old: list[int], new: list[int]) -> Array:
+        if axis not in new:
+            return x
+        return _rebound(eqn, x, all_gather_dimension=new.index(axis))
+
+    return [map_factors(kernel, w[0], axes, change)]
+
+
+MOVES: dict[str, Rule] = {
+    "transpose": _transpose,
+    "reshape": _reshape,
+    "squeeze": _squeeze,
+    "broadcast_in_dim": _broadcast,
+    "slice": _slice,
+    "dynamic_slice": _dynamic_slice,
+    "rev": _reverse,
+    "pad": _pad,
+    "tile": _tile,
+    "split": _split,
+    "unstack": _unstack,
+    "convert_element_type": _convert,
+    "reduce_precision": _reduce_precision,
+    "stop_gradient": _stop_gradient,
+    "neg": _negative,
+    "mul": _mul,
+    "div": _div,
+    "add": _add,
+    "add_any": _add,
+    "sub": _sub,
+    "select_n": _select,
+    "concatenate": _concatenate,
+    "stack": _stack,
+    "sharding_constraint": _factors_untouched,
+    "pvary": _factors_untouched,
+    "pcast": _factors_untouched,
+    "name": _factors_untouched,
+    "copy": _factors_untouched,
+    "copy_p": _factors_untouched,
+    "optimization_barrier": _factors_untouched,
+    "reshard": _reshard,
+    "device_put": _device_put,
+    "all_gather": _all_gather,
+    "all_gather_invariant": _all_gather,
 }
+
+# With another array these make a kernel of a kernel, or an activation of an activation: which of
+# them is told by what the result is used for.
+WITH_AN_ARRAY = {"add", "add_any", "sub", "mul", "div"}

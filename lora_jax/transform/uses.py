@@ -1,10 +1,10 @@
 """Uses: the primitives that consume a kernel that is a low-rank sum, and compute ``x·W + (x·A)·B``.
 
 A rule says how its primitive treats the kernel's axes, and computes what the low-rank term adds to
-the result. One that does not fit raises ``Unfactored`` with the reason.
+the result. One that does not fit raises ``Unfactored`` with the reason. The first half serves to
+find out which parameters are kernels, too.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from jax import lax
 
 from lora_jax import lowrank
 from lora_jax.lowrank import BATCH, IN, OUT, positions
-from lora_jax.transform.moves import Kernel, Unfactored
+from lora_jax.transform.kernel import Kernel, Unfactored, is_free, turned, with_roles
 
 Array = jax.Array
 
@@ -41,11 +41,14 @@ def oriented(kernel: Kernel, sides: Sides) -> Factors:
     Raises:
       Unfactored: the use takes some input and some output axes, or part of one side.
     """
-    axes = "".join(kernel.axes)
-    found = _fitting(kernel, sides) or _fitting(_with_free_axes_as_used(kernel, sides), sides)
-    if found:
-        return found
-    if not set(sides.batch) <= set(positions(axes, BATCH)):
+    for candidate in (kernel, turned(kernel)):
+        try:
+            fitting = with_roles(candidate, _wanted_roles(candidate, sides))
+        except Unfactored:
+            continue
+        return Factors(fitting.a, fitting.b, fitting.axes)
+    axes = kernel.axes
+    if any(axes[k] != BATCH and not is_free(kernel, k) for k in sides.batch):
         raise Unfactored(f"batches over axes {sides.batch} of a kernel with axes {axes!r}")
     raise Unfactored(
         f"contracts axes {sides.inputs} of a kernel with axes {axes!r}: neither all inputs (i) nor "
@@ -53,30 +56,11 @@ def oriented(kernel: Kernel, sides: Sides) -> Factors:
     )
 
 
-def _fitting(kernel: Kernel, sides: Sides) -> Factors | None:
-    axes = "".join(kernel.axes)
-    if not set(sides.batch) <= set(positions(axes, BATCH)):
-        return None
-    if set(sides.inputs) == set(positions(axes, IN)):
-        return Factors(kernel.a, kernel.b, axes)
-    if set(sides.inputs) == set(positions(axes, OUT)):
-        return Factors(*lowrank.swap_sides(kernel.a, kernel.b, axes))
-    return None
-
-
-def _with_free_axes_as_used(kernel: Kernel, sides: Sides) -> Kernel:
-    """Gives axes of size one the role that the use wants: they can be on either side, or batched.
-
-    A depthwise kernel that is stored ``(*window, channels, multiplier)`` gets one by a reshape.
-    """
-    shape = kernel.w.shape
-    summed = [kernel.axes[k] for k in sides.inputs if shape[k] != 1]
-    into = OUT if OUT in summed else IN
-    wanted = dict.fromkeys(sides.batch, BATCH) | dict.fromkeys(sides.inputs, into)
-    rest = IN if into == OUT else OUT
-    axes = [wanted.get(k, rest) if shape[k] == 1 else role for k, role in enumerate(kernel.axes)]
-    a, b = lowrank.factor_shapes(shape, "".join(axes), kernel.a.shape[-1])
-    return dataclasses.replace(kernel, a=kernel.a.reshape(a), b=kernel.b.reshape(b), axes=axes)
+def _wanted_roles(kernel: Kernel, sides: Sides) -> str:
+    """Inputs are what is summed over; batch axes stay so where the use leaves them free."""
+    rest = lambda k: BATCH if kernel.axes[k] == BATCH and kernel.w.shape[k] != 1 else OUT
+    named = dict.fromkeys(sides.inputs, IN) | dict.fromkeys(sides.batch, BATCH)
+    return "".join(named[k] if k in named else rest(k) for k in range(len(kernel.axes)))
 
 
 def _branch_dtype(x: Array, result: Array) -> Any:
@@ -84,20 +68,9 @@ def _branch_dtype(x: Array, result: Array) -> Any:
     return x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else result.dtype
 
 
-def _only_kernel(vals: Sequence[Any], which: int) -> None:
-    """Raises unless operand number ``which``, and no other, is a kernel."""
-    kernels = [k for k, x in enumerate(vals) if isinstance(x, Kernel)]
-    if kernels != [which]:
-        raise Unfactored(
-            f"operands {kernels} are low-rank sums; the rule wants operand {which} only"
-        )
-
-
-def _dot_sides(params: dict, vals: Sequence[Any]) -> tuple[int, Sides]:
-    which = 0 if isinstance(vals[0], Kernel) else 1
-    _only_kernel(vals, which)
+def _dot_sides(params: dict, which: int, shape: Sequence[int]) -> Sides:
     contracting, batch = params["dimension_numbers"]
-    return which, Sides(tuple(contracting[which]), tuple(batch[which]))
+    return Sides(tuple(contracting[which]), tuple(batch[which]))
 
 
 def _dot(params: dict, vals: Sequence[Any], f: Factors, base: Array, drop: Callable) -> Array:
@@ -114,16 +87,16 @@ def _dot(params: dict, vals: Sequence[Any], f: Factors, base: Array, drop: Calla
         f.axes,
         dims=((x_in, k_in), (x_batch, k_batch)),
         x_first=which == 1,
+        out_sharding=params.get("out_sharding"),
         precision=params["precision"],
         preferred_element_type=base.dtype,
     )
 
 
-def _ragged_sides(params: dict, vals: Sequence[Any]) -> tuple[int, Sides]:
-    _only_kernel(vals, 1)
+def _ragged_sides(params: dict, which: int, shape: Sequence[int]) -> Sides:
     dims = params["ragged_dot_dimension_numbers"]
     (_, contracting), (_, batch) = dims.dot_dimension_numbers
-    return 1, Sides(tuple(contracting), (*batch, *dims.rhs_group_dimensions))
+    return Sides(tuple(contracting), (*batch, *dims.rhs_group_dimensions))
 
 
 def _ragged(params: dict, vals: Sequence[Any], f: Factors, base: Array, drop: Callable) -> Array:
@@ -138,18 +111,17 @@ def _ragged(params: dict, vals: Sequence[Any], f: Factors, base: Array, drop: Ca
     )
 
 
-def _gather_sides(params: dict, vals: Sequence[Any]) -> tuple[int, Sides]:
+def _gather_sides(params: dict, which: int, shape: Sequence[int]) -> Sides:
     dims, sizes = params["dimension_numbers"], params["slice_sizes"]
-    _only_kernel(vals, 0)
-    rows = _looked_up_axes(params, vals[0].w.shape)
-    whole = all(sizes[k] == n for k, n in enumerate(vals[0].w.shape) if k not in rows)
+    rows = _looked_up_axes(params, shape)
+    whole = all(sizes[k] == n for k, n in enumerate(shape) if k not in rows)
     # A slice of a whole axis starts at 0, unless it is filled where its start is out of bounds.
     filled = params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
     indexed = set(dims.start_index_map)
     fits = rows == indexed or (rows < indexed and not filled)
     if dims.operand_batching_dims or not whole or not fits:
         raise Unfactored("gather of something other than whole rows")
-    return 0, Sides(tuple(sorted(rows)))
+    return Sides(tuple(sorted(rows)))
 
 
 def _looked_up_axes(params: dict, shape: Sequence[int]) -> set[int]:
@@ -199,12 +171,11 @@ def _as_gathered(y: Array, dims: Any, axes: str, n_ids: int) -> Array:
     return lax.expand_dims(y, of_row)
 
 
-def _conv_sides(params: dict, vals: Sequence[Any]) -> tuple[int, Sides]:
-    _only_kernel(vals, 1)
+def _conv_sides(params: dict, which: int, shape: Sequence[int]) -> Sides:
     if params["batch_group_count"] != 1:
         raise Unfactored("convolution with batch groups")
     out = params["dimension_numbers"].rhs_spec[0]
-    return 1, Sides(tuple(k for k in range(vals[1].w.ndim) if k != out))
+    return Sides(tuple(k for k in range(len(shape)) if k != out))
 
 
 def _conv(params: dict, vals: Sequence[Any], f: Factors, base: Array, drop: Callable) -> Array:
@@ -246,20 +217,28 @@ def _conv(params: dict, vals: Sequence[Any], f: Factors, base: Array, drop: Call
     )
 
 
+def _sparse_sides(params: dict, which: int, shape: Sequence[int]) -> Sides:
+    (_, contracting), (_, batch) = params["dimension_numbers"]
+    return Sides(tuple(contracting), tuple(batch))
+
+
 class Use(NamedTuple):
     """A primitive that consumes a kernel.
 
-    ``sides(params, inputs)`` says which input is the kernel and how its axes are used;
-    ``branch(params, inputs, factors, base, drop)`` computes what ``a·b`` adds to the result.
+    ``operands`` are the ones that may be the kernel; ``sides(params, which, shape)`` says how the
+    axes of operand number ``which`` are used; ``branch(params, operands, factors, base, drop)``
+    computes what ``a·b`` adds to the result, and is None where nothing does yet.
     """
 
-    sides: Callable
-    branch: Callable
+    operands: tuple[int, ...]
+    sides: Callable[[dict, int, Sequence[int]], Sides]
+    branch: Callable | None
 
 
 USES: dict[str, Use] = {
-    "dot_general": Use(_dot_sides, _dot),
-    "gather": Use(_gather_sides, _gather),
-    "ragged_dot_general": Use(_ragged_sides, _ragged),
-    "conv_general_dilated": Use(_conv_sides, _conv),
+    "dot_general": Use((0, 1), _dot_sides, _dot),
+    "gather": Use((0,), _gather_sides, _gather),
+    "ragged_dot_general": Use((1,), _ragged_sides, _ragged),
+    "conv_general_dilated": Use((1,), _conv_sides, _conv),
+    "bcoo_dot_general": Use((2,), _sparse_sides, None),
 }

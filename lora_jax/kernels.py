@@ -1,0 +1,262 @@
+"""Which leaves of a parameter tree are kernels: every leaf, with its roles or a reason."""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import lowrank, paths
+from lora_jax.config import LoRAConfig
+from lora_jax.transform import roles
+from lora_jax.transform.lift import trace_roles
+from lora_jax.transform.origins import DATA, FIXED
+from lora_jax.transform.roles import LOOKUP, Use
+
+PyTree = Any
+KERNEL, TABLE, OTHER = "kernel", "lookup", "other"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Leaf:
+    """One leaf of a parameter tree, and how the function uses it.
+
+    Attributes:
+      shape: of the leaf; None if it is no array.
+      dtype: likewise.
+      kind: "kernel" if it is contracted or convolved with what depends on the inputs, "lookup" if
+        rows of it are looked up and nothing else, "other" if it can't be adapted.
+      axes: the role of each axis, as in :mod:`lora_jax.lowrank`; empty for the kind "other".
+      is_weight: whether "all-linear" may choose it. Variables of other collections than "params",
+        and of other types than ``nnx.Param``, are adapted only if they are named.
+      reason: why it can't be adapted, or why "all-linear" leaves it out.
+      hidden_in: the primitive that uses it, if that can't be looked into.
+    """
+
+    shape: tuple[int, ...] | None
+    dtype: Any
+    kind: str
+    axes: str = ""
+    is_weight: bool = True
+    reason: str = ""
+    hidden_in: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """Every leaf by name, and the equations that could not be understood."""
+
+    leaves: Mapping[str, Leaf]
+    unknown: tuple[str, ...] = ()
+
+    def adaptable(self) -> dict[str, Leaf]:
+        """The leaves that have roles."""
+        return {name: leaf for name, leaf in self.leaves.items() if leaf.axes}
+
+
+def find_kernels(
+    fn: Callable, params: PyTree, args: tuple, kwargs: Mapping[str, Any], config: LoRAConfig
+) -> Kernels:
+    """Tells of every leaf of ``params`` what it is to ``fn(params, *args, **kwargs)``.
+
+    ``fn`` is traced, never run. What is found does not depend on the sizes of the inputs.
+
+    Raises:
+      ValueError: roles that the config gives do not fit the leaf that they are for.
+    """
+    leaves = paths.named_leaves(params)
+    states = _states(leaves, params)
+    given = _given_roles(leaves, config)
+    named = [entry for entry in config.targets if entry != "all-linear"]
+    followed = {
+        k: name
+        for k, (name, x) in enumerate(leaves.items())
+        if _is_followed(x) and (name not in states or any(paths.matches(e, name) for e in named))
+    }
+    found = trace_roles(fn, params, args, dict(kwargs), names=followed)
+    result = {
+        name: _with_roles(_leaf(name, x, found, states.get(name, "")), given.get(name))
+        for name, x in leaves.items()
+    }
+    return Kernels(leaves=result, unknown=tuple(found.unknown))
+
+
+def _is_followed(x: Any) -> bool:
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact) and len(x.shape) > 1
+
+
+def is_real(x: Any) -> bool:
+    """Whether ``x`` is an array, or a shape, of floating-point numbers."""
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _given_roles(leaves: Mapping[str, Any], config: LoRAConfig) -> dict[str, str]:
+    hits = paths.select(config.roles, leaves, what="roles")
+    given: dict[str, str] = {}
+    for pattern, names in hits.items():
+        for name in names:
+            axes, shape = config.roles[pattern], getattr(leaves[name], "shape", ())
+            if len(axes) != len(shape):
+                raise ValueError(
+                    f"roles[{pattern!r}] is {axes!r}, for {len(axes)} axes, but {name} has shape "
+                    f"{tuple(shape)}. Give one letter for each axis: i (input), o (output), b "
+                    "(batch)."
+                )
+            given.setdefault(name, axes)
+    return given
+
+
+def _with_roles(leaf: Leaf, axes: str | None) -> Leaf:
+    if axes is None or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return leaf
+    return dataclasses.replace(leaf, kind=KERNEL, axes=axes, reason="")
+
+
+def _leaf(name: str, x: Any, found: roles.Findings, state: str) -> Leaf:
+    if not hasattr(x, "dtype"):
+        return Leaf(shape=None, dtype=None, kind=OTHER, reason="is no array")
+    shape, uses = tuple(x.shape), found.uses.get(name, [])
+    best = min((u for u in uses if roles.has_two_sides(u.roles)), key=_order, default=None)
+    make = lambda kind, axes="", reason="": Leaf(
+        shape=shape, dtype=x.dtype, kind=kind, axes=axes, is_weight=not state, reason=reason
+    )
+    if best is None:
+        leaf = make(OTHER, reason=_reason(x, uses, found.losses.get(name, []), state))
+        return dataclasses.replace(leaf, hidden_in=found.hidden.get(name, ""))
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        return make(
+            OTHER,
+            reason=f"is a kernel with roles {best.roles!r}, but of complex numbers ({x.dtype}), "
+            "which can't be adapted: keep its real and imaginary parts as two leaves, and join "
+            "them in the function (jax.lax.complex)",
+        )
+    products = [u for u in uses if u.primitive != LOOKUP and roles.has_two_sides(u.roles)]
+    return make(KERNEL if products else TABLE, best.roles, state)
+
+
+def _order(use: Use) -> int:
+    """Which of several uses gives a leaf its roles: the smallest number wins, the first of equals.
+
+    Experts that are looked up by token and then contracted have the roles of the product. A tied
+    embedding has those of its lookup. Products with what depends on the inputs come before those
+    of a power iteration over state, and products with another parameter come last.
+    """
+    is_lookup, is_data = use.primitive == LOOKUP, use.level == DATA
+    order = [
+        is_data and not is_lookup and use.is_picked,
+        is_data and is_lookup,
+        is_data,
+        use.level >= FIXED and not is_lookup,
+        is_lookup,
+        True,
+    ]
+    return order.index(True)
+
+
+def _reason(x: Any, uses: list[Use], losses: list[str], state: str) -> str:
+    if state:
+        return state
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        return f"holds {x.dtype}, not floating-point numbers"
+    if len(x.shape) < 2:
+        return "is a vector or a number: it has no two sides" if is_real(x) else f"is {x.dtype}"
+    sided = [f"is used by {u.primitive!r} with roles {u.roles!r}: one side only" for u in uses]
+    return "; ".join(dict.fromkeys([*sided, *losses])) or "is not used by the function"
+
+
+# ---- Leaves that are no weights ------------------------------------------------------------------
+
+
+def _states(leaves: Mapping[str, Any], params: PyTree) -> dict[str, str]:
+    """The leaves that are state of a model (statistics, caches, code books), and what they are."""
+    by_collection = _other_collections(leaves)
+    return by_collection | _other_variables(list(leaves), params)
+
+
+def _other_collections(names: Iterable[str]) -> dict[str, str]:
+    """Linen's collections: whatever stands beside "params"."""
+    names = list(names)
+    parents = {
+        name[: name.index("params/")]
+        for name in names
+        if name.startswith("params/") or "/params/" in name
+    }
+    states = {}
+    for name in names:
+        for parent in parents:
+            rest = name.removeprefix(parent)
+            if name.startswith(parent) and not rest.startswith("params/"):
+                collection = rest.split("/")[0]
+                states[name] = (
+                    f"is in the collection {collection!r}, not in 'params': adapted only if named"
+                )
+    return states
+
+
+def _other_variables(names: list[str], params: PyTree) -> dict[str, str]:
+    """NNX variables of other types than ``nnx.Param``."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return {}
+    is_variable = lambda x: isinstance(x, nnx.Variable)
+    kinds: list[str] = []
+    for x in jax.tree.leaves(params, is_leaf=is_variable):
+        n = len(jax.tree.leaves(x)) if is_variable(x) else 1
+        state = is_variable(x) and not isinstance(x, nnx.Param)
+        kinds += [type(x).__name__ if state else ""] * n
+    pairs = zip(names, kinds, strict=True)
+    return {
+        name: f"is a variable of type {kind}, not nnx.Param: adapted only if named"
+        for name, kind in pairs
+        if kind
+    }
+
+
+# ---- Telling -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """A leaf, with what a config makes of it.
+
+    Attributes:
+      leaf: the leaf itself.
+      action: "adapted", "trained", or "frozen".
+      rank: of its adapter; 0 if it has none.
+      note: what one should know: a rank that was lowered, a reason.
+    """
+
+    leaf: Leaf
+    action: str
+    rank: int = 0
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table:
+    """Every leaf of a parameter tree, and what becomes of it; prints as a table."""
+
+    rows: Mapping[str, Row]
+    unknown: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [("leaf", "shape", "kind", "axes", "action", "rank", "")]
+        lines += [_line(name, row) for name, row in self.rows.items()]
+        widths = [max(len(line[k]) for line in lines) for k in range(6)]
+        pad = lambda line: [cell.ljust(n) for cell, n in zip(line, widths, strict=False)]
+        text = [" ".join([*pad(line), line[-1]]).rstrip() for line in lines]
+        return "\n".join([*text, *(f"not understood: {u}" for u in self.unknown)])
+
+
+def _line(name: str, row: Row) -> tuple[str, ...]:
+    leaf = row.leaf
+    shape = "" if leaf.shape is None else "×".join(map(str, leaf.shape))
+    rank = str(row.rank) if row.rank else ""
+    return name, shape, leaf.kind, leaf.axes, row.action, rank, row.note
+
+
+def max_rank(leaf: Leaf) -> int:
+    """The largest rank that the change of the kernel can have."""
+    return lowrank.max_rank(leaf.shape or (), leaf.axes)

@@ -1,0 +1,295 @@
+"""Control flow: equations with jaxprs of their own, which are evaluated by recursion."""
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from lora_jax.lowrank import BATCH, IN, OUT
+from lora_jax.transform import forms, interpreter
+from lora_jax.transform.forms import Body
+from lora_jax.transform.interpreter import Event, FallbackError, Scope, formed, varying_axes
+from lora_jax.transform.kernel import Kernel, Unfactored, carried, rank_inside, rank_last
+
+Array = jax.Array
+
+
+def evaluate(scope: Scope, body: Body, args: Sequence[Any]) -> list:
+    """Evaluates a jaxpr some of whose inputs are kernels; outputs may be kernels too."""
+    return interpreter.evaluate(scope, body, args, CONTROL)
+
+
+# ---- Calls ---------------------------------------------------------------------------------------
+#
+# A nested `jit` stays one, and JAX's own caches then serve: a function that is called two hundred
+# times is evaluated once, and differentiated once. In a call kernels are named by number, so that
+# layers with other names share the work; what is recorded there is kept, to be recorded at each
+# call.
+
+_CALLS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_DEEPEST = 16  # calls within calls; deeper ones are evaluated in place, or Python's stack overflows
+
+
+def _jitted(body: Body, strict: bool, has_dropout: bool, depth: int) -> tuple[Callable, dict]:
+    """The jaxpr as a jitted function of arrays and kernels, and what happened in its traces."""
+    # The cache must not keep alive what it is a cache for.
+    jaxpr, consts = weakref.ref(body.jaxpr), body.consts
+    events: dict[Any, dict[tuple, Event]] = {}
+
+    def run(args: list, rate: Any, key: Array | None) -> list:
+        scope = Scope(strict=strict, rate=rate if has_dropout else None, key=key, depth=depth)
+        outs = evaluate(scope, Body(jaxpr(), consts), args)
+        events[jax.tree.structure(args)] = scope.events
+        return outs
+
+    return jax.jit(run), events
+
+
+def _call(scope: Scope, eqn: Any, vals: Sequence) -> list:
+    """A nested ``jit``: a kernel can go in and come out."""
+    body = forms.call(eqn)
+    if scope.depth == _DEEPEST:
+        return evaluate(scope, body, vals)
+    args = [_renamed(v, k) for k, v in enumerate(vals)]
+    kinds = _CALLS.setdefault(body.jaxpr, {})
+    kind = (scope.strict, scope.rate is not None, scope.depth + 1)
+    if kind not in kinds:
+        kinds[kind] = _jitted(body, *kind)
+    run, events = kinds[kind]
+    real = lambda names: tuple(dict.fromkeys(n for k in names for n in vals[k].names))
+    try:
+        outs = run(args, scope.rate, scope.key)
+    except FallbackError as error:
+        event = error.event._replace(names=real(error.event.names))
+        raise FallbackError(event, error.why) from None
+    for (*place, _), event in events[jax.tree.structure(args)].items():
+        inner = dataclasses.replace(scope, place=(*scope.place, *place))
+        inner.record(event._replace(names=real(event.names)))
+    named = lambda x: dataclasses.replace(x, names=real(x.names))
+    return [named(x) if isinstance(x, Kernel) else x for x in outs]
+
+
+def _renamed(value: Any, number: int) -> Any:
+    return dataclasses.replace(value, names=(number,)) if isinstance(value, Kernel) else value
+
+
+def _inline(scope: Scope, eqn: Any, vals: Sequence) -> list:
+    return evaluate(scope, forms.call(eqn), vals)
+
+
+def _checkpoint(scope: Scope, eqn: Any, vals: Sequence) -> list:
+    """``jax.checkpoint``, with its policy: the recomputation is factored like the computation."""
+    form = forms.checkpoint(eqn)
+    body = lambda *vals: evaluate(scope, form.body, vals)
+    if form.is_recomputation and form.prevent_cse:
+        # The recomputation of a gradient taken inside the function; JAX's own lowering puts this
+        # barrier there, so that the compiler does not undo the checkpoint.
+        return body(*lax.optimization_barrier(tuple(vals)))
+    return jax.checkpoint(body, prevent_cse=form.prevent_cse, policy=form.policy)(*vals)
+
+
+# ---- Loops ---------------------------------------------------------------------------------------
+
+
+def _scan(scope: Scope, eqn: Any, vals: Sequence) -> list:
+    """``lax.scan``: kernels may be constants, or be sliced along any axis."""
+    form = forms.scan(eqn)
+    consts, carry, xs = form.split(vals)
+    carry, kept = _hoisted(scope, form.body.jaxpr, carry, form.n_consts, eqn)
+    carry = _varying(carry, vals)
+    slices, whole = zip(*map(_slices, xs), strict=True) if xs else ((), ())
+
+    def body(carry: list, slices: tuple) -> tuple[list, list]:
+        step, xs = slices
+        xs = [f(x) for f, x in zip(whole, xs, strict=True)]
+        inner = scope if step is None else scope.at(step)
+        outs = evaluate(inner, form.body, [*consts, *_refill(carry, kept), *xs])
+        reason = "is changed by the loop body"
+        carry = [
+            formed(inner, x, "scan", reason, eqn)
+            for k, x in enumerate(outs[: form.n_carry])
+            if k not in kept
+        ]
+        return carry, outs[form.n_carry :]
+
+    steps = None if scope.key is None else jnp.arange(form.length)
+    carry, ys = lax.scan(body, carry, (steps, list(slices)), length=form.length, **form.options)
+    # A kernel that every step hands out (as NNX does with the state of a layer) is a stack again.
+    ys = [dataclasses.replace(y, axes=BATCH + y.axes) if isinstance(y, Kernel) else y for y in ys]
+    return [*_refill(carry, kept), *ys]
+
+
+def _slices(x: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """What a scan slices of an operand, and how a slice is put together again.
+
+    Along a batch axis every entry has its own factors. Along an input axis ``a`` is sliced, along
+    an output axis ``b``, and the other factor is the same in every step.
+    """
+    if not isinstance(x, Kernel):
+        return x, lambda part: part
+    role, axes = x.axes[0], x.axes[1:]
+    if role == BATCH:
+        return x, lambda part: dataclasses.replace(part, axes=axes)
+    put = lambda w, **sides: dataclasses.replace(x, w=w, axes=axes, **sides)
+    leading = x.axes.count(BATCH)  # batch axes come first in a factor
+    if role == IN:
+        return (x.w, jnp.moveaxis(x.a, leading, 0)), lambda part: put(part[0], a=part[1])
+    if role == OUT:
+        b = jnp.moveaxis(rank_last(x), leading, 0)
+        return (x.w, b), lambda part: put(part[0], b=rank_inside(part[1], axes))
+    return x.w, put
+
+
+def _hoisted(
+    scope: Scope, body: Any, carry: Sequence, offset: int, eqn: Any
+) -> tuple[list, dict[int, Kernel]]:
+    """Splits the carry of a loop: kernels that the body hands on unchanged become constants."""
+    kept, rest = {}, []
+    for k, value in enumerate(carry):
+        if isinstance(value, Kernel) and body.outvars[k] is body.invars[offset + k]:
+            kept[k] = value
+        else:
+            reason = "is changed by the loop body"
+            rest.append(formed(scope, value, eqn.primitive.name, reason, eqn))
+    return rest, kept
+
+
+def _refill(rest: Sequence, kept: dict[int, Kernel]) -> Iterator:
+    """Puts the constants that :func:`_hoisted` took out of a carry back in their places."""
+    values = iter(rest)
+    for k in range(len(rest) + len(kept)):
+        yield kept[k] if k in kept else next(values)
+
+
+def _varying(carry: Sequence[Any], vals: Sequence[Any]) -> list:
+    """A carry that varies over the devices of a ``shard_map`` wherever a factor does."""
+    factors = [x for v in vals if isinstance(v, Kernel) for x in (v.a, v.b)]
+    axes = frozenset().union(*map(varying_axes, factors))
+    return [_vary(x, axes) for x in carry]
+
+
+def _vary(x: Any, axes: frozenset) -> Any:
+    missing = tuple(sorted(axes - varying_axes(x)))
+    if not missing or not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
+        return x
+    return lax.pcast(x, missing, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, missing)
+
+
+def _while(scope: Scope, eqn: Any, vals: Sequence) -> list:
+    """``lax.while_loop``: kernels may be constants."""
+    form = forms.while_loop(eqn)
+    test_consts, body_consts, carry = form.split(vals)
+    carry, kept = _hoisted(scope, form.body.jaxpr, carry, form.n_body, eqn)
+    carry = _varying(carry, vals)
+
+    def run(place: str, body: Body, consts: Sequence, state: tuple) -> list:
+        step, carry = state
+        return evaluate(scope.at(step, place), body, [*consts, *_refill(carry, kept)])
+
+    def step(state: tuple) -> tuple:
+        outs = run("body", form.body, body_consts, state)
+        inner, reason = scope.at(state[0], "body"), "is an output of the loop body"
+        rest = [x for k, x in enumerate(outs) if k not in kept]
+        return state[0] + 1, [formed(inner, x, "while", reason, eqn) for x in rest]
+
+    go_on = lambda state: run("test", form.test, test_consts, state)[0]
+    _, carry = lax.while_loop(go_on, step, (jnp.int32(0), carry))
+    return list(_refill(carry, kept))
+
+
+# ---- Branches ------------------------------------------------------------------------------------
+
+
+def _cond(scope: Scope, eqn: Any, vals: Sequence) -> list:
+    """``lax.cond`` and ``lax.switch``."""
+    if isinstance(vals[0], Kernel):
+        raise Unfactored("the kernel decides which branch is taken")
+    bodies = forms.cond(eqn)
+
+    def branch(number: int, body: Body) -> Callable:
+        def run(*vals: Any) -> list:
+            inner = scope.at(number, number)
+            outs = evaluate(inner, body, vals)
+            outs = [x for k, x in enumerate(outs) if k not in unchanged]
+            return [formed(inner, x, "cond", "is an output of a branch", eqn) for x in outs]
+
+        return run
+
+    unchanged = _handed_on([body.jaxpr for body in bodies], vals[1:])
+    branches = [branch(k, body) for k, body in enumerate(bodies)]
+    rest = lax.switch(vals[0], branches, *vals[1:])
+    return list(_refill(rest, unchanged))
+
+
+def _handed_on(jaxprs: Sequence, vals: Sequence) -> dict[int, Kernel]:
+    """The outputs that are, whichever branch is taken, one and the same kernel that went in."""
+    kernels = {}
+    for k in range(len(jaxprs[0].outvars)):
+        for n, value in enumerate(vals):
+            if isinstance(value, Kernel) and all(j.outvars[k] is j.invars[n] for j in jaxprs):
+                kernels[k] = value
+    return kernels
+
+
+# ---- Several devices -----------------------------------------------------------------------------
+
+
+def _shard_map(scope: Scope, eqn: Any, vals: Sequence) -> list:
+    """``jax.shard_map``: an axis of a factor is split as the kernel's is."""
+    form = forms.shard_map(eqn)
+    specs = [_specs(v, spec) for v, spec in zip(vals, form.in_specs, strict=True)]
+    extra = [x for x in (scope.rate, scope.key) if x is not None]
+
+    def body(extra: list, *vals: Any) -> list:
+        inner = dataclasses.replace(scope, **dict(zip(("rate", "key"), extra, strict=False)))
+        outs = evaluate(inner, form.body, vals)
+        reason = "leaves the shard_map"
+        return [formed(inner, x, "shard_map", reason, eqn) for x in outs]
+
+    run = jax.shard_map(
+        body,
+        mesh=form.mesh,
+        in_specs=([PartitionSpec()] * len(extra), *specs),
+        out_specs=list(form.out_specs),
+        axis_names=set(form.axis_names),
+        check_vma=form.check_vma,
+    )
+    return run(extra, *vals)
+
+
+def _specs(value: Any, spec: Any) -> Any:
+    if not isinstance(value, Kernel):
+        return spec
+    entries = [*spec, *[None] * (value.w.ndim - len(spec))]
+    of = lambda axes: [entries[k] for k in axes]
+    a, b = of(carried(value.axes, IN)), of(carried(value.axes, OUT))
+    b.insert(value.axes.count(BATCH), None)
+    return dataclasses.replace(value, w=spec, a=PartitionSpec(*a, None), b=PartitionSpec(*b))
+
+
+def _custom(scope: Scope, eqn: Any, vals: Sequence) -> list:
+    raise Unfactored(
+        "its own derivative rule takes plain arrays; where the rule is a solver's, lift the "
+        "function that it is given instead: lora_jax.lift inside"
+    )
+
+
+CONTROL: dict[str, interpreter.Control] = {
+    "jit": _call,
+    "pjit": _call,
+    "closed_call": _inline,
+    "eval_jaxpr": _inline,
+    "core_call": _inline,
+    "checkpoint": _checkpoint,
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+    "shard_map": _shard_map,
+    "custom_jvp_call": _custom,
+    "custom_vjp_call": _custom,
+}

@@ -1,0 +1,240 @@
+"""What is read of an equation, in the forms that JAX has given it: the parts of each control flow.
+
+JAX promises nothing about the parameters of an equation, and changes them. All that this library
+reads of control flow is read here, and checked: an equation of a form that is not known raises
+:class:`UnknownForm` with the names of its parameters and JAX's version, for ``init`` and
+``explain`` to say. Forms of jax 0.8 to 0.11 are known.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core, source_info_util
+
+from lora_jax.transform.kernel import Unfactored
+
+
+class UnknownForm(Unfactored):
+    """An equation of a form that this library does not know, as another JAX release may have."""
+
+
+class Body(NamedTuple):
+    """A jaxpr and the arrays that it closes over."""
+
+    jaxpr: Any
+    consts: Sequence[Any]
+
+
+class Scan(NamedTuple):
+    """``lax.scan``: operands are constants, carry, and arrays to be sliced, in this order."""
+
+    body: Body
+    n_consts: int
+    n_carry: int
+    length: int
+    options: Mapping[str, Any]
+
+    def split(self, values: Sequence[Any]) -> tuple[Sequence, Sequence, Sequence]:
+        """The constants, the carry, and what is sliced."""
+        first, second = self.n_consts, self.n_consts + self.n_carry
+        return values[:first], values[first:second], values[second:]
+
+
+class While(NamedTuple):
+    """``lax.while_loop``: operands are constants of the test, of the body, and the carry."""
+
+    test: Body
+    body: Body
+    n_test: int
+    n_body: int
+
+    def split(self, values: Sequence[Any]) -> tuple[Sequence, Sequence, Sequence]:
+        """The constants of the test, those of the body, and the carry."""
+        first, second = self.n_test, self.n_test + self.n_body
+        return values[:first], values[first:second], values[second:]
+
+
+class Checkpoint(NamedTuple):
+    """``jax.checkpoint``; ``is_recomputation`` in a gradient that was taken inside the function."""
+
+    body: Body
+    prevent_cse: Any
+    policy: Any
+    is_recomputation: bool
+
+
+class ShardMap(NamedTuple):
+    """``jax.shard_map``, with the specs of each operand and result."""
+
+    body: Body
+    mesh: Any
+    in_specs: Sequence[Any]
+    out_specs: Sequence[Any]
+    axis_names: Any
+    check_vma: bool
+
+
+def unknown(eqn: Any, why: object = "") -> str:
+    """Says that an equation has an unknown form, with what somebody needs to mend it."""
+    detail = f" ({why!r})" if isinstance(why, Exception) else f" ({why})" if why else ""
+    return (
+        f"the primitive {eqn.primitive.name!r} has parameters {sorted(eqn.params)} in jax "
+        f"{jax.__version__}, a form that this version of lora_jax does not know{detail}"
+    )
+
+
+def source(eqn: Any) -> str:
+    """File and line of an equation in the user's code; empty if JAX does not say."""
+    return source_info_util.summarize(eqn.source_info)
+
+
+def is_literal(atom: Any) -> bool:
+    """Whether an operand is a number written into the jaxpr."""
+    return isinstance(atom, core.Literal)
+
+
+def body_of(jaxpr: Any) -> Body:
+    """A jaxpr with its arrays; up to jax 0.10 these are beside it, in a closed jaxpr."""
+    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    consts = getattr(jaxpr, "consts", ())
+    if not hasattr(inner, "eqns") or len(consts) != len(inner.constvars):
+        raise UnknownForm(f"a jaxpr of an unknown form in jax {jax.__version__}: {type(jaxpr)}")
+    return Body(inner, consts)
+
+
+def _is_jaxpr(value: Any) -> bool:
+    return hasattr(getattr(value, "jaxpr", value), "eqns")
+
+
+def bodies(eqn: Any) -> list[Body]:
+    """All jaxprs among the parameters of an equation, also of primitives that are not known."""
+    params = dict(eqn.params)
+    hidden = getattr(params.get("_prim"), "params", {})  # `call_hi_primitive` of jax 0.10 and later
+    values = [*params.values(), *(hidden.values() if isinstance(hidden, Mapping) else ())]
+    flat = [x for v in values for x in (v if isinstance(v, tuple | list) else (v,))]
+    return [body_of(x) for x in flat if _is_jaxpr(x)]
+
+
+def matching_body(eqn: Any) -> Body | None:
+    """A jaxpr among the parameters that takes the operands of the equation, if there is one."""
+    operands = [_kind(x) for x in eqn.invars]
+    for body in bodies(eqn):
+        inputs = [_kind(x) for x in body.jaxpr.invars]
+        same = [len(a) == len(b) for a, b in zip(inputs, operands, strict=False)]
+        if len(inputs) == len(operands) and all(same):
+            return body
+    return None
+
+
+def _kind(atom: Any) -> tuple:
+    return tuple(getattr(atom.aval, "shape", ()))
+
+
+def _required(eqn: Any, *names: str) -> list[Any]:
+    missing = [name for name in names if name not in eqn.params]
+    if missing:
+        raise UnknownForm(unknown(eqn, f"there is no {', '.join(map(repr, missing))}"))
+    return [eqn.params[name] for name in names]
+
+
+def _checked(eqn: Any, body: Body, n_in: int, n_out: int) -> Body:
+    """The body, if it has as many inputs and outputs as the equation gives and takes."""
+    have = len(body.jaxpr.invars), len(body.jaxpr.outvars)
+    if have != (n_in, n_out):
+        raise UnknownForm(
+            unknown(eqn, f"its body has {have} inputs and outputs, not {n_in, n_out}")
+        )
+    return body
+
+
+def call(eqn: Any) -> Body:
+    """A nested ``jit``, and calls like it."""
+    jaxpr = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+    if jaxpr is None:
+        _required(eqn, "jaxpr")
+    return _checked(eqn, body_of(jaxpr), len(eqn.invars), len(eqn.outvars))
+
+
+def scan(eqn: Any) -> Scan:
+    """``lax.scan``: up to jax 0.10 by numbers of operands, then by trees of them."""
+    jaxpr, length, reverse, unroll = _required(eqn, "jaxpr", "length", "reverse", "unroll")
+    if "num_consts" in eqn.params:
+        n_consts, n_carry = _required(eqn, "num_consts", "num_carry")
+    else:
+        parts = _required(eqn, "ft_in")[0].unpack()
+        if len(parts) != 3 or sum(map(len, parts)) != len(eqn.invars):
+            raise UnknownForm(unknown(eqn, "its operands are not constants, carry and slices"))
+        n_consts, n_carry = len(parts[0]), len(parts[1])
+    options = {"reverse": reverse, "unroll": unroll}
+    if eqn.params.get("_split_transpose"):
+        options["_split_transpose"] = True
+    body = _checked(eqn, body_of(jaxpr), len(eqn.invars), len(eqn.outvars))
+    return Scan(body, n_consts, n_carry, length, options)
+
+
+def while_loop(eqn: Any) -> While:
+    """``lax.while_loop``."""
+    test, body, n_test, n_body = _required(
+        eqn, "cond_jaxpr", "body_jaxpr", "cond_nconsts", "body_nconsts"
+    )
+    n_carry = len(eqn.outvars)
+    body = _checked(eqn, body_of(body), n_body + n_carry, n_carry)
+    return While(_checked(eqn, body_of(test), n_test + n_carry, 1), body, n_test, n_body)
+
+
+def cond(eqn: Any) -> list[Body]:
+    """The branches of ``lax.cond`` and ``lax.switch``; the first operand chooses."""
+    (branches,) = _required(eqn, "branches")
+    n_in, n_out = len(eqn.invars) - 1, len(eqn.outvars)
+    return [_checked(eqn, body_of(branch), n_in, n_out) for branch in branches]
+
+
+def is_checkpoint(eqn: Any) -> bool:
+    """Whether it is a ``jax.checkpoint``, which is a primitive or a value in a primitive."""
+    name = eqn.primitive.name
+    hidden = getattr(eqn.params.get("_prim"), "params", ())
+    return name in ("checkpoint", "remat2", "remat") or (
+        name == "call_hi_primitive" and "policy" in hidden and "prevent_cse" in hidden
+    )
+
+
+def checkpoint(eqn: Any) -> Checkpoint:
+    """``jax.checkpoint``."""
+    params = getattr(eqn.params.get("_prim"), "params", eqn.params)
+    if not {"jaxpr", "prevent_cse", "policy"} <= set(params):
+        raise UnknownForm(unknown(eqn))
+    body = _checked(eqn, body_of(params["jaxpr"]), len(eqn.invars), len(eqn.outvars))
+    recomputes = bool(params.get("differentiated", False))
+    return Checkpoint(body, params["prevent_cse"], params["policy"], recomputes)
+
+
+def shard_map(eqn: Any) -> ShardMap:
+    """``jax.shard_map``."""
+    jaxpr, mesh, in_specs, out_specs = _required(eqn, "jaxpr", "mesh", "in_specs", "out_specs")
+    axes = eqn.params.get("newly_manual_axes", eqn.params.get("manual_axes"))
+    if axes is None:
+        _required(eqn, "newly_manual_axes")
+    (check_vma,) = _required(eqn, "check_vma")
+    if len(in_specs) != len(eqn.invars) or len(out_specs) != len(eqn.outvars):
+        raise UnknownForm(unknown(eqn, "its specs are not one for each operand and result"))
+    body = _checked(eqn, body_of(jaxpr), len(eqn.invars), len(eqn.outvars))
+    return ShardMap(body, mesh, in_specs, out_specs, axes, check_vma)
+
+
+def linear_solve(eqn: Any) -> list[tuple[Body | None, int]]:
+    """``lax.custom_linear_solve``: its functions, and how many of the operands each closes over."""
+    jaxprs, lengths = _required(eqn, "jaxprs", "const_lengths")
+    pairs = zip(jaxprs, lengths, strict=True)
+    return [(None if jaxpr is None else body_of(jaxpr), n or 0) for jaxpr, n in pairs]
+
+
+def pallas(eqn: Any) -> tuple[Body, list[int]]:
+    """``pallas_call``: its body, and which operand each of the body's first references is."""
+    jaxpr, grid = _required(eqn, "jaxpr", "grid_mapping")
+    skipped = grid.num_dynamic_grid_bounds
+    body = body_of(jaxpr)
+    operands = list(range(skipped, len(eqn.invars)))
+    if len(body.jaxpr.invars) < len(operands):
+        raise UnknownForm(unknown(eqn, "its body has fewer references than there are operands"))
+    return body, operands

@@ -1,0 +1,186 @@
+"""A kernel that is a low-rank sum, as the interpreter carries it from one equation to the next."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+from jax import lax
+
+from lora_jax import lowrank
+from lora_jax.lowrank import BATCH, IN, OUT, positions
+
+Array = jax.Array
+SAME = "="  # the role of an axis along which the sum is constant: neither factor carries it
+
+
+class Unfactored(Exception):
+    """The low-rank sum cannot be kept factored here; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Kernel:
+    """A kernel inside the interpreter: ``w + a·b``, rearranged by the moves so far.
+
+    Attributes:
+      w: the frozen part.
+      a: ``(*batch, *in, rank)``.
+      b: ``(*batch, rank, *out)`` with the scale already in it.
+      axes: the role of each axis of ``w``: "i", "o", "b", or "=" for one that was added.
+      names: the paths of the parameters that it is made of; in a nested call their numbers.
+    """
+
+    w: Array
+    a: Array
+    b: Array
+    axes: str
+    names: tuple
+
+
+jax.tree_util.register_dataclass(Kernel, ["w", "a", "b"], ["axes", "names"])
+
+
+def carried(axes: str, role: str) -> list[int]:
+    """The axes that a factor carries, in its own order: batch axes, then those of its role."""
+    return positions(axes, BATCH + role)
+
+
+def map_factors(kernel: Kernel, w: Array, axes: str, change: Callable) -> Kernel:
+    """Applies ``change(factor, old, new)`` to both factors.
+
+    ``old`` and ``new`` are the kernel axes that the factor carries before and after, in the order
+    of its own axes; the rank is the factor's last axis meanwhile.
+    """
+    sides = lambda role: (carried(kernel.axes, role), carried(axes, role))
+    a = change(kernel.a, *sides(IN))
+    b = change(rank_last(kernel), *sides(OUT))
+    return dataclasses.replace(kernel, w=w, a=a, b=rank_inside(b, axes), axes=axes)
+
+
+def rank_last(kernel: Kernel) -> Array:
+    """``b`` with its rank as the last axis, as ``a`` has it."""
+    return _moveaxis(kernel.b, kernel.axes.count(BATCH), kernel.b.ndim - 1)
+
+
+def rank_inside(b: Array, axes: str) -> Array:
+    """The inverse of :func:`rank_last`."""
+    return _moveaxis(b, b.ndim - 1, axes.count(BATCH))
+
+
+def _moveaxis(x: Array, source: int, target: int) -> Array:
+    order = [k for k in range(x.ndim) if k != source]
+    order.insert(target, source)
+    return x if order == list(range(x.ndim)) else lax.transpose(x, order)
+
+
+def form(kernel: Kernel) -> Array:
+    """The plain array that the kernel stands for."""
+    if SAME not in kernel.axes:
+        return lowrank.dense(kernel.w, kernel.a, kernel.b, kernel.axes)
+    return form(with_roles(kernel, kernel.axes.replace(SAME, OUT)))
+
+
+def is_free(kernel: Kernel, axis: int) -> bool:
+    """Whether an axis may have any role: it has one entry, or all its entries are the same."""
+    return kernel.axes[axis] == SAME or kernel.w.shape[axis] == 1
+
+
+def with_roles(kernel: Kernel, axes: str) -> Kernel:
+    """The same kernel with other roles for its free axes.
+
+    Raises:
+      Unfactored: another axis would get another role.
+    """
+    if axes == kernel.axes:
+        return kernel
+    bound = [k for k in range(len(axes)) if axes[k] != kernel.axes[k] and not is_free(kernel, k)]
+    if bound:
+        raise Unfactored(f"uses a kernel with axes {kernel.axes!r} as one with axes {axes!r}")
+    shape = kernel.w.shape
+
+    def change(x: Array, old: list[int], new: list[int]) -> Array:
+        kept = [k for k in old if k in new]  # what is left out has one entry
+        x = lax.reshape(x, [*(shape[k] for k in kept), x.shape[-1]])
+        where = [new.index(k) for k in kept]
+        order = sorted(range(len(kept)), key=where.__getitem__)
+        x = lax.transpose(x, [*order, len(kept)])
+        sizes = [*(shape[k] for k in new), x.shape[-1]]
+        return lax.broadcast_in_dim(x, sizes, [*sorted(where), len(new)])
+
+    return map_factors(kernel, kernel.w, axes, change)
+
+
+def turned(kernel: Kernel) -> Kernel:
+    """The same kernel with inputs and outputs exchanged: ``a·b`` is also ``bᵀ·aᵀ``, transposed."""
+    return dataclasses.replace(
+        kernel,
+        **dict(
+            zip(
+                ("a", "b", "axes"), lowrank.swap_sides(kernel.a, kernel.b, kernel.axes), strict=True
+            )
+        ),
+    )
+
+
+def alike(kernels: Sequence[Kernel]) -> list[Kernel]:
+    """The kernels with the same roles, where free axes and turning some of them allow that.
+
+    Raises:
+      Unfactored: they have not.
+    """
+    first, *rest = kernels
+    same = [first]
+    for other in rest:
+        for candidate in (other, turned(other)):
+            axes = _common_roles([*same, candidate])
+            if axes:
+                same = [with_roles(k, axes) for k in (*same, candidate)]
+                break
+        else:
+            raise Unfactored(
+                f"combines kernels whose axes have different roles: {first.axes!r}, {other.axes!r}"
+            )
+    return same
+
+
+def _common_roles(kernels: Sequence[Kernel]) -> str:
+    axes = ""
+    for k in range(len(kernels[0].axes)):
+        roles = {kernel.axes[k] for kernel in kernels if not is_free(kernel, k)}
+        if len(roles) > 1:
+            return ""
+        rest = [kernel.axes[k] for kernel in kernels if kernel.axes[k] != SAME]
+        axes += roles.pop() if roles else (rest or [SAME])[0]
+    return axes
+
+
+def axis_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Pairs the runs of axes of two shapes that hold the same elements.
+
+    >>> axis_groups((2, 6, 1), (2, 1, 2, 3))
+    [([0], [0]), ([], [1]), ([1], [2, 3]), ([2], [])]
+    """
+    if 0 in (*old, *new):
+        raise Unfactored("reshape of an empty array")
+    groups, i, j = [], 0, 0
+    while i < len(old) or j < len(new):
+        left, right = tuple(old[i : i + 1]), tuple(new[j : j + 1])
+        if left != right and left == (1,):
+            step = (1, 0)
+        elif left != right and right == (1,):
+            step = (0, 1)
+        else:
+            step = _same_product(old[i:], new[j:])
+        groups.append((list(range(i, i + step[0])), list(range(j, j + step[1]))))
+        i, j = i + step[0], j + step[1]
+    return groups
+
+
+def _same_product(old: Sequence[int], new: Sequence[int]) -> tuple[int, int]:
+    """The smallest non-empty leading runs of two shapes with the same product."""
+    i, j, left, right = 1, 1, old[0], new[0]
+    while left != right:
+        if left < right:
+            left, i = left * old[i], i + 1
+        else:
+            right, j = right * new[j], j + 1
+    return i, j

@@ -1,0 +1,238 @@
+"""Where the axes of an array come from: the axes of which parameters, through rearrangements.
+
+While roles are sought nothing is computed. An array is a :class:`Value`: each of its axes has a set
+of origins, and an origin is an axis of a parameter. This file says for each primitive that
+rearranges an array, or changes it entry by entry, what origins the axes of its results have.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from lora_jax.transform.kernel import Unfactored, axis_groups
+
+# What a value depends on: parameters and constants; random numbers too; the function's inputs too.
+FIXED, NOISE, DATA = range(3)
+
+
+class Origin(NamedTuple):
+    """An axis of a parameter: its name, the number of the axis, and of how many."""
+
+    name: str
+    axis: int
+    ndim: int
+
+
+Axes = tuple[frozenset[Origin], ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Value:
+    """What is known of an array.
+
+    Attributes:
+      axes: the origins of each axis; None if the array is no rearrangement of parameters.
+      level: what it depends on: ``FIXED``, ``NOISE`` or ``DATA``.
+      is_repeated: an axis was added or widened by repetition.
+      is_picked: rows of a parameter, chosen by something that depends on the inputs.
+    """
+
+    axes: Axes | None = None
+    level: int = FIXED
+    is_repeated: bool = False
+    is_picked: bool = False
+
+
+def of_parameter(name: str, ndim: int) -> Value:
+    """The value of a parameter itself."""
+    return Value(axes=tuple(frozenset({Origin(name, k, ndim)}) for k in range(ndim)))
+
+
+def names(axes: Axes | None) -> list[str]:
+    """The parameters that the axes come from, in a fixed order."""
+    return sorted({origin.name for axis in axes or () for origin in axis})
+
+
+def union(parts: Sequence[Axes]) -> Axes:
+    """Axis by axis, the origins in any of the parts; of ``W + Wᵀ``, those of the first."""
+    first, *rest = parts
+    for part in rest:
+        known = names(first)
+        new = [frozenset(o for o in axis if o.name not in known) for axis in part]
+        first = tuple(a | b for a, b in zip(first, new, strict=True))
+    return first
+
+
+def shape(atom: Any) -> tuple[int, ...]:
+    """The shape of a variable or literal of a jaxpr, also of a reference to an array."""
+    return tuple(atom.aval.shape)
+
+
+# ---- Rearrangements ------------------------------------------------------------------------------
+#
+# Each takes the equation and the origins of its operands (None for those that have none), and gives
+# the origins of each result.
+
+Rule = Callable[[Any, Sequence[Axes | None]], list[Axes]]
+
+
+def _transpose(eqn: Any, axes: Sequence) -> list[Axes]:
+    return [tuple(axes[0][k] for k in eqn.params["permutation"])]
+
+
+def _reshape(eqn: Any, axes: Sequence) -> list[Axes]:
+    order = eqn.params.get("dimensions")
+    order = range(len(axes[0])) if order is None else order
+    old, sizes = [axes[0][k] for k in order], [shape(eqn.invars[0])[k] for k in order]
+    new: list[frozenset] = [frozenset()] * len(shape(eqn.outvars[0]))
+    for before, after in axis_groups(sizes, shape(eqn.outvars[0])):
+        joined = [old[k] for k in before if sizes[k] != 1] or [old[k] for k in before]
+        for k in after:
+            new[k] = frozenset().union(*joined)
+    return [tuple(new)]
+
+
+def _squeeze(eqn: Any, axes: Sequence) -> list[Axes]:
+    gone = {k % len(axes[0]) for k in eqn.params["dimensions"]}
+    return [tuple(axis for k, axis in enumerate(axes[0]) if k not in gone)]
+
+
+def _broadcast(eqn: Any, axes: Sequence) -> list[Axes]:
+    old = dict(zip(eqn.params["broadcast_dimensions"], axes[0], strict=True))
+    return [tuple(old.get(k, frozenset()) for k in range(len(shape(eqn.outvars[0]))))]
+
+
+def _pick_blocks(eqn: Any, axes: Sequence) -> list[Axes]:
+    """A ``dynamic_slice``: an axis of which one entry is taken has no origin any more."""
+    before, after = shape(eqn.invars[0]), shape(eqn.outvars[0])
+    kept = [a == b or b > 1 for a, b in zip(before, after, strict=True)]
+    return [tuple(x if keep else frozenset() for x, keep in zip(axes[0], kept, strict=True))]
+
+
+def _unstack(eqn: Any, axes: Sequence) -> list[Axes]:
+    gone = eqn.params["axis"]
+    return [axes[0][:gone] + axes[0][gone + 1 :]] * len(eqn.outvars)
+
+
+def _stack(eqn: Any, axes: Sequence) -> list[Axes]:
+    joined, new = union([x for x in axes if x is not None]), eqn.params["axis"]
+    return [(*joined[:new], frozenset(), *joined[new:])]
+
+
+def _gather(eqn: Any, axes: Sequence) -> list[Axes]:
+    """Entries that are picked by number keep the origin of their axis, if it is one."""
+    dims, indices = eqn.params["dimension_numbers"], shape(eqn.invars[1])
+    gone = (*dims.collapsed_slice_dims, *getattr(dims, "operand_batching_dims", ()))
+    rows = [k for k in range(len(axes[0])) if k not in gone]
+    picked = {k for k in rows if eqn.params["slice_sizes"][k] != shape(eqn.invars[0])[k]}
+    kept = iter(frozenset() if k in picked else axes[0][k] for k in rows)
+    index = axes[0][gone[0]] if len(gone) == 1 and len(indices) == 2 else frozenset()
+    out = range(len(shape(eqn.outvars[0])))
+    return [tuple(next(kept) if k in dims.offset_dims else index for k in out)]
+
+
+def _scatter(eqn: Any, axes: Sequence) -> list[Axes]:
+    """``x.at[...].set(y)``: the axes of ``x`` and those of ``y`` that lie along them."""
+    dims, ndim = eqn.params["dimension_numbers"], len(shape(eqn.outvars[0]))
+    gone = (*dims.inserted_window_dims, *getattr(dims, "operand_batching_dims", ()))
+    rows = [k for k in range(ndim) if k not in gone]
+    parts = [] if axes[0] is None else [axes[0]]
+    if axes[2] is not None:
+        along = dict(zip(rows, dims.update_window_dims, strict=True))
+        parts.append(tuple(axes[2][along[k]] if k in along else frozenset() for k in range(ndim)))
+    return [union(parts)]
+
+
+def _by_axis(eqn: Any, axes: Sequence) -> list[Axes]:
+    """The one operand with origins and all results have as many axes, in the same order."""
+    (only,) = [x for x in axes if x is not None]
+    return [only] * len(eqn.outvars)
+
+
+def _of_all(eqn: Any, axes: Sequence) -> list[Axes]:
+    return [union([x for x in axes if x is not None])]
+
+
+REARRANGEMENTS: dict[str, Rule] = {
+    "transpose": _transpose,
+    "reshape": _reshape,
+    "squeeze": _squeeze,
+    "broadcast_in_dim": _broadcast,
+    "slice": _by_axis,
+    "dynamic_slice": _pick_blocks,
+    "dynamic_update_slice": _of_all,
+    "gather": _gather,
+    "scatter": _scatter,
+    "scatter-add": _scatter,
+    "scatter_add": _scatter,
+    "pad": _by_axis,
+    "rev": _by_axis,
+    "tile": _by_axis,
+    "split": _by_axis,
+    "unstack": _unstack,
+    "stack": _stack,
+    "concatenate": _of_all,
+    "sharding_constraint": _by_axis,
+    "reshard": _by_axis,
+    "pvary": _by_axis,
+    "pcast": _by_axis,
+    "all_gather": _by_axis,
+    "all_gather_invariant": _by_axis,
+    "reduce_scatter": _by_axis,
+    "all_to_all": _by_axis,
+    "ppermute": _by_axis,
+    "copy": _by_axis,
+    "copy_p": _by_axis,
+    "convert_element_type": _by_axis,
+    "reduce_precision": _by_axis,
+    "name": _by_axis,
+}
+
+# Primitives of which the result has fewer axes, or other entries, and is no kernel any more.
+REDUCTIONS = {
+    *("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "reduce"),
+    *("argmax", "argmin", "reduce_window", "reduce_window_sum", "reduce_window_max", "psum"),
+    *("svd", "qr", "eigh", "eig", "lu", "fft", "top_k", "iota", "scatter_mul", "cumsum"),
+}
+# Primitives whose results are their operands.
+ONE_TO_ONE = {"device_put", "optimization_barrier"}
+# Primitives that repeat entries, if the result is larger than the operand.
+REPEATING = {"broadcast_in_dim", "tile"}
+# Sums of products: an array that is known to be zero or one where noise says so is still a kernel.
+MULTIPLICATIVE = {"mul", "div", "select_n"}
+
+
+def entry_by_entry(eqn: Any, values: Sequence[Value]) -> list[Axes | None]:
+    """Any other operation: a result of the shape of its operands has their origins.
+
+    An operand that is broadcast has no say beside one that is not: a layer scale of shape
+    ``(1, features)`` that multiplies a kernel is not another kernel.
+    """
+    result: list[Axes | None] = []
+    for var in eqn.outvars:
+        alike = [
+            v
+            for v, atom in zip(values, eqn.invars, strict=True)
+            if v.axes is not None and shape(atom) == tuple(var.aval.shape)
+        ]
+        alike = [v for v in alike if not v.is_repeated] or alike
+        real = jnp.issubdtype(getattr(var.aval, "dtype", jnp.int32), jnp.inexact)
+        result.append(union([v.axes for v in alike]) if alike and real else None)
+    return result
+
+
+def rearranged(eqn: Any, values: Sequence[Value]) -> list[Axes | None] | None:
+    """The origins of each result; None where the primitive is no rearrangement, or of another form.
+
+    Raises:
+      KeyError, TypeError, ValueError, AttributeError: the equation has a form that is not known.
+    """
+    rule = REARRANGEMENTS.get(eqn.primitive.name)
+    if rule is None:
+        return None
+    try:
+        return rule(eqn, [v.axes for v in values])
+    except Unfactored:  # the reshape of an empty array
+        return [None] * len(eqn.outvars)
