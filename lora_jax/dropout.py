@@ -30,8 +30,11 @@ def dropout(x: Array, rate: Any, key: Array, shape: Sequence[int] | None = None)
     shape = x.shape if shape is None else tuple(shape)
     steps = jnp.clip(jnp.round(jnp.asarray(rate, jnp.float32) * 2**16), 0, 2**16 - 1)
     drop = _random_16_bits(key, shape) < steps.astype(jnp.uint32)
+    sharding = getattr(jax.typeof(x), "sharding", None)
+    if shape == x.shape and any(entry is not None for entry in getattr(sharding, "spec", ())):
+        drop = jax.reshard(drop, sharding)  # types with explicit shardings have to agree
     kept = x / (1.0 - steps / 2**16).astype(x.dtype)
-    return jnp.where(jnp.broadcast_to(drop, x.shape), jnp.zeros_like(x), kept)
+    return jnp.where(jnp.broadcast_to(drop, x.shape), jnp.zeros_like(kept), kept)
 
 
 def _random_16_bits(key: Array, shape: Sequence[int]) -> Array:

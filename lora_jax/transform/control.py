@@ -11,10 +11,10 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from lora_jax.lowrank import BATCH, IN, OUT
-from lora_jax.transform import forms, interpreter
+from lora_jax.transform import forms, interpreter, moves
 from lora_jax.transform.forms import Body
-from lora_jax.transform.interpreter import Event, FallbackError, Scope, formed, varying_axes
-from lora_jax.transform.kernel import Kernel, Unfactored, carried, rank_inside, rank_last
+from lora_jax.transform.interpreter import Event, FallbackError, Scope, formed, vary, varying_axes
+from lora_jax.transform.kernel import Kernel, Unfactored, rank_inside, rank_last
 
 Array = jax.Array
 
@@ -35,14 +35,14 @@ _CALLS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 _DEEPEST = 16  # calls within calls; deeper ones are evaluated in place, or Python's stack overflows
 
 
-def _jitted(body: Body, strict: bool, has_dropout: bool, depth: int) -> tuple[Callable, dict]:
+def _jitted(body: Body, **kind: Any) -> tuple[Callable, dict]:
     """The jaxpr as a jitted function of arrays and kernels, and what happened in its traces."""
     # The cache must not keep alive what it is a cache for.
     jaxpr, consts = weakref.ref(body.jaxpr), body.consts
     events: dict[Any, dict[tuple, Event]] = {}
 
     def run(args: list, rate: Any, key: Array | None) -> list:
-        scope = Scope(strict=strict, rate=rate if has_dropout else None, key=key, depth=depth)
+        scope = Scope(rate=rate, key=key, **kind)
         outs = evaluate(scope, Body(jaxpr(), consts), args)
         events[jax.tree.structure(args)] = scope.events
         return outs
@@ -57,9 +57,9 @@ def _call(scope: Scope, eqn: Any, vals: Sequence) -> list:
         return evaluate(scope, body, vals)
     args = [_renamed(v, k) for k, v in enumerate(vals)]
     kinds = _CALLS.setdefault(body.jaxpr, {})
-    kind = (scope.strict, scope.rate is not None, scope.depth + 1)
+    kind = (scope.strict, scope.depth + 1, scope.varies)
     if kind not in kinds:
-        kinds[kind] = _jitted(body, *kind)
+        kinds[kind] = _jitted(body, **dict(zip(("strict", "depth", "varies"), kind, strict=True)))
     run, events = kinds[kind]
     real = lambda names: tuple(dict.fromkeys(n for k in names for n in vals[k].names))
     try:
@@ -101,7 +101,7 @@ def _scan(scope: Scope, eqn: Any, vals: Sequence) -> list:
     form = forms.scan(eqn)
     consts, carry, xs = form.split(vals)
     carry, kept = _hoisted(scope, form.body.jaxpr, carry, form.n_consts, eqn)
-    carry = _varying(carry, vals)
+    carry = _varying(scope, carry, vals)
     slices, whole = zip(*map(_slices, xs), strict=True) if xs else ((), ())
 
     def body(carry: list, slices: tuple) -> tuple[list, list]:
@@ -166,18 +166,13 @@ def _refill(rest: Sequence, kept: dict[int, Kernel]) -> Iterator:
         yield kept[k] if k in kept else next(values)
 
 
-def _varying(carry: Sequence[Any], vals: Sequence[Any]) -> list:
-    """A carry that varies over the devices of a ``shard_map`` wherever a factor does."""
-    factors = [x for v in vals if isinstance(v, Kernel) for x in (v.a, v.b)]
-    axes = frozenset().union(*map(varying_axes, factors))
-    return [_vary(x, axes) for x in carry]
-
-
-def _vary(x: Any, axes: frozenset) -> Any:
-    missing = tuple(sorted(axes - varying_axes(x)))
-    if not missing or not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
-        return x
-    return lax.pcast(x, missing, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, missing)
+def _varying(scope: Scope, carry: Sequence[Any], vals: Sequence[Any]) -> list:
+    """A carry that varies over the devices of a ``shard_map`` wherever an operand does."""
+    if not scope.varies:
+        return [*carry]
+    axes = frozenset().union(*map(varying_axes, jax.tree.leaves(vals)))
+    is_number = lambda x: jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+    return [vary(x, axes) if is_number(x) else x for x in carry]
 
 
 def _while(scope: Scope, eqn: Any, vals: Sequence) -> list:
@@ -185,7 +180,7 @@ def _while(scope: Scope, eqn: Any, vals: Sequence) -> list:
     form = forms.while_loop(eqn)
     test_consts, body_consts, carry = form.split(vals)
     carry, kept = _hoisted(scope, form.body.jaxpr, carry, form.n_body, eqn)
-    carry = _varying(carry, vals)
+    carry = _varying(scope, carry, vals)
 
     def run(place: str, body: Body, consts: Sequence, state: tuple) -> list:
         step, carry = state
@@ -216,7 +211,8 @@ def _cond(scope: Scope, eqn: Any, vals: Sequence) -> list:
             inner = scope.at(number, number)
             outs = evaluate(inner, body, vals)
             outs = [x for k, x in enumerate(outs) if k not in unchanged]
-            return [formed(inner, x, "cond", "is an output of a branch", eqn) for x in outs]
+            outs = [formed(inner, x, "cond", "is an output of a branch", eqn) for x in outs]
+            return _varying(scope, outs, vals)
 
         return run
 
@@ -265,11 +261,8 @@ def _shard_map(scope: Scope, eqn: Any, vals: Sequence) -> list:
 def _specs(value: Any, spec: Any) -> Any:
     if not isinstance(value, Kernel):
         return spec
-    entries = [*spec, *[None] * (value.w.ndim - len(spec))]
-    of = lambda axes: [entries[k] for k in axes]
-    a, b = of(carried(value.axes, IN)), of(carried(value.axes, OUT))
-    b.insert(value.axes.count(BATCH), None)
-    return dataclasses.replace(value, w=spec, a=PartitionSpec(*a, None), b=PartitionSpec(*b))
+    a, b = moves.factor_specs(value, spec)
+    return dataclasses.replace(value, w=spec, a=a, b=b)
 
 
 def _custom(scope: Scope, eqn: Any, vals: Sequence) -> list:

@@ -89,6 +89,12 @@ def source(eqn: Any) -> str:
     return source_info_util.summarize(eqn.source_info)
 
 
+def varying_axes(type_: Any) -> frozenset:
+    """The axes of a ``shard_map``'s mesh over which values of a type vary, as far as it says."""
+    axes = getattr(getattr(type_, "manual_axis_type", None), "varying", None)
+    return frozenset(getattr(type_, "vma", ()) if axes is None else axes)
+
+
 def is_literal(atom: Any) -> bool:
     """Whether an operand is a number written into the jaxpr."""
     return isinstance(atom, core.Literal)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.dropout import dropout
 from lora_jax.lowrank import BATCH
@@ -55,6 +56,8 @@ class Scope:
       events: where uses are recorded, by place, so that tracing a loop body twice counts once.
       place: the equations around this one.
       depth: the number of nested calls around this one.
+      varies: in a ``shard_map``, factors vary over devices over which their kernels do not, and so
+        do values that the user's equations were made for as constant.
     """
 
     strict: bool = False
@@ -63,6 +66,7 @@ class Scope:
     events: dict[tuple, Event] = dataclasses.field(default_factory=dict)
     place: tuple = ()
     depth: int = 0
+    varies: bool = False
 
     def at(self, index: Any, place: Any = None) -> "Scope":
         """The scope of the equation (or loop iteration) number ``index``."""
@@ -95,10 +99,12 @@ def evaluate(scope: Scope, body: Body, args: Sequence[Any], control: Mapping[str
         # Not counted, so that dropout is the same on a mesh, where a model may have them.
         index += eqn.primitive.name != "sharding_constraint"
         vals = [read(atom) for atom in eqn.invars]
-        if any(isinstance(v, Kernel) for v in vals):
+        has_kernel = any(isinstance(v, Kernel) for v in vals)
+        in_control = scope.varies and eqn.primitive.name in control
+        if has_kernel or (in_control and _vary_anew(eqn, vals)):
             outs = _factored(scope.at(index, id(eqn)), eqn, vals, wanted, control)
         else:
-            outs = plain(eqn, vals, wanted.used)
+            outs = plain(eqn, vary_alike(eqn, vals) if scope.varies else vals, wanted.used)
         env.update(zip(eqn.outvars, outs, strict=True))
     return [read(atom) for atom in body.jaxpr.outvars]
 
@@ -168,7 +174,28 @@ def _empty() -> Any:
 
 def varying_axes(x: Any) -> frozenset:
     """The axes of a ``shard_map``'s mesh over which a value varies, as far as its type says."""
-    return frozenset(getattr(jax.typeof(x), "vma", ()))
+    return forms.varying_axes(jax.typeof(x))
+
+
+def vary(x: Any, axes: frozenset) -> Any:
+    """The same value, as one that varies over more axes of a ``shard_map``'s mesh."""
+    missing = tuple(sorted(axes - varying_axes(x)))
+    if not missing:
+        return x
+    return lax.pcast(x, missing, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, missing)
+
+
+def _vary_anew(eqn: Any, vals: Sequence[Any]) -> bool:
+    known = [forms.varying_axes(atom.aval) for atom in eqn.invars]
+    return any(varying_axes(v) - axes for v, axes in zip(vals, known, strict=True))
+
+
+def vary_alike(eqn: Any, vals: Sequence[Any]) -> list:
+    """Operands that vary over the same axes, as most primitives want them."""
+    if forms.bodies(eqn) or eqn.primitive.name == "pvary":
+        return [*vals]
+    axes = frozenset().union(*map(varying_axes, vals)) if vals else frozenset()
+    return [vary(v, axes) for v in vals]
 
 
 def _factored(
@@ -206,6 +233,8 @@ def _move(eqn: Any, vals: Sequence, wanted: _Wanted) -> list:
 
 def _use(scope: Scope, eqn: Any, vals: Sequence, wanted: _Wanted) -> list:
     use = uses.USES[eqn.primitive.name]
+    if scope.varies:
+        vals = _kernels_vary_alike(eqn, vals)
     kernels = [k for k, v in enumerate(vals) if isinstance(v, Kernel)]
     if use.branch is None:
         raise Unfactored("no rule keeps a low-rank sum factored here")
@@ -230,12 +259,22 @@ def _use(scope: Scope, eqn: Any, vals: Sequence, wanted: _Wanted) -> list:
     return [base + branch.astype(base.dtype)]
 
 
+def _kernels_vary_alike(eqn: Any, vals: Sequence) -> list:
+    arrays = vary_alike(eqn, _frozen(vals))
+    pairs = zip(vals, arrays, strict=True)
+    return [dataclasses.replace(v, w=x) if isinstance(v, Kernel) else x for v, x in pairs]
+
+
 def _drop(scope: Scope, x: Array, shape: Sequence[int] | None = None) -> Array:
     if scope.rate is None:
         return x
     key = scope.key
     for axis in sorted(varying_axes(x)):  # each device of a shard_map has rows of its own
         key = jax.random.fold_in(key, lax.axis_index(axis))
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and jax.typeof(key).sharding.mesh != mesh:
+        # The equation is one of a part with automatic axes in a function with explicit ones.
+        key = jax.reshard(key, NamedSharding(mesh, PartitionSpec()))
     return dropout(x, scope.rate, key, shape)
 
 

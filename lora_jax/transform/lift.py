@@ -4,6 +4,7 @@
 array that it stands for, and hands the jaxpr to :mod:`lora_jax.transform.interpreter`.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from lora_jax.lowrank import LowRank, Trained
 from lora_jax.transform import origins, roles
 from lora_jax.transform.control import evaluate
 from lora_jax.transform.forms import body_of
-from lora_jax.transform.interpreter import OUTPUT, Event, Scope, formed
+from lora_jax.transform.interpreter import OUTPUT, Event, Scope, formed, varying_axes
 from lora_jax.transform.kernel import Kernel
 
 Array = jax.Array
@@ -147,6 +148,8 @@ def _run(scope: Scope, fn: Callable, args: tuple, kwargs: dict) -> Any:
     # Only the kernels are traced here. Everything else is closed over and so reaches `fn` as it
     # was given: flags stay Python values, concrete arrays stay concrete, outer tracers outer.
     kernels = [_kernel(node) for node in nodes.values()]
+    varies = any((varying_axes(k.a) | varying_axes(k.b)) - varying_axes(k.w) for k in kernels)
+    scope = dataclasses.replace(scope, varies=varies)
     closed, shapes = jax.make_jaxpr(call, return_shape=True)(*[k.w for k in kernels])
     outs = evaluate(scope, body_of(closed), kernels)
     outs = [formed(scope, x, OUTPUT, "is returned by the function") for x in outs]

@@ -97,10 +97,21 @@ def _reshaped(kernel: Kernel, w: Array, axes: str, sharding: Any = None) -> Kern
 
 
 def _of_factor(sharding: Any, axes: Sequence[int]) -> NamedSharding:
-    """The sharding of a kernel, for a factor that carries some of its axes; its rank is whole."""
-    spec = [*sharding.spec, *[None] * len(axes)]
-    spec += [None] * (max(axes, default=-1) + 1 - len(spec))
-    return NamedSharding(sharding.mesh, PartitionSpec(*(spec[k] for k in axes), None))
+    """The sharding of a kernel, for a factor with its rank, which is whole, as the last axis."""
+    entries = _entries(sharding.spec, max(axes, default=-1) + 1)
+    return NamedSharding(sharding.mesh, PartitionSpec(*(entries[k] for k in axes), None))
+
+
+def _entries(spec: Any, ndim: int) -> list:
+    return [*spec, *[None] * (ndim - len(spec))]
+
+
+def factor_specs(kernel: Kernel, spec: Any) -> tuple[PartitionSpec, PartitionSpec]:
+    """The specs of both factors, of which each axis lies where the kernel's does."""
+    entries = _entries(spec, len(kernel.axes))
+    a, b = ([entries[k] for k in carried(kernel.axes, role)] for role in (IN, OUT))
+    b.insert(kernel.axes.count(BATCH), None)
+    return PartitionSpec(*a, None), PartitionSpec(*b)
 
 
 def _squeeze(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
@@ -528,29 +539,29 @@ def _rebound(eqn: Any, x: Array, **params: Any) -> Array:
 def _reshard(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
     """``jax.reshard``: an axis of a factor lies where the kernel's does."""
     kernel, target = _the_kernel(vals), eqn.params["dst_sharding"]
-
-    def change(x: Array, old: list[int], new: list[int]) -> Array:
-        return _rebound(eqn, x, dst_sharding=_of_factor(target, old))
-
-    return [map_factors(kernel, w[0], kernel.axes, change)]
+    specs = factor_specs(kernel, target.spec)
+    a, b = (
+        _rebound(eqn, x, dst_sharding=NamedSharding(target.mesh, spec))
+        for x, spec in zip((kernel.a, kernel.b), specs, strict=True)
+    )
+    return [dataclasses.replace(kernel, w=w[0], a=a, b=b)]
 
 
 def _device_put(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list:
     """``jax.device_put``, also from one kind of memory to another."""
-    outs = []
-    for value, x, target in zip(vals, w, eqn.params["devices"], strict=True):
-        if not isinstance(value, Kernel):
-            outs.append(x)
-            continue
+    triples = zip(vals, w, eqn.params["devices"], strict=True)
+    return [_put(v, x, target) if isinstance(v, Kernel) else x for v, x, target in triples]
 
-        def change(y: Array, old: list[int], new: list[int], target: Any = target) -> Array:
-            where = _of_factor(target, old) if isinstance(target, NamedSharding) else target
-            kinds = target.memory_kind if isinstance(target, NamedSharding) else None
-            where = where.with_memory_kind(kinds) if kinds else where
-            return y if where is None else jax.device_put(y, where)
 
-        outs.append(map_factors(value, x, value.axes, change))
-    return outs
+def _put(kernel: Kernel, w: Array, target: Any) -> Kernel:
+    targets = [target, target]
+    if isinstance(target, NamedSharding):
+        specs, kind = factor_specs(kernel, target.spec), target.memory_kind
+        targets = [NamedSharding(target.mesh, spec, memory_kind=kind) for spec in specs]
+    if target is None:
+        return dataclasses.replace(kernel, w=w)
+    a, b = (jax.device_put(x, t) for x, t in zip((kernel.a, kernel.b), targets, strict=True))
+    return dataclasses.replace(kernel, w=w, a=a, b=b)
 
 
 def _all_gather(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
