@@ -32,7 +32,7 @@ def evaluate(scope: Scope, body: Body, args: Sequence[Any]) -> list:
 # call.
 
 _CALLS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-_DEEPEST = 16  # calls within calls; deeper ones are evaluated in place, or Python's stack overflows
+_DEEPEST = 12  # calls within calls; deeper ones are evaluated in place, or Python's stack overflows
 
 
 def _jitted(body: Body, **kind: Any) -> tuple[Callable, dict]:

@@ -196,23 +196,26 @@ def cond(eqn: Any) -> list[Body]:
     return [_checked(eqn, body_of(branch), n_in, n_out) for branch in branches]
 
 
-def is_checkpoint(eqn: Any) -> bool:
-    """Whether it is a ``jax.checkpoint``, which is a primitive or a value in a primitive."""
+def name_of(eqn: Any) -> str:
+    """The name of the primitive; of one that holds an operation as a value, that of the operation.
+
+    So has jax 0.10 and later ``checkpoint`` and ``checkpoint_name``, with ``JAX_REMAT3=1``.
+    """
     name = eqn.primitive.name
     hidden = getattr(eqn.params.get("_prim"), "params", ())
-    return name in ("checkpoint", "remat2", "remat") or (
-        name == "call_hi_primitive" and "policy" in hidden and "prevent_cse" in hidden
-    )
+    if name in ("remat", "remat2") or {"jaxpr", "policy"} <= set(hidden):
+        return "checkpoint"
+    return "name" if set(hidden) == {"name"} else name
 
 
 def checkpoint(eqn: Any) -> Checkpoint:
     """``jax.checkpoint``."""
     params = getattr(eqn.params.get("_prim"), "params", eqn.params)
-    if not {"jaxpr", "prevent_cse", "policy"} <= set(params):
+    if not {"jaxpr", "policy"} <= set(params):
         raise UnknownForm(unknown(eqn))
     body = _checked(eqn, body_of(params["jaxpr"]), len(eqn.invars), len(eqn.outvars))
     recomputes = bool(params.get("differentiated", False))
-    return Checkpoint(body, params["prevent_cse"], params["policy"], recomputes)
+    return Checkpoint(body, params.get("prevent_cse", True), params["policy"], recomputes)
 
 
 def shard_map(eqn: Any) -> ShardMap:

@@ -100,7 +100,7 @@ def evaluate(scope: Scope, body: Body, args: Sequence[Any], control: Mapping[str
         index += eqn.primitive.name != "sharding_constraint"
         vals = [read(atom) for atom in eqn.invars]
         has_kernel = any(isinstance(v, Kernel) for v in vals)
-        in_control = scope.varies and eqn.primitive.name in control
+        in_control = scope.varies and forms.name_of(eqn) in control
         if has_kernel or (in_control and _vary_anew(eqn, vals)):
             outs = _factored(scope.at(index, id(eqn)), eqn, vals, wanted, control)
         else:
@@ -141,7 +141,7 @@ def _look_ahead(jaxpr: Any) -> _Wanted:
 
 def _keeps_kernels(eqn: Any, result: bool) -> list[bool]:
     """For each operand, whether it stays a kernel; ``result``: whether the results do."""
-    name = eqn.primitive.name
+    name = forms.name_of(eqn)
     if name in ("jit", "pjit") and (body := forms.matching_body(eqn)):
         inner = _wanted(body.jaxpr)
         return [v in inner.as_kernels or v not in inner.used for v in body.jaxpr.invars]
@@ -201,8 +201,8 @@ def vary_alike(eqn: Any, vals: Sequence[Any]) -> list:
 def _factored(
     scope: Scope, eqn: Any, vals: Sequence, wanted: _Wanted, control: Mapping[str, Control]
 ) -> list:
-    name = eqn.primitive.name
-    rule = control.get("checkpoint" if forms.is_checkpoint(eqn) else name)
+    name = forms.name_of(eqn)
+    rule = control.get(name)
     try:
         if rule:
             return rule(scope, eqn, vals)
@@ -228,7 +228,7 @@ def _move(eqn: Any, vals: Sequence, wanted: _Wanted) -> list:
         arrays = [v for v in vals if not isinstance(v, Kernel) and jnp.ndim(v)]
         if (arrays or len(vals) > 1) and not set(eqn.outvars) <= wanted.as_kernels:
             raise Unfactored("the result is used as an activation, or changed entry by entry")
-    return moves.MOVES[eqn.primitive.name](eqn, vals, plain(eqn, _frozen(vals)))
+    return moves.MOVES[forms.name_of(eqn)](eqn, vals, plain(eqn, _frozen(vals)))
 
 
 def _use(scope: Scope, eqn: Any, vals: Sequence, wanted: _Wanted) -> list:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from lora_jax.transform import forms
 from lora_jax.transform.kernel import Unfactored, axis_groups
 
 # What a value depends on: parameters and constants; random numbers too; the function's inputs too.
@@ -229,7 +230,7 @@ def rearranged(eqn: Any, values: Sequence[Value]) -> list[Axes | None] | None:
     Raises:
       KeyError, TypeError, ValueError, AttributeError: the equation has a form that is not known.
     """
-    rule = REARRANGEMENTS.get(eqn.primitive.name)
+    rule = REARRANGEMENTS.get(forms.name_of(eqn))
     if rule is None:
         return None
     try:

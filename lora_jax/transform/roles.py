@@ -126,7 +126,7 @@ def _equation(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
     level = max((v.level for v in values), default=FIXED)
     if all(v.axes is None for v in values):
         return [Value(level=level)] * len(eqn.outvars)
-    name = eqn.primitive.name
+    name = forms.name_of(eqn)
     try:
         if name in _CONTROL:
             return _CONTROL[name](walk, eqn, values)
@@ -174,7 +174,7 @@ def _carried_on(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
 
 def _is_opaque(eqn: Any) -> bool:
     """Whether nobody can tell what a primitive does, and it is neither known nor entry by entry."""
-    if eqn.primitive.name in origins.REARRANGEMENTS or eqn.primitive.name in origins.REDUCTIONS:
+    if forms.name_of(eqn) in (*origins.REARRANGEMENTS, *origins.REDUCTIONS):
         return False
     shapes = [origins.shape(x) for x in (*eqn.invars, *eqn.outvars) if hasattr(x.aval, "shape")]
     full = [shape for shape in shapes if shape]
