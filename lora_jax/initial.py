@@ -99,10 +99,10 @@ def tabulate(
     dense/kernel 10×2  kernel io   adapted 2    the rank is lowered from 4 to what the kernel allows
     """
     choice = choose(fn, params, config, args, kwargs)
-    return kernels.Table(
-        rows={n: _row(n, leaf, choice, config) for n, leaf in choice.kernels.leaves.items()},
-        unknown=choice.kernels.unknown,
-    )
+    # Where nothing is to be adapted, `init` has no need to know the kernels.
+    found = choice.kernels if config.targets else find_kernels(fn, params, args, kwargs, config)
+    rows = {n: _row(n, leaf, choice, config) for n, leaf in found.leaves.items()}
+    return kernels.Table(rows=rows, unknown=found.unknown)
 
 
 def _row(name: str, leaf: Leaf, choice: "Choice", config: LoRAConfig) -> kernels.Row:
@@ -157,9 +157,7 @@ def choose(
     chosen = named | (_all_linear(found, trained) if ALL_LINEAR in config.targets else set())
     _check_patterns(config, [n for n in usable if n in chosen])
     ranks = {n: _rank(n, usable[n], config, n in named) for n in usable if n in chosen}
-    beside = {n.rpartition("/")[0] for n in ranks}  # where what is missed is a bias, no news
-    missed = [n for n in leaves if _is_missed(found, n, named, config)]
-    left_out = {n: found.leaves[n].reason for n in missed if n.rpartition("/")[0] not in beside}
+    left_out = {n: found.leaves[n].reason for n in leaves if _is_missed(found, n, named, config)}
     return Choice(kernels=found, ranks=ranks, trained=trained, left_out=left_out)
 
 
@@ -180,8 +178,10 @@ def _is_hidden_matrix(leaf: Leaf) -> bool:
 
 
 def _is_missed(found: Kernels, name: str, named: set[str], config: LoRAConfig) -> bool:
-    """Whether a matrix was asked for and can't be adapted."""
+    """Whether a matrix was asked for and can't be adapted; a bias beside a kernel is no news."""
     leaf = found.leaves[name]
+    if "bias" in name.rpartition("/")[2]:
+        return False
     if leaf.axes or len(leaf.shape or ()) < 2 or not leaf.is_weight:
         return False
     is_complex = jnp.issubdtype(leaf.dtype, jnp.complexfloating)
