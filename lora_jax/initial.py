@@ -260,7 +260,7 @@ def _rank(name: str, leaf: Leaf, config: LoRAConfig, is_named: bool) -> int:
 
 def _warn(choice: Choice) -> None:
     found = choice.kernels
-    say = lambda text: warnings.warn(text, UserWarning, stacklevel=3)
+    say = lambda text: warnings.warn(text, UserWarning, stacklevel=4)
     if found.unknown:
         say(f"Some kernels may not be adapted.{_not_understood(found)}")
     if choice.left_out:

@@ -111,7 +111,7 @@ def _given_roles(leaves: Mapping[str, Any], config: LoRAConfig) -> dict[str, str
 def _with_roles(leaf: Leaf, axes: str | None) -> Leaf:
     if axes is None or not jnp.issubdtype(leaf.dtype, jnp.floating):
         return leaf
-    return dataclasses.replace(leaf, kind=KERNEL, axes=axes, reason="")
+    return dataclasses.replace(leaf, kind=KERNEL, axes=axes, reason="", hidden_in="")
 
 
 def _leaf(name: str, x: Any, found: roles.Findings, state: str) -> Leaf:
