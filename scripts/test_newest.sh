@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-release=trixie
+release=trixie  # Debian 13, with Python 3.13
 root=$(realpath -m "${NEWEST_ROOT:-.newest}")
 skip() { echo "test-newest: skipped, $*"; exit 0; }
 

@@ -7,6 +7,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,44 @@ def test_readme_commands_name_what_exists():
             assert (ROOT / f"{module.replace('.', '/')}.py").is_file()
         for config in re.findall(r"--config=(\S+)", command):
             assert (ROOT / config).is_file()
+
+
+def _tested_versions():
+    """Name and version of everything that CI pins."""
+    pins = [(ROOT / file).read_text(encoding="utf-8") for file in ("constraints.txt", ".ci/run")]
+    return [
+        (name.lower(), v) for text in pins for name, v in re.findall(r"([\w-]+)==([\w.]+)", text)
+    ]
+
+
+def _table_of_versions(names):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    admitted = dict(re.match(r"([\w-]+)(.*)", line).groups() for line in project["dependencies"])
+    tested = dict(_tested_versions())
+    rows = [f"| {n} | `{admitted[n]}` | {tested[n]} |" for n in names]
+    head = ["| | admitted | in `constraints.txt` |", "|---|---|---|"]
+    return "\n".join([*head, f"| Python | `{project['requires-python']}` | |", *rows]) + "\n"
+
+
+def test_readme_names_the_versions_that_ci_tests():
+    begin, end = (
+        "<!-- versions, from pyproject.toml and constraints.txt -->\n",
+        "<!-- end of the versions -->",
+    )
+    names = ("jax", "flax", "numpy", "optax", "orbax-checkpoint", "safetensors")
+    assert README.partition(begin)[2].partition(end)[0] == _table_of_versions(names)
+    named = re.findall(r"\b(jax|flax|numpy|optax|torch|transformers|PEFT) (\d+(?:\.\d+)+)", README)
+    assert len(named) > 3
+    for name, version in named:
+        tested = [v for n, v in _tested_versions() if n == name.lower()]
+        assert any(f"{v}.".startswith(f"{version}.") for v in tested), (name, version, tested)
+    floor = re.search(
+        r"^requires-python = \">=(.*)\"$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE
+    )
+    newest = re.search(
+        r"^release=.*Python ([\d.]+)$", (ROOT / "scripts/test_newest.sh").read_text(), re.MULTILINE
+    )
+    assert set(re.findall(r"Python (\d[\d.]*\d)", README)) == {floor[1], newest[1]}
 
 
 def test_import_is_light():
