@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart sweep-quickstart test lint clean
+.PHONY: quickstart sweep-quickstart test test-newest lint clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
@@ -29,9 +29,13 @@ sweep-quickstart: $(VENV)/.base
 test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -q -n 2 --dist loadgroup
 
+# The same tests with the newest Python, JAX and Flax, in a root file system of their own; ARGS are pytest's.
+test-newest:
+	scripts/test_newest.sh $(ARGS)
+
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .newest runs

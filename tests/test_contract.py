@@ -107,6 +107,13 @@ both = pytest.mark.parametrize(
 lowrank_only = pytest.mark.parametrize("model", [_group(model) for model in zoo.ZOO])
 
 
+@pytest.mark.xdist_group("groups")
+def test_groups_are_honoured(request):
+    """pytest-xdist writes a group into the name of a test; not every pytest lets it."""
+    grouping = request.config.getoption("loadgroup", False)
+    assert not grouping or request.node.nodeid.endswith("@groups")
+
+
 @both
 def test_starts_as_the_base_bit_for_bit(model, method):
     c = case(model, method)

@@ -7,6 +7,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -20,25 +21,26 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def _modules():
-    for package in (lora_jax, experiments, configs):
+def _modules(*packages):
+    for package in packages:
         yield package.__name__
         for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             yield info.name
 
 
-@pytest.mark.parametrize("name", list(_modules()))
+@pytest.mark.parametrize("name", list(_modules(lora_jax)))
 def test_docstrings(name):
-    # Flags of several programs may share a name: each module has a process of its own.
-    code = f"import doctest, importlib; r = doctest.testmod(importlib.import_module({name!r})); print(r); raise SystemExit(r.failed)"
-    if name.split(".")[0] == "lora_jax":
-        result = doctest.testmod(importlib.import_module(name))
-        assert result.failed == 0
-    else:
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+def test_docstrings_of_programs():
+    names = list(_modules(experiments, configs))
+    assert len(names) > 60
+    done = subprocess.run(
+        [sys.executable, "tests/docstrings.py", *names],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_readme_snippets(tmp_path, monkeypatch, capsys):
@@ -62,6 +64,44 @@ def test_readme_commands_name_what_exists():
             assert (ROOT / f"{module.replace('.', '/')}.py").is_file()
         for config in re.findall(r"--config=(\S+)", command):
             assert (ROOT / config).is_file()
+
+
+def _tested_versions():
+    """Name and version of everything that CI pins."""
+    pins = [(ROOT / file).read_text(encoding="utf-8") for file in ("constraints.txt", ".ci/run")]
+    return [
+        (name.lower(), v) for text in pins for name, v in re.findall(r"([\w-]+)==([\w.]+)", text)
+    ]
+
+
+def _table_of_versions(names):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    admitted = dict(re.match(r"([\w-]+)(.*)", line).groups() for line in project["dependencies"])
+    tested = dict(_tested_versions())
+    rows = [f"| {n} | `{admitted[n]}` | {tested[n]} |" for n in names]
+    head = ["| | admitted | in `constraints.txt` |", "|---|---|---|"]
+    return "\n".join([*head, f"| Python | `{project['requires-python']}` | |", *rows]) + "\n"
+
+
+def test_readme_names_the_versions_that_ci_tests():
+    begin, end = (
+        "<!-- versions, from pyproject.toml and constraints.txt -->\n",
+        "<!-- end of the versions -->",
+    )
+    names = ("jax", "flax", "numpy", "optax", "orbax-checkpoint", "safetensors")
+    assert README.partition(begin)[2].partition(end)[0] == _table_of_versions(names)
+    named = re.findall(r"\b(jax|flax|numpy|optax|torch|transformers|PEFT) (\d+(?:\.\d+)+)", README)
+    assert len(named) > 3
+    for name, version in named:
+        tested = [v for n, v in _tested_versions() if n == name.lower()]
+        assert any(f"{v}.".startswith(f"{version}.") for v in tested), (name, version, tested)
+    floor = re.search(
+        r"^requires-python = \">=(.*)\"$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE
+    )
+    newest = re.search(
+        r"^release=.*Python ([\d.]+)$", (ROOT / "scripts/test_newest.sh").read_text(), re.MULTILINE
+    )
+    assert set(re.findall(r"Python (\d[\d.]*\d)", README)) == {floor[1], newest[1]}
 
 
 def test_import_is_light():
