@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m examples.gallery", description=__doc__)
     parser.add_argument("--only", default="", help="regular expression, searched in the titles")
     parser.add_argument("--environment", choices=registry.ENVIRONMENTS, help="this one's libraries")
-    parser.add_argument("--quick", action="store_true", help="leaves out op by op and FLOPs")
+    parser.add_argument("--depth", choices=("trace", "values", "all"), default="all")
     parser.add_argument("--list", action="store_true", help="lists the titles and measures nothing")
     parser.add_argument("--json", type=Path, help="file for the rows as JSON")
     parser.add_argument("--write", type=Path, help="file for the page, such as docs/gallery.md")
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = []
     for entry in chosen:
         version = importlib.metadata.version(entry.library)
-        rows.append(measure(entry, version, quick=options.quick))
+        rows.append(measure(entry, version, depth=options.depth))
         print(page.line(rows[-1]), flush=True)
         if options.json:
             options.json.parent.mkdir(parents=True, exist_ok=True)

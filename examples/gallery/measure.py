@@ -65,37 +65,41 @@ class Row:
     seconds: float = 0.0
 
 
-def measure(entry: Entry, version: str, *, quick: bool = False) -> Row:
+def measure(entry: Entry, version: str, *, depth: str = "all") -> Row:
     """Measures one model. A stage that raises becomes a problem, and the others go on.
 
-    A quick measurement leaves out what takes half of the time and finds least: step 0 op by op, and
-    the FLOPs.
+    Args:
+      entry: the model.
+      version: of its library.
+      depth: "trace" compiles nothing and finds which kernels are adapted and where they are formed;
+        "values" compares values, too; "all" adds step 0 op by op, and the FLOPs.
     """
     start, row = time.monotonic(), Row(library=f"{entry.library} {version}", name=entry.name)
     with _problems_of(row, "building"):
-        _stages(entry, row, quick=quick)
+        model = entry.build(2)
+        model = dataclasses.replace(model, params=moved(model.params))
+        row.lines = model.lines
+        config, adapter, said = _init(model, row)
+        _count(entry, model, adapter, row=row, said=said)
+        _other_traces(entry, model, adapter, config=config, row=row)
+        if depth != "trace":
+            _values(model, adapter, config=config, row=row, deep=depth == "all")
     row.seconds = time.monotonic() - start
     return row
 
 
-def _stages(entry: Entry, row: Row, *, quick: bool) -> None:
-    model = entry.build(2)
-    model = dataclasses.replace(model, params=moved(model.params))
-    row.lines = model.lines
-    with _problems_of(row, "init"):
-        config, adapter, said = _init(model, row)
-        _count(entry, model, adapter, row=row, said=said)
-        with _problems_of(row, "batch of one or abstract arguments"):
-            _other_traces(entry, model, adapter, config=config, row=row)
-        with _problems_of(row, "step 0"):
-            _step_zero(model, adapter, row=row, quick=quick)
-        stirred = stir(model.params, adapter)
-        with _problems_of(row, "lift against merge"):
-            output = _compare(model, stirred, row=row, quick=quick)
-            with _problems_of(row, "dropout"):
-                _dropout(model, stirred, output)
-        with _problems_of(row, "save and load"):
-            _round_trip(model, stirred, config)
+def _values(
+    model: Model, adapter: PyTree, *, config: lora.LoRAConfig, row: Row, deep: bool
+) -> None:
+    with _problems_of(row, "step 0"):
+        _step_zero(model, adapter, row=row, deep=deep)
+    stirred = stir(model.params, adapter)
+    with _problems_of(row, "lift against merge"):
+        output = _compare(model, stirred, row=row, deep=deep)
+        with _problems_of(row, "dropout"):
+            _dropout(model, stirred, output)
+    with _problems_of(row, "save and load"):
+        _round_trip(model, stirred, config)
 
 
 @contextlib.contextmanager
@@ -160,14 +164,17 @@ def _other_traces(
     entry: Entry, model: Model, adapter: PyTree, *, config: lora.LoRAConfig, row: Row
 ) -> None:
     """One row, and arguments without values, must find the same kernels."""
-    init = lambda args: _nodes(lora.init(jax.random.key(1), model.fn, model.params, config, *args))
-    want, abstract = _axes(_nodes(adapter)), _axes(init(jax.tree.map(_abstract, model.args)))
-    if abstract != want:
-        row.problems.append(f"abstract arguments: {_difference(want, abstract)}")
-    one = entry.build(1)
-    nodes = lora.init(jax.random.key(1), one.fn, model.params, config, *one.args)
-    if (single := _axes(_nodes(nodes))) != want:
-        row.problems.append(f"a batch of one: {_difference(want, single)}")
+    init = lambda fn, args: lora.init(jax.random.key(1), fn, model.params, config, *args)
+    abstract, one = jax.tree.map(_abstract, model.args), entry.build(1)
+    others = {
+        "abstract arguments": lambda: init(model.fn, abstract),
+        "a batch of one": lambda: init(one.fn, one.args),
+    }
+    for name, other in others.items():
+        with _problems_of(row, name):
+            want, have = _axes(_nodes(adapter)), _axes(_nodes(other()))
+            if have != want:
+                row.problems.append(f"{name}: {_difference(want, have)}")
 
 
 def _axes(nodes: dict[str, Any]) -> dict[str, str]:
@@ -187,9 +194,9 @@ def _abstract(x: Any) -> Any:
     return jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, jax.Array) else x
 
 
-def _step_zero(model: Model, adapter: PyTree, *, row: Row, quick: bool) -> None:
+def _step_zero(model: Model, adapter: PyTree, *, row: Row, deep: bool) -> None:
     base = lambda params, adapter, *args: model.fn(params, *args)
-    modes = {"jitted": jax.jit} | ({} if quick else {"op by op": lambda f: f})
+    modes = {"jitted": jax.jit} | ({"op by op": lambda f: f} if deep else {})
     for mode, wrap in modes.items():
         runs = [wrap(run)(model.params, adapter, *model.args) for run in (lifted(model.fn), base)]
         row.step0[mode] = relative(*runs)
@@ -223,11 +230,11 @@ def stir(params: PyTree, adapter: PyTree) -> PyTree:
     return paths.nest({n: stir_node(n, node) for n, node in _nodes(adapter).items()})
 
 
-def _compare(model: Model, adapter: PyTree, *, row: Row, quick: bool) -> PyTree:
+def _compare(model: Model, adapter: PyTree, *, row: Row, deep: bool) -> PyTree:
     """Fills the row's differences and FLOPs; returns the lifted output."""
     (gradients, outputs), flops = _gradients(model, adapter)
     row.output, row.gradient = relative(*outputs), relative(*gradients)
-    if not quick:
+    if deep:
         full = _full_flops(model)
         row.flops = [x / full for x in flops]
     if max(row.output, row.gradient) > CLOSE_FLOAT32:

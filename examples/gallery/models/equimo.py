@@ -9,7 +9,7 @@ from examples.gallery import bridges
 from examples.gallery.model import Library, Model
 
 LIBRARY = Library("equimo")
-TABLES = ("cls_token", "reg_tokens", "pos_embed", "mask_token", "gamma", "layer_scale", "ls1", "ls2")
+TABLES = ("cls_token", "reg_tokens", "pos_embed", "mask_token", "gamma", "layer_scale", "rotations")
 
 
 def _images(model: jax.tree_util.Partial, batch: int) -> Model:

@@ -61,8 +61,7 @@ def rwkv7(batch: int) -> Model:
     """A recurrent network with small factors of its own."""
     sizes = {"hidden_size": 32, "head_size": 16, "num_layers": 2, "vocabulary_size": 60}
     ranks = {"gate_lora": 16, "mv_lora": 16, "aaa_lora": 16, "decay_lora": 16}
-    inputs = bridges.ids(batch, 16, 60)
-    return _backbone("RWKV7Backbone", inputs, **sizes, **ranks, intermediate_dim=48)
+    return _backbone("RWKV7Backbone", _tokens(batch), **sizes, **ranks, intermediate_dim=48)
 
 
 @LIBRARY.model("ViTBackbone", tables=("class_token", "position"))
