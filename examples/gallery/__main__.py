@@ -14,7 +14,7 @@ import warnings
 from pathlib import Path
 
 from examples.gallery import page, registry
-from examples.gallery.measure import Row, measure
+from examples.gallery.measure import measure
 
 
 def main(argv: list[str] | None = None) -> int:

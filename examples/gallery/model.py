@@ -57,9 +57,8 @@ class Entry:
 class Library:
     """The models of one library, in the order of their definitions."""
 
-    def __init__(self, distribution: str, *, beside: tuple[str, ...] = ()) -> None:
+    def __init__(self, distribution: str) -> None:
         self.distribution = distribution
-        self.beside = beside
         self.entries: list[Entry] = []
 
     def model(self, name: str, *, tables: tuple[str, ...] = ()) -> Callable:

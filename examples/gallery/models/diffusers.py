@@ -26,7 +26,11 @@ def unet(batch: int) -> Model:
     )
     params = model.init_weights(jax.random.key(0))
     fn = lambda params, *args: model.apply({"params": params}, *args).sample
-    args = (bridges.normal(batch, 4, 8, 8), jnp.ones(batch, jnp.int32), bridges.normal(batch, 6, 24))
+    args = (
+        bridges.normal(batch, 4, 8, 8),
+        jnp.ones(batch, jnp.int32),
+        bridges.normal(batch, 6, 24),
+    )
     return Model(fn=fn, params=params, args=args, lines=2)
 
 

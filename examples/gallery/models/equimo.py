@@ -13,7 +13,9 @@ TABLES = ("cls_token", "reg_tokens", "pos_embed", "mask_token", "gamma", "layer_
 
 
 def _images(model: jax.tree_util.Partial, batch: int) -> Model:
-    call = lambda model, x: jax.vmap(lambda row: model(row, key=jax.random.key(1), inference=True))(x)
+    call = lambda model, x: jax.vmap(lambda row: model(row, key=jax.random.key(1), inference=True))(
+        x
+    )
     return bridges.equinox(model, bridges.normal(batch, 3, 32, 32), call=call)
 
 

@@ -46,9 +46,7 @@ class Network(nn.Module):
 
     @nn.compact
     def __call__(self, nodes: jax.Array) -> jax.Array:
-        update = lambda: jraph.concatenated_args(
-            lambda x: nn.Dense(16)(nn.relu(nn.Dense(32)(x)))
-        )
+        update = lambda: jraph.concatenated_args(lambda x: nn.Dense(16)(nn.relu(nn.Dense(32)(x))))
         net = jraph.GraphNetwork(update(), update(), update())
         embed = jraph.GraphMapFeatures(nn.Dense(16), nn.Dense(16), nn.Dense(16))
         return net(net(embed(_graph(nodes)))).nodes

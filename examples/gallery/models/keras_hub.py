@@ -68,7 +68,9 @@ def rwkv7(batch: int) -> Model:
 def vit(batch: int) -> Model:
     """A class token and trained positions."""
     sizes = {"image_shape": (16, 16, 3), "patch_size": 4, "num_layers": 2, "num_heads": 2}
-    return _backbone("ViTBackbone", bridges.normal(batch, 16, 16, 3), **sizes, hidden_dim=32, mlp_dim=48)
+    return _backbone(
+        "ViTBackbone", bridges.normal(batch, 16, 16, 3), **sizes, hidden_dim=32, mlp_dim=48
+    )
 
 
 @LIBRARY.model("WhisperBackbone", tables=TABLES)

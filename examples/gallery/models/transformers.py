@@ -94,16 +94,19 @@ _encoder(
     attention_types=[[["global", "local"], 1]],
     window_size=8,
 )
-_encoder(
-    "GPTJForCausalLM", UNTIED, n_positions=64, n_embd=64, n_layer=2, n_head=2, rotary_dim=8
-)
+_encoder("GPTJForCausalLM", UNTIED, n_positions=64, n_embd=64, n_layer=2, n_head=2, rotary_dim=8)
 _encoder("BloomForCausalLM", n_layer=2, n_head=2)
 _encoder("LlamaForCausalLM", UNTIED, num_key_value_heads=1)
 _encoder("MistralForCausalLM", UNTIED, num_key_value_heads=1, sliding_window=8)
 _encoder("GemmaForCausalLM", num_key_value_heads=1, head_dim=32)
 _encoder("OPTForCausalLM", ("embed_positions",), ffn_dim=128, word_embed_proj_dim=64)
 _encoder(
-    "XGLMForCausalLM", ("embed_positions",), d_model=64, num_layers=2, attention_heads=2, ffn_dim=128
+    "XGLMForCausalLM",
+    ("embed_positions",),
+    d_model=64,
+    num_layers=2,
+    attention_heads=2,
+    ffn_dim=128,
 )
 _pair("BartForConditionalGeneration", "BartConfig")
 _pair("PegasusForConditionalGeneration", "PegasusConfig")
@@ -142,7 +145,9 @@ def wav2vec2(batch: int) -> Model:
 
 
 IMAGES = {"image_size": 16, "patch_size": 4}
-_IMAGE_SIZES = {k: v for k, v in SIZES.items() if k not in ("vocab_size", "max_position_embeddings")}
+_IMAGE_SIZES = {
+    k: v for k, v in SIZES.items() if k not in ("vocab_size", "max_position_embeddings")
+}
 
 
 def _vision(name: str, config: str, tables: tuple[str, ...] = TABLES, **sizes: Any) -> None:
