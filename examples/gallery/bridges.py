@@ -61,6 +61,14 @@ def haiku(function: Callable, *args: Any) -> Model:
     return Model(fn=fn, params=params, args=args, lines=3)
 
 
+def start_keras() -> None:
+    """Makes the next Keras model the first, whose variables have no numbers in their names."""
+    import keras
+
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(0)
+
+
 def keras(model: Any, *args: Any) -> Model:
     """A Keras 3 model on the JAX backend, by ``stateless_call``."""
     trained = model.trainable_variables

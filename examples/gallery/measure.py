@@ -151,10 +151,11 @@ def _count(entry: Entry, model: Model, adapter: PyTree, *, row: Row, said: str) 
         row.fallbacks += [f"{name}: {_without_place(reason)}" for reason in use.fallbacks]
         if not use.factored and not use.fallbacks:
             row.problems.append(f"never used: {name}")
+    is_said = lambda name: re.search(rf"(?<![\w/]){re.escape(name)}(?![\w/])", said)
     for name, x in paths.named_leaves(model.params).items():
         if name in names or getattr(x, "ndim", 0) < 2 or not jnp.issubdtype(x.dtype, jnp.inexact):
             continue
-        kind = row.tables if entry.is_table(name) else row.said if name in said else row.unsaid
+        kind = row.tables if entry.is_table(name) else row.said if is_said(name) else row.unsaid
         kind.append(f"{name} {tuple(x.shape)}" + (" complex" if jnp.iscomplexobj(x) else ""))
 
 
@@ -331,7 +332,9 @@ def relative(have: PyTree, want: PyTree) -> float:
         difference = float(np.max(np.abs(x - y)))
         if not np.isfinite(difference):
             return float("inf")
-        worst = max(worst, difference and difference / max(size, 1e-3 * max(sizes)))
+        if difference:
+            size = max(size, 1e-3 * max(sizes))
+            worst = max(worst, difference / size if size else float("inf"))
     return worst
 
 

@@ -25,7 +25,7 @@ ENVIRONMENTS = {  # requirements-NAME.txt: the files whose libraries it brings
         "nano_moe",
         "penzai",
     ),
-    "heavy": ("brax", "flaxdiff", "gemma", "keras_hub", "tunix"),
+    "heavy": ("brax", "flaxdiff", "keras_hub", "tunix"),
     "hf": ("diffusers", "transformers"),
     "py312": ("discretax", "eqx_zoo"),
 }

@@ -10,7 +10,7 @@ from examples.gallery import bridges
 from examples.gallery.model import Library, Model
 
 LIBRARY = Library("discretax")
-TABLES = ("Lambda", "_log$")
+TABLES = ("Lambda", "_log$", "log_step")
 
 
 def _classifier(kind: type, batch: int) -> Model:

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import keras
 import keras_hub
 
 from examples.gallery import bridges
@@ -20,7 +19,7 @@ TABLES = ("position_embedding", "segment_embedding")
 
 
 def _backbone(name: str, *args: Any, **sizes: Any) -> Model:
-    keras.utils.set_random_seed(0)
+    bridges.start_keras()
     return bridges.keras(getattr(keras_hub.models, name)(**sizes), *args)
 
 

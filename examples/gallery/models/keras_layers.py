@@ -15,7 +15,7 @@ LIBRARY = Library("keras")
 @LIBRARY.model("Embedding, MultiHeadAttention, LSTM", tables=("embeddings",))
 def text(batch: int) -> Model:
     """A classifier of texts."""
-    keras.utils.set_random_seed(0)
+    bridges.start_keras()
     inputs = keras.Input((32,), dtype="int32")
     x = keras.layers.Embedding(60, 32)(inputs)
     x = keras.layers.LayerNormalization()(x + keras.layers.MultiHeadAttention(2, 16)(x, x))
@@ -26,7 +26,7 @@ def text(batch: int) -> Model:
 @LIBRARY.model("Conv2D, SeparableConv2D")
 def images(batch: int) -> Model:
     """A classifier of images; a separable convolution is a depthwise one and a dense one."""
-    keras.utils.set_random_seed(0)
+    bridges.start_keras()
     inputs = keras.Input((16, 16, 3))
     x = keras.layers.BatchNormalization()(keras.layers.Conv2D(16, 3, strides=2)(inputs))
     x = keras.layers.SeparableConv2D(32, 3)(keras.layers.ReLU()(x))
