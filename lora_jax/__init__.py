@@ -5,6 +5,7 @@ An adapter overlays a parameter tree: ``merge(params, adapter)`` says what it me
 """
 
 from lora_jax import peft as peft
+from lora_jax import registration as registration
 from lora_jax import sharding as sharding
 from lora_jax.adapter import bind, labels, mask, merge, summary
 from lora_jax.config import LoRAConfig

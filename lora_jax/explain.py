@@ -41,11 +41,16 @@ def explain(
     """Tells, per adapted kernel, how often it stays factored and where ``W + s·BA`` is formed.
 
     Each place in the code counts once, also inside a loop. ``fn`` is traced, never run; arrays may
-    be given as ``jax.ShapeDtypeStruct``.
+    be given as ``jax.ShapeDtypeStruct``. Dropout makes no difference.
+
+    Raises:
+      ValueError: as :func:`lora_jax.bind`.
     """
     names = [n for n, node in nodes(adapter).items() if isinstance(node, LowRank)]
     events = trace(fn, (bind(params, adapter), *args), kwargs)
-    uses = {name: [e for e in events if name in e.name.split(" + ")] for name in names}
+    # Concatenated kernels have a joint name; a path may hold the separator itself.
+    has_part = lambda joint, name: f" + {name} + " in f" + {joint} + "
+    uses = {name: [e for e in events if has_part(e.name, name)] for name in names}
     return Explanation({name: _kernel_use(found) for name, found in uses.items()})
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import lowrank, paths
+from lora_jax.adapter import base_leaves
 from lora_jax.config import ALL_LINEAR, LoRAConfig
 from lora_jax.lowrank import LowRank
 from lora_jax.transform.lift import trace
@@ -36,12 +37,14 @@ def init(
 
     Returns:
       Nested dictionaries with, per kernel, ``LowRank(a (*batch, *in, rank), b (*batch, rank, *out),
-      scale ())`` in the kernel's dtype or float32, the wider; and copies of the leaves that
-      ``config.train`` names.
+      scale)``, the factors in the kernel's dtype or float32, the wider, and the scale a Python
+      float, with the config's rate of dropout; and copies of the leaves that ``config.train``
+      names. The leaves of this tree are what is trained.
 
     Raises:
       ValueError: an entry of the config matches nothing, or nothing that can be adapted; targets
-        and train overlap; a rank exceeds the smaller side of its kernel.
+        and train overlap; a rank exceeds the smaller side of its kernel; a scale that the factors'
+        dtype can't hold; or ``params`` are bound to an adapter.
 
     >>> params = {"dense": {"kernel": jnp.zeros((10, 6)), "bias": jnp.zeros(6)}}
     >>> fn = lambda p, x: x @ p["dense"]["kernel"] + p["dense"]["bias"]
@@ -50,7 +53,7 @@ def init(
     >>> jax.tree.map(jnp.shape, adapter)["dense"]["kernel"].b
     (2, 6)
     """
-    leaves = paths.named_leaves(params)
+    leaves = base_leaves(params)
     trained = _trained(leaves, config)
     axes = _target_axes(fn, params, config, (args, kwargs), trained=trained)
     _check_patterns(config, axes)
@@ -152,12 +155,23 @@ def _init_node(key: Array, name: str, w: Any, *, axes: str, config: LoRAConfig) 
             f"mean anything: its change has rank {most} at most. Lower the rank (rank_pattern sets "
             "it per kernel), or train the kernel in full (train)."
         )
-    dtype = jnp.promote_types(w.dtype, jnp.float32)
+    dtype = lowrank.wide_dtype(w.dtype)
     # crc32 of the path: the same number in every process, unlike `hash`.
     key = jax.random.fold_in(key, zlib.crc32(name.encode()))
     return LowRank(
         a=lowrank.init_a(key, w.shape, axes, rank, dtype),
         b=jnp.zeros(lowrank.factor_shapes(w.shape, axes, rank)[1], dtype),
-        scale=jnp.asarray(config.kernel_scale(name), dtype),
+        scale=_checked_scale(name, config.kernel_scale(name), dtype),
         axes=axes,
+        dropout=config.dropout,
     )
+
+
+def _checked_scale(name: str, scale: float, dtype: Any) -> float:
+    limits = jnp.finfo(dtype)
+    if not limits.tiny <= scale <= limits.max:
+        raise ValueError(
+            f"The scale alpha / rank of the kernel {name!r} would be {scale}, which {dtype} can't "
+            "hold. Choose another alpha (alpha_pattern sets it per kernel)."
+        )
+    return scale

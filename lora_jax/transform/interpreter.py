@@ -50,7 +50,7 @@ class Scope:
 
     Attributes:
       strict: a fallback is an error.
-      rate: dropout rate of the low-rank branches; None for none.
+      rate: dropout rate of all low-rank branches; None for the rate of each kernel.
       key: the PRNG key of this place; each equation folds in its position.
       events: where uses are recorded, by place, so that tracing a loop body twice counts once.
       place: the equations around this one.
@@ -159,13 +159,14 @@ def _use(scope: Scope, eqn: Any, vals: Sequence, use: uses.Use) -> Array:
             scope.record(event._replace(name=name, roles=roles))
         return base
     factors = uses.oriented(kernel, sides)
-    branch = use.branch(eqn.params, vals, factors, base, functools.partial(_drop, scope))
+    branch = use.branch(eqn.params, vals, factors, base, functools.partial(_drop, scope, kernel))
     scope.record(event)
     return base + branch.astype(base.dtype)
 
 
-def _drop(scope: Scope, x: Array, shape: Sequence[int] | None = None) -> Array:
-    return x if scope.rate is None else dropout(x, scope.rate, scope.key, shape)
+def _drop(scope: Scope, kernel: Kernel, x: Array, shape: Sequence[int] | None = None) -> Array:
+    rate = kernel.rate or None if scope.rate is None else scope.rate
+    return x if rate is None else dropout(x, rate, scope.key, shape)
 
 
 def _roles(kernel: Kernel, sides: uses.Sides) -> dict[str, str]:
@@ -194,7 +195,7 @@ def formed(scope: Scope, value: Any, primitive: str, reason: str, eqn: Any = Non
         return value
     source = "" if eqn is None else _source(eqn)
     scope.record(Event(value.name, primitive, reason=reason, source=source))
-    if scope.rate is not None and value.a is not None:
+    if (scope.rate is not None or value.rate) and value.a is not None:
         raise ValueError(_cannot(value, primitive, reason, source, "dropout needs it factored"))
     if scope.strict:
         raise ValueError(_cannot(value, primitive, reason, source, "strict=True forbids it"))

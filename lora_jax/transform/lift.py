@@ -4,6 +4,7 @@
 array that it stands for, and hands the jaxpr to :mod:`lora_jax.transform.interpreter`.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +20,7 @@ Array = jax.Array
 
 
 def lift(
-    fn: Callable, *, strict: bool = False, dropout: Any = 0.0, dropout_key: Array | None = None
+    fn: Callable, *, strict: bool = False, dropout: Any = None, dropout_key: Array | None = None
 ) -> Callable:
     """Transforms ``fn`` into a function that takes low-rank sums in place of arrays.
 
@@ -32,12 +33,14 @@ def lift(
       fn: any function that JAX can trace.
       strict: raise where a sum cannot be kept factored, instead of forming ``W + s·BA`` there.
       dropout: rate in [0, 1) of the dropout on the input of each low-rank branch, a Python or JAX
-        scalar; every use of a kernel draws its own mask. A looked-up row counts as one input.
+        scalar; every use of a kernel draws its own mask. A looked-up row counts as one input. None
+        is the adapter's own rate, ``LoRAConfig.dropout``; for evaluation give 0.0.
       dropout_key: PRNG key for it.
 
     Raises:
-      ValueError: a rate without a key or out of range; in the lifted function: a fallback with
-        ``strict`` or with dropout, which a formed ``W + s·BA`` cannot have.
+      ValueError: a rate without a key or out of range; in the lifted function: an adapter that has
+        a rate, where neither a key nor a rate is given; a fallback with ``strict`` or with dropout,
+        which a formed ``W + s·BA`` cannot have, except that a kernel may be returned.
 
     >>> import jax.numpy as jnp, lora_jax as lora
     >>> params, x = {"w": jnp.ones((3, 2))}, jnp.ones((1, 3))
@@ -51,13 +54,15 @@ def lift(
 
     @functools.wraps(fn)
     def lifted(*args: Any, **kwargs: Any) -> Any:
-        key = None if rate is None else dropout_key
-        return _run(Scope(strict=strict, rate=rate, key=key), fn, args, kwargs)
+        scope = Scope(strict=strict, rate=rate, key=dropout_key)
+        return _run(scope, fn, args, kwargs, own_rates=dropout is None)
 
     return lifted
 
 
 def _dropout_rate(rate: Any, key: Array | None) -> Any:
+    if rate is None:
+        return None
     if isinstance(rate, int | float):
         if not 0 <= rate < 1:
             raise ValueError(f"dropout must be in [0, 1), got {rate}.")
@@ -89,7 +94,9 @@ def trace(fn: Callable, args: tuple, kwargs: dict) -> list[Event]:
     return list(scope.events.values())
 
 
-def _run(scope: Scope, fn: Callable, args: tuple, kwargs: dict) -> Any:
+def _run(
+    scope: Scope, fn: Callable, args: tuple, kwargs: dict, *, own_rates: bool = False
+) -> Any:
     leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=lowrank.is_node)
     leaves = [leaf.value if isinstance(leaf, Trained) else leaf for leaf in leaves]
     nodes = {k: leaf for k, leaf in enumerate(leaves) if isinstance(leaf, LowRank)}
@@ -103,14 +110,31 @@ def _run(scope: Scope, fn: Callable, args: tuple, kwargs: dict) -> Any:
         return call()
     # Only the kernels are traced here. Everything else is closed over and so reaches `fn` as it
     # was given: flags stay Python values, concrete arrays stay concrete, outer tracers outer.
-    kernels = [_kernel(node) for node in nodes.values()]
+    kernels = [_kernel(node, node.dropout if own_rates else 0.0) for node in nodes.values()]
+    scope = _with_key_if_used(scope, kernels)
     closed, shapes = jax.make_jaxpr(call, return_shape=True)(*[k.w for k in kernels])
     outs = evaluate(scope, closed.jaxpr, closed.consts, kernels)
-    outs = [formed(scope, x, "output", "is returned by the function") for x in outs]
+    # A sum that is returned has no input to drop.
+    plain = dataclasses.replace(scope, rate=None)
+    outs = [dataclasses.replace(x, rate=0.0) if isinstance(x, Kernel) else x for x in outs]
+    outs = [formed(plain, x, "output", "is returned by the function") for x in outs]
     return jax.tree.unflatten(jax.tree.structure(shapes), outs)
 
 
-def _kernel(node: LowRank) -> Kernel:
+def _with_key_if_used(scope: Scope, kernels: list[Kernel]) -> Scope:
+    dropping = next((k for k in kernels if k.rate), None)
+    if dropping is None and scope.rate is None:
+        return dataclasses.replace(scope, key=None)
+    if scope.key is None:
+        raise ValueError(
+            f"The adapter has dropout {dropping.rate} (at {dropping.name!r}), and this call has no "
+            "key for it: lift(fn, dropout_key=...) while training, lift(fn, dropout=0.0) for "
+            "evaluation."
+        )
+    return scope
+
+
+def _kernel(node: LowRank, rate: float) -> Kernel:
     if node.w is None:
         raise ValueError(
             "Got an adapter where a bound tree is expected; "
@@ -119,4 +143,4 @@ def _kernel(node: LowRank) -> Kernel:
     if node.a is None:
         origins = tuple(frozenset({(node.name, k, node.w.ndim)}) for k in range(node.w.ndim))
         return Kernel(node.w, None, None, origins, node.name)
-    return Kernel(node.w, node.a, lowrank.scaled_b(node), tuple(node.axes), node.name)
+    return Kernel(node.w, node.a, lowrank.scaled_b(node), tuple(node.axes), node.name, rate)

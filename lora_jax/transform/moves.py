@@ -33,6 +33,7 @@ class Kernel:
       b: ``(*batch, rank, *out)`` with the scale already in it, or None likewise.
       axes: the role of each axis of ``w``; while roles are being found, its origins.
       name: the path of the parameter, or of several that were concatenated.
+      rate: its own rate of dropout on the input of the branch.
     """
 
     w: Array
@@ -40,9 +41,10 @@ class Kernel:
     b: Array | None
     axes: tuple
     name: str
+    rate: float = 0.0
 
 
-jax.tree_util.register_dataclass(Kernel, ["w", "a", "b"], ["axes", "name"])
+jax.tree_util.register_dataclass(Kernel, ["w", "a", "b"], ["axes", "name", "rate"])
 
 
 def materialise(kernel: Kernel) -> Array:
@@ -218,9 +220,11 @@ def concatenate(parts: Sequence[Kernel | Array], *, dimension: int) -> Kernel:
     axes = kernels[0].axes
     if any(k.axes != axes for k in kernels):
         raise Unfactored("concatenates kernels whose axes have different roles")
+    if len({k.rate for k in kernels}) > 1:
+        raise Unfactored("concatenates kernels with different rates of dropout")
     factors = [_factors(part, like=kernels[0]) for part in parts]
     a, b = _concatenated(factors, [p.shape[dimension] for p in _arrays(parts)], axes, dimension)
-    return Kernel(w, a, b, axes, _joint_name(kernels))
+    return Kernel(w, a, b, axes, _joint_name(kernels), kernels[0].rate)
 
 
 def without_factors(w: Array, kernels: Sequence[Kernel]) -> Kernel:
