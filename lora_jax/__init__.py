@@ -11,6 +11,7 @@ from lora_jax.adapter import bind, labels, mask, merge, summary
 from lora_jax.config import LoRAConfig
 from lora_jax.explain import explain
 from lora_jax.initial import init
+from lora_jax.modules import from_keras, from_nnx, update_keras, update_nnx
 from lora_jax.serialize import load, save
 from lora_jax.transform.lift import lift
 from lora_jax.version import __version__
@@ -20,6 +21,8 @@ __all__ = [
     "__version__",
     "bind",
     "explain",
+    "from_keras",
+    "from_nnx",
     "init",
     "labels",
     "lift",
@@ -28,4 +31,6 @@ __all__ = [
     "merge",
     "save",
     "summary",
+    "update_keras",
+    "update_nnx",
 ]

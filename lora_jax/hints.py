@@ -17,7 +17,7 @@ _NAMES = {
 _FIELDS = {word: field for field, words in _NAMES.items() for word in words}
 _INSTEAD = {
     "bias": 'to train biases use train, for example train=("re:.*/bias",)',
-    "exclude_modules": 'a regular expression in targets can leave modules out, as "re:(?!.*head).*"',
+    "exclude_modules": 'a regular expression in targets can do it, as "re:(?!.*head).*"',
     "fan_in_fan_out": "which axes of a kernel are inputs is read off the function",
     "init_lora_weights": "lora_jax.init has one way to start, with b = 0",
     "inference_mode": "an adapter has no mode; give lift(fn, dropout=0.0) for evaluation",
@@ -35,17 +35,17 @@ def unknown_fields(unknown: Iterable[str], fields: Iterable[str]) -> str:
     """Says which fields a config lacks, and what is there instead.
 
     >>> unknown_fields(["r"], ["rank", "alpha"])
-    "LoRAConfig has no field 'r' (rank is this library's name for r). The fields are rank, alpha."
-    """
-    fields = list(fields)
-    told = [f"{name!r}{_hint(name, fields)}" for name in unknown]
-    return f"LoRAConfig has no field {', '.join(told)}. The fields are {', '.join(fields)}."
+    "Unknown LoRAConfig fields ['r']; the fields are ['rank', 'alpha']. rank is this library's name for r."
+    """  # noqa: E501
+    unknown, fields = list(unknown), list(fields)
+    told = [hint for name in unknown if (hint := _hint(name, fields))]
+    return " ".join([f"Unknown LoRAConfig fields {unknown}; the fields are {fields}.", *told])
 
 
 def _hint(name: str, fields: list[str]) -> str:
     if name in _FIELDS:
-        return f" ({_FIELDS[name]} is this library's name for {name})"
+        return f"{_FIELDS[name]} is this library's name for {name}."
     if name in _INSTEAD:
-        return f" ({_INSTEAD[name]})"
+        return f"There is no {name} here: {_INSTEAD[name]}."
     near = difflib.get_close_matches(name, fields, n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
+    return f"Did you mean {near[0]} for {name}?" if near else ""

@@ -1,5 +1,6 @@
 """Each rule of `lift`, its fallbacks, dropout, and what it leaves alone."""
 
+import dataclasses
 import functools
 
 import jax
@@ -475,7 +476,7 @@ class TestDropout:
     def run(self, key, rate=0.5, fn=None, w=W, x=X):
         fn = fn or self.fn
         params, adapter = made(fn, w, x)
-        adapter = jax.tree.map(jnp.ones_like, adapter)
+        adapter = {"w": dataclasses.replace(jax.tree.map(jnp.ones_like, adapter["w"]), scale=1.0)}
         out = lora.lift(fn, dropout=rate, dropout_key=key)(lora.bind(params, adapter), x)
         return out, fn(params, x), adapter["w"]
 

@@ -94,9 +94,7 @@ def trace(fn: Callable, args: tuple, kwargs: dict) -> list[Event]:
     return list(scope.events.values())
 
 
-def _run(
-    scope: Scope, fn: Callable, args: tuple, kwargs: dict, *, own_rates: bool = False
-) -> Any:
+def _run(scope: Scope, fn: Callable, args: tuple, kwargs: dict, *, own_rates: bool = False) -> Any:
     leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=lowrank.is_node)
     leaves = [leaf.value if isinstance(leaf, Trained) else leaf for leaf in leaves]
     nodes = {k: leaf for k, leaf in enumerate(leaves) if isinstance(leaf, LowRank)}
