@@ -191,13 +191,16 @@ def labels(tree: PyTree) -> PyTree:
     """
     bound = any(map(is_bound, jax.tree.leaves(tree, is_leaf=lowrank.is_node)))
 
+    # The array may be in a box, and the frozen kernel be None.
+    all_of = lambda x, label: jax.tree.map(lambda _: label, x)
+
     def label(node: Any) -> Any:
         if isinstance(node, LowRank):
-            put = {"a": TRAINABLE, "b": TRAINABLE, "w": None if node.w is None else FROZEN}
-            put |= {} if lowrank.has_static_scale(node) else {"scale": FROZEN}
-            return dataclasses.replace(node, **put)
+            put = {"a": all_of(node.a, TRAINABLE), "b": all_of(node.b, TRAINABLE)}
+            put |= {} if lowrank.has_static_scale(node) else {"scale": all_of(node.scale, FROZEN)}
+            return dataclasses.replace(node, **put, w=all_of(node.w, FROZEN))
         if isinstance(node, Trained):
-            return Trained(TRAINABLE)
+            return Trained(all_of(node.value, TRAINABLE))
         return FROZEN if bound else TRAINABLE
 
     return jax.tree.map(label, tree, is_leaf=lowrank.is_node)

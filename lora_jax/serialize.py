@@ -258,7 +258,7 @@ def _unsaveable(nodes: Mapping[str, Any]) -> list[str]:
 
 def _bytes(x: np.ndarray) -> np.ndarray:
     """The bytes of an array, along one more axis."""
-    return np.ascontiguousarray(x)[..., None].view(np.uint8)
+    return np.ascontiguousarray(x[..., None]).view(np.uint8)
 
 
 def _typed(

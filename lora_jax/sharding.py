@@ -157,8 +157,8 @@ def adapter_specs(param_specs: PyTree, adapter: PyTree) -> PyTree:
     """The specs of an adapter, derived from those of the parameters that it is for.
 
     An axis of ``a`` or ``b`` is split as the kernel's axis that it belongs to, by ``node.axes``;
-    the rank axis, and a scale that is an array, are on every device. A leaf that is replaced in full is split as it
-    is in the base.
+    the rank axis, and a scale that is an array, are on every device. A leaf that is replaced in
+    full is split as it is in the base.
 
     Args:
       param_specs: the parameters' tree with ``PartitionSpec`` or ``NamedSharding``, whoever made

@@ -113,7 +113,11 @@ def test_the_signature_is_still_that_of_the_fields():
     assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
 
 
-NAMES = ["params/layers/0/attn/query/kernel", "params/layers/1/attn/value/bias", "params/head/kernel"]
+NAMES = [
+    "params/layers/0/attn/query/kernel",
+    "params/layers/1/attn/value/bias",
+    "params/head/kernel",
+]
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,7 @@ def refuses(says, use):
     else:
         raise AssertionError(says)
 
-refuses("norm/beta, norm/gamma missing", lambda: fn({k: params[k] for k in ("out", "shared")}, x))
+refuses("norm/gamma, norm/beta missing", lambda: fn({k: params[k] for k in ("out", "shared")}, x))
 wrong = params | {"out": {"bias": params["out"]["bias"], "kernel": params["shared"]["kernel"]}}
 refuses("out/kernel has shape (4, 3), not (4, 4)", lambda: lora.update_keras(model, wrong))
 refuses("not built", lambda: lora.from_keras(keras.Sequential([keras.layers.Dense(3)])))

@@ -59,9 +59,7 @@ class TestExport:
         call = self.round_trip(run, change(made()), PARAMS, X)
         for adapter in (made(), made(seed=5)):
             want = fn(lora.merge(PARAMS, adapter), X)
-            np.testing.assert_allclose(
-                call(change(adapter), PARAMS, X), want, rtol=1e-4, atol=1e-4
-            )
+            np.testing.assert_allclose(call(change(adapter), PARAMS, X), want, rtol=1e-4, atol=1e-4)
 
     def test_another_alpha_is_another_structure_unless_it_is_data(self):
         run = lambda a, x: lora.lift(fn, dropout=0.0)(lora.bind(PARAMS, a), x)
@@ -78,7 +76,9 @@ class TestExport:
         got = self.round_trip(jax.grad(loss), made())(made())  # an adapter as a result, too
         want = jax.grad(loss)(made())
         assert jax.tree.structure(got) == jax.tree.structure(want)
-        np.testing.assert_allclose(got["up"]["kernel"].a, want["up"]["kernel"].a, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(
+            got["up"]["kernel"].a, want["up"]["kernel"].a, rtol=1e-3, atol=1e-4
+        )
         got = self.round_trip(lora.merge, PARAMS, made())(PARAMS, made())
         assert jax.tree.structure(got) == jax.tree.structure(PARAMS)
 
@@ -181,6 +181,7 @@ class TestNNX:
     def test_everything_takes_it(self, tmp_path):
         boxed, plain = jax.tree.map(nnx.Param, made()), made()
         assert_same(lora.merge(PARAMS, boxed), lora.merge(PARAMS, plain))
+        assert jax.tree.structure(lora.labels(boxed)) == jax.tree.structure(boxed)
         assert lora.summary(PARAMS, boxed) == lora.summary(PARAMS, plain)
         assert str(lora.explain(fn, PARAMS, boxed, X)) == str(lora.explain(fn, PARAMS, plain, X))
         config = lora.LoRAConfig(rank=3, alpha=7.0)

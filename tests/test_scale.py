@@ -160,7 +160,13 @@ def test_any_number_becomes_a_float(number):
 def test_an_array_stays_a_leaf_whatever_a_map_makes_of_it(array):
     node = LowRank(jnp.zeros((8, 3)), jnp.zeros((3, 6)), array)
     assert len(jax.tree.leaves(node)) == 3
-    for change in (float_or_shape, lambda x: 0, lambda x: True, np.asarray, lambda x: np.float32(0)):
+    for change in (
+        float_or_shape,
+        lambda x: 0,
+        lambda x: True,
+        np.asarray,
+        lambda x: np.float32(0),
+    ):
         made = jax.tree.map(change, node)
         assert jax.tree.structure(made) == jax.tree.structure(node)
     axes = jax.tree.map(lambda x: 0, node)

@@ -253,10 +253,10 @@ def stack_of(model, config, shape):
 
 
 @pytest.mark.parametrize("shape", [(3,), (1,), (2, 3), (2, 1, 2)])
-@pytest.mark.parametrize("name", ["mlp", "scan"])
+@pytest.mark.parametrize("name", ["mlp", "experts"])
 def test_a_stack_of_adapters(tmp_path, shape, name):
     model = zoo.ZOO[name]()
-    fields = {} if name == "scan" else {"train": ("head",), "targets": ("up", "down")}
+    fields = {} if name == "experts" else {"train": ("head",), "targets": ("up", "down")}
     config = lora.LoRAConfig(rank=2, **fields)
     stacked = stack_of(model, config, shape)
     lora.save(tmp_path, stacked, config)
@@ -343,17 +343,17 @@ DTYPES = [
 def test_every_dtype_comes_back(tmp_path, dtype):
     params = {"w": jnp.ones((8, 6)), "v": jnp.ones((3, 5), dtype), "s": jnp.ones((), dtype)}
     config = lora.LoRAConfig(rank=2, targets=("w",))
-    adapter = lora.init(jax.random.key(0), lambda p, x: x @ p["w"], params, config, jnp.ones((1, 8)))
-    values = np.arange(15).reshape(3, 5) % 2
+    adapter = lora.init(
+        jax.random.key(0), lambda p, x: x @ p["w"], params, config, jnp.ones((1, 8))
+    )
+    values = np.arange(15).reshape(3, 5) % 2 + (dtype == "float8_e8m0fnu")  # it has no zero
     adapter |= {"v": jnp.asarray(values).astype(dtype), "s": jnp.ones((), dtype)}
     lora.save(tmp_path, adapter, config)
     first = (tmp_path / "adapter.json").read_bytes()
     loaded, _ = lora.load(tmp_path, params)
     assert loaded["v"].dtype == jnp.dtype(dtype) and loaded["s"].shape == ()
     for name in "vs":
-        np.testing.assert_array_equal(
-            np.asarray(loaded[name]).view(np.uint8), np.asarray(adapter[name]).view(np.uint8)
-        )
+        assert np.asarray(loaded[name]).tobytes() == np.asarray(adapter[name]).tobytes()
     lora.save(tmp_path, loaded, config)
     assert (tmp_path / "adapter.json").read_bytes() == first
 
@@ -405,7 +405,7 @@ def test_the_scale_comes_back_as_the_number_that_it_was(tmp_path):
 def test_names_that_clash_are_not_saved(tmp_path):
     params = {"w": jnp.ones((8, 6)), "w/a": jnp.ones(6)}
     config = lora.LoRAConfig(rank=2, targets=("re:w",), train=("re:w/a",))
-    fn = lambda p, x: x @ p["w"] + p["w/a"]
+    fn = lambda p, x: x @ p["w"] + p["w/a"][None]
     adapter = lora.init(jax.random.key(0), fn, params, config, jnp.ones((1, 8)))
     with pytest.raises(ValueError, match="two tensors would be called 'w/a'"):
         lora.save(tmp_path, adapter, config)
