@@ -18,7 +18,7 @@ order in which its axes stand in the kernel.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -65,6 +65,7 @@ class LowRank:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        _tell_observers()
         if _is_number(self.scale):
             object.__setattr__(self, "scale", float(self.scale))  # the dataclass is frozen
             if not math.isfinite(self.scale):
@@ -84,50 +85,60 @@ class Trained:
     value: Array
 
 
+_observers: list[Callable[[], bool]] = []
+
+
+def observe(observer: Callable[[], bool]) -> None:
+    """Has ``observer`` called whenever a low-rank term is made, until it returns True.
+
+    So a library that is imported later can still be told of these classes.
+    """
+    _observers.append(observer)
+
+
+def _tell_observers() -> None:
+    if _observers:
+        _observers[:] = [observer for observer in _observers if not observer()]
+
+
 def _is_number(x: Any) -> bool:
     # A mask has True and False in place of arrays, and they stay leaves. numpy's scalars are
     # numbers; its arrays without axes are arrays.
     return isinstance(x, int | float | np.floating | np.integer) and not isinstance(x, bool)
 
 
-_STATIC = ("axes", "name", "dropout")
+_STATIC, _DATA = ("a", "b", "w"), ("a", "b", "scale", "w")  # names of children, in their order
 _SCALE_IS_LEAF = "_scale_is_leaf"  # of a node made by a map over leaves, whatever the map gave
 
 
 def has_static_scale(node: LowRank) -> bool:
     """Whether the scale is a number of the structure, not a leaf."""
-    return isinstance(node.scale, float) and not getattr(node, _SCALE_IS_LEAF, False)
-
-
-def _fields(node: LowRank) -> tuple[tuple[str, ...], tuple]:
-    """Names of the children, and the rest: whether the scale is a leaf, then what is static."""
-    static = has_static_scale(node)
-    rest = (node.scale if static else None, *(getattr(node, name) for name in _STATIC))
-    return ("a", "b", "w") if static else ("a", "b", "scale", "w"), rest
+    return isinstance(node.scale, float) and _SCALE_IS_LEAF not in node.__dict__
 
 
 def _flatten(node: LowRank) -> tuple[tuple, tuple]:
-    names, rest = _fields(node)
-    return tuple(getattr(node, name) for name in names), rest
+    if has_static_scale(node):
+        return (node.a, node.b, node.w), (node.scale, node.axes, node.name, node.dropout)
+    return (node.a, node.b, node.scale, node.w), (None, node.axes, node.name, node.dropout)
 
 
 def _flatten_with_keys(node: LowRank) -> tuple[tuple, tuple]:
-    names, rest = _fields(node)
-    key = jax.tree_util.GetAttrKey
-    return tuple((key(name), getattr(node, name)) for name in names), rest
+    children, rest = _flatten(node)
+    names = _STATIC if len(children) == len(_STATIC) else _DATA
+    keys = map(jax.tree_util.GetAttrKey, names)
+    return tuple(zip(keys, children, strict=True)), rest
 
 
 def _unflatten(rest: tuple, children: Sequence[Any]) -> LowRank:
     """Puts any objects into the places of the leaves: no check, no conversion."""
-    scale, *static = rest
-    names = ("a", "b", "w") if scale is not None else ("a", "b", "scale", "w")
-    values = {"scale": scale, **dict(zip(names, children, strict=True))}
-    values |= dict(zip(_STATIC, static, strict=True))
+    _tell_observers()
+    scale, axes, name, dropout = rest
     node = object.__new__(LowRank)
-    for name, value in values.items():
-        object.__setattr__(node, name, value)
+    fields = node.__dict__  # the dataclass is frozen
+    fields.update(scale=scale, axes=axes, name=name, dropout=dropout)
     if scale is None:
-        object.__setattr__(node, _SCALE_IS_LEAF, True)
+        fields[_SCALE_IS_LEAF] = True
+    fields.update(zip(_STATIC if scale is not None else _DATA, children, strict=True))
     return node
 
 

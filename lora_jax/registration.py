@@ -1,15 +1,16 @@
 """What ``jax.export`` and ``flax.serialization`` need to know of the nodes in adapters.
 
 With it an exported function can take an adapter as an argument, and ``flax.serialization`` writes
-and reads adapters, alone or in a state that holds them.
+and reads adapters, alone or in a state that holds them. Flax, with all that it imports, is not
+imported for that: it is told as soon as it is there and a node is made.
 """
 
 import dataclasses
 import json
+import sys
 from typing import Any
 
 import jax.export
-from flax import serialization
 
 from lora_jax import lowrank
 from lora_jax.lowrank import LowRank, Trained
@@ -23,7 +24,20 @@ def _aux_from_bytes(data: bytes) -> tuple:
     return tuple(json.loads(data))
 
 
+def register_with_flax() -> bool:
+    """Tells ``flax.serialization`` of the nodes, if it has been imported; says whether it was."""
+    serialization = sys.modules.get("flax.serialization")
+    if not hasattr(serialization, "from_bytes"):  # or is being imported
+        return False
+    one = {LowRank: (_to_state_dict, _from_state_dict), Trained: (_of_trained, _to_trained)}
+    for node, (write, read) in one.items():
+        serialization.register_serialization_state(node, write, read, override=True)
+    return True
+
+
 def _to_state_dict(node: LowRank) -> dict[str, Any]:
+    from flax import serialization
+
     names = ("a", "b", "scale") if node.w is None else ("a", "b", "scale", "w")
     return {name: serialization.to_state_dict(getattr(node, name)) for name in names}
 
@@ -34,6 +48,8 @@ def _from_state_dict(node: LowRank, state: dict[str, Any]) -> LowRank:
     Raises:
       ValueError: the state is not one of such a node.
     """
+    from flax import serialization
+
     wanted = set(_to_state_dict(node))
     if set(state) != wanted:
         raise ValueError(
@@ -49,6 +65,18 @@ def _from_state_dict(node: LowRank, state: dict[str, Any]) -> LowRank:
     return dataclasses.replace(node, **new)
 
 
+def _of_trained(node: Trained) -> dict[str, Any]:
+    from flax import serialization
+
+    return {"value": serialization.to_state_dict(node.value)}
+
+
+def _to_trained(node: Trained, state: dict[str, Any]) -> Trained:
+    from flax import serialization
+
+    return Trained(serialization.from_state_dict(node.value, state["value"]))
+
+
 for _type, _name in ((LowRank, "lora_jax.LowRank"), (Trained, "lora_jax.Trained")):
     jax.export.register_pytree_node_serialization(
         _type,
@@ -56,9 +84,4 @@ for _type, _name in ((LowRank, "lora_jax.LowRank"), (Trained, "lora_jax.Trained"
         serialize_auxdata=_aux_to_bytes,
         deserialize_auxdata=_aux_from_bytes,
     )
-serialization.register_serialization_state(LowRank, _to_state_dict, _from_state_dict)
-serialization.register_serialization_state(
-    Trained,
-    lambda node: {"value": serialization.to_state_dict(node.value)},
-    lambda node, state: Trained(serialization.from_state_dict(node.value, state["value"])),
-)
+lowrank.observe(register_with_flax)

@@ -67,6 +67,8 @@ def save(
       OSError: the directory can't be written; an adapter that was there is intact.
     """
     directory = Path(directory)
+    if not isinstance(config, LoRAConfig):
+        raise ValueError(f"config must be a LoRAConfig, got {type(config).__name__}.")
     nodes = adapters.nodes(adapter)
     stacked = adapters.leading_axes(nodes)
     problems = _malformed(nodes, stacked) or _unsaveable(nodes)

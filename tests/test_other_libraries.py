@@ -1,8 +1,11 @@
 """Adapters in the hands of others: jax.export, Flax's and Orbax's files, NNX, pickle."""
 
 import copy
+import os
 import pickle
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -111,6 +114,21 @@ class TestFlaxSerialization:
     def test_the_scale_is_that_of_the_file(self):
         data = serialization.to_bytes(made(alpha=1.0))
         assert_same(serialization.from_bytes(made(), data), made(alpha=1.0))
+
+    @pytest.mark.parametrize("order", ["flax first", "flax after", "flax late"])
+    def test_in_any_order_of_imports(self, order):
+        """Flax is not imported with the library: it is told when both are there."""
+        after = "import lora_jax as lora\nfrom lora_jax.lowrank import LowRank"
+        make = "node = LowRank(jnp.ones((3, 1)), jnp.ones((1, 2)), 2.0)"
+        flax = "from flax import serialization"
+        lines = {
+            "flax first": [flax, after, make],
+            "flax after": [after, flax, make],
+            "flax late": [after, make, flax, "node = jax.tree.map(jnp.zeros_like, node)"],
+        }[order]
+        tail = "serialization.from_bytes(node, serialization.to_bytes({'w': node}['w']))"
+        code = "\n".join(["import jax, jax.numpy as jnp", *lines, tail])
+        subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ), cwd=ROOT)
 
     def test_other_states_are_refused(self):
         state = serialization.to_state_dict(made())
