@@ -1,6 +1,5 @@
 """Adapter directories of either format, for the programs: this library's own, and PEFT's."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 
 import lora_jax as lora
 from lora_jax import adapter as adapters
-from lora_jax import lowrank, paths, peft, serialize
+from lora_jax import paths, peft, serialize
 from lora_jax.lowrank import LowRank
 from lora_jax.models import checkpoints, registry
 from lora_jax.models.families import CAUSAL_LM, SEQ2SEQ_LM
@@ -84,21 +83,6 @@ def start(
         )
     new = nodes | {name: own[name] for name in head}
     return paths.nest(new), config, f"{FRESH_HEAD}: that of the adapter has {theirs} labels"
-
-
-def as_data(adapter: PyTree) -> PyTree:
-    """The adapter with its scales as arrays, and without a rate of dropout of its own.
-
-    So runs with other alphas and rates have states of one structure, which is that of checkpoints;
-    the steps get the rate as an argument.
-    """
-
-    def change(node: Any) -> Any:
-        if not isinstance(node, LowRank):
-            return node
-        return dataclasses.replace(lowrank.with_array_scale(node), dropout=0.0)
-
-    return jax.tree.map(change, adapter, is_leaf=lowrank.is_node)
 
 
 def count_labels(directory: str | Path, base: dict[str, Any]) -> int:

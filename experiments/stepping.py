@@ -15,9 +15,10 @@ import optax
 from ml_collections import ConfigDict
 
 import lora_jax as lora
-from experiments import adapters, devices, durations, gradients, guard, metrics, optimisers
+from experiments import devices, durations, gradients, guard, metrics, optimisers
 from experiments.devices import ONE, Devices
 from experiments.tasks import Batch, Task
+from lora_jax import adapter as adapters
 
 PyTree = Any
 
@@ -155,6 +156,8 @@ def initial_state(task: Task, config: ConfigDict, lora_config: lora.LoRAConfig) 
         adapter = lora.init(init_key, task.apply, task.base, lora_config, task.train_batch(0), None)
     else:  # a copy, since the step donates its state
         adapter = jax.tree.map(lambda x: jnp.array(x, copy=True), task.adapter)
+    # So runs with other alphas and rates have states of one structure, that of checkpoints; the
+    # steps get the rate as an argument.
     adapter = adapters.as_data(adapter)
     # Leaves of a bfloat16 base that are trained in full: small updates would round to nothing.
     wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))

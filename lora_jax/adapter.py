@@ -176,6 +176,27 @@ def _misfit(name: str, leaf: Any, node: Any, stacked: tuple[int, ...]) -> str:
     )
 
 
+def as_data(adapter: PyTree) -> PyTree:
+    """The adapter with its scales as arrays, and without rates of dropout.
+
+    Adapters that differ in alpha and dropout are then of one structure, so that they can be stacked
+    and mapped over in one compiled program; rates are an argument of :func:`lora_jax.lift`. The
+    scales are leaves now, which :func:`labels` calls frozen.
+
+    >>> node = LowRank(jnp.zeros((3, 1)), jnp.zeros((1, 2)), 2.0, dropout=0.1)
+    >>> made = as_data({"kernel": node})["kernel"]
+    >>> made.scale, made.dropout
+    (Array(2., dtype=float32), 0.0)
+    """
+
+    def change(node: Any) -> Any:
+        if not isinstance(node, LowRank):
+            return node
+        return dataclasses.replace(lowrank.with_array_scale(node), dropout=0.0)
+
+    return jax.tree.map(change, adapter, is_leaf=lowrank.is_node)
+
+
 def labels(tree: PyTree) -> PyTree:
     """Labels each leaf "trainable" or "frozen", for ``optax.multi_transform``.
 

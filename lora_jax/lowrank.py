@@ -36,8 +36,8 @@ class LowRank:
 
     As a pytree it has the leaves ``a`` and ``b``, and ``w`` in a bound tree. A scale that is a
     number belongs to the structure, so that no optimizer, average or clipping can change it; one
-    that is an array is a leaf, so that a sweep can map over it (see :func:`with_array_scale`).
-    Neither ever has a gradient.
+    that is an array is a leaf, so that a sweep can map over it (see
+    :func:`lora_jax.adapter.as_data`). Neither ever has a gradient.
 
     Attributes:
       a: ``(*batch, *in, rank)``, the paper's ``A`` transposed.

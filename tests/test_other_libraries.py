@@ -19,7 +19,7 @@ from flax.training.train_state import TrainState
 from jax import export
 
 import lora_jax as lora
-from lora_jax.lowrank import is_node, with_array_scale
+from lora_jax.adapter import as_data
 
 ROOT = Path(__file__).parent.parent
 KEY = jax.random.key(0)
@@ -36,10 +36,6 @@ def made(alpha=7.0, dropout=0.25, seed=4):
     adapter = lora.init(KEY, fn, PARAMS, config, X)
     draw = lambda x: x + 0.1 * jax.random.normal(jax.random.key(seed), x.shape)
     return jax.tree.map(draw, adapter)
-
-
-def as_data(a):
-    return jax.tree.map(lambda x: with_array_scale(x) if is_node(x) else x, a, is_leaf=is_node)
 
 
 def loss(a, x=X):
