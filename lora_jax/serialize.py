@@ -20,7 +20,7 @@ import numpy as np
 import safetensors.numpy
 
 from lora_jax import adapter as adapters
-from lora_jax import lowrank, paths
+from lora_jax import encoding, lowrank, paths
 from lora_jax.config import LoRAConfig
 from lora_jax.files import read_safetensors, write_atomically
 from lora_jax.lowrank import LowRank
@@ -31,16 +31,6 @@ JSON_NAME = "adapter.json"
 FORMAT = "lora_jax.adapter"
 FORMAT_VERSION = 1
 _FACTORS = ("a", "b", "scale")
-_NATIVE = (
-    "bool", "int8", "int16", "int32", "int64", "uint8", "float16", "bfloat16", "float32", "float64",
-    "float8_e4m3fn", "float8_e5m2",
-)  # fmt: skip
-# Stored as bytes: safetensors, or some of its versions, has no name for them.
-_AS_BYTES = (
-    "int2", "int4", "uint2", "uint4", "uint16", "uint32", "uint64", "complex64", "complex128",
-    "float4_e2m1fn", "float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz", "float8_e4m3fnuz",
-    "float8_e5m2fnuz", "float8_e8m0fnu",
-)  # fmt: skip
 
 
 def save(
@@ -77,8 +67,7 @@ def save(
     problems += [f"NaN or infinity in {paths.listing(bad)}"] if bad else []
     if problems:
         raise ValueError(f"The adapter is not saved: {'; '.join(problems)}.")
-    dtypes = {n: x.dtype.name for n, x in tensors.items() if x.dtype.name in _AS_BYTES}
-    tensors = {n: _bytes(x) if n in dtypes else x for n, x in tensors.items()}
+    tensors, dtypes = encoding.encode(tensors)
     data = safetensors.numpy.save(tensors)
     digest = hashlib.sha256(data).hexdigest()
     weights = f"adapter-{digest[:16]}.safetensors"
@@ -130,7 +119,7 @@ def load(
     about = read_json(directory)
     tensors = _read_tensors(directory, about["weights"])
     config = _config(directory, about["config"])
-    tensors, problems = _typed(about, tensors)
+    tensors, problems = encoding.decode(tensors, about.get("dtypes", {}))
     nodes, more = _nodes(about, tensors, config)
     leaves = adapters.base_leaves(params)
     stacked, wrong = _stacked(about, nodes, leaves)
@@ -249,35 +238,12 @@ def _malformed(nodes: Mapping[str, Any], stacked: tuple[int, ...]) -> list[str]:
 def _unsaveable(nodes: Mapping[str, Any]) -> list[str]:
     problems, seen = [], set()
     for name, x in (part for node in nodes.items() for part in _parts(*node)):
-        dtype = str(getattr(x, "dtype", type(x).__name__))
-        if isinstance(x, jax.ShapeDtypeStruct) or dtype not in (*_NATIVE, *_AS_BYTES):
-            problems.append(f"{name} is no array of numbers that a file can hold: {dtype}")
+        if problem := encoding.problem(x):
+            problems.append(f"{name} {problem}")
         if name in seen:
             problems.append(f"two tensors would be called {name!r}; rename a key of the parameters")
         seen.add(name)
     return problems
-
-
-def _bytes(x: np.ndarray) -> np.ndarray:
-    """The bytes of an array, along one more axis."""
-    return np.ascontiguousarray(x[..., None]).view(np.uint8)
-
-
-def _typed(
-    about: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
-) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The inverse of :func:`_bytes`, for the tensors whose dtypes are noted."""
-    noted, typed, problems = about.get("dtypes", {}), dict(tensors), []
-    for name, dtype in noted.items() if isinstance(noted, dict) else ():
-        x = tensors.get(name)
-        if x is None:
-            continue  # told as missing
-        size = jnp.dtype(dtype).itemsize if dtype in _AS_BYTES else 0
-        if x.dtype != np.uint8 or x.shape[-1:] != (size,):
-            problems.append(f"tensor {name} holds no {dtype!r}")
-        else:
-            typed[name] = x.view(jnp.dtype(dtype))[..., 0]
-    return typed, problems
 
 
 def _stacked(
