@@ -169,7 +169,7 @@ def _init_node(key: Array, name: str, w: Any, *, axes: str, config: LoRAConfig) 
 
 def _checked_scale(name: str, scale: float, dtype: Any) -> float:
     limits = jnp.finfo(dtype)
-    if not limits.tiny <= scale <= limits.max:
+    if not float(limits.tiny) <= scale <= float(limits.max):
         raise ValueError(
             f"The scale alpha / rank of the kernel {name!r} would be {scale}, which {dtype} can't "
             "hold. Choose another alpha (alpha_pattern sets it per kernel)."
