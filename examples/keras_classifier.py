@@ -1,4 +1,4 @@
-"""A Keras 3 model on the JAX backend, by ``stateless_call``; ``explain``: all kernels factored."""
+"""A Keras 3 model on the JAX backend; ``explain``: all kernels factored."""
 
 import os
 
@@ -7,7 +7,6 @@ os.environ["KERAS_BACKEND"] = "jax"  # before keras is imported
 import jax
 import keras
 import optax
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 import lora_jax as lora
 from examples import common
@@ -20,13 +19,7 @@ def main() -> common.Result:
     x = keras.layers.MultiHeadAttention(2, 8, name="attention")(inputs, inputs)
     x = keras.layers.GlobalAveragePooling1D()(keras.layers.LayerNormalization()(x + inputs))
     model = keras.Model(inputs, keras.layers.Dense(2, name="head")(x))
-    paths = [tuple(v.path.split("/")) for v in model.trainable_variables]
-    params = unflatten_dict({tuple(v.path.split("/")): v.value for v in model.trainable_variables})
-
-    def fn(params: dict, x: jax.Array) -> jax.Array:
-        variables = [flatten_dict(params)[path] for path in paths]  # in the model's order
-        return model.stateless_call(variables, model.non_trainable_variables, x)[0]
-
+    fn, params = lora.from_keras(model)
     x = jax.random.normal(jax.random.key(0), (32, 6, 16))
     config = lora.LoRAConfig(rank=2, targets=("attention",), train=("head",))
     adapter = lora.init(jax.random.key(1), fn, params, config, x)

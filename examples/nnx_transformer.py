@@ -27,9 +27,7 @@ def main() -> common.Result:
         nnx.Embed(20, 32, rngs=rngs), Block(32, rngs), nnx.Linear(32, 20, rngs=rngs)
     )
     ids = jax.random.randint(jax.random.key(0), (8, 12), 0, 20)
-    # The three lines that make a function of an NNX module.
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
-    fn = lambda params, ids: nnx.merge(graph, params, rest, copy=True)(ids)
+    fn, params = lora.from_nnx(model)
     config = lora.LoRAConfig(rank=4, targets=("all-linear",))
     adapter = lora.init(jax.random.key(1), fn, params, config, ids)
     loss = lambda logits: jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, ids))

@@ -18,6 +18,7 @@ import lora_jax as lora
 from experiments import devices, durations, gradients, guard, metrics, optimisers
 from experiments.devices import ONE, Devices
 from experiments.tasks import Batch, Task
+from lora_jax import adapter as adapters
 
 PyTree = Any
 
@@ -116,7 +117,7 @@ def eval_step(task: Task) -> Callable:
     """``(adapter, base, batch) -> (sums, logits if the task wants them)``, a pure function."""
 
     def step(adapter: PyTree, base: PyTree, batch: Batch) -> tuple:
-        logits = lora.lift(task.apply)(lora.bind(base, adapter), batch, None)
+        logits = lora.lift(task.apply, dropout=0.0)(lora.bind(base, adapter), batch, None)
         return task.metrics(logits, batch), None if task.scores is None else logits
 
     return step
@@ -155,6 +156,9 @@ def initial_state(task: Task, config: ConfigDict, lora_config: lora.LoRAConfig) 
         adapter = lora.init(init_key, task.apply, task.base, lora_config, task.train_batch(0), None)
     else:  # a copy, since the step donates its state
         adapter = jax.tree.map(lambda x: jnp.array(x, copy=True), task.adapter)
+    # So runs with other alphas and rates have states of one structure, that of checkpoints; the
+    # steps get the rate as an argument.
+    adapter = adapters.as_data(adapter)
     # Leaves of a bfloat16 base that are trained in full: small updates would round to nothing.
     wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
     adapter = jax.tree.map(wide, adapter)

@@ -5,11 +5,13 @@ An adapter overlays a parameter tree: ``merge(params, adapter)`` says what it me
 """
 
 from lora_jax import peft as peft
+from lora_jax import registration as registration
 from lora_jax import sharding as sharding
 from lora_jax.adapter import bind, labels, mask, merge, summary
 from lora_jax.config import LoRAConfig
 from lora_jax.explain import explain
 from lora_jax.initial import init, tabulate
+from lora_jax.modules import from_keras, from_nnx, update_keras, update_nnx
 from lora_jax.serialize import load, save
 from lora_jax.transform.lift import lift
 from lora_jax.version import __version__
@@ -19,6 +21,8 @@ __all__ = [
     "__version__",
     "bind",
     "explain",
+    "from_keras",
+    "from_nnx",
     "init",
     "labels",
     "lift",
@@ -28,4 +32,6 @@ __all__ = [
     "save",
     "summary",
     "tabulate",
+    "update_keras",
+    "update_nnx",
 ]

@@ -23,8 +23,52 @@ TRAINABLE, FROZEN = "trainable", "frozen"
 
 
 def nodes(adapter: PyTree) -> dict[str, Any]:
-    """The nodes of an adapter by path: ``LowRank`` or a plain array."""
-    return paths.named_leaves(adapter, is_leaf=lowrank.is_node)
+    """The nodes of an adapter by path: ``LowRank`` or a plain array.
+
+    Raises:
+      ValueError: this is a bound tree.
+    """
+    entries = paths.named_leaves(adapter, is_leaf=lowrank.is_node)
+    if bound := [name for name, node in entries.items() if is_bound(node)]:
+        raise ValueError(
+            f"Got a bound tree where an adapter is expected: {paths.listing(bound)} is already "
+            "bound to a kernel. Pass the adapter itself, as it was given to `bind`."
+        )
+    return {name: _unboxed(node) for name, node in entries.items()}
+
+
+def _unboxed(node: Any) -> Any:
+    """The node with plain arrays, where each is in a box, as ``jax.tree.map(nnx.Param, adapter)``.
+
+    :func:`lora_jax.paths.named_leaves` looks into the boxes of leaves that are trained in full.
+    """
+    if not isinstance(node, LowRank):
+        return node
+    boxes = {"a": node.a, "b": node.b, "scale": node.scale}
+    inner = {name: jax.tree.leaves(box) for name, box in boxes.items()}
+    changed = {n: x[0] for n, x in inner.items() if len(x) == 1 and x[0] is not boxes[n]}
+    return dataclasses.replace(node, **changed) if changed else node
+
+
+def is_bound(node: Any) -> bool:
+    """Whether ``node`` is one that :func:`bind` has put into a tree."""
+    return isinstance(node, Trained) or (isinstance(node, LowRank) and node.w is not None)
+
+
+def base_leaves(params: PyTree) -> dict[str, Any]:
+    """The leaves of a parameter tree by path.
+
+    Raises:
+      ValueError: an adapter is bound to it; or as :func:`lora_jax.paths.named_leaves`.
+    """
+    leaves = paths.named_leaves(params, is_leaf=lowrank.is_node)
+    if bound := [name for name, node in leaves.items() if lowrank.is_node(node)]:
+        raise ValueError(
+            f"The parameters are already bound to an adapter, at {paths.listing(bound)}, and a "
+            "tree takes one. Pass the parameters themselves; for a second adapter on top of the "
+            "first, pass lora.merge(params, first)."
+        )
+    return leaves
 
 
 def bind(params: PyTree, adapter: PyTree) -> PyTree:
@@ -34,7 +78,8 @@ def bind(params: PyTree, adapter: PyTree) -> PyTree:
     adapter has an entry. Call it through :func:`lora_jax.lift`.
 
     Raises:
-      ValueError: the adapter has a path that ``params`` lacks, or a shape that does not fit.
+      ValueError: the adapter has a path that ``params`` lacks, or a shape that does not fit; or
+        ``params`` are already bound, or ``adapter`` is.
     """
     return _overlay(params, adapter, _bound)
 
@@ -46,7 +91,7 @@ def merge(params: PyTree, adapter: PyTree) -> PyTree:
     dtypes of ``params``, which is left as it is; the sum is rounded once to the kernel's dtype.
 
     Raises:
-      ValueError: the adapter has a path that ``params`` lacks, or a shape that does not fit.
+      ValueError: as :func:`bind`.
     """
     return _overlay(params, adapter, _merged)
 
@@ -63,7 +108,7 @@ def _merged(name: str, leaf: Array, node: Any) -> Array:
 
 def _overlay(params: PyTree, adapter: PyTree, put: Callable) -> PyTree:
     entries = nodes(adapter)
-    leaves = paths.named_leaves(params)
+    leaves = base_leaves(params)
     problems = misfits(leaves, entries)
     if problems:
         raise ValueError("The adapter does not fit the parameters: " + "; ".join(problems) + ".")
@@ -71,56 +116,112 @@ def _overlay(params: PyTree, adapter: PyTree, put: Callable) -> PyTree:
     return jax.tree.structure(params).unflatten(new)
 
 
-def misfits(leaves: Mapping[str, Any], entries: Mapping[str, Any]) -> list[str]:
-    """Says where an adapter's entries do not fit the leaves of a parameter tree."""
+def misfits(
+    leaves: Mapping[str, Any], entries: Mapping[str, Any], stacked: tuple[int, ...] = ()
+) -> list[str]:
+    """Says where an adapter's entries do not fit the leaves of a parameter tree.
+
+    Args:
+      leaves: of the parameters, by path.
+      entries: of the adapter, by path.
+      stacked: leading axes that each array of the adapter has, one entry an adapter.
+    """
     unknown = [name for name in entries if name not in leaves]
-    problems = [_misfit(n, leaves[n], x) for n, x in entries.items() if n in leaves]
+    problems = [_misfit(n, leaves[n], x, stacked) for n, x in entries.items() if n in leaves]
     if unknown:
         problems.append(
             f"no parameter at {paths.listing(unknown)}; parameters here: {paths.listing(leaves)}"
         )
-    return [p for p in problems if p]
+    problems = [p for p in problems if p]
+    if problems and not stacked and (found := leading_axes(entries)):
+        problems.append(
+            f"the adapter is a stack with leading axes {found}: map over it with jax.vmap, or take "
+            "one of it with jax.tree.map(lambda x: x[0], adapter)"
+        )
+    return problems
 
 
-def _misfit(name: str, leaf: Any, node: Any) -> str:
-    if not isinstance(node, LowRank):
-        fits = jnp.shape(node) == jnp.shape(leaf)
-        return "" if fits else f"{name} has shape {jnp.shape(leaf)}, not {jnp.shape(node)}"
-    if node.w is not None:
-        return f"{name} is already bound to a kernel; pass the adapter itself"
+def leading_axes(entries: Mapping[str, Any]) -> tuple[int, ...]:
+    """The axes that every factor has before its own: those of a stack of adapters.
+
+    >>> node = LowRank(jnp.zeros((5, 3, 1)), jnp.zeros((5, 1, 2)), 2.0)
+    >>> leading_axes({"kernel": node})
+    (5,)
+    """
+    found = {_leading(x) for x in entries.values() if isinstance(x, LowRank)}
+    return found.pop() if len(found) == 1 else ()
+
+
+def _leading(node: LowRank) -> tuple[int, ...]:
+    shape, own = jnp.shape(node.a), len(lowrank.positions(node.axes, "bi")) + 1
+    return shape[: max(len(shape) - own, 0)]
+
+
+def _misfit(name: str, leaf: Any, node: Any, stacked: tuple[int, ...]) -> str:
     shape = jnp.shape(leaf)
+    if not isinstance(node, LowRank):
+        want, have = (*stacked, *shape), jnp.shape(node)
+        return "" if want == have else f"{name} has shape {want}, not {have}"
     if len(node.axes) != len(shape):
         return (
             f"{name} has shape {shape}, but its adapter is for {len(node.axes)} axes {node.axes!r}"
         )
     rank = (jnp.shape(node.a) or (0,))[-1]
-    want = (*lowrank.factor_shapes(shape, node.axes, rank), ())
-    have = jnp.shape(node.a), jnp.shape(node.b), jnp.shape(node.scale)
-    fits = want == have
-    return "" if fits else f"{name} of shape {shape} needs a, b and scale of {want}, not {have}"
+    want = tuple((*stacked, *x) for x in lowrank.factor_shapes(shape, node.axes, rank))
+    have, scale = (jnp.shape(node.a), jnp.shape(node.b)), jnp.shape(node.scale)
+    if want == have and scale in ((), stacked):
+        return ""
+    return (
+        f"{name} of shape {shape} needs a, b and scale of {(*want, stacked)}, not {(*have, scale)}"
+    )
+
+
+def as_data(adapter: PyTree) -> PyTree:
+    """The adapter with its scales as arrays, and without rates of dropout.
+
+    Adapters that differ in alpha and dropout are then of one structure, so that they can be stacked
+    and mapped over in one compiled program; rates are an argument of :func:`lora_jax.lift`. The
+    scales are leaves now, which :func:`labels` calls frozen.
+
+    >>> node = LowRank(jnp.zeros((3, 1)), jnp.zeros((1, 2)), 2.0, dropout=0.1)
+    >>> made = as_data({"kernel": node})["kernel"]
+    >>> made.scale, made.dropout
+    (Array(2., dtype=float32), 0.0)
+    """
+
+    def change(node: Any) -> Any:
+        if not isinstance(node, LowRank):
+            return node
+        return dataclasses.replace(lowrank.with_array_scale(node), dropout=0.0)
+
+    return jax.tree.map(change, adapter, is_leaf=lowrank.is_node)
 
 
 def labels(tree: PyTree) -> PyTree:
     """Labels each leaf "trainable" or "frozen", for ``optax.multi_transform``.
 
-    Takes an adapter or a bound tree. Factors and leaves trained in full are trainable; scales,
-    and in a bound tree the base, are frozen.
+    Takes an adapter or a bound tree, whose structure the result has. Factors and leaves trained in
+    full are trainable; in a bound tree the base is frozen, and so are scales that are arrays. An
+    adapter as :func:`lora_jax.init` makes it has no frozen leaf, and needs no labels.
 
-    >>> node = LowRank(jnp.zeros((3, 1)), jnp.zeros((1, 2)), jnp.ones(()))
+    >>> node = LowRank(jnp.zeros((3, 1)), jnp.zeros((1, 2)), 2.0)
     >>> jax.tree.leaves(labels({"kernel": node, "bias": jnp.zeros(2)}))
-    ['trainable', 'trainable', 'trainable', 'frozen']
+    ['trainable', 'trainable', 'trainable']
+    >>> jax.tree.leaves(labels(bind({"kernel": jnp.zeros((3, 2))}, {"kernel": node})))
+    ['trainable', 'trainable', 'frozen']
     """
-    bound = any(
-        isinstance(x, Trained) or (isinstance(x, LowRank) and x.w is not None)
-        for x in jax.tree.leaves(tree, is_leaf=lowrank.is_node)
-    )
+    bound = any(map(is_bound, jax.tree.leaves(tree, is_leaf=lowrank.is_node)))
+
+    # The array may be in a box, and the frozen kernel be None.
+    all_of = lambda x, label: jax.tree.map(lambda _: label, x)
 
     def label(node: Any) -> Any:
         if isinstance(node, LowRank):
-            w = None if node.w is None else FROZEN
-            return dataclasses.replace(node, a=TRAINABLE, b=TRAINABLE, scale=FROZEN, w=w)
+            put = {"a": all_of(node.a, TRAINABLE), "b": all_of(node.b, TRAINABLE)}
+            put |= {} if lowrank.has_static_scale(node) else {"scale": all_of(node.scale, FROZEN)}
+            return dataclasses.replace(node, **put, w=all_of(node.w, FROZEN))
         if isinstance(node, Trained):
-            return Trained(TRAINABLE)
+            return Trained(all_of(node.value, TRAINABLE))
         return FROZEN if bound else TRAINABLE
 
     return jax.tree.map(label, tree, is_leaf=lowrank.is_node)
@@ -137,16 +238,19 @@ def summary(params: PyTree, adapter: PyTree) -> str:
     Factors are trainable and added to the total; a leaf trained in full is counted once, where
     PEFT counts it twice (frozen original and copy).
 
+    Raises:
+      ValueError: ``params`` or ``adapter`` are a bound tree.
+
     >>> params = {"kernel": jnp.zeros((1024, 1024))}
-    >>> node = LowRank(jnp.zeros((1024, 8)), jnp.zeros((8, 1024)), jnp.ones(()))
+    >>> node = LowRank(jnp.zeros((1024, 8)), jnp.zeros((8, 1024)), 2.0)
     >>> summary(params, {"kernel": node})
     'trainable params: 16,384 || all params: 1,064,960 || trainable%: 1.5385'
     """
-    entries = nodes(adapter).values()
+    entries, leaves = nodes(adapter).values(), base_leaves(params).values()
     added = sum(_size(x.a) + _size(x.b) for x in entries if isinstance(x, LowRank))
     trained = added + sum(_size(x) for x in entries if not isinstance(x, LowRank))
     # Modules of some libraries hold functions and flags beside their arrays.
-    total = added + sum(_size(x) for x in jax.tree.leaves(params) if hasattr(x, "shape"))
+    total = added + sum(_size(x) for x in leaves if hasattr(x, "shape"))
     return (
         f"trainable params: {trained:,d} || all params: {total:,d} || "
         f"trainable%: {100 * trained / max(total, 1):.4f}"

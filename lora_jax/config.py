@@ -1,6 +1,7 @@
 """``LoRAConfig``: which leaves are adapted or trained, and with which hyperparameters."""
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -8,11 +9,26 @@ import sys
 from collections.abc import Mapping
 from typing import Any, Self
 
-from lora_jax import paths
+from lora_jax import hints, paths
 
 ALL_LINEAR = "all-linear"
 
 
+def _refuses_other_words(cls: type) -> type:
+    """Makes the error for an unknown keyword one that names the field that is meant."""
+    init, known = cls.__init__, [f.name for f in dataclasses.fields(cls)]
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **fields: Any) -> None:
+        if unknown := [name for name in fields if name not in known]:
+            raise TypeError(hints.unknown_fields(unknown, known))
+        init(self, *args, **fields)
+
+    cls.__init__ = checked
+    return cls
+
+
+@_refuses_other_words
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
     """What to adapt and how; checked when made, and the same after a trip through JSON.
@@ -27,7 +43,8 @@ class LoRAConfig:
         regular expression matched in full ("re:.*/(query|value)/kernel"), or "all-linear": every
         kernel that the function contracts or convolves, except what ``train`` names.
       train: leaves to train (and save) in full, named in the same way: a new head, all biases.
-      dropout: rate in [0, 1) of the dropout on the input of the low-rank branch.
+      dropout: rate in [0, 1) of the dropout on the input of the low-rank branch, while
+        :func:`lora_jax.lift` is given a key.
       rank_stabilized: divide alpha by the square root of the rank.
       rank_pattern: rank of the kernels matching a pattern; the first pattern that matches wins.
       alpha_pattern: alpha of the kernels matching a pattern; the first pattern that matches wins.
@@ -38,6 +55,7 @@ class LoRAConfig:
         format again; it means nothing here and makes no difference to equality.
 
     Raises:
+      TypeError: there is no such field; for another library's word the message names the field.
       ValueError: a value is out of its range; the message names the field.
 
     >>> config = LoRAConfig(rank=4, targets=("query", "value"), train=("classifier",))
@@ -116,9 +134,9 @@ class LoRAConfig:
           ValueError: a field is unknown, or a value is out of its range.
         """
         known = [f.name for f in dataclasses.fields(cls)]
-        unknown = sorted(set(fields) - set(known))
+        unknown = sorted(set(map(str, fields)) - set(known))
         if unknown:
-            raise ValueError(f"Unknown LoRAConfig fields {unknown}; the fields are {known}.")
+            raise ValueError(hints.unknown_fields(unknown, known))
         return cls(**fields)
 
     @classmethod

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax import lax
 
@@ -41,6 +42,9 @@ def _random_16_bits(key: Array, shape: Sequence[int]) -> Array:
     """Random integers in ``[0, 2**16)``, uint32, two from each word along the last axis."""
     *lead, last = shape or (1,)
     words = jax.random.bits(key, (*lead, -(-last // 2)), jnp.uint32)
-    halves = lax.bitcast_convert_type(words, jnp.uint16)  # (*lead, words, 2)
+    if any(map(jax.export.is_symbolic_dim, shape)):  # an exported bitcast can't be refined
+        halves = jnp.stack([words & 0xFFFF, words >> 16], axis=-1)
+    else:
+        halves = lax.bitcast_convert_type(words, jnp.uint16)  # (*lead, words, 2)
     flat = halves.reshape(*lead, -1)[..., :last]
     return flat.reshape(tuple(shape)).astype(jnp.uint32)

@@ -41,7 +41,10 @@ def explain(
     """Tells, per adapted kernel, how often it stays factored and where ``W + s·BA`` is formed.
 
     Each place in the code counts once, also inside a loop. ``fn`` is traced, never run; arrays may
-    be given as ``jax.ShapeDtypeStruct``.
+    be given as ``jax.ShapeDtypeStruct``. Dropout makes no difference.
+
+    Raises:
+      ValueError: as :func:`lora_jax.bind`.
     """
     names = [n for n, node in nodes(adapter).items() if isinstance(node, LowRank)]
     events = trace(fn, (bind(params, adapter), *args), kwargs)

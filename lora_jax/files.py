@@ -26,10 +26,22 @@ _DTYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
+# Not read where a model's weights are, for which they would need scales of their own.
+_FLOAT8 = {
+    "F8_E4M3": jnp.float8_e4m3fn,
+    "F8_E5M2": jnp.float8_e5m2,
+    "F8_E4M3FNUZ": jnp.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": jnp.float8_e5m2fnuz,
+    "F8_E8M0": jnp.float8_e8m0fnu,
+}
 
 
-def read_safetensors(data: bytes) -> dict[str, np.ndarray]:
+def read_safetensors(data: bytes, *, float8: bool = False) -> dict[str, np.ndarray]:
     """The tensors in the content of a safetensors file.
+
+    Args:
+      data: the content.
+      float8: whether dtypes of 8-bit floats are read, too.
 
     Raises:
       ValueError: not a safetensors file, or a dtype that has no counterpart in numpy.
@@ -38,11 +50,12 @@ def read_safetensors(data: bytes) -> dict[str, np.ndarray]:
         entries = safetensors.deserialize(data)
     except safetensors.SafetensorError as error:
         raise ValueError(f"no safetensors file: {error}") from error
-    unknown = sorted({entry["dtype"] for _, entry in entries} - set(_DTYPES))
+    dtypes = _DTYPES | (_FLOAT8 if float8 else {})
+    unknown = sorted({entry["dtype"] for _, entry in entries} - set(dtypes))
     if unknown:
-        raise ValueError(f"tensors of dtype {unknown}, where {sorted(_DTYPES)} are read")
+        raise ValueError(f"tensors of dtype {unknown}, where {sorted(dtypes)} are read")
     return {
-        name: np.frombuffer(entry["data"], _DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        name: np.frombuffer(entry["data"], dtypes[entry["dtype"]]).reshape(entry["shape"])
         for name, entry in entries
     }
 

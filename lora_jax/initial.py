@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import kernels, lowrank, paths
+from lora_jax.adapter import base_leaves
 from lora_jax.config import ALL_LINEAR, LoRAConfig
 from lora_jax.kernels import Kernels, Leaf, find_kernels
 from lora_jax.lowrank import LowRank
@@ -39,13 +40,15 @@ def init(
 
     Returns:
       Nested dictionaries with, per kernel, ``LowRank(a (*batch, *in, rank), b (*batch, rank, *out),
-      scale ())`` in the kernel's dtype or float32, the wider; and copies of the leaves that
-      ``config.train`` names.
+      scale)``, the factors in the kernel's dtype or float32, the wider, and the scale a Python
+      float, with the config's rate of dropout; and copies of the leaves that ``config.train``
+      names. The leaves of this tree are what is trained.
 
     Raises:
       ValueError: an entry of the config matches nothing, or nothing that can be adapted; targets
         and train overlap; a rank exceeds the smaller side of a kernel that the config names
-        ("all-linear" takes the largest rank that each kernel allows).
+        ("all-linear" takes the largest rank that each kernel allows); a scale that the factors'
+        dtype can't hold; or ``params`` are bound to an adapter.
 
     Warns:
       UserWarning: a kernel that was asked for can't be adapted; an equation has a form that is not
@@ -60,7 +63,7 @@ def init(
     (2, 6)
     """
     choice = choose(fn, params, config, args, kwargs)
-    leaves, trained = paths.named_leaves(params), choice.trained
+    leaves, trained = base_leaves(params), choice.trained
     abstract = [n for n in trained if isinstance(leaves[n], jax.ShapeDtypeStruct)]
     if abstract:
         raise ValueError(
@@ -139,7 +142,7 @@ def choose(
     fn: Callable, params: PyTree, config: LoRAConfig, args: tuple, kwargs: Mapping[str, Any]
 ) -> Choice:
     """Finds the kernels of ``fn`` and chooses those that the config wants; see :func:`init`."""
-    leaves = paths.named_leaves(params)
+    leaves = base_leaves(params)
     real = [n for n, x in leaves.items() if kernels.is_real(x)]
     train_hits = paths.select(config.train, real, what="train")
     trained = frozenset(n for hits in train_hits.values() for n in hits)
@@ -290,12 +293,23 @@ def _is_wide(leaf: Leaf, rank: int) -> bool:
 
 def _init_node(key: Array, name: str, choice: Choice, config: LoRAConfig) -> LowRank:
     leaf, rank = choice.kernels.leaves[name], choice.ranks[name]
-    dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+    dtype = lowrank.wide_dtype(leaf.dtype)
     # crc32 of the path: the same number in every process, unlike `hash`.
     key = jax.random.fold_in(key, zlib.crc32(name.encode()))
     return LowRank(
         a=lowrank.init_a(key, leaf.shape, leaf.axes, rank, dtype),
         b=jnp.zeros(lowrank.factor_shapes(leaf.shape, leaf.axes, rank)[1], dtype),
-        scale=jnp.asarray(config.kernel_scale(name, rank), dtype),
+        scale=_checked_scale(name, config.kernel_scale(name, rank), dtype),
         axes=leaf.axes,
+        dropout=config.dropout,
     )
+
+
+def _checked_scale(name: str, scale: float, dtype: Any) -> float:
+    limits = jnp.finfo(dtype)
+    if not float(limits.tiny) <= scale <= float(limits.max):
+        raise ValueError(
+            f"The scale alpha / rank of the kernel {name!r} would be {scale}, which {dtype} can't "
+            "hold. Choose another alpha (alpha_pattern sets it per kernel)."
+        )
+    return scale

@@ -16,12 +16,14 @@ order in which its axes stand in the kernel.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -33,21 +35,48 @@ IN, OUT, BATCH = "i", "o", "b"
 class LowRank:
     """A low-rank term ``s·a·b``, alone or with the kernel that it is added to.
 
+    As a pytree it has the leaves ``a`` and ``b``, and ``w`` in a bound tree. A scale that is a
+    number belongs to the structure, so that no optimizer, average or clipping can change it; one
+    that is an array is a leaf, so that a sweep can map over it (see
+    :func:`lora_jax.adapter.as_data`). Neither ever has a gradient.
+
     Attributes:
       a: ``(*batch, *in, rank)``, the paper's ``A`` transposed.
       b: ``(*batch, rank, *out)``, the paper's ``B`` transposed.
-      scale: ``s``, a scalar array; data, so that a sweep can map over it, but never trained.
+      scale: ``s``, a finite number, which becomes a Python float, or a scalar array.
       w: the frozen kernel in a bound tree; None in an adapter.
       axes: the role of each kernel axis, for example "io".
       name: the kernel's path in a bound tree, for messages.
+      dropout: rate in [0, 1) of the dropout on the input of the branch, for :func:`lora_jax.lift`.
+
+    Raises:
+      ValueError: the scale is NaN or infinite, or the rate of dropout is out of its range.
+
+    >>> node = LowRank(jnp.zeros((3, 1)), jnp.zeros((1, 2)), 4)
+    >>> len(jax.tree.leaves(node)), node.scale
+    (2, 4.0)
     """
 
     a: Array
     b: Array
-    scale: Array
+    scale: Array | float
     w: Array | None = None
     axes: str = "io"
     name: str = ""
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        _tell_observers()
+        if _is_number(self.scale):
+            object.__setattr__(self, "scale", float(self.scale))  # the dataclass is frozen
+            if not math.isfinite(self.scale):
+                raise ValueError(f"The scale of a low-rank term must be finite, got {self.scale}.")
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise ValueError(
+                f"The dropout of a low-rank term must be a number in [0, 1), got {self.dropout!r}; "
+                "a rate that is an array is for lift(fn, dropout=rate)."
+            )
+        object.__setattr__(self, "dropout", float(self.dropout))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,8 +86,70 @@ class Trained:
     value: Array
 
 
-jax.tree_util.register_dataclass(LowRank, ["a", "b", "scale", "w"], ["axes", "name"])
-jax.tree_util.register_dataclass(Trained, ["value"], [])
+_observers: list[Callable[[], bool]] = []
+
+
+def observe(observer: Callable[[], bool]) -> None:
+    """Has ``observer`` called whenever a low-rank term is made, until it returns True.
+
+    So a library that is imported later can still be told of these classes.
+    """
+    _observers.append(observer)
+
+
+def _tell_observers() -> None:
+    if _observers:
+        _observers[:] = [observer for observer in _observers if not observer()]
+
+
+def _is_number(x: Any) -> bool:
+    # A mask has True and False in place of arrays, and they stay leaves. numpy's scalars are
+    # numbers; its arrays without axes are arrays.
+    return isinstance(x, int | float | np.floating | np.integer) and not isinstance(x, bool)
+
+
+_STATIC, _DATA = ("a", "b", "w"), ("a", "b", "scale", "w")  # names of children, in their order
+_SCALE_IS_LEAF = "_scale_is_leaf"  # of a node made by a map over leaves, whatever the map gave
+
+
+def has_static_scale(node: LowRank) -> bool:
+    """Whether the scale is a number of the structure, not a leaf."""
+    return isinstance(node.scale, float) and _SCALE_IS_LEAF not in node.__dict__
+
+
+def _flatten(node: LowRank) -> tuple[tuple, tuple]:
+    if has_static_scale(node):
+        return (node.a, node.b, node.w), (node.scale, node.axes, node.name, node.dropout)
+    return (node.a, node.b, node.scale, node.w), (None, node.axes, node.name, node.dropout)
+
+
+def _flatten_with_keys(node: LowRank) -> tuple[tuple, tuple]:
+    children, rest = _flatten(node)
+    names = _STATIC if len(children) == len(_STATIC) else _DATA
+    keys = map(jax.tree_util.GetAttrKey, names)
+    return tuple(zip(keys, children, strict=True)), rest
+
+
+def _unflatten(rest: tuple, children: Sequence[Any]) -> LowRank:
+    """Puts any objects into the places of the leaves: no check, no conversion."""
+    _tell_observers()
+    scale, axes, name, dropout = rest
+    node = object.__new__(LowRank)
+    fields = node.__dict__  # the dataclass is frozen
+    fields.update(scale=scale, axes=axes, name=name, dropout=dropout)
+    if scale is None:
+        fields[_SCALE_IS_LEAF] = True
+    fields.update(zip(_STATIC if scale is not None else _DATA, children, strict=True))
+    return node
+
+
+jax.tree_util.register_pytree_with_keys(LowRank, _flatten_with_keys, _unflatten, _flatten)
+jax.tree_util.register_pytree_with_keys(
+    Trained,
+    lambda node: (((jax.tree_util.GetAttrKey("value"), node.value),), ()),
+    lambda _, children: Trained(*children),
+    lambda node: ((node.value,), ()),
+)
 
 
 def is_node(x: Any) -> bool:
@@ -111,12 +202,37 @@ def delta(a: Array, b: Array, axes: str) -> Array:
     return lax.transpose(product, [order.index(k) for k in range(len(axes))])
 
 
+def wide_dtype(*dtypes: Any) -> Any:
+    """The widest of floating-point dtypes, and float32 at least.
+
+    >>> wide_dtype(jnp.bfloat16), wide_dtype(jnp.float8_e4m3fn, jnp.float16)
+    (dtype('float32'), dtype('float32'))
+    """
+    # Those of less than 16 bits have no implicit promotion in JAX.
+    wide = [x for x in map(jnp.dtype, dtypes) if x.itemsize >= 4]
+    return functools.reduce(jnp.promote_types, wide, jnp.dtype(jnp.float32))
+
+
 def dense(w: Array, a: Array, b: Array, axes: str) -> Array:
     """``w + a·b`` in float32 or the factors' precision, rounded once to the kernel's dtype."""
-    wide = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
+    wide = wide_dtype(a.dtype, b.dtype)
     change = delta(a.astype(wide), b.astype(wide), axes)
-    dtype = jnp.promote_types(w.dtype, change.dtype)
+    dtype = wide_dtype(w.dtype, wide)
     return (w.astype(dtype) + change.astype(dtype)).astype(w.dtype)
+
+
+def scale_array(node: LowRank) -> np.ndarray:
+    """The scale as it is computed and saved: of the precision of ``b``, and float32 at least."""
+    if has_static_scale(node):
+        return np.asarray(node.scale, wide_dtype(node.b.dtype))
+    return np.asarray(node.scale)
+
+
+def with_array_scale(node: LowRank) -> LowRank:
+    """The same term with the scale as an array, over which a sweep can map."""
+    if not has_static_scale(node):
+        return node
+    return dataclasses.replace(node, scale=jnp.asarray(node.scale, wide_dtype(node.b.dtype)))
 
 
 def scaled_b(node: LowRank) -> Array:
@@ -124,8 +240,10 @@ def scaled_b(node: LowRank) -> Array:
 
     No gradient reaches the scale, which is a hyperparameter.
     """
-    dtype = jnp.promote_types(node.b.dtype, node.scale.dtype)
-    return node.b.astype(dtype) * lax.stop_gradient(node.scale).astype(dtype)
+    b, scale = node.b, jnp.asarray(with_array_scale(node).scale)
+    narrow = min(b.dtype.itemsize, scale.dtype.itemsize) < 2  # JAX promotes these to nothing
+    dtype = wide_dtype(b.dtype) if narrow else jnp.promote_types(b.dtype, scale.dtype)
+    return b.astype(dtype) * lax.stop_gradient(scale).astype(dtype)
 
 
 def merged(w: Array, node: LowRank) -> Array:

@@ -21,16 +21,18 @@ def named_leaves(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> 
     """Returns the leaves of ``tree`` by name, in the order of ``jax.tree.leaves``.
 
     Raises:
-      ValueError: two leaves have one name (say, the keys ``1`` and ``"1"``), or ``tree`` is a bare
-        array, which has no name.
+      ValueError: two leaves have one name (say, the keys ``1`` and ``"1"``, or the key ``"a/b"``
+        and ``b`` in ``a``); a key is empty; or ``tree`` is a bare array, which has no name.
 
     >>> named_leaves({"dense": {"kernel": 1, "bias": 2}, "layers": [3, 4]})
     {'dense/bias': 2, 'dense/kernel': 1, 'layers/0': 3, 'layers/1': 4}
     """
-    with_paths, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    with_paths = _with_paths(tree, is_leaf)
     named: dict[str, Any] = {}
     names = _names([path for path, _ in with_paths])
     for name, (_, leaf) in zip(names, with_paths, strict=True):
+        if not name and any(path for path, _ in with_paths):
+            raise ValueError("A leaf of the tree has an empty key; name it.")
         if not name:
             raise ValueError(
                 "The parameters must be a container of arrays (a dict, a list, a dataclass, an NNX "
@@ -40,6 +42,18 @@ def named_leaves(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> 
             raise ValueError(f"Two leaves of the tree share the path {name!r}; rename one of them.")
         named[name] = leaf
     return named
+
+
+def _with_paths(tree: PyTree, is_leaf: Callable[[Any], bool] | None) -> list[tuple]:
+    try:
+        return jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
+    except ValueError as error:
+        if "sorting pytree dictionary keys" not in str(error):
+            raise
+        raise ValueError(
+            "A dictionary of the tree has keys that cannot be sorted, such as 1 and 'a': JAX takes "
+            "keys of one type in each dictionary. Make them all strings."
+        ) from error
 
 
 def _names(paths: list[tuple]) -> list[str]:
@@ -109,10 +123,39 @@ def no_match(missing: Iterable[str], names: Iterable[str], *, what: str) -> str:
     words = sorted({part for name in names for part in name.split("/") if not part.isdigit()})
     lines = []
     for pattern in missing:
+        hint = _expression_hint(pattern, names)
         near = difflib.get_close_matches(pattern.split("/")[-1], words, n=3)
-        hint = f" (did you mean {', '.join(map(repr, near))}?)" if near else ""
-        lines.append(f"{what} entry {pattern!r} matches no parameter{hint}")
+        if near and not hint:
+            hint = f"did you mean {', '.join(map(repr, near))}?"
+        lines.append(f"{what} entry {pattern!r} matches no parameter{hint and f' ({hint})'}")
     return "; ".join(lines) + f". Parameters here: {listing(names)}."
+
+
+def _expression_hint(pattern: str, names: Iterable[str]) -> str:
+    """What to write instead of a regular expression in another library's convention."""
+    marked, path = pattern.startswith(REGEX), pattern.replace(".", "/")
+    if path != pattern and any(matches(path, name) for name in names):
+        return f"the parts of a path are joined by '/': {path!r}"
+    text = pattern.removeprefix(REGEX)
+    if not marked and not re.search(r"[\\*+?\[\](){}|^$]|\.", text):
+        return ""
+    slashes = re.sub(r"\\\.|\.(?![*+?{])", "/", text).strip("^$")
+    forms = [text, text.strip("^$"), slashes, text.replace("*", ".*")]
+    tries = [(form, form) for form in forms] if not marked else []
+    tries += [(form, new) for form in forms for new in (f"{form}/[^/]*", f".*{form}.*")]
+    right = next((new for _, new in tries if _any_match(new, names)), None)
+    if marked:
+        said = "a regular expression must match the whole path of a leaf, joined by '/'"
+    else:
+        said = f"a regular expression begins with {REGEX!r}, and matches whole paths, joined by '/'"
+    return said + (f": {REGEX + right!r} does" if right else "")
+
+
+def _any_match(expression: str, names: Iterable[str]) -> bool:
+    try:
+        return any(re.fullmatch(expression, name) for name in names)
+    except re.error:
+        return False
 
 
 def listing(names: Iterable[str], most: int = 40) -> str:
@@ -129,14 +172,21 @@ def listing(names: Iterable[str], most: int = 40) -> str:
 def nest(named: Mapping[str, Any]) -> dict[str, Any]:
     """Builds the nested dictionary whose leaves have the given names.
 
+    Where one name begins with another (from a key with a ``/`` in it), the longer one keeps its
+    rest as one key beside the shorter.
+
     >>> nest({"dense/kernel": 1, "dense/bias": 2})
     {'dense': {'kernel': 1, 'bias': 2}}
+    >>> nest({"w": 1, "w/extra/bias": 2})
+    {'w': 1, 'w/extra/bias': 2}
     """
     tree: dict[str, Any] = {}
     for name, value in named.items():
-        *parents, last = name.split("/")
+        parts = name.split("/")
+        ends = ["/".join(parts[: k + 1]) for k in range(len(parts))]
+        depth = next(k for k, end in enumerate(ends) if end in named)
         node = tree
-        for part in parents:
+        for part in parts[:depth]:
             node = node.setdefault(part, {})
-        node[last] = value
+        node["/".join(parts[depth:])] = value
     return tree

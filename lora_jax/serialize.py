@@ -1,9 +1,11 @@
 """Adapters on disk: a directory with one safetensors file and one JSON file.
 
 ``adapter.json`` holds the config, the id of the base model, versions, the role of each kernel's
-axes, and the name and SHA-256 of the weights file. The weights file is named after its content, and
-``adapter.json`` is replaced after it, in one rename: whatever happens while saving, the directory
-holds the previous adapter or the new one, whole. Nothing in it is ever executed or unpickled.
+axes, and the name and SHA-256 of the weights file; also the leading axes of a stack of adapters,
+and the dtypes of tensors that are stored as bytes since safetensors has no name for their dtype.
+The weights file is named after its content, and ``adapter.json`` is replaced after it, in one
+rename: whatever happens while saving, the directory holds the previous adapter or the new one,
+whole. Nothing in it is ever executed or unpickled.
 """
 
 import hashlib
@@ -18,7 +20,7 @@ import numpy as np
 import safetensors.numpy
 
 from lora_jax import adapter as adapters
-from lora_jax import lowrank, paths
+from lora_jax import encoding, lowrank, paths
 from lora_jax.config import LoRAConfig
 from lora_jax.files import read_safetensors, write_atomically
 from lora_jax.lowrank import LowRank
@@ -43,21 +45,29 @@ def save(
 
     Args:
       directory: made if need be.
-      adapter: as made by :func:`lora_jax.init`; saved exactly, in its own dtypes.
+      adapter: as made by :func:`lora_jax.init`, or a stack of them, as ``jax.vmap`` of it makes,
+        whose arrays have the same leading axes; saved exactly, in its own dtypes.
       config: saved beside it.
       base: id of the base model, for :func:`load` to compare: any string, such as a content hash.
       metadata: further values of JSON types to keep, for :func:`read_metadata`.
 
     Raises:
-      ValueError: a value is NaN or infinite, or metadata is not JSON.
+      ValueError: a value is NaN or infinite, or no array of numbers; factors have shapes that do
+        not belong together; this is a bound tree; or metadata is not JSON.
       OSError: the directory can't be written; an adapter that was there is intact.
     """
     directory = Path(directory)
+    if not isinstance(config, LoRAConfig):
+        raise ValueError(f"config must be a LoRAConfig, got {type(config).__name__}.")
     nodes = adapters.nodes(adapter)
-    tensors = {name: np.asarray(x) for name, x in _tensors(nodes).items()}
+    stacked = adapters.leading_axes(nodes)
+    problems = _malformed(nodes, stacked) or _unsaveable(nodes)
+    tensors = {} if problems else {name: np.asarray(x) for name, x in _tensors(nodes).items()}
     bad = _non_finite(tensors)
-    if bad:
-        raise ValueError(f"The adapter is not saved: NaN or infinity in {paths.listing(bad)}.")
+    problems += [f"NaN or infinity in {paths.listing(bad)}"] if bad else []
+    if problems:
+        raise ValueError(f"The adapter is not saved: {'; '.join(problems)}.")
+    tensors, dtypes = encoding.encode(tensors)
     data = safetensors.numpy.save(tensors)
     digest = hashlib.sha256(data).hexdigest()
     weights = f"adapter-{digest[:16]}.safetensors"
@@ -72,6 +82,8 @@ def save(
         "trained": [n for n, x in nodes.items() if not isinstance(x, LowRank)],
         "metadata": dict(metadata or {}),
     }
+    about |= {"stacked": list(stacked)} if stacked else {}
+    about |= {"dtypes": dtypes} if dtypes else {}
     try:
         text = json.dumps(about, indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -89,6 +101,10 @@ def load(
 ) -> tuple[dict[str, Any], LoRAConfig]:
     """Reads an adapter and its config, for the parameters that it is meant for.
 
+    A stack of adapters has the leading axes that it was saved with. A scale is a Python float. The
+    adapter is for inference, without dropout; to train on with that of the config, call
+    ``lift(fn, dropout=config.dropout, dropout_key=key)``.
+
     Args:
       directory: as written by :func:`save`.
       params: the base parameters (arrays or ``jax.ShapeDtypeStruct``), to check against.
@@ -103,9 +119,12 @@ def load(
     about = read_json(directory)
     tensors = _read_tensors(directory, about["weights"])
     config = _config(directory, about["config"])
-    nodes, problems = _nodes(about, tensors)
-    leaves = paths.named_leaves(params)
-    problems += adapters.misfits(leaves, nodes) + _wrong_dtypes(leaves, nodes)
+    tensors, problems = encoding.decode(tensors, about.get("dtypes", {}))
+    nodes, more = _nodes(about, tensors, config)
+    leaves = adapters.base_leaves(params)
+    stacked, wrong = _stacked(about, nodes, leaves)
+    problems += more + wrong
+    problems += adapters.misfits(leaves, nodes, stacked) + _wrong_dtypes(leaves, nodes)
     bad = _non_finite(tensors)
     problems += [f"NaN or infinity in {paths.listing(bad)}"] if bad else []
     if base is not None and about.get("base") is not None and base != about["base"]:
@@ -174,23 +193,80 @@ def _read_tensors(directory: Path, weights: Mapping[str, Any]) -> dict[str, np.n
             f"{JSON_NAME} says {digest}. Copy or train the adapter again."
         )
     try:
-        return read_safetensors(data)
+        return read_safetensors(data, float8=True)
     except ValueError as error:
         raise ValueError(f"{path} can't be read: {error}.") from error
 
 
 def _tensors(nodes: Mapping[str, Any]) -> dict[str, Any]:
     """Names the arrays of an adapter: ``path`` of a leaf, ``path/a`` and so on of a factor."""
-    named = {}
+    return {tensor: x for node in nodes.items() for tensor, x in _parts(*node)}
+
+
+def _parts(name: str, node: Any) -> list[tuple[str, Any]]:
+    if not isinstance(node, LowRank):
+        return [(name, node)]
+    values = (node.a, node.b, lowrank.scale_array(node))
+    return [(f"{name}/{part}", x) for part, x in zip(_FACTORS, values, strict=True)]
+
+
+def _malformed(nodes: Mapping[str, Any], stacked: tuple[int, ...]) -> list[str]:
+    """Says which shapes do not belong together; those of the parameters are not known here."""
+    problems = []
     for name, node in nodes.items():
-        if isinstance(node, LowRank):
-            named |= {f"{name}/{part}": getattr(node, part) for part in _FACTORS}
-        else:
-            named[name] = node
-    return named
+        if not isinstance(node, LowRank):
+            if np.shape(node)[: len(stacked)] != stacked:
+                problems.append(
+                    f"{name} has shape {np.shape(node)}, without the leading axes {stacked} that "
+                    "the factors have"
+                )
+            continue
+        a, b, scale = np.shape(node.a), np.shape(node.b), np.shape(node.scale)
+        sizes = lambda role, axes=node.axes: len(lowrank.positions(axes, role))
+        lead, batch = len(stacked), sizes(lowrank.BATCH)
+        ends = len(a) == lead + batch + sizes(lowrank.IN) + 1
+        ends = ends and len(b) == lead + batch + sizes(lowrank.OUT) + 1
+        alike = ends and a[: lead + batch] == b[: lead + batch] and a[-1] == b[lead + batch]
+        if not alike or a[:lead] != stacked or scale not in ((), stacked):
+            problems.append(
+                f"{name} has a, b and scale of shapes {(a, b, scale)}, which do not belong to "
+                f"axes {node.axes!r}" + (f" with leading axes {stacked}" if stacked else "")
+            )
+    return problems
 
 
-def _nodes(about: dict, tensors: dict[str, np.ndarray]) -> tuple[dict[str, Any], list[str]]:
+def _unsaveable(nodes: Mapping[str, Any]) -> list[str]:
+    problems, seen = [], set()
+    for name, x in (part for node in nodes.items() for part in _parts(*node)):
+        if problem := encoding.problem(x):
+            problems.append(f"{name} {problem}")
+        if name in seen:
+            problems.append(f"two tensors would be called {name!r}; rename a key of the parameters")
+        seen.add(name)
+    return problems
+
+
+def _stacked(
+    about: Mapping[str, Any], nodes: Mapping[str, Any], leaves: Mapping[str, Any]
+) -> tuple[tuple[int, ...], list[str]]:
+    """The leading axes of a stack of adapters: of its factors, or else of what is trained."""
+    found = adapters.leading_axes(nodes)
+    if not any(isinstance(x, LowRank) for x in nodes.values()):
+        extra = {
+            np.shape(x)[: max(np.ndim(x) - np.ndim(leaves[n]), 0)]
+            for n, x in nodes.items()
+            if n in leaves
+        }
+        found = extra.pop() if len(extra) == 1 else ()
+    noted = about.get("stacked", list(found))
+    if noted != list(found):
+        return found, [f"it is noted as a stack of {noted}, and has leading axes {list(found)}"]
+    return found, []
+
+
+def _nodes(
+    about: dict, tensors: dict[str, np.ndarray], config: LoRAConfig
+) -> tuple[dict[str, Any], list[str]]:
     """Puts the tensors back into nodes, and says which are missing or left over."""
     kernels = {n: x for n, x in about["kernels"].items() if _are_roles(x)}
     problems = [
@@ -207,8 +283,19 @@ def _nodes(about: dict, tensors: dict[str, np.ndarray]) -> tuple[dict[str, Any],
     for name, keys in wanted.items():
         parts = [tensors[key] for key in keys if key in tensors]
         if len(parts) == len(keys):
-            nodes[name] = LowRank(*parts, axes=kernels[name]) if name in kernels else parts[0]
+            nodes[name] = parts[0]
+        if len(parts) == len(keys) and name in kernels:
+            scale = _scale(parts[2], config.kernel_scale(name))
+            nodes[name] = LowRank(*parts[:2], scale, axes=kernels[name])
     return nodes, problems
+
+
+def _scale(stored: np.ndarray, wanted: float) -> Any:
+    """The number that was saved: that of the config, if it is the one that was rounded for it."""
+    if stored.ndim or not np.isfinite(stored):  # of a stack; or damaged, which is told
+        return stored
+    with np.errstate(over="ignore"):
+        return wanted if stored.dtype.type(wanted) == stored else float(stored)
 
 
 def _are_roles(axes: Any) -> bool:
@@ -218,7 +305,8 @@ def _are_roles(axes: Any) -> bool:
 def _wrong_dtypes(leaves: Mapping[str, Any], nodes: Mapping[str, Any]) -> list[str]:
     problems = []
     for name, node in nodes.items():
-        for part in (node.a, node.b, node.scale) if isinstance(node, LowRank) else ():
+        factors = [x for _, x in _parts(name, node)] if isinstance(node, LowRank) else ()
+        for part in factors:
             if not jnp.issubdtype(part.dtype, jnp.floating):
                 problems.append(
                     f"{name} has factors of dtype {part.dtype}, which are not real numbers"

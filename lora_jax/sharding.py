@@ -157,8 +157,8 @@ def adapter_specs(param_specs: PyTree, adapter: PyTree) -> PyTree:
     """The specs of an adapter, derived from those of the parameters that it is for.
 
     An axis of ``a`` or ``b`` is split as the kernel's axis that it belongs to, by ``node.axes``;
-    the rank axis and the scale are on every device. A leaf that is replaced in full is split as it
-    is in the base.
+    the rank axis, and a scale that is an array, are on every device. A leaf that is replaced in
+    full is split as it is in the base.
 
     Args:
       param_specs: the parameters' tree with ``PartitionSpec`` or ``NamedSharding``, whoever made
@@ -172,11 +172,11 @@ def adapter_specs(param_specs: PyTree, adapter: PyTree) -> PyTree:
       ValueError: the adapter has a path that the specs lack, or a kernel has fewer axes than its
         spec has entries.
 
-    >>> node = lowrank.LowRank(np.zeros((16, 2)), np.zeros((2, 64)), np.ones(()))
+    >>> node = lowrank.LowRank(np.zeros((16, 2)), np.zeros((2, 64)), 2.0)
     >>> kernels = {"up": PartitionSpec("fsdp", "tensor")}
     >>> made = adapter_specs(kernels, {"up": node})["up"]
-    >>> tuple(made.a), tuple(made.b), tuple(made.scale)
-    (('fsdp', None), (None, 'tensor'), ())
+    >>> tuple(made.a), tuple(made.b)
+    (('fsdp', None), (None, 'tensor'))
     """
     known = {name: _plain(x) for name, x in paths.named_leaves(param_specs).items()}
     entries = nodes(adapter)
@@ -204,12 +204,12 @@ def _node_specs(name: str, spec: PartitionSpec, node: Any) -> Any:
     entries = [*spec, *[None] * (len(node.axes) - len(spec))]
     of = lambda role: [entries[k] for k in lowrank.positions(node.axes, role)]
     batch = of(lowrank.BATCH)
-    return dataclasses.replace(
-        node,
-        a=PartitionSpec(*batch, *of(lowrank.IN), None),
-        b=PartitionSpec(*batch, None, *of(lowrank.OUT)),
-        scale=PartitionSpec(),
-    )
+    put = {
+        "a": PartitionSpec(*batch, *of(lowrank.IN), None),
+        "b": PartitionSpec(*batch, None, *of(lowrank.OUT)),
+    }
+    put |= {} if lowrank.has_static_scale(node) else {"scale": PartitionSpec()}
+    return dataclasses.replace(node, **put)
 
 
 def state_specs(state: PyTree, adapter: PyTree, specs: PyTree) -> PyTree:

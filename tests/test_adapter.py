@@ -12,8 +12,9 @@ import zoo
 from flax import nnx
 
 import lora_jax as lora
+from lora_jax import paths
 from lora_jax.adapter import nodes
-from lora_jax.lowrank import LowRank
+from lora_jax.lowrank import LowRank, with_array_scale
 from lora_jax.models import bert
 
 KEY = jax.random.key(0)
@@ -151,8 +152,109 @@ def test_bind_and_merge_refuse_what_does_not_fit():
             apply(m.params, {"params": {"up": {"bias": jnp.zeros(3)}}})
         with pytest.raises(ValueError, match="needs a, b and scale"):
             apply(m.params, {"params": {"up": {"kernel": adapter["params"]["down"]["kernel"]}}})
-        with pytest.raises(ValueError, match="already bound"):
+        with pytest.raises(ValueError, match="already bound.*Pass the adapter itself"):
             apply(m.params, lora.bind(m.params, adapter))
+        with pytest.raises(ValueError, match=r"already bound to an adapter.*lora.merge\(params"):
+            apply(lora.bind(m.params, adapter), adapter)
+
+
+def test_everything_else_refuses_a_bound_tree():
+    m = mlp()
+    config = lora.LoRAConfig(rank=2, targets=("up",), train=("head",))
+    adapter = lora.init(KEY, m.fn, m.params, config, m.x)
+    bound = lora.bind(m.params, adapter)
+    head = {"params": {"head": adapter["params"]["head"]}}  # no kernel: the trained leaves alone
+    for tree in (bound, lora.bind(m.params, head)):
+        for use in (
+            lambda tree=tree: lora.summary(m.params, tree),
+            lambda tree=tree: lora.summary(tree, adapter),
+            lambda tree=tree: lora.explain(m.fn, m.params, tree, m.x),
+            lambda tree=tree: lora.explain(m.fn, tree, adapter, m.x),
+            lambda tree=tree: lora.init(KEY, m.fn, tree, config, m.x),
+            lambda tree=tree: nodes(tree),
+        ):
+            with pytest.raises(ValueError, match="already bound"):
+                use()
+
+
+def test_a_second_adapter_on_the_merged_first():
+    m = mlp()
+    one, two = (
+        jax.tree.map(
+            lambda x: x + 0.1,
+            lora.init(jax.random.key(k), m.fn, m.params, lora.LoRAConfig(rank=2), m.x),
+        )
+        for k in (0, 1)
+    )
+    got = lora.lift(m.fn)(lora.bind(lora.merge(m.params, one), two), m.x)
+    name = lambda tree: tree["params"]["up"]["kernel"]
+    both = lora.merge(lora.merge(m.params, one), two)
+    want = name(m.params) + sum(8.0 * name(x).a @ name(x).b for x in (one, two))
+    np.testing.assert_allclose(name(both), want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got, m.fn(both, m.x), rtol=1e-3, atol=1e-3)
+
+
+KEYS = {
+    "a leaf and what its key begins": {"w": (8, 6), "w/extra": (6, 4)},
+    "the other way round": {"a/w/b": (8, 6), "a": {"w": (6, 4)}},
+    "deep": {"m": {"w/x": {"k": (8, 6)}, "w": (6, 4)}},
+    "slashes": {"/w": (8, 6), "a//b": (6, 4)},
+    "numbers": {3: (8, 6), 10: (6, 4)},
+    "a list": [(8, 6), (6, 4)],
+    "an empty part": {"": {"k": (8, 6)}, "b": {"": (6, 4)}},
+    "signs": {"a + b": (8, 6), "a.b": (6, 4)},
+}
+
+
+@pytest.mark.parametrize("shapes", KEYS.values(), ids=KEYS)
+def test_keys_of_any_kind(shapes, tmp_path):
+    is_shape = lambda x: isinstance(x, tuple)
+    draw = lambda shape: jax.random.normal(jax.random.key(sum(shape)), shape)
+    params = jax.tree.map(draw, shapes, is_leaf=is_shape)
+
+    def fn(params, x):  # the product of the two, the larger first
+        one, two = sorted(jax.tree.leaves(params), key=lambda w: -w.shape[0])
+        return x @ one @ two
+
+    x = jnp.ones((2, 8))
+    config = lora.LoRAConfig(rank=2, alpha=2.0)
+    adapter = jax.tree.map(lambda x: x + 0.1, lora.init(KEY, fn, params, config, x))
+    assert set(nodes(adapter)) == set(paths.named_leaves(params)) and len(nodes(adapter)) == 2
+    merged = lora.merge(params, adapter)
+    for name, w in paths.named_leaves(merged).items():
+        node = nodes(adapter)[name]
+        want = paths.named_leaves(params)[name] + node.a @ node.b
+        np.testing.assert_allclose(w, want, rtol=1e-5, atol=1e-5)
+    got = lora.lift(fn, strict=True)(lora.bind(params, adapter), x)
+    np.testing.assert_allclose(got, fn(merged, x), rtol=1e-4, atol=1e-4)
+    uses = lora.explain(fn, params, adapter, x).kernels
+    assert [use.factored for use in uses.values()] == [1, 1]
+    lora.save(tmp_path, adapter, config)
+    loaded, _ = lora.load(tmp_path, params)
+    assert jax.tree.structure(loaded) == jax.tree.structure(adapter)
+    jax.tree.map(np.testing.assert_array_equal, loaded, adapter)
+
+
+@pytest.mark.parametrize(
+    "params, says",
+    [
+        ({"a/b": 1, "a": {"b": 2}}, "share the path 'a/b'"),
+        ({1: 1, "1": 2}, "cannot be sorted.*Make them all strings"),
+        ({1: 1, "a": 2}, "cannot be sorted"),
+        ({"": jnp.ones((8, 6))}, "empty key"),
+        ([{"1": {"a": 1}}, {1: {"b": 1}, "x": 1}], "cannot be sorted"),
+    ],
+)
+def test_keys_that_can_not_be_told_apart(params, says):
+    fn = lambda p, x: x
+    for use in (
+        lambda: lora.init(KEY, fn, params, lora.LoRAConfig(rank=2), jnp.ones(8)),
+        lambda: lora.bind(params, {}),
+        lambda: lora.merge(params, {}),
+        lambda: lora.summary({"w": jnp.ones(3)}, params),
+    ):
+        with pytest.raises(ValueError, match=says):
+            use()
 
 
 def test_merge_keeps_structure_shapes_and_dtypes():
@@ -197,13 +299,11 @@ def test_labels_and_mask_in_optax():
     m = mlp()
     config = lora.LoRAConfig(rank=2, targets=("up",), train=("head",))
     adapter = lora.init(KEY, m.fn, m.params, config, m.x)
-    assert sorted(jax.tree.leaves(lora.labels(adapter))) == ["frozen"] + 4 * ["trainable"]
+    assert jax.tree.leaves(lora.labels(adapter)) == 4 * ["trainable"]
     bound = lora.bind(m.params, adapter)
     labels = jax.tree.leaves(lora.labels(bound))
     assert labels.count("trainable") == 4
-    assert (
-        labels.count("frozen") == len(jax.tree.leaves(m.params)) - 2 + 1
-    )  # all but the head; scale
+    assert labels.count("frozen") == len(jax.tree.leaves(m.params)) - 2  # all but the head
     grads = jax.tree.map(jnp.ones_like, adapter)
     parts = {"trainable": optax.sgd(1.0), "frozen": optax.set_to_zero()}
     for tx in (
@@ -218,9 +318,9 @@ def test_labels_and_mask_in_optax():
 
 def test_no_gradient_reaches_the_scale():
     m = mlp()
-    adapter = jax.tree.map(
-        jnp.ones_like, lora.init(KEY, m.fn, m.params, lora.LoRAConfig(rank=2), m.x)
-    )
+    adapter = lora.init(KEY, m.fn, m.params, lora.LoRAConfig(rank=2), m.x)
+    adapter = jax.tree.map(with_array_scale, adapter, is_leaf=lambda x: isinstance(x, LowRank))
+    adapter = jax.tree.map(jnp.ones_like, adapter)
     for run in (
         lambda a: lora.lift(m.fn)(lora.bind(m.params, a), m.x),
         lambda a: m.fn(lora.merge(m.params, a), m.x),

@@ -1,7 +1,12 @@
 """LoRAConfig, names of leaves, and what is said about a mistake in either."""
 
+import ast
+import copy
 import dataclasses
+import inspect
 import json
+import pickle
+import re
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +71,78 @@ def test_an_unknown_field_is_named():
         lora.LoRAConfig.from_dict({"rnk": 4})
     with pytest.raises(ValueError, match="JSON object"):
         lora.LoRAConfig.from_json("[1]")
+
+
+@pytest.mark.parametrize(
+    "word, says",
+    [
+        ("r", "rank is this library's name for r"),
+        ("lora_alpha", "alpha is this library's name for lora_alpha"),
+        ("lora_dropout", "dropout is this library's name"),
+        ("target_modules", "targets is this library's name"),
+        ("module_path", "targets is this library's name"),  # qwix
+        ("lora_attn_modules", "targets is this library's name"),  # torchtune
+        ("lora_rank", "rank is this library's name"),
+        ("use_rslora", "rank_stabilized is this library's name"),
+        ("modules_to_save", "train is this library's name"),
+        ("bias", r'use train, for example train=\("re:.\*/bias",\)'),
+        ("task_type", "save_peft takes a task_type"),
+        ("exclude_modules", "a regular expression in targets"),
+        ("layers_to_transform", "a regular expression in targets"),
+        ("fan_in_fan_out", "read off the function"),
+        ("use_dora", "DoRA is not supported"),
+        ("rnk", r"Did you mean rank for rnk\?"),
+        ("nonsense", r"Unknown LoRAConfig fields \['nonsense'\]; the fields are \['rank'"),
+    ],
+)
+def test_words_of_other_libraries(word, says):
+    for error, make in (
+        (TypeError, lambda fields: lora.LoRAConfig(**fields)),
+        (TypeError, lambda fields: dataclasses.replace(lora.LoRAConfig(), **fields)),
+        (ValueError, lora.LoRAConfig.from_dict),
+        (ValueError, lambda fields: lora.LoRAConfig.from_json(json.dumps(fields))),
+    ):
+        with pytest.raises(error, match=says):
+            make({"rank": 4, word: 8})
+
+
+def test_the_signature_is_still_that_of_the_fields():
+    names = [f.name for f in dataclasses.fields(lora.LoRAConfig)]
+    assert list(inspect.signature(lora.LoRAConfig).parameters) == names
+    config = lora.LoRAConfig(rank=3)
+    assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
+
+
+NAMES = [
+    "params/layers/0/attn/query/kernel",
+    "params/layers/1/attn/value/bias",
+    "params/head/kernel",
+]
+
+
+@pytest.mark.parametrize(
+    "pattern, says",
+    [
+        ("re:.*query", "must match the whole path of a leaf"),
+        ("re:.*(query|value)", "'re:.*(query|value)/[^/]*' does"),
+        ("re:query", "'re:.*query.*' does"),
+        (".*query.*", "begins with 're:'"),
+        (r".*layers\.\d+.*", "begins with 're:'"),
+        (r"layers\.\d+", "joined by '/'"),
+        ("^.*query$", "'re:.*query/[^/]*' does"),
+        ("*query*", "'re:.*query.*' does"),
+        ("layers.0.attn.query", "joined by '/': 'layers/0/attn/query'"),
+        ("re:.*nothing", "must match the whole path of a leaf"),
+        ("qury", "did you mean 'query'?"),
+    ],
+)
+def test_patterns_in_the_ways_of_other_libraries(pattern, says):
+    with pytest.raises(ValueError) as error:
+        paths.select([pattern], NAMES, what="targets")
+    assert says in str(error.value)
+    # What the message proposes selects something.
+    for new in re.findall(r": ('re:[^']*') does|joined by '/': ('[^']*')\)", str(error.value)):
+        assert paths.select([ast.literal_eval(new[0] or new[1])], NAMES, what="targets")
 
 
 def test_scale_and_patterns():

@@ -1,5 +1,6 @@
 """Each rule of `lift`, its fallbacks, dropout, and what it leaves alone."""
 
+import dataclasses
 import functools
 
 import jax
@@ -557,7 +558,7 @@ class TestDropout:
     def run(self, key, rate=0.5, fn=None, w=W, x=X):
         fn = fn or self.fn
         params, adapter = made(fn, w, x)
-        adapter = jax.tree.map(jnp.ones_like, adapter)
+        adapter = {"w": dataclasses.replace(jax.tree.map(jnp.ones_like, adapter["w"]), scale=1.0)}
         out = lora.lift(fn, dropout=rate, dropout_key=key)(lora.bind(params, adapter), x)
         return out, fn(params, x), adapter["w"]
 
@@ -714,3 +715,22 @@ def test_lift_of_a_lifted_function():
     want = inner(lora.merge(params, adapter), X) @ lora.merge(outer, second)["v"]
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
     assert list(nodes(second)) == ["v"]
+
+
+@pytest.mark.parametrize("dtype", "e3m4 e4m3 e4m3b11fnuz e4m3fn e4m3fnuz e5m2 e5m2fnuz".split())
+def test_float8_kernels_that_are_cast_up_before_the_product(dtype):
+    """Beside the product in float32; `merge` rounds the sum to the kernel's own dtype."""
+    dtype = jnp.dtype(f"float8_{dtype}")
+    params = {"w": W.astype(dtype)}
+    fn = lambda p, x: x @ p["w"].astype(jnp.float32)
+    adapter = lora.init(jax.random.key(0), fn, params, lora.LoRAConfig(rank=2, alpha=3.0), X)
+    assert adapter["w"].a.dtype == jnp.float32
+    got = lora.lift(fn, strict=True)(lora.bind(params, adapter), X)
+    np.testing.assert_array_equal(got, fn(params, X))
+    node = dataclasses.replace(adapter["w"], b=0.1 + adapter["w"].b)
+    whole = np.asarray(params["w"]).astype(np.float32) + 1.5 * np.asarray(node.a @ node.b)
+    got = lora.lift(fn, strict=True)(lora.bind(params, {"w": node}), X)
+    np.testing.assert_allclose(got, np.asarray(X) @ whole, rtol=1e-4, atol=1e-4)
+    merged = lora.merge(params, {"w": node})["w"]
+    assert merged.dtype == dtype
+    np.testing.assert_array_equal(np.asarray(merged), whole.astype(dtype))

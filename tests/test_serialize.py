@@ -1,5 +1,6 @@
 """Adapter directories: what a damaged or foreign one says, and what survives a failed save."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -16,7 +17,8 @@ import zoo
 
 import lora_jax as lora
 from lora_jax import serialize
-from lora_jax.files import write_atomically
+from lora_jax.files import read_safetensors, write_atomically
+from lora_jax.lowrank import LowRank
 
 ROOT = Path(__file__).parent.parent
 
@@ -240,3 +242,170 @@ def test_a_kill_at_any_moment_leaves_a_whole_adapter(tmp_path, saved):
         )
         lora.save(tmp_path, adapter, config)  # also clears what the killed process left
     assert seen <= {0, 1}
+
+
+def stack_of(model, config, shape):
+    """As ``vmap`` over ``init`` makes it, once for each axis."""
+    init = lambda key: lora.init(key, model.fn, model.params, config, model.x)
+    for _ in shape:
+        init = jax.vmap(init)
+    return init(jax.random.split(jax.random.key(0), shape))
+
+
+@pytest.mark.parametrize("shape", [(3,), (1,), (2, 3), (2, 1, 2)])
+@pytest.mark.parametrize("name", ["mlp", "experts"])
+def test_a_stack_of_adapters(tmp_path, shape, name):
+    model = zoo.ZOO[name]()
+    fields = {} if name == "experts" else {"train": ("head",), "targets": ("up", "down")}
+    config = lora.LoRAConfig(rank=2, **fields)
+    stacked = stack_of(model, config, shape)
+    lora.save(tmp_path, stacked, config)
+    assert json.loads((tmp_path / "adapter.json").read_text())["stacked"] == list(shape)
+    loaded, _ = lora.load(tmp_path, model.params)
+    assert jax.tree.structure(loaded) == jax.tree.structure(stacked)
+    jax.tree.map(np.testing.assert_array_equal, loaded, stacked)
+    for use in (lora.bind, lora.merge):
+        with pytest.raises(ValueError, match=r"stack with leading axes .*jax.vmap"):
+            use(model.params, loaded)
+    one = jax.tree.map(lambda x: x[(0,) * len(shape)], loaded)
+    lora.merge(model.params, one)
+    # A file that says otherwise is damaged; one from before the axes were noted is read.
+    edit(tmp_path, lambda about: about.update(stacked=[9]))
+    with pytest.raises(ValueError, match=r"noted as a stack of \[9\]"):
+        lora.load(tmp_path, model.params)
+    edit(tmp_path, lambda about: about.pop("stacked"))
+    jax.tree.map(np.testing.assert_array_equal, lora.load(tmp_path, model.params)[0], stacked)
+
+
+def test_a_stack_of_what_is_trained_in_full_alone(tmp_path):
+    model = zoo.ZOO["mlp"]()
+    config = lora.LoRAConfig(targets=(), train=("head",))
+    stacked = stack_of(model, config, (4,))
+    lora.save(tmp_path, stacked, config)
+    loaded, _ = lora.load(tmp_path, model.params)
+    jax.tree.map(np.testing.assert_array_equal, loaded, stacked)
+
+
+def test_a_stack_of_several_alphas(tmp_path, saved):
+    params, adapter, config = saved
+    of = lambda s: lambda x: dataclasses.replace(x, scale=jnp.float32(s)) if is_lora(x) else x
+    each = [jax.tree.map(of(s), adapter, is_leaf=is_lora) for s in (0.5, 2.0)]
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *each)
+    lora.save(tmp_path, stacked, config)
+    loaded, _ = lora.load(tmp_path, params)
+    assert loaded["params"]["up"]["kernel"].scale.tolist() == [0.5, 2.0]
+    jax.tree.map(np.testing.assert_array_equal, loaded, stacked)
+
+
+is_lora = lambda x: isinstance(x, LowRank)
+UNSAVEABLE = {
+    "a stack of one kernel alone": lambda n: dataclasses.replace(n, a=n.a[None], b=n.b[None]),
+    "another rank": lambda n: dataclasses.replace(n, b=jnp.concatenate([n.b, n.b])),
+    "b of a stack": lambda n: dataclasses.replace(n, b=n.b[None]),
+    "a scale with an axis": lambda n: dataclasses.replace(n, scale=jnp.ones(3)),
+    "axes of another kernel": lambda n: dataclasses.replace(n, axes="bio"),
+    "shapes only": lambda n: dataclasses.replace(n, a=jax.ShapeDtypeStruct(n.a.shape, n.a.dtype)),
+    "a label": lambda n: dataclasses.replace(n, a="trainable"),
+    "a key": lambda n: jax.random.key(0),
+    "text": lambda n: np.array(["text"]),
+    "an object": lambda n: np.array([None]),
+    "a number without a dtype": lambda n: 3.0,
+}
+
+
+@pytest.mark.parametrize("change", UNSAVEABLE.values(), ids=UNSAVEABLE)
+def test_what_could_not_be_read_is_not_saved(saved, directory, change):
+    params, adapter, config = saved
+    before = lora.load(directory, params)[0]
+    wrong = jax.tree.map(lambda x: x, adapter)
+    wrong["params"]["up"]["kernel"] = change(wrong["params"]["up"]["kernel"])
+    with pytest.raises(ValueError, match=r"not saved: .*params/up/kernel"):
+        lora.save(directory, wrong, config)
+    jax.tree.map(np.testing.assert_array_equal, lora.load(directory, params)[0], before)
+
+
+def test_a_bound_tree_is_not_saved(saved, tmp_path):
+    params, adapter, config = saved
+    with pytest.raises(ValueError, match="already bound.*Pass the adapter itself"):
+        lora.save(tmp_path, lora.bind(params, adapter), config)
+    assert not list(tmp_path.iterdir())
+
+
+DTYPES = [
+    "bfloat16", "float16", "float32", "int8", "int16", "int32", "uint8", "uint16", "uint32", "bool",
+    "int2", "int4", "uint2", "uint4", "float4_e2m1fn", "float8_e3m4", "float8_e4m3",
+    "float8_e4m3b11fnuz", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz",
+    "float8_e8m0fnu", "complex64",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_dtype_comes_back(tmp_path, dtype):
+    params = {"w": jnp.ones((8, 6)), "v": jnp.ones((3, 5), dtype), "s": jnp.ones((), dtype)}
+    config = lora.LoRAConfig(rank=2, targets=("w",))
+    adapter = lora.init(
+        jax.random.key(0), lambda p, x: x @ p["w"], params, config, jnp.ones((1, 8))
+    )
+    values = np.arange(15).reshape(3, 5) % 2 + (dtype == "float8_e8m0fnu")  # it has no zero
+    adapter |= {"v": jnp.asarray(values).astype(dtype), "s": jnp.ones((), dtype)}
+    lora.save(tmp_path, adapter, config)
+    first = (tmp_path / "adapter.json").read_bytes()
+    loaded, _ = lora.load(tmp_path, params)
+    assert loaded["v"].dtype == jnp.dtype(dtype) and loaded["s"].shape == ()
+    for name in "vs":
+        assert np.asarray(loaded[name]).tobytes() == np.asarray(adapter[name]).tobytes()
+    lora.save(tmp_path, loaded, config)
+    assert (tmp_path / "adapter.json").read_bytes() == first
+
+
+@pytest.mark.parametrize("dtype", [n for n in DTYPES if n.startswith(("float8", "bfloat16"))][1:-1])
+def test_factors_of_few_bits(tmp_path, dtype):
+    """Saved, merged and lifted; beside the product of the values in float32."""
+    params, x = {"w": jnp.ones((8, 6))}, jnp.ones((1, 8))
+    fn = lambda p, x: x @ p["w"]
+    config = lora.LoRAConfig(rank=2, alpha=3.0)
+    adapter = lora.init(jax.random.key(0), fn, params, config, x)
+    adapter = jax.tree.map(lambda x: (x + 0.5).astype(dtype), adapter)
+    lora.save(tmp_path, adapter, config)
+    loaded, _ = lora.load(tmp_path, params)
+    assert loaded["w"].a.dtype == jnp.dtype(dtype)
+    a, b = (np.asarray(x).astype(np.float32) for x in (adapter["w"].a, adapter["w"].b))
+    want = np.asarray(params["w"]) + 1.5 * a @ b
+    np.testing.assert_allclose(lora.merge(params, loaded)["w"], want, rtol=1e-5)
+    got = lora.lift(fn, strict=True)(lora.bind(params, loaded), x)
+    np.testing.assert_allclose(got, np.asarray(x) @ want, rtol=1e-4)
+
+
+def test_bytes_that_are_none_of_the_noted_dtype(tmp_path):
+    params = {"w": jnp.ones((8, 6)), "v": jnp.ones(4, "float8_e3m4")}
+    config = lora.LoRAConfig(targets=(), train=("v",))
+    lora.save(tmp_path, {"v": params["v"]}, config)
+    for noted in ("int32", "float32", "nonsense", 3, ["uint16"]):
+        edit(tmp_path, lambda about, noted=noted: about.update(dtypes={"v": noted}))
+        with pytest.raises(ValueError, match="tensor v holds no"):
+            lora.load(tmp_path, params)
+
+
+def test_the_scale_comes_back_as_the_number_that_it_was(tmp_path):
+    """Also where float32, in which it is stored, rounds it: the structure is that of the original."""
+    params, x = {"w": jnp.ones((8, 6)), "v": jnp.ones((6, 4))}, jnp.ones((1, 8))
+    fn = lambda p, x: x @ p["w"] @ p["v"]
+    config = lora.LoRAConfig(rank=3, alpha=7.0, alpha_pattern={"v": 0.1}, rank_stabilized=True)
+    adapter = lora.init(jax.random.key(0), fn, params, config, x)
+    lora.save(tmp_path, adapter, config)
+    stored = read_safetensors(next(tmp_path.glob("*.safetensors")).read_bytes())
+    assert stored["w/scale"].dtype == np.float32 and stored["w/scale"].shape == ()
+    loaded, _ = lora.load(tmp_path, params)
+    assert jax.tree.structure(loaded) == jax.tree.structure(adapter)
+    other = {"w": dataclasses.replace(adapter["w"], scale=0.3)}  # that no config says
+    lora.save(tmp_path, other, config)
+    assert lora.load(tmp_path, params)[0]["w"].scale == float(np.float32(0.3))
+
+
+def test_names_that_clash_are_not_saved(tmp_path):
+    params = {"w": jnp.ones((8, 6)), "w/a": jnp.ones(6)}
+    config = lora.LoRAConfig(rank=2, targets=("re:w",), train=("re:w/a",))
+    fn = lambda p, x: x @ p["w"] + p["w/a"][None]
+    adapter = lora.init(jax.random.key(0), fn, params, config, jnp.ones((1, 8)))
+    with pytest.raises(ValueError, match="two tensors would be called 'w/a'"):
+        lora.save(tmp_path, adapter, config)

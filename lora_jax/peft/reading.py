@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import names, paths
+from lora_jax.adapter import base_leaves
 from lora_jax.config import LoRAConfig
 from lora_jax.files import read_safetensors
 from lora_jax.lowrank import LowRank
@@ -58,7 +59,8 @@ def load_peft(
     The factors keep the dtype that they have in the file; leaves trained in full get that of the
     base. Either naming of transformers (4 and 5) is read where the table has both. What the
     config has no field for (the kind of task, the name of the base) is kept in ``config.origin``,
-    for :func:`save_peft`.
+    for :func:`save_peft`. As PEFT's own, the adapter is for inference, without dropout; to train on
+    with that of the config, call ``lift(fn, dropout=config.dropout, dropout_key=key)``.
 
     Args:
       directory: with ``adapter_config.json`` and ``adapter_model.safetensors``.
@@ -74,7 +76,7 @@ def load_peft(
         dtypes, NaN, another base.
     """
     words = read_words(directory)
-    leaves = paths.named_leaves(params)
+    leaves = base_leaves(params)
     tensors = _read(Path(directory), _most_bytes(leaves))
     try:
         older, wanted = _best_plan(words, names, leaves, tensors)
@@ -266,8 +268,7 @@ def _node(weight: names.Weight, roles: dict, scale: float) -> LowRank:
         k: layouts.from_file(weight, roles[plan.A][k], roles[plan.B][k]) for k in roles[plan.A]
     }
     a, b = (_stacked({k: pair[i] for k, pair in pairs.items()}) for i in (0, 1))
-    dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
-    return LowRank(a, b, np.asarray(scale, dtype), axes=layouts.node_axes(weight))
+    return LowRank(a, b, scale, axes=layouts.node_axes(weight))
 
 
 def _stacked(layers: dict[int | None, np.ndarray]) -> np.ndarray:

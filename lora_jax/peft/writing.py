@@ -15,7 +15,7 @@ from lora_jax import adapter as adapters
 from lora_jax import names, paths
 from lora_jax.config import LoRAConfig
 from lora_jax.files import write_atomically
-from lora_jax.lowrank import LowRank
+from lora_jax.lowrank import LowRank, scale_array
 from lora_jax.names import Name, Weight
 from lora_jax.peft import layouts, matching, plan
 from lora_jax.peft.matching import Model
@@ -75,7 +75,7 @@ def save_peft(
         format can't express; the message names the leaves.
       OSError: a file can't be written.
     """
-    leaves, nodes = paths.named_leaves(params), adapters.nodes(adapter)
+    leaves, nodes = adapters.base_leaves(params), adapters.nodes(adapter)
     problems = adapters.misfits(leaves, nodes) + _wrong_about(about)
     if problems:
         raise _refusal(problems)
@@ -166,7 +166,7 @@ def _inexpressible(leaf: str, node: Any, rows: Sequence[Weight]) -> str:
 def _alpha(node: LowRank, config: LoRAConfig) -> float:
     """An alpha that gives exactly the scale of the node, the config's if that does."""
     rank, root = node.a.shape[-1], config.rank_stabilized
-    scale = np.asarray(node.scale)
+    scale = scale_array(node)
     exact = float(scale) * (rank**0.5 if root else rank)
     nearby = [float(np.nextafter(exact, side)) for side in (0, np.inf)]
     candidates = [
@@ -326,10 +326,10 @@ def _differences(content: _Content, wanted: Plan, root: bool) -> list[str]:
             problems.append(f"PEFT {what} {paths.listing(sorted(more))}")
     for m in sorted(theirs & ours):
         node = content.nodes[content.kernels[m].leaf]
-        scale = plan.scale(wanted.alphas[m], wanted.ranks[m], root=root)
+        scale, exact = plan.scale(wanted.alphas[m], wanted.ranks[m], root=root), scale_array(node)
         if wanted.ranks[m] != content.ranks[m]:
             problems.append(f"PEFT would give {m} rank {wanted.ranks[m]}")
-        elif np.asarray(node.scale).dtype.type(scale) != np.asarray(node.scale):
+        elif exact.dtype.type(scale) != exact:
             problems.append(f"PEFT would give {m} scale {scale}")
     return problems
 

@@ -51,7 +51,7 @@ class Scope:
 
     Attributes:
       strict: a fallback is an error.
-      rate: dropout rate of the low-rank branches; None for none.
+      rate: dropout rate of all low-rank branches; None for the rate of each kernel.
       key: the PRNG key of this place; each equation folds in its position.
       events: where uses are recorded, by place, so that tracing a loop body twice counts once.
       place: the equations around this one.
@@ -254,7 +254,7 @@ def _use(scope: Scope, eqn: Any, vals: Sequence, wanted: _Wanted) -> list:
     if eqn.primitive.name == "gather" and all(sum_.axes[k] == BATCH for k in sides.inputs):
         return moves.picked(eqn, sum_, vals[1], base, sides.inputs)
     factors = uses.oriented(sum_, sides)
-    branch = use.branch(eqn.params, vals, factors, base, functools.partial(_drop, scope))
+    branch = use.branch(eqn.params, vals, factors, base, functools.partial(_drop, scope, sum_))
     scope.record(Event(sum_.names, eqn.primitive.name, source=forms.source(eqn)))
     return [base + branch.astype(base.dtype)]
 
@@ -265,8 +265,9 @@ def _kernels_vary_alike(eqn: Any, vals: Sequence) -> list:
     return [dataclasses.replace(v, w=x) if isinstance(v, Kernel) else x for v, x in pairs]
 
 
-def _drop(scope: Scope, x: Array, shape: Sequence[int] | None = None) -> Array:
-    if scope.rate is None:
+def _drop(scope: Scope, sum_: Kernel, x: Array, shape: Sequence[int] | None = None) -> Array:
+    rate = sum_.rate or None if scope.rate is None else scope.rate
+    if rate is None:
         return x
     key = scope.key
     for axis in sorted(varying_axes(x)):  # each device of a shard_map has rows of its own
@@ -275,7 +276,7 @@ def _drop(scope: Scope, x: Array, shape: Sequence[int] | None = None) -> Array:
     if not mesh.empty and jax.typeof(key).sharding.mesh != mesh:
         # The equation is one of a part with automatic axes in a function with explicit ones.
         key = jax.reshard(key, NamedSharding(mesh, PartitionSpec()))
-    return dropout(x, scope.rate, key, shape)
+    return dropout(x, rate, key, shape)
 
 
 def formed(scope: Scope, value: Any, primitive: str, reason: str, eqn: Any = None) -> Any:
@@ -285,7 +286,7 @@ def formed(scope: Scope, value: Any, primitive: str, reason: str, eqn: Any = Non
     source = "" if eqn is None else forms.source(eqn)
     scope.record(Event(value.names, primitive, reason=reason, source=source))
     # What the function returns is no product: its sum has no input to drop anything of.
-    drops = scope.rate is not None and primitive != OUTPUT
+    drops = (scope.rate is not None or value.rate) and primitive != OUTPUT
     if drops or scope.strict:
         why = "dropout needs it factored" if drops else "strict=True forbids it"
         raise FallbackError(Event(value.names, primitive, reason, source), why)

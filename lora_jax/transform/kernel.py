@@ -27,6 +27,7 @@ class Kernel:
       b: ``(*batch, rank, *out)`` with the scale already in it.
       axes: the role of each axis of ``w``: "i", "o", "b", or "=" for one that was added.
       names: the paths of the parameters that it is made of; in a nested call their numbers.
+      rate: its own rate of dropout on the input of the branch.
     """
 
     w: Array
@@ -34,9 +35,10 @@ class Kernel:
     b: Array
     axes: str
     names: tuple
+    rate: float = 0.0
 
 
-jax.tree_util.register_dataclass(Kernel, ["w", "a", "b"], ["axes", "names"])
+jax.tree_util.register_dataclass(Kernel, ["w", "a", "b"], ["axes", "names", "rate"])
 
 
 def carried(axes: str, role: str) -> list[int]:
@@ -140,6 +142,18 @@ def alike(kernels: Sequence[Kernel]) -> list[Kernel]:
                 f"combines kernels whose axes have different roles: {first.axes!r}, {other.axes!r}"
             )
     return same
+
+
+def joint(kernels: Sequence[Kernel], w: Array, a: Array, b: Array, axes: str) -> Kernel:
+    """A kernel that is made of several.
+
+    Raises:
+      Unfactored: they have different rates of dropout.
+    """
+    names = tuple(dict.fromkeys(name for k in kernels for name in k.names))
+    if len({k.rate for k in kernels}) > 1:
+        raise Unfactored("combines kernels with different rates of dropout")
+    return Kernel(w, a, b, axes, names, kernels[0].rate)
 
 
 def _common_roles(kernels: Sequence[Kernel]) -> str:

@@ -24,7 +24,7 @@ Array = jax.Array
 
 
 def lift(
-    fn: Callable, *, strict: bool = False, dropout: Any = 0.0, dropout_key: Array | None = None
+    fn: Callable, *, strict: bool = False, dropout: Any = None, dropout_key: Array | None = None
 ) -> Callable:
     """Transforms ``fn`` into a function that takes low-rank sums in place of arrays.
 
@@ -37,12 +37,14 @@ def lift(
       fn: any function that JAX can trace.
       strict: raise where a sum cannot be kept factored, instead of forming ``W + s·BA`` there.
       dropout: rate in [0, 1) of the dropout on the input of each low-rank branch, a Python or JAX
-        scalar; every use of a kernel draws its own mask. A looked-up row counts as one input.
+        scalar; every use of a kernel draws its own mask. A looked-up row counts as one input. None
+        is the adapter's own rate, ``LoRAConfig.dropout``; for evaluation give 0.0.
       dropout_key: PRNG key for it.
 
     Raises:
-      ValueError: a rate without a key or out of range; in the lifted function: a fallback with
-        ``strict`` or with dropout, which a formed ``W + s·BA`` cannot have.
+      ValueError: a rate without a key or out of range; in the lifted function: an adapter that has
+        a rate, where neither a key nor a rate is given; a fallback with ``strict`` or with dropout,
+        which a formed ``W + s·BA`` cannot have, except that a kernel may be returned.
 
     >>> import jax.numpy as jnp, lora_jax as lora
     >>> params, x = {"w": jnp.ones((3, 2))}, jnp.ones((1, 3))
@@ -56,13 +58,15 @@ def lift(
 
     @functools.wraps(fn)
     def lifted(*args: Any, **kwargs: Any) -> Any:
-        key = None if rate is None else dropout_key
-        return _run(Scope(strict=strict, rate=rate, key=key), fn, args, kwargs)
+        scope = Scope(strict=strict, rate=rate, key=dropout_key)
+        return _run(scope, fn, args, kwargs, own_rates=dropout is None)
 
     return lifted
 
 
 def _dropout_rate(rate: Any, key: Array | None) -> Any:
+    if rate is None:
+        return None
     if isinstance(rate, int | float):
         if not 0 <= rate < 1:
             raise ValueError(f"dropout must be in [0, 1), got {rate}.")
@@ -133,7 +137,7 @@ def _jaxpr(fn: Callable, leaves: Sequence, treedef: Any, *, traced: Sequence[int
     return jax.make_jaxpr(run)(*[leaves[k] for k in traced])
 
 
-def _run(scope: Scope, fn: Callable, args: tuple, kwargs: dict) -> Any:
+def _run(scope: Scope, fn: Callable, args: tuple, kwargs: dict, *, own_rates: bool = False) -> Any:
     leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=lowrank.is_node)
     leaves = [leaf.value if isinstance(leaf, Trained) else leaf for leaf in leaves]
     nodes = {k: leaf for k, leaf in enumerate(leaves) if isinstance(leaf, LowRank)}
@@ -147,19 +151,32 @@ def _run(scope: Scope, fn: Callable, args: tuple, kwargs: dict) -> Any:
         return call()
     # Only the kernels are traced here. Everything else is closed over and so reaches `fn` as it
     # was given: flags stay Python values, concrete arrays stay concrete, outer tracers outer.
-    kernels = [_kernel(node) for node in nodes.values()]
+    kernels = [_kernel(node, node.dropout if own_rates else 0.0) for node in nodes.values()]
     varies = any((varying_axes(k.a) | varying_axes(k.b)) - varying_axes(k.w) for k in kernels)
-    scope = dataclasses.replace(scope, varies=varies)
+    scope = dataclasses.replace(_with_key_if_used(scope, kernels), varies=varies)
     closed, shapes = jax.make_jaxpr(call, return_shape=True)(*[k.w for k in kernels])
     outs = evaluate(scope, body_of(closed), kernels)
     outs = [formed(scope, x, OUTPUT, "is returned by the function") for x in outs]
     return jax.tree.unflatten(jax.tree.structure(shapes), outs)
 
 
-def _kernel(node: LowRank) -> Kernel:
+def _with_key_if_used(scope: Scope, kernels: list[Kernel]) -> Scope:
+    dropping = next((k for k in kernels if k.rate), None)
+    if dropping is None and scope.rate is None:
+        return dataclasses.replace(scope, key=None)
+    if scope.key is None:
+        raise ValueError(
+            f"The adapter has dropout {dropping.rate} (at {dropping.names[0]!r}), and there is no "
+            "key for it: give lift(fn, dropout_key=...) while training, lift(fn, dropout=0.0) for "
+            "evaluation."
+        )
+    return scope
+
+
+def _kernel(node: LowRank, rate: float) -> Kernel:
     if node.w is None:
         raise ValueError(
             "Got an adapter where a bound tree is expected; "
             "call lift(fn)(bind(params, adapter), ...)."
         )
-    return Kernel(node.w, node.a, lowrank.scaled_b(node), node.axes, (node.name,))
+    return Kernel(node.w, node.a, lowrank.scaled_b(node), node.axes, (node.name,), rate)

@@ -26,6 +26,7 @@ from lora_jax.transform.kernel import (
     axis_groups,
     carried,
     is_free,
+    joint,
     map_factors,
     rank_inside,
     rank_last,
@@ -361,17 +362,12 @@ def _summed(kernels: Sequence[Kernel], w: Array) -> Kernel:
         return dataclasses.replace(first, w=w)
     a = _join([k.a for k in kernels], first.a.ndim - 1)
     b = _join([k.b for k in kernels], first.axes.count(BATCH))
-    return Kernel(w, a, b, first.axes, joint_names(kernels))
+    return joint(kernels, w, a, b, first.axes)
 
 
 def _join(parts: Sequence[Array], axis: int) -> Array:
     dtype = jnp.result_type(*parts)
     return lax.concatenate([x.astype(dtype) for x in parts], axis)
-
-
-def joint_names(kernels: Sequence[Kernel]) -> tuple:
-    """The parameters that several kernels are made of, each once."""
-    return tuple(dict.fromkeys(name for k in kernels for name in k.names))
 
 
 def _select(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
@@ -385,7 +381,7 @@ def _select(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
     zero = jax.tree.map(jnp.zeros_like, _padded(kernels[0], rank))
     whole = [next(found) if isinstance(c, Kernel) else zero for c in cases]
     a, b = (_select_n(which, [getattr(k, side) for k in whole]) for side in ("a", "b"))
-    return [Kernel(w[0], a, b, kernels[0].axes, joint_names(kernels))]
+    return [joint(kernels, w[0], a, b, kernels[0].axes)]
 
 
 def _select_n(which: Array, cases: Sequence[Array]) -> Array:
@@ -439,7 +435,7 @@ def _concatenated(parts: Sequence[Any], w: Array, dimension: int) -> Kernel:
     factors = [_factors(part, kernels[0]) for part in whole]
     sizes = [(p.w if isinstance(p, Kernel) else p).shape[dimension] for p in parts]
     a, b = _side_by_side(factors, sizes, axes, dimension)
-    return Kernel(w, a, b, axes, joint_names(kernels))
+    return joint(kernels, w, a, b, axes)
 
 
 def _factors(part: Kernel | Array, like: Kernel) -> tuple[Array, Array]:
@@ -501,7 +497,7 @@ def product(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
     a = a.reshape(*(left.w.shape[k] for k in rows), -1)
     b = b.reshape(-1, *(right.w.shape[k] for k in columns))
     axes = IN * len(rows) + OUT * len(columns)
-    return [Kernel(w[0], a, b, axes, joint_names([left, right]))]
+    return [joint([left, right], w[0], a, b, axes)]
 
 
 def _size(x: Array, axes: Sequence[int]) -> int:

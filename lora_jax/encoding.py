@@ -1,0 +1,65 @@
+"""Arrays of every dtype in a safetensors file: as they are, or as bytes with their dtype noted."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_NATIVE = (
+    "bool", "int8", "int16", "int32", "int64", "uint8", "float16", "bfloat16", "float32", "float64",
+    "float8_e4m3fn", "float8_e5m2",
+)  # fmt: skip
+# safetensors, or some of its versions, has no name for them.
+_AS_BYTES = (
+    "int2", "int4", "uint2", "uint4", "uint16", "uint32", "uint64", "complex64", "complex128",
+    "float4_e2m1fn", "float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz", "float8_e4m3fnuz",
+    "float8_e5m2fnuz", "float8_e8m0fnu",
+)  # fmt: skip
+
+
+def problem(x: Any) -> str:
+    """Says why a file can't hold ``x``; empty if it can.
+
+    >>> problem(np.zeros(3)), problem(np.array(["text"]))
+    ('', 'is no array of numbers that a file can hold, but <U4')
+    """
+    dtype = str(getattr(x, "dtype", type(x).__name__))
+    holds = dtype in (*_NATIVE, *_AS_BYTES) and not isinstance(x, jax.ShapeDtypeStruct)
+    return "" if holds else f"is no array of numbers that a file can hold, but {dtype}"
+
+
+def encode(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Replaces arrays whose dtype safetensors lacks by their bytes, along one more axis.
+
+    Returns:
+      The tensors, and the dtypes of those that were replaced, by name.
+
+    >>> tensors, dtypes = encode({"x": np.zeros(3, np.uint16), "y": np.zeros(3)})
+    >>> tensors["x"].shape, dtypes
+    ((3, 2), {'x': 'uint16'})
+    """
+    dtypes = {name: x.dtype.name for name, x in tensors.items() if x.dtype.name in _AS_BYTES}
+    to_bytes = lambda x: np.ascontiguousarray(x[..., None]).view(np.uint8)
+    return {n: to_bytes(x) if n in dtypes else x for n, x in tensors.items()}, dtypes
+
+
+def decode(
+    tensors: Mapping[str, np.ndarray], dtypes: Any
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The inverse of :func:`encode`, with what is wrong with the dtypes that a file notes."""
+    if not isinstance(dtypes, dict):
+        return dict(tensors), [f"the dtypes that are noted are {dtypes!r}, and not by name"]
+    typed, problems = dict(tensors), []
+    for name, dtype in dtypes.items():
+        x = tensors.get(name)
+        if x is None:
+            problems.append(f"a dtype is noted for {name}, which is no tensor")
+            continue
+        size = jnp.dtype(dtype).itemsize if dtype in _AS_BYTES else 0
+        if x.dtype != np.uint8 or x.shape[-1:] != (size,):
+            problems.append(f"tensor {name} holds no {dtype!r}")
+        else:
+            typed[name] = x.view(jnp.dtype(dtype))[..., 0]
+    return typed, problems

@@ -1,0 +1,51 @@
+"""What other libraries call the fields of :class:`~lora_jax.config.LoRAConfig`, for its errors."""
+
+import difflib
+from collections.abc import Iterable
+
+_NAMES = {
+    "alpha": ("lora_alpha",),
+    "dropout": ("lora_dropout", "dropout_rate"),
+    "rank": ("r", "lora_rank", "lora_r", "lora_dim"),
+    "rank_stabilized": ("use_rslora", "rslora", "rank_stabilised"),
+    "targets": (
+        "target_modules", "target_parameters", "module_path", "lora_attn_modules", "target",
+        "modules", "include",
+    ),
+    "train": ("modules_to_save", "trainable", "trainable_modules"),
+}  # fmt: skip
+_FIELDS = {word: field for field, words in _NAMES.items() for word in words}
+_INSTEAD = {
+    "bias": 'to train biases use train, for example train=("re:.*/bias",)',
+    "exclude_modules": 'a regular expression in targets can do it, as "re:(?!.*head).*"',
+    "fan_in_fan_out": "which axes of a kernel are inputs is read off the function",
+    "init_lora_weights": "lora_jax.init has one way to start, with b = 0",
+    "inference_mode": "an adapter has no mode; give lift(fn, dropout=0.0) for evaluation",
+    "layers_pattern": 'use a regular expression in targets, as "re:.*layers/[0-3]/.*"',
+    "layers_to_transform": 'use a regular expression in targets, as "re:.*layers/[0-3]/.*"',
+    "peft_type": "there is one type here",
+    "task_type": "the function says what it computes; lora_jax.peft.save_peft takes a task_type",
+    "use_dora": "DoRA is not supported",
+    "weight_qtype": "quantized training is not supported",
+    "base_model_name_or_path": "lora_jax.save takes the id of the base",
+}
+
+
+def unknown_fields(unknown: Iterable[str], fields: Iterable[str]) -> str:
+    """Says which fields a config lacks, and what is there instead.
+
+    >>> unknown_fields(["r"], ["rank", "alpha"])
+    "Unknown LoRAConfig fields ['r']; the fields are ['rank', 'alpha']. rank is this library's name for r."
+    """  # noqa: E501
+    unknown, fields = list(unknown), list(fields)
+    told = [hint for name in unknown if (hint := _hint(name, fields))]
+    return " ".join([f"Unknown LoRAConfig fields {unknown}; the fields are {fields}.", *told])
+
+
+def _hint(name: str, fields: list[str]) -> str:
+    if name in _FIELDS:
+        return f"{_FIELDS[name]} is this library's name for {name}."
+    if name in _INSTEAD:
+        return f"There is no {name} here: {_INSTEAD[name]}."
+    near = difflib.get_close_matches(name, fields, n=1)
+    return f"Did you mean {near[0]} for {name}?" if near else ""
