@@ -64,10 +64,11 @@ def test_a_table_that_is_adapted_is_a_problem():
     assert problem == "takes for kernels: table"
 
 
-def test_a_leaf_that_is_passed_over_is_listed():
+def test_a_leaf_that_is_left_out_is_listed():
     fn = lambda params, x: x @ params["kernel"] + params["table"].sum(1)
-    assert measure.measure(_entry(fn, PARAMS), "").unsaid == ["table (12, 16)"]
-    assert measure.measure(_entry(fn, PARAMS, tables=("table",)), "").unsaid == []
+    (left_out,) = measure.measure(_entry(fn, PARAMS), "").left_out
+    assert left_out.startswith("table (12, 16): goes into 'reduce_sum'")
+    assert measure.measure(_entry(fn, PARAMS, tables=("table",)), "").left_out == []
 
 
 def test_a_function_that_gives_other_values_when_lifted_is_a_problem(monkeypatch):

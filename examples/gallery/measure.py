@@ -34,8 +34,7 @@ class Row:
       lines: number of lines of user code.
       kernels: number of leaves that "all-linear" adapts.
       tables: leaves that the model's entry excludes and that are not adapted.
-      unsaid: other leaves of two axes or more that are not adapted, with nothing said of them.
-      said: such leaves that a warning or ``explain`` names.
+      left_out: other leaves of two axes or more that are not adapted, with what `tabulate` says.
       factored: number of uses that stay factored.
       fallbacks: kernel and reason of each use that forms the full kernel.
       step0: for "op by op" and "jitted", the difference from the base at step 0 (0: the same bits).
@@ -53,8 +52,7 @@ class Row:
     lines: int = 0
     kernels: int = 0
     tables: list[str] = dataclasses.field(default_factory=list)
-    unsaid: list[str] = dataclasses.field(default_factory=list)
-    said: list[str] = dataclasses.field(default_factory=list)
+    left_out: list[str] = dataclasses.field(default_factory=list)
     factored: int = 0
     fallbacks: list[str] = dataclasses.field(default_factory=list)
     step0: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -81,8 +79,8 @@ def measure(entry: Entry, version: str, *, depth: str = "all") -> Row:
         model = entry.build(2)
         model = dataclasses.replace(model, params=moved(model.params))
         row.lines = model.lines
-        config, adapter, said = _init(model, row)
-        _count(entry, model, adapter, row=row, said=said)
+        config, adapter = _init(model, row)
+        _count(entry, model, adapter, config, row=row)
         _other_traces(entry, model, adapter, config=config, row=row)
         if depth != "trace":
             _values(model, adapter, config=config, row=row, deep=depth == "all")
@@ -114,16 +112,15 @@ def _problems_of(row: Row, stage: str) -> Iterator[None]:
         row.problems.append(f"{stage}: {type(error).__name__}: {text[:300]}")
 
 
-def _init(model: Model, row: Row) -> tuple[lora.LoRAConfig, PyTree, str]:
+def _init(model: Model, row: Row) -> tuple[lora.LoRAConfig, PyTree]:
     """Adapts all linear kernels at the default rank, or at the largest lower one that is taken."""
     rank, refused = RANK, None
     while True:
         config = lora.LoRAConfig(rank=rank)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # adapters of tiny kernels are not smaller than these
             try:
                 adapter = lora.init(jax.random.key(1), model.fn, model.params, config, *model.args)
-                said = "\n".join(str(w.message) for w in caught)
                 break
             except ValueError as error:
                 refused, rank = refused or str(error), rank // 2
@@ -131,37 +128,44 @@ def _init(model: Model, row: Row) -> tuple[lora.LoRAConfig, PyTree, str]:
                     raise
     if refused:
         row.problems.append(f"refuses rank {RANK} (measured at {rank}): {refused[:160]}")
-    return config, adapter, said
+    return config, adapter
 
 
 def _nodes(adapter: PyTree) -> dict[str, Any]:
     return paths.named_leaves(adapter, is_leaf=lambda x: hasattr(x, "axes"))
 
 
-def _count(entry: Entry, model: Model, adapter: PyTree, *, row: Row, said: str) -> None:
+def _count(
+    entry: Entry, model: Model, adapter: PyTree, config: lora.LoRAConfig, *, row: Row
+) -> None:
     names = list(_nodes(adapter))
     row.kernels = len(names)
     taken = [n for n in names if entry.is_table(n)]
     if taken:
         row.problems.append(f"takes for kernels: {paths.listing(taken)}")
     explanation = lora.explain(model.fn, model.params, adapter, *model.args)
-    said += str(explanation)
     row.factored = sum(use.factored for use in explanation.kernels.values())
     for name, use in explanation.kernels.items():
         row.fallbacks += [f"{name}: {_without_place(reason)}" for reason in use.fallbacks]
         if not use.factored and not use.fallbacks:
             row.problems.append(f"never used: {name}")
-    is_said = lambda name: re.search(rf"(?<![\w/]){re.escape(name)}(?![\w/])", said)
-    for name, x in paths.named_leaves(model.params).items():
-        if name in names or getattr(x, "ndim", 0) < 2 or not jnp.issubdtype(x.dtype, jnp.inexact):
+    _list_left_out(entry, model, config, row=row)
+
+
+def _list_left_out(entry: Entry, model: Model, config: lora.LoRAConfig, *, row: Row) -> None:
+    table = lora.tabulate(model.fn, model.params, config, *model.args)
+    for name, found in table.rows.items():
+        if found.action == "adapted" or len(found.leaf.shape or ()) < 2:
             continue
-        kind = row.tables if entry.is_table(name) else row.said if is_said(name) else row.unsaid
-        kind.append(f"{name} {tuple(x.shape)}" + (" complex" if jnp.iscomplexobj(x) else ""))
+        if not found.note:
+            row.problems.append(f"not adapted, in silence: {name}")
+        text = f"{name} {found.leaf.shape}: {_without_place(found.note)}"
+        (row.tables if entry.is_table(name) else row.left_out).append(text)
 
 
 def _without_place(reason: str) -> str:
     """A reason without the file and line, which differ between machines."""
-    return re.sub(r" at \S*[/\\].*$", "", reason)
+    return re.sub(r" at [^;]*[/\\][^;]*", "", reason)
 
 
 def _other_traces(

@@ -58,8 +58,7 @@ def line(row: Row) -> str:
     text = f"{row.library}: {row.name}: {shown}; {row.seconds:.0f} s"
     lists = {
         "formed": row.fallbacks,
-        "not adapted, in silence": row.unsaid,
-        "not adapted, as is said": row.said,
+        "not adapted": row.left_out,
         "PROBLEM": row.problems,
     }
     return text + "".join(f"\n    {what}: {x}" for what, items in lists.items() for x in items)
@@ -85,13 +84,9 @@ def page(rows: list[Row]) -> str:
     text += f"{len(bad)} models with problems; {sum(r.seconds for r in rows) / 60:.0f} minutes.\n"
     text += _section("Problems", "What should not be.", rows, "problems")
     text += _section("Fallbacks", "Where a full kernel is formed, and why.", rows, "fallbacks")
-    text += _section(
-        "Not adapted, in silence",
-        "Leaves of two axes or more that are no tables, and that no warning names.",
-        rows,
-        "unsaid",
+    return text + _section(
+        "Not adapted", "Leaves of two axes or more that are no tables, and why.", rows, "left_out"
     )
-    return text + _section("Not adapted, as is said", "", rows, "said")
 
 
 def _cells(row: Row) -> list[str]:

@@ -266,9 +266,13 @@ def _specs(value: Any, spec: Any) -> Any:
 
 
 def _custom(scope: Scope, eqn: Any, vals: Sequence) -> list:
+    raise Unfactored("its own derivative rule takes plain arrays")
+
+
+def _custom_vjp(scope: Scope, eqn: Any, vals: Sequence) -> list:
     raise Unfactored(
-        "its own derivative rule takes plain arrays; where the rule is a solver's, lift the "
-        "function that it is given instead: lora_jax.lift inside"
+        "its own derivative rule takes plain arrays; if it is a solver's, give it the bound "
+        "parameters, and lift the function that it calls"
     )
 
 
@@ -284,5 +288,5 @@ CONTROL: dict[str, interpreter.Control] = {
     "cond": _cond,
     "shard_map": _shard_map,
     "custom_jvp_call": _custom,
-    "custom_vjp_call": _custom,
+    "custom_vjp_call": _custom_vjp,
 }
