@@ -53,6 +53,16 @@ def test_readme_snippets(tmp_path, monkeypatch, capsys):
     assert "trainable params: 355 || all params: 1,443" in capsys.readouterr().out
 
 
+def test_snippets_of_any_function(capsys):
+    text = (ROOT / "docs" / "any_function.md").read_text(encoding="utf-8")
+    space = {}
+    for snippet in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        exec(compile(snippet, "any_function.md", "exec"), space)
+    shown = re.search(r"```text\n(.*?)```", text, flags=re.DOTALL).group(1).splitlines()
+    printed = capsys.readouterr().out
+    assert all(line in printed for line in shown) and len(shown) == 4
+
+
 def test_readme_commands_name_what_exists():
     commands = re.findall(r"^\$ (.*?)(?:  +#.*)?$", README, flags=re.MULTILINE)
     assert commands[:2] == ["make quickstart", "make test"]

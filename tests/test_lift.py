@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 import lora_jax as lora
 from lora_jax.adapter import nodes
 from lora_jax.lowrank import LowRank
+from lora_jax.transform import forms
 
 RNG = np.random.default_rng(0)
 
@@ -476,8 +477,8 @@ def test_remat_policy_is_kept():
 def _primitives(jaxpr):
     for eqn in jaxpr.eqns:
         yield eqn
-        for sub in jax.extend.core.jaxprs_in_params(eqn.params):
-            yield from _primitives(sub)
+        for body in forms.bodies(eqn):
+            yield from _primitives(body.jaxpr)
 
 
 def test_never_forms_the_kernel_or_its_gradient():
