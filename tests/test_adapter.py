@@ -117,7 +117,10 @@ def test_nnx_in_three_lines():
         (dict(targets=("up/bias",)), "none that the function contracts"),
         (dict(targets=("up",), train=("upward",)), "train entry 'upward' matches no parameter"),
         (dict(targets=("up", "head"), train=("re:.*head.*",)), "overlap in params/head"),
-        (dict(rank=9, targets=("up",)), r"rank 9 is larger than the kernel 'params/\w+/kernel' of shape"),
+        (
+            dict(rank=9, targets=("up",)),
+            r"rank 9 is larger than the kernel 'params/\w+/kernel' of shape",
+        ),
         (dict(rank_pattern={"head": 4}), "of shape \\(8, 3\\)"),
         (dict(rank=2, rank_pattern={"sideways": 1}), "rank_pattern entry 'sideways' matches no"),
         (dict(rank=2, alpha_pattern={"sideways": 1}), "alpha_pattern entry 'sideways'"),

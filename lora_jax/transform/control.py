@@ -11,9 +11,9 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from lora_jax.lowrank import BATCH, IN, OUT
-from lora_jax.transform import forms, interpreter, moves
-from lora_jax.transform.forms import Body
-from lora_jax.transform.interpreter import Event, FallbackError, Scope, formed, vary, varying_axes
+from lora_jax.transform import ahead, forms, interpreter, moves
+from lora_jax.transform.forms import Body, vary, varying_axes
+from lora_jax.transform.interpreter import Event, FallbackError, Scope, formed
 from lora_jax.transform.kernel import Kernel, Unfactored, rank_inside, rank_last
 
 Array = jax.Array
@@ -57,9 +57,10 @@ def _call(scope: Scope, eqn: Any, vals: Sequence) -> list:
         return evaluate(scope, body, vals)
     args = [_renamed(v, k) for k, v in enumerate(vals)]
     kinds = _CALLS.setdefault(body.jaxpr, {})
-    kind = (scope.strict, scope.depth + 1, scope.varies)
+    kind = (scope.strict, scope.depth + 1, scope.varies, scope.keeps)
     if kind not in kinds:
-        kinds[kind] = _jitted(body, **dict(zip(("strict", "depth", "varies"), kind, strict=True)))
+        names = ("strict", "depth", "varies", "keeps")
+        kinds[kind] = _jitted(body, **dict(zip(names, kind, strict=True)))
     run, events = kinds[kind]
     real = lambda names: tuple(dict.fromkeys(n for k in names for n in vals[k].names))
     try:
@@ -102,12 +103,13 @@ def _scan(scope: Scope, eqn: Any, vals: Sequence) -> list:
     consts, carry, xs = form.split(vals)
     carry, kept = _hoisted(scope, form.body.jaxpr, carry, form.n_consts, eqn)
     carry = _varying(scope, carry, vals)
+    results = ahead.scan_results(form, scope.keeps)
     slices, whole = zip(*map(_slices, xs), strict=True) if xs else ((), ())
 
     def body(carry: list, slices: tuple) -> tuple[list, list]:
         step, xs = slices
         xs = [f(x) for f, x in zip(whole, xs, strict=True)]
-        inner = scope if step is None else scope.at(step)
+        inner = scope.at(step, keeps=results)
         outs = evaluate(inner, form.body, [*consts, *_refill(carry, kept), *xs])
         reason = "is changed by the loop body"
         carry = [
@@ -242,7 +244,8 @@ def _shard_map(scope: Scope, eqn: Any, vals: Sequence) -> list:
     extra = [x for x in (scope.rate, scope.key) if x is not None]
 
     def body(extra: list, *vals: Any) -> list:
-        inner = dataclasses.replace(scope, **dict(zip(("rate", "key"), extra, strict=False)))
+        changes = dict(zip(("rate", "key"), extra, strict=False))
+        inner = dataclasses.replace(scope, keeps=(), **changes)
         outs = evaluate(inner, form.body, vals)
         reason = "leaves the shard_map"
         return [formed(inner, x, "shard_map", reason, eqn) for x in outs]

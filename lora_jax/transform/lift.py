@@ -16,8 +16,8 @@ from lora_jax import lowrank
 from lora_jax.lowrank import LowRank, Trained
 from lora_jax.transform import origins, roles
 from lora_jax.transform.control import evaluate
-from lora_jax.transform.forms import body_of
-from lora_jax.transform.interpreter import OUTPUT, Event, Scope, formed, varying_axes
+from lora_jax.transform.forms import body_of, varying_axes
+from lora_jax.transform.interpreter import OUTPUT, Event, Scope, formed
 from lora_jax.transform.kernel import Kernel
 
 Array = jax.Array
