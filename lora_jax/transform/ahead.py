@@ -72,7 +72,11 @@ def _inputs(body: Body, results: tuple[bool, ...] = ()) -> tuple[bool, ...]:
 
 
 def _call(eqn: Any, results: tuple[bool, ...]) -> Sequence[bool]:
-    return _inputs(forms.matching_body(eqn) or forms.call(eqn), results)
+    return _inputs(forms.call(eqn), results)
+
+
+def _checkpoint(eqn: Any, results: tuple[bool, ...]) -> Sequence[bool]:
+    return _inputs(forms.checkpoint(eqn).body, results)
 
 
 def scan_results(form: forms.Scan, results: tuple[bool, ...]) -> tuple[bool, ...]:
@@ -114,7 +118,8 @@ def _shard_map(eqn: Any, results: tuple[bool, ...]) -> Sequence[bool]:
 
 
 _CONTROL: dict[str, Callable[[Any, tuple[bool, ...]], Sequence[bool]]] = {
-    **dict.fromkeys(("jit", "pjit", "closed_call", "core_call", "eval_jaxpr", "checkpoint"), _call),
+    **dict.fromkeys(("jit", "pjit", "closed_call", "core_call", "eval_jaxpr"), _call),
+    "checkpoint": _checkpoint,
     "scan": _scan,
     "while": _while,
     "cond": _cond,

@@ -35,16 +35,17 @@ _CALLS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 _DEEPEST = 12  # calls within calls; deeper ones are evaluated in place, or Python's stack overflows
 
 
-def _jitted(body: Body, **kind: Any) -> tuple[Callable, dict]:
+def _jitted(body: Body, *, is_recorded: bool, **kind: Any) -> tuple[Callable, dict]:
     """The jaxpr as a jitted function of arrays and kernels, and what happened in its traces."""
     # The cache must not keep alive what it is a cache for.
     jaxpr, consts = weakref.ref(body.jaxpr), body.consts
     events: dict[Any, dict[tuple, Event]] = {}
 
     def run(args: list, rate: Any, key: Array | None) -> list:
-        scope = Scope(rate=rate, key=key, **kind)
+        found: dict[tuple, Event] = {}
+        scope = Scope(rate=rate, key=key, events=found if is_recorded else None, **kind)
         outs = evaluate(scope, Body(jaxpr(), consts), args)
-        events[jax.tree.structure(args)] = scope.events
+        events[jax.tree.structure(args)] = found
         return outs
 
     return jax.jit(run), events
@@ -57,9 +58,10 @@ def _call(scope: Scope, eqn: Any, vals: Sequence) -> list:
         return evaluate(scope, body, vals)
     args = [_renamed(v, k) for k, v in enumerate(vals)]
     kinds = _CALLS.setdefault(body.jaxpr, {})
-    kind = (scope.strict, scope.depth + 1, scope.varies, scope.keeps)
+    is_recorded = scope.events is not None
+    kind = (is_recorded, scope.strict, scope.depth + 1, scope.varies, scope.keeps)
     if kind not in kinds:
-        names = ("strict", "depth", "varies", "keeps")
+        names = ("is_recorded", "strict", "depth", "varies", "keeps")
         kinds[kind] = _jitted(body, **dict(zip(names, kind, strict=True)))
     run, events = kinds[kind]
     real = lambda names: tuple(dict.fromkeys(n for k in names for n in vals[k].names))
@@ -68,15 +70,17 @@ def _call(scope: Scope, eqn: Any, vals: Sequence) -> list:
     except FallbackError as error:
         event = error.event._replace(names=real(error.event.names))
         raise FallbackError(event, error.why) from None
-    for (*place, _), event in events[jax.tree.structure(args)].items():
-        inner = dataclasses.replace(scope, place=(*scope.place, *place))
-        inner.record(event._replace(names=real(event.names)))
+    for (*place, _), event in events[jax.tree.structure(args)].items() if is_recorded else ():
+        names = real(event.names)
+        scope.events[(*scope.place, *place, names)] = event._replace(names=names)
     named = lambda x: dataclasses.replace(x, names=real(x.names))
     return [named(x) if isinstance(x, Kernel) else x for x in outs]
 
 
 def _renamed(value: Any, number: int) -> Any:
-    return dataclasses.replace(value, names=(number,)) if isinstance(value, Kernel) else value
+    if not isinstance(value, Kernel):
+        return value
+    return Kernel(value.w, value.a, value.b, value.axes, (number,))
 
 
 def _inline(scope: Scope, eqn: Any, vals: Sequence) -> list:

@@ -53,7 +53,8 @@ class Scope:
       strict: a fallback is an error.
       rate: dropout rate of the low-rank branches; None for none.
       key: the PRNG key of this place; each equation folds in its position.
-      events: where uses are recorded, by place, so that tracing a loop body twice counts once.
+      events: where uses are recorded, by place, so that tracing a loop body twice counts once; None
+        if nobody asks.
       place: the equations around this one.
       depth: the number of nested calls around this one.
       keeps: of each result of this equation, whether whatever uses it takes kernels.
@@ -64,7 +65,7 @@ class Scope:
     strict: bool = False
     rate: Any = None
     key: Array | None = None
-    events: dict[tuple, Event] = dataclasses.field(default_factory=dict)
+    events: dict[tuple, Event] | None = None
     place: tuple = ()
     depth: int = 0
     keeps: tuple[bool, ...] = ()
@@ -73,11 +74,16 @@ class Scope:
     def at(self, index: Any, place: Any = None, keeps: tuple[bool, ...] = ()) -> "Scope":
         """The scope of the equation (or loop iteration) number ``index``."""
         key = None if self.key is None else jax.random.fold_in(self.key, index)
-        return dataclasses.replace(self, key=key, place=(*self.place, place), keeps=keeps)
+        places = (*self.place, place)
+        # Once for each equation: `dataclasses.replace` takes three times as long.
+        return Scope(
+            self.strict, self.rate, key, self.events, places, self.depth, keeps, self.varies
+        )
 
     def record(self, event: Event) -> None:
         """Notes the use of a kernel at this place."""
-        self.events[(*self.place, event.names)] = event
+        if self.events is not None:
+            self.events[(*self.place, event.names)] = event
 
 
 Control = Callable[["Scope", Any, Sequence[Any]], list]

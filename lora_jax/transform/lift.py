@@ -82,7 +82,8 @@ def trace(fn: Callable, args: tuple, kwargs: dict) -> list[Event]:
     """
     leaves, treedef = jax.tree.flatten((args, kwargs))
     abstract = [k for k, x in enumerate(leaves) if isinstance(x, jax.ShapeDtypeStruct)]
-    scope = Scope()
+    events: dict[tuple, Event] = {}
+    scope = Scope(events=events)
 
     def run(*values: Array) -> Any:
         filled = dict(zip(abstract, values, strict=True))
@@ -90,7 +91,7 @@ def trace(fn: Callable, args: tuple, kwargs: dict) -> list[Event]:
         return _run(scope, fn, args, kwargs)
 
     jax.eval_shape(run, *[leaves[k] for k in abstract])
-    return list(scope.events.values())
+    return list(events.values())
 
 
 def trace_roles(
