@@ -56,6 +56,34 @@ def _look_ahead(jaxpr: Any, results: Sequence[bool]) -> Wanted:
     return found
 
 
+_MOVED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def may_be_kernels(jaxpr: Any, kernels: tuple[bool, ...]) -> tuple[bool, ...]:
+    """Of each output of a jaxpr, whether it may be a kernel, given which of the inputs are."""
+    known = _MOVED.setdefault(jaxpr, {})
+    if kernels not in known:
+        moved = {v for v, is_kernel in zip(jaxpr.invars, kernels, strict=True) if is_kernel}
+        is_moved = lambda atom: not forms.is_literal(atom) and atom in moved
+        for eqn in jaxpr.eqns:
+            inputs = tuple(map(is_moved, eqn.invars))
+            if any(inputs):
+                results = zip(eqn.outvars, _results(eqn, inputs), strict=True)
+                moved.update(v for v, result in results if result)
+        known[kernels] = tuple(map(is_moved, jaxpr.outvars))
+    return known[kernels]
+
+
+def _results(eqn: Any, kernels: tuple[bool, ...]) -> Sequence[bool]:
+    name = forms.name_of(eqn)
+    if name in ("jit", "pjit"):
+        return may_be_kernels(forms.call(eqn).jaxpr, kernels)
+    is_product = name in uses.USES and sum(kernels) > 1
+    # A gather of batch entries is a kernel again.
+    may_be = is_product or name in (*moves.MOVES, *_CONTROL, "gather")
+    return [may_be] * len(eqn.outvars)
+
+
 def _operands(eqn: Any, results: tuple[bool, ...]) -> Sequence[bool]:
     """For each operand, whether it may stay a kernel, given that of each result."""
     name = forms.name_of(eqn)

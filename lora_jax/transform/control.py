@@ -59,7 +59,10 @@ def _call(scope: Scope, eqn: Any, vals: Sequence) -> list:
     args = [_renamed(v, k) for k, v in enumerate(vals)]
     kinds = _CALLS.setdefault(body.jaxpr, {})
     is_recorded = scope.events is not None
-    kind = (is_recorded, scope.strict, scope.depth + 1, scope.varies, scope.keeps)
+    kernels = tuple(isinstance(v, Kernel) for v in vals)
+    # Where no kernel can come out, it makes no difference what the results are used for.
+    pairs = zip(scope.keeps, ahead.may_be_kernels(body.jaxpr, kernels), strict=True)
+    kind = (is_recorded, scope.strict, scope.depth + 1, scope.varies, tuple(map(all, pairs)))
     if kind not in kinds:
         names = ("is_recorded", "strict", "depth", "varies", "keeps")
         kinds[kind] = _jitted(body, **dict(zip(names, kind, strict=True)))
