@@ -278,8 +278,8 @@ class Chain(NamedTuple):
 
 
 @st.composite
-def chains(draw):
-    roles, dtype = draw(st.sampled_from(ROLES)), draw(st.sampled_from(sorted(DTYPES)))
+def chains(draw, dtypes=("bfloat16", "float32")):
+    roles, dtype = draw(st.sampled_from(ROLES)), draw(st.sampled_from(dtypes))
     shape = tuple(draw(st.sampled_from([2, 3, 4])) for _ in roles)
     w, now, run, text = jax.ShapeDtypeStruct(shape, dtype), roles, lambda w: w, []
     for _ in range(draw(st.integers(0, 4))):
@@ -340,12 +340,16 @@ def results(chain, params, adapter, x):
 
 
 def _value_and_grad(f, adapter):
+    """The value, and in float32 the gradient, of which roundings in bfloat16 would hide the most."""
+
     def total(adapter):
         y = f(adapter)
         return jnp.mean(y.astype(jnp.float32)), y
 
+    if jax.eval_shape(f, adapter).dtype != jnp.float32:
+        return [f(adapter)]
     gradient, y = jax.grad(total, has_aux=True)(adapter)
-    return y, gradient["w"].a, gradient["w"].b
+    return [y, gradient["w"].a, gradient["w"].b]
 
 
 # Every example compiles a program of its own, so that a search for a smaller one takes an hour.
@@ -365,7 +369,14 @@ def test_a_random_chain(chain):
 
 
 @pytest.mark.slow
-@quick(max_examples=1000)
-@given(chains())
+@quick(max_examples=600)
+@given(chains(dtypes=("float32",)))
 def test_many_random_chains(chain):
+    check(chain)
+
+
+@pytest.mark.slow
+@quick(max_examples=400)
+@given(chains(dtypes=("bfloat16",)))
+def test_many_random_chains_in_bfloat16(chain):
     check(chain)
