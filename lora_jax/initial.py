@@ -128,8 +128,8 @@ class Choice:
       kernels: every leaf.
       ranks: of each kernel to adapt, in the order of the leaves.
       trained: the leaves to train in full.
-      left_out: leaves that were asked for and can't be adapted, and kernels that "all-linear" can't
-        adapt, with the reasons.
+      left_out: leaves that were asked for and can't be adapted, and those that "all-linear" leaves
+        out since they can't be, or since their use can't be seen, with the reasons.
     """
 
     kernels: Kernels
@@ -188,7 +188,7 @@ def _is_missed(found: Kernels, name: str, named: set[str], config: LoRAConfig) -
     if leaf.axes or len(leaf.shape or ()) < 2 or not leaf.is_weight:
         return False
     is_complex = jnp.issubdtype(leaf.dtype, jnp.complexfloating)
-    return name in named or (ALL_LINEAR in config.targets and is_complex)
+    return name in named or (ALL_LINEAR in config.targets and (is_complex or bool(leaf.hidden_in)))
 
 
 def _check_overlap(hits: Mapping[str, Iterable[str]], trained: Iterable[str]) -> None:
@@ -238,9 +238,15 @@ def _all_linear(found: Kernels, trained: Iterable[str]) -> set[str]:
         raise ValueError(
             f"targets {ALL_LINEAR!r} finds no kernel: the function contracts none of its "
             f"parameters, or `train` names them all. Kernels here: "
-            f"{paths.listing(found.adaptable())}.{_not_understood(found)}"
+            f"{paths.listing(found.adaptable())}.{_hidden(found)}{_not_understood(found)}"
         )
     return linear
+
+
+def _hidden(found: Kernels) -> str:
+    """Says which leaves go into what can't be looked into: if they are named, they are adapted."""
+    hidden = [f"{n} {leaf.reason}" for n, leaf in found.leaves.items() if leaf.hidden_in]
+    return f" Name those among these that are kernels: {_shortened(hidden)}." if hidden else ""
 
 
 def _check_patterns(config: LoRAConfig, names: Iterable[str]) -> None:

@@ -304,6 +304,32 @@ FACTORED = {
         lambda p, x: lax.scan(lambda c, _: ((c[0], jnp.tanh(c[1] @ c[0])), None), (p["w"], x), length=3)[0][1],
         array(4, 4), X, "io",
     ),
+    "changed in a jit that gives it back": (
+        lambda p, x: x @ jax.jit(lambda w: w * jnp.arange(6.0)[None] + 1)(p["w"]), W, X, "io",
+    ),
+    "changed in a checkpoint that gives it back": (
+        lambda p, x: x @ jax.checkpoint(lambda w: w * jnp.arange(6.0)[None] + 1)(p["w"]), W, X, "io",
+    ),
+    "changed for the branches": (
+        lambda p, x: lax.cond(x[0, 0] > 9, lambda w: x @ w, lambda w: jnp.sin(x @ w), p["w"] + 1), W, X, "io",
+    ),
+    "changed for a loop": (
+        lambda p, x: (lambda w: lax.scan(lambda c, _: (jnp.tanh(c @ w), None), x, length=2)[0])(p["w"] - 1),
+        array(4, 4), X, "io",
+    ),
+    "changed to be scanned": (
+        lambda p, x: lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, p["w"] * jnp.arange(4.0)[None, None])[0],
+        array(3, 4, 4), X, "bio",
+    ),
+    "changed to be carried": (
+        lambda p, x: lax.scan(lambda c, _: ((c[0], jnp.tanh(c[1] @ c[0])), None), (p["w"] / 2 + 1, x), length=2)[0][1],
+        array(4, 4), X, "io",
+    ),
+    "changed by a scan that hands it out": (
+        lambda p, x: x @ lax.scan(lambda c, w: (jnp.tanh(c @ w), w + 1), x, p["w"])[1][1],
+        array(3, 4, 4), X, "bio",
+    ),
+    "third power": (lambda p, x: x @ jnp.linalg.matrix_power(p["w"], 3), array(4, 4), X, "io"),
 }  # fmt: skip
 
 
@@ -334,6 +360,15 @@ FALLBACK = {
     "set into zeros": (lambda p, x: x @ jnp.zeros((4, 9)).at[:, :6].set(p["w"]), W, X),
     "updated in zeros": (
         lambda p, x: x @ lax.dynamic_update_slice(jnp.zeros((4, 9)), p["w"], (0, 0)), W, X,
+    ),
+    "set as rows of zeros": (
+        lambda p, x: x @ jnp.zeros((4, 6)).at[np.array([0, 3])].set(p["w"]), array(2, 6), X,
+    ),
+    "a column of it scaled": (lambda p, x: x @ p["w"].at[:, 0].multiply(2.0), W, X),
+    "Kronecker product": (lambda p, x: x @ jnp.kron(p["w"], jnp.ones((2, 1))), array(2, 3), X),
+    "chosen for each example": (
+        lambda p, x: jax.vmap(lambda k, x: lax.switch(k, [lambda x: x @ p["w"], lambda x: x[:3].sum() + x @ p["w"]], x))(
+            jnp.array([0, 1, 0, 1, 1]), x), W, X,
     ),
     "a branch gives it": (
         lambda p, x: x @ lax.cond(x[0, 0] > 9, lambda: p["w"], lambda: 2 * p["w"]), W, X,

@@ -11,9 +11,9 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from lora_jax.lowrank import BATCH, IN, OUT
-from lora_jax.transform import forms, interpreter, moves
-from lora_jax.transform.forms import Body
-from lora_jax.transform.interpreter import Event, FallbackError, Scope, formed, vary, varying_axes
+from lora_jax.transform import ahead, forms, interpreter, moves
+from lora_jax.transform.forms import Body, vary, varying_axes
+from lora_jax.transform.interpreter import Event, FallbackError, Scope, formed
 from lora_jax.transform.kernel import Kernel, Unfactored, rank_inside, rank_last
 
 Array = jax.Array
@@ -35,16 +35,17 @@ _CALLS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 _DEEPEST = 12  # calls within calls; deeper ones are evaluated in place, or Python's stack overflows
 
 
-def _jitted(body: Body, **kind: Any) -> tuple[Callable, dict]:
+def _jitted(body: Body, *, is_recorded: bool, **kind: Any) -> tuple[Callable, dict]:
     """The jaxpr as a jitted function of arrays and kernels, and what happened in its traces."""
     # The cache must not keep alive what it is a cache for.
     jaxpr, consts = weakref.ref(body.jaxpr), body.consts
     events: dict[Any, dict[tuple, Event]] = {}
 
     def run(args: list, rate: Any, key: Array | None) -> list:
-        scope = Scope(rate=rate, key=key, **kind)
+        found: dict[tuple, Event] = {}
+        scope = Scope(rate=rate, key=key, events=found if is_recorded else None, **kind)
         outs = evaluate(scope, Body(jaxpr(), consts), args)
-        events[jax.tree.structure(args)] = scope.events
+        events[jax.tree.structure(args)] = found
         return outs
 
     return jax.jit(run), events
@@ -57,9 +58,14 @@ def _call(scope: Scope, eqn: Any, vals: Sequence) -> list:
         return evaluate(scope, body, vals)
     args = [_renamed(v, k) for k, v in enumerate(vals)]
     kinds = _CALLS.setdefault(body.jaxpr, {})
-    kind = (scope.strict, scope.depth + 1, scope.varies)
+    is_recorded = scope.events is not None
+    kernels = tuple(isinstance(v, Kernel) for v in vals)
+    # Where no kernel can come out, it makes no difference what the results are used for.
+    pairs = zip(scope.keeps, ahead.may_be_kernels(body.jaxpr, kernels), strict=True)
+    kind = (is_recorded, scope.strict, scope.depth + 1, scope.varies, tuple(map(all, pairs)))
     if kind not in kinds:
-        kinds[kind] = _jitted(body, **dict(zip(("strict", "depth", "varies"), kind, strict=True)))
+        names = ("is_recorded", "strict", "depth", "varies", "keeps")
+        kinds[kind] = _jitted(body, **dict(zip(names, kind, strict=True)))
     run, events = kinds[kind]
     real = lambda names: tuple(dict.fromkeys(n for k in names for n in vals[k].names))
     try:
@@ -67,15 +73,17 @@ def _call(scope: Scope, eqn: Any, vals: Sequence) -> list:
     except FallbackError as error:
         event = error.event._replace(names=real(error.event.names))
         raise FallbackError(event, error.why) from None
-    for (*place, _), event in events[jax.tree.structure(args)].items():
-        inner = dataclasses.replace(scope, place=(*scope.place, *place))
-        inner.record(event._replace(names=real(event.names)))
+    for (*place, _), event in events[jax.tree.structure(args)].items() if is_recorded else ():
+        names = real(event.names)
+        scope.events[(*scope.place, *place, names)] = event._replace(names=names)
     named = lambda x: dataclasses.replace(x, names=real(x.names))
     return [named(x) if isinstance(x, Kernel) else x for x in outs]
 
 
 def _renamed(value: Any, number: int) -> Any:
-    return dataclasses.replace(value, names=(number,)) if isinstance(value, Kernel) else value
+    if not isinstance(value, Kernel):
+        return value
+    return Kernel(value.w, value.a, value.b, value.axes, (number,))
 
 
 def _inline(scope: Scope, eqn: Any, vals: Sequence) -> list:
@@ -102,12 +110,13 @@ def _scan(scope: Scope, eqn: Any, vals: Sequence) -> list:
     consts, carry, xs = form.split(vals)
     carry, kept = _hoisted(scope, form.body.jaxpr, carry, form.n_consts, eqn)
     carry = _varying(scope, carry, vals)
+    results = ahead.scan_results(form, scope.keeps)
     slices, whole = zip(*map(_slices, xs), strict=True) if xs else ((), ())
 
     def body(carry: list, slices: tuple) -> tuple[list, list]:
         step, xs = slices
         xs = [f(x) for f, x in zip(whole, xs, strict=True)]
-        inner = scope if step is None else scope.at(step)
+        inner = scope.at(step, keeps=results)
         outs = evaluate(inner, form.body, [*consts, *_refill(carry, kept), *xs])
         reason = "is changed by the loop body"
         carry = [
@@ -242,7 +251,8 @@ def _shard_map(scope: Scope, eqn: Any, vals: Sequence) -> list:
     extra = [x for x in (scope.rate, scope.key) if x is not None]
 
     def body(extra: list, *vals: Any) -> list:
-        inner = dataclasses.replace(scope, **dict(zip(("rate", "key"), extra, strict=False)))
+        changes = dict(zip(("rate", "key"), extra, strict=False))
+        inner = dataclasses.replace(scope, keeps=(), **changes)
         outs = evaluate(inner, form.body, vals)
         reason = "leaves the shard_map"
         return [formed(inner, x, "shard_map", reason, eqn) for x in outs]

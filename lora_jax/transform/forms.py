@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax import lax
 from jax.extend import core, source_info_util
 
 from lora_jax.transform.kernel import Unfactored
@@ -89,7 +90,20 @@ def source(eqn: Any) -> str:
     return source_info_util.summarize(eqn.source_info)
 
 
-def varying_axes(type_: Any) -> frozenset:
+def varying_axes(x: Any) -> frozenset:
+    """The axes of a ``shard_map``'s mesh over which a value varies, as far as its type says."""
+    return varying_axes_of(jax.typeof(x))
+
+
+def vary(x: Any, axes: frozenset) -> Any:
+    """The same value, as one that varies over more axes of a ``shard_map``'s mesh."""
+    missing = tuple(sorted(axes - varying_axes(x)))
+    if not missing:
+        return x
+    return lax.pcast(x, missing, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, missing)
+
+
+def varying_axes_of(type_: Any) -> frozenset:
     """The axes of a ``shard_map``'s mesh over which values of a type vary, as far as it says."""
     axes = getattr(getattr(type_, "manual_axis_type", None), "varying", None)
     return frozenset(getattr(type_, "vma", ()) if axes is None else axes)
@@ -247,3 +261,10 @@ def pallas(eqn: Any) -> tuple[Body, list[int]]:
     if len(body.jaxpr.invars) < len(operands):
         raise UnknownForm(unknown(eqn, "its body has fewer references than there are operands"))
     return body, operands
+
+
+def kept_axes(eqn: Any, operand: int) -> list[int]:
+    """The axes of an operand of ``pallas_call`` that its blocks have; the others are squeezed."""
+    number = operand - eqn.params["grid_mapping"].num_index_operands
+    sizes = eqn.params["grid_mapping"].block_mappings[number].block_shape
+    return [k for k, n in enumerate(sizes) if n is not None and type(n).__name__ != "Squeezed"]

@@ -11,7 +11,6 @@ alone.
 
 import dataclasses
 import functools
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,8 +21,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.dropout import dropout
 from lora_jax.lowrank import BATCH
-from lora_jax.transform import forms, kernel, moves, uses
-from lora_jax.transform.forms import Body
+from lora_jax.transform import ahead, forms, kernel, moves, uses
+from lora_jax.transform.ahead import Wanted
+from lora_jax.transform.forms import Body, vary, varying_axes
 from lora_jax.transform.kernel import Kernel, Unfactored
 
 Array = jax.Array
@@ -53,9 +53,11 @@ class Scope:
       strict: a fallback is an error.
       rate: dropout rate of all low-rank branches; None for the rate of each kernel.
       key: the PRNG key of this place; each equation folds in its position.
-      events: where uses are recorded, by place, so that tracing a loop body twice counts once.
+      events: where uses are recorded, by place, so that tracing a loop body twice counts once; None
+        if nobody asks.
       place: the equations around this one.
       depth: the number of nested calls around this one.
+      keeps: of each result of this equation, whether whatever uses it takes kernels.
       varies: in a ``shard_map``, factors vary over devices over which their kernels do not, and so
         do values that the user's equations were made for as constant.
     """
@@ -63,19 +65,25 @@ class Scope:
     strict: bool = False
     rate: Any = None
     key: Array | None = None
-    events: dict[tuple, Event] = dataclasses.field(default_factory=dict)
+    events: dict[tuple, Event] | None = None
     place: tuple = ()
     depth: int = 0
+    keeps: tuple[bool, ...] = ()
     varies: bool = False
 
-    def at(self, index: Any, place: Any = None) -> "Scope":
+    def at(self, index: Any, place: Any = None, keeps: tuple[bool, ...] = ()) -> "Scope":
         """The scope of the equation (or loop iteration) number ``index``."""
         key = None if self.key is None else jax.random.fold_in(self.key, index)
-        return dataclasses.replace(self, key=key, place=(*self.place, place))
+        places = (*self.place, place)
+        # Once for each equation: `dataclasses.replace` takes three times as long.
+        return Scope(
+            self.strict, self.rate, key, self.events, places, self.depth, keeps, self.varies
+        )
 
     def record(self, event: Event) -> None:
         """Notes the use of a kernel at this place."""
-        self.events[(*self.place, event.names)] = event
+        if self.events is not None:
+            self.events[(*self.place, event.names)] = event
 
 
 Control = Callable[["Scope", Any, Sequence[Any]], list]
@@ -93,7 +101,7 @@ def evaluate(scope: Scope, body: Body, args: Sequence[Any], control: Mapping[str
     env: dict[Any, Any] = dict(zip(body.jaxpr.constvars, body.consts, strict=True))
     env.update(zip(body.jaxpr.invars, args, strict=True))
     read = lambda atom: atom.val if forms.is_literal(atom) else env[atom]
-    wanted = _wanted(body.jaxpr)
+    wanted = ahead.wanted(body.jaxpr, scope.keeps)
     index = -1
     for eqn in body.jaxpr.eqns:
         # Not counted, so that dropout is the same on a mesh, where a model may have them.
@@ -102,50 +110,12 @@ def evaluate(scope: Scope, body: Body, args: Sequence[Any], control: Mapping[str
         has_kernel = any(isinstance(v, Kernel) for v in vals)
         in_control = scope.varies and forms.name_of(eqn) in control
         if has_kernel or (in_control and _vary_anew(eqn, vals)):
-            outs = _factored(scope.at(index, id(eqn)), eqn, vals, wanted, control)
+            inner = scope.at(index, id(eqn), wanted.keeps(eqn.outvars))
+            outs = _factored(inner, eqn, vals, wanted, control)
         else:
             outs = plain(eqn, vary_alike(eqn, vals) if scope.varies else vals, wanted.used)
         env.update(zip(eqn.outvars, outs, strict=True))
     return [read(atom) for atom in body.jaxpr.outvars]
-
-
-class _Wanted(NamedTuple):
-    """Variables of a jaxpr that something uses, and those that are used as kernels alone."""
-
-    used: set
-    as_kernels: set
-
-
-_WANTED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
-
-def _wanted(jaxpr: Any) -> _Wanted:
-    """Looks ahead: a sum stays a kernel if all that uses it moves kernels, or is a product."""
-    if jaxpr not in _WANTED:
-        _WANTED[jaxpr] = _look_ahead(jaxpr)
-    return _WANTED[jaxpr]
-
-
-def _look_ahead(jaxpr: Any) -> _Wanted:
-    used = {v for v in jaxpr.outvars if not forms.is_literal(v)}
-    other, as_kernels = set(used), set()
-    for eqn in reversed(jaxpr.eqns):
-        result = all(v in as_kernels or v not in used for v in eqn.outvars)
-        for v, keeps in zip(eqn.invars, _keeps_kernels(eqn, result), strict=True):
-            if not forms.is_literal(v):
-                used.add(v)
-                (as_kernels if keeps else other).add(v)
-        as_kernels -= other
-    return _Wanted(used, as_kernels)
-
-
-def _keeps_kernels(eqn: Any, result: bool) -> list[bool]:
-    """For each operand, whether it stays a kernel; ``result``: whether the results do."""
-    name = forms.name_of(eqn)
-    if name in ("jit", "pjit") and (body := forms.matching_body(eqn)):
-        inner = _wanted(body.jaxpr)
-        return [v in inner.as_kernels or v not in inner.used for v in body.jaxpr.invars]
-    return [name in uses.USES or (name in moves.MOVES and result)] * len(eqn.invars)
 
 
 def plain(eqn: Any, vals: Sequence[Any], used: set | None = None) -> list:
@@ -172,21 +142,8 @@ def _empty() -> Any:
     return forms.body_of(jax.make_jaxpr(lambda: ())()).jaxpr
 
 
-def varying_axes(x: Any) -> frozenset:
-    """The axes of a ``shard_map``'s mesh over which a value varies, as far as its type says."""
-    return forms.varying_axes(jax.typeof(x))
-
-
-def vary(x: Any, axes: frozenset) -> Any:
-    """The same value, as one that varies over more axes of a ``shard_map``'s mesh."""
-    missing = tuple(sorted(axes - varying_axes(x)))
-    if not missing:
-        return x
-    return lax.pcast(x, missing, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, missing)
-
-
 def _vary_anew(eqn: Any, vals: Sequence[Any]) -> bool:
-    known = [forms.varying_axes(atom.aval) for atom in eqn.invars]
+    known = [forms.varying_axes_of(atom.aval) for atom in eqn.invars]
     return any(varying_axes(v) - axes for v, axes in zip(vals, known, strict=True))
 
 
@@ -199,7 +156,7 @@ def vary_alike(eqn: Any, vals: Sequence[Any]) -> list:
 
 
 def _factored(
-    scope: Scope, eqn: Any, vals: Sequence, wanted: _Wanted, control: Mapping[str, Control]
+    scope: Scope, eqn: Any, vals: Sequence, wanted: Wanted, control: Mapping[str, Control]
 ) -> list:
     name = forms.name_of(eqn)
     rule = control.get(name)
@@ -223,7 +180,7 @@ def _frozen(vals: Sequence) -> list:
     return [v.w if isinstance(v, Kernel) else v for v in vals]
 
 
-def _move(eqn: Any, vals: Sequence, wanted: _Wanted) -> list:
+def _move(eqn: Any, vals: Sequence, wanted: Wanted) -> list:
     if eqn.primitive.name in moves.WITH_AN_ARRAY:
         arrays = [v for v in vals if not isinstance(v, Kernel) and jnp.ndim(v)]
         if (arrays or len(vals) > 1) and not set(eqn.outvars) <= wanted.as_kernels:
@@ -231,7 +188,7 @@ def _move(eqn: Any, vals: Sequence, wanted: _Wanted) -> list:
     return moves.MOVES[forms.name_of(eqn)](eqn, vals, plain(eqn, _frozen(vals)))
 
 
-def _use(scope: Scope, eqn: Any, vals: Sequence, wanted: _Wanted) -> list:
+def _use(scope: Scope, eqn: Any, vals: Sequence, wanted: Wanted) -> list:
     use = uses.USES[eqn.primitive.name]
     if scope.varies:
         vals = _kernels_vary_alike(eqn, vals)

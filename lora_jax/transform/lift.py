@@ -16,8 +16,8 @@ from lora_jax import lowrank
 from lora_jax.lowrank import LowRank, Trained
 from lora_jax.transform import origins, roles
 from lora_jax.transform.control import evaluate
-from lora_jax.transform.forms import body_of
-from lora_jax.transform.interpreter import OUTPUT, Event, Scope, formed, varying_axes
+from lora_jax.transform.forms import body_of, varying_axes
+from lora_jax.transform.interpreter import OUTPUT, Event, Scope, formed
 from lora_jax.transform.kernel import Kernel
 
 Array = jax.Array
@@ -86,7 +86,8 @@ def trace(fn: Callable, args: tuple, kwargs: dict) -> list[Event]:
     """
     leaves, treedef = jax.tree.flatten((args, kwargs))
     abstract = [k for k, x in enumerate(leaves) if isinstance(x, jax.ShapeDtypeStruct)]
-    scope = Scope()
+    events: dict[tuple, Event] = {}
+    scope = Scope(events=events)
 
     def run(*values: Array) -> Any:
         filled = dict(zip(abstract, values, strict=True))
@@ -94,7 +95,7 @@ def trace(fn: Callable, args: tuple, kwargs: dict) -> list[Event]:
         return _run(scope, fn, args, kwargs)
 
     jax.eval_shape(run, *[leaves[k] for k in abstract])
-    return list(scope.events.values())
+    return list(events.values())
 
 
 def trace_roles(

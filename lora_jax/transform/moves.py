@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax import lowrank
 from lora_jax.lowrank import BATCH, IN, OUT, positions
+from lora_jax.transform import forms
 from lora_jax.transform.kernel import (
     SAME,
     Kernel,
@@ -564,7 +565,7 @@ def _all_gather(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
     """``lax.all_gather`` in a ``shard_map``, along an axis of which each device has a part."""
     kernel, axis = _the_kernel(vals), eqn.params["all_gather_dimension"]
     if not eqn.params["tiled"]:
-        axes = kernel.axes[:axis] + BATCH + kernel.axes[axis:]
+        axes = kernel.axes[:axis] + _role_over_devices(eqn, kernel) + kernel.axes[axis:]
     elif is_free(kernel, axis) and kernel.axes[axis] == SAME:
         return [dataclasses.replace(kernel, w=w[0])]
     else:
@@ -576,6 +577,16 @@ def _all_gather(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
         return _rebound(eqn, x, all_gather_dimension=new.index(axis))
 
     return [map_factors(kernel, w[0], axes, change)]
+
+
+def _role_over_devices(eqn: Any, kernel: Kernel) -> str:
+    """The role of an axis of devices, of which a factor that varies over them has a part each."""
+    names = eqn.params["axis_name"]
+    names = frozenset(names if isinstance(names, tuple | list) else (names,))
+    w, a, b = (bool(names & forms.varying_axes(x)) for x in (kernel.w, kernel.a, kernel.b))
+    if a == b:  # with check_vma=False nothing is known to vary
+        return SAME if w and not a else BATCH
+    return IN if a else OUT
 
 
 MOVES: dict[str, Rule] = {

@@ -38,12 +38,14 @@ class Value:
       level: what it depends on: ``FIXED``, ``NOISE`` or ``DATA``.
       is_repeated: an axis was added or widened by repetition.
       is_picked: rows of a parameter, chosen by something that depends on the inputs.
+      is_mixed: it was multiplied by a constant matrix, as when a table of positions is resized.
     """
 
     axes: Axes | None = None
     level: int = FIXED
     is_repeated: bool = False
     is_picked: bool = False
+    is_mixed: bool = False
 
 
 def of_parameter(name: str, ndim: int) -> Value:
@@ -142,8 +144,30 @@ def _scatter(eqn: Any, axes: Sequence) -> list[Axes]:
     parts = [] if axes[0] is None else [axes[0]]
     if axes[2] is not None:
         along = dict(zip(rows, dims.update_window_dims, strict=True))
+        numbers = [k for k in range(len(axes[2])) if k not in dims.update_window_dims]
+        if len(gone) == len(numbers) == 1:  # rows that are set by number
+            along[gone[0]] = numbers[0]
         parts.append(tuple(axes[2][along[k]] if k in along else frozenset() for k in range(ndim)))
     return [union(parts)]
+
+
+def _all_gather(eqn: Any, axes: Sequence) -> list[Axes]:
+    new = eqn.params["all_gather_dimension"]
+    added = () if eqn.params["tiled"] else (frozenset(),)
+    return [(*axes[0][:new], *added, *axes[0][new:])]
+
+
+def _reduce_scatter(eqn: Any, axes: Sequence) -> list[Axes]:
+    gone = eqn.params["scatter_dimension"]
+    return [axes[0] if eqn.params["tiled"] else axes[0][:gone] + axes[0][gone + 1 :]]
+
+
+def _all_to_all(eqn: Any, axes: Sequence) -> list[Axes]:
+    if eqn.params["tiled"]:
+        return [axes[0]]
+    gone, new = eqn.params["split_axis"], eqn.params["concat_axis"]
+    rest = axes[0][:gone] + axes[0][gone + 1 :]
+    return [(*rest[:new], frozenset(), *rest[new:])]
 
 
 def _by_axis(eqn: Any, axes: Sequence) -> list[Axes]:
@@ -166,8 +190,10 @@ REARRANGEMENTS: dict[str, Rule] = {
     "dynamic_update_slice": _of_all,
     "gather": _gather,
     "scatter": _scatter,
-    "scatter-add": _scatter,
-    "scatter_add": _scatter,
+    **dict.fromkeys(
+        (f"scatter{sign}{kind}" for sign in "-_" for kind in ("add", "sub", "mul", "min", "max")),
+        _scatter,
+    ),
     "pad": _by_axis,
     "rev": _by_axis,
     "tile": _by_axis,
@@ -179,10 +205,10 @@ REARRANGEMENTS: dict[str, Rule] = {
     "reshard": _by_axis,
     "pvary": _by_axis,
     "pcast": _by_axis,
-    "all_gather": _by_axis,
-    "all_gather_invariant": _by_axis,
-    "reduce_scatter": _by_axis,
-    "all_to_all": _by_axis,
+    "all_gather": _all_gather,
+    "all_gather_invariant": _all_gather,
+    "reduce_scatter": _reduce_scatter,
+    "all_to_all": _all_to_all,
     "ppermute": _by_axis,
     "copy": _by_axis,
     "copy_p": _by_axis,
@@ -195,7 +221,7 @@ REARRANGEMENTS: dict[str, Rule] = {
 REDUCTIONS = {
     *("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "reduce"),
     *("argmax", "argmin", "reduce_window", "reduce_window_sum", "reduce_window_max", "psum"),
-    *("svd", "qr", "eigh", "eig", "lu", "fft", "top_k", "iota", "scatter_mul", "cumsum"),
+    *("svd", "qr", "eigh", "eig", "lu", "fft", "top_k", "iota", "cumsum"),
 }
 # Primitives whose results are their operands.
 ONE_TO_ONE = {"device_put", "optimization_barrier"}
@@ -219,9 +245,23 @@ def entry_by_entry(eqn: Any, values: Sequence[Value]) -> list[Axes | None]:
             if v.axes is not None and shape(atom) == tuple(var.aval.shape)
         ]
         alike = [v for v in alike if not v.is_repeated] or alike
+        if not alike and eqn.primitive.name == "mul":
+            result.append(_outer(eqn, values))
+            continue
         real = jnp.issubdtype(getattr(var.aval, "dtype", jnp.int32), jnp.inexact)
         result.append(union([v.axes for v in alike]) if alike and real else None)
     return result
+
+
+def _outer(eqn: Any, values: Sequence[Value]) -> Axes | None:
+    """The origins of a product of which each operand is broadcast, as in a Kronecker product."""
+    pairs = zip(values, eqn.invars, strict=True)
+    parts = [
+        tuple(axis if n != 1 else frozenset() for axis, n in zip(v.axes, shape(x), strict=True))
+        for v, x in pairs
+        if v.axes is not None and len(v.axes) == len(shape(eqn.outvars[0]))
+    ]
+    return union(parts) if parts else None
 
 
 def rearranged(eqn: Any, values: Sequence[Value]) -> list[Axes | None] | None:

@@ -157,6 +157,7 @@ def _carried_on(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
         _hide(walk, eqn, values)
         return [Value(level=level)] * len(eqn.outvars)
     values = _without_tables_beside_picked(walk, eqn, values)
+    values = _without_mixed_beside_whole(values)
     why = _obstacle(eqn, values)
     if why:
         _lose(walk, eqn, values, why)
@@ -166,10 +167,13 @@ def _carried_on(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
         axes = origins.entry_by_entry(eqn, _without_pairs(eqn, values))
         if not any(axes):
             _lose(walk, eqn, values, f"goes into {eqn.primitive.name!r}")
-    repeated = any(v.is_repeated for v in values if v.axes is not None)
-    picked = any(v.is_picked for v in values) or _picks_by_data(eqn, values)
-    pairs = zip(eqn.outvars, axes, strict=True)
-    return [_result(eqn, var, a, level, repeated, picked) for var, a in pairs]
+    like = Value(
+        level=level,
+        is_repeated=any(v.is_repeated for v in values if v.axes is not None),
+        is_picked=any(v.is_picked for v in values) or _picks_by_data(eqn, values),
+        is_mixed=any(v.is_mixed for v in values),
+    )
+    return [_result(eqn, var, a, like) for var, a in zip(eqn.outvars, axes, strict=True)]
 
 
 def _is_opaque(eqn: Any) -> bool:
@@ -189,12 +193,12 @@ def _hide(walk: _Walk, eqn: Any, values: Sequence[Value]) -> None:
         walk.hidden.update(dict.fromkeys(origins.names(value.axes), eqn.primitive.name))
 
 
-def _result(eqn: Any, var: Any, axes: Any, level: int, repeated: bool, picked: bool) -> Value:
+def _result(eqn: Any, var: Any, axes: Any, like: Value) -> Value:
     if axes is None:
-        return Value(level=level)
+        return Value(level=like.level)
     larger = _size(var) > max((_size(x) for x in eqn.invars), default=0)
-    repeated = repeated or (eqn.primitive.name in origins.REPEATING and larger)
-    return Value(axes=axes, level=level, is_repeated=repeated, is_picked=picked)
+    repeated = like.is_repeated or (eqn.primitive.name in origins.REPEATING and larger)
+    return dataclasses.replace(like, axes=axes, is_repeated=repeated)
 
 
 def _size(atom: Any) -> int:
@@ -213,6 +217,13 @@ def _without_tables_beside_picked(walk: _Walk, eqn: Any, values: list[Value]) ->
     return [_CONSTANT if is_table(v) else v for v in values]
 
 
+def _without_mixed_beside_whole(values: list[Value]) -> list[Value]:
+    """What a constant matrix was multiplied with is no kernel beside a parameter that is one."""
+    if all(v.is_mixed for v in values if v.axes is not None):
+        return values
+    return [Value(level=v.level) if v.is_mixed else v for v in values]
+
+
 def _without_pairs(eqn: Any, values: list[Value]) -> list[Value]:
     """A product of two parameters is a kernel no more after a function that is not linear."""
     if eqn.primitive.name in ("add", "sub", "add_any", "neg", "mul", "div"):
@@ -226,10 +237,18 @@ def _obstacle(eqn: Any, values: Sequence[Value]) -> str:
     for value, atom in zip(values, eqn.invars, strict=True):
         if value.axes is not None or value.level == FIXED or not hasattr(atom.aval, "shape"):
             continue
+        if atom is eqn.invars[0] and _chooses(eqn, values):
+            continue
         masks = value.level == NOISE and eqn.primitive.name in origins.MULTIPLICATIVE
         if origins.shape(atom) != () and not masks:
             return _meets(eqn)
     return ""
+
+
+def _chooses(eqn: Any, values: Sequence[Value]) -> bool:
+    """Whether the first operand chooses among parameters, as in a ``switch`` under ``vmap``."""
+    is_fixed = lambda v: v.axes is not None or v.level == FIXED
+    return eqn.primitive.name == "select_n" and all(map(is_fixed, values[1:]))
 
 
 def _meets(eqn: Any) -> str:
@@ -257,13 +276,17 @@ def _lose(walk: _Walk, eqn: Any, values: Sequence[Value], why: str) -> None:
 def _use(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
     allowed = uses.USES[eqn.primitive.name].operands
     kernels = [k for k in allowed if values[k].axes is not None]
-    whole = [k for k in kernels if not values[k].is_picked]
+    whole = [k for k in kernels if not values[k].is_picked and not values[k].is_mixed]
     level = max(v.level for v in values)
     out = Value(level=level)
     if len(whole) == 2:
         return [_pair(walk, eqn, (values[0], values[1]))]
     # Picked rows that meet a parameter are its input, as the rows of an embedding are.
     chosen = whole or (kernels if len(kernels) == 1 else [])
+    if chosen and (mixed := _mixed(eqn, values, chosen[0])):
+        if not _is_table(mixed):
+            _record(walk, eqn, chosen[0], values[chosen[0]], FIXED)
+        return [mixed]
     for k in chosen:
         others = max((v.level for n, v in enumerate(values) if n != k), default=FIXED)
         _record(walk, eqn, k, values[k], others)
@@ -275,7 +298,25 @@ def _use(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
     return [out] * len(eqn.outvars)
 
 
+def _mixed(eqn: Any, values: Sequence[Value], which: int) -> Value | None:
+    """The product of an array with a constant matrix, if it is one: another basis of one axis."""
+    if eqn.primitive.name != "dot_general" or values[1 - which].level != FIXED:
+        return None
+    sides, matrix = _sides(eqn, which), origins.shape(eqn.invars[1 - which])
+    if len(matrix) != 2 or len(sides.inputs) != 1 or sides.batch:
+        return None
+    (free,) = {0, 1} - set(_sides(eqn, 1 - which).inputs)
+    if matrix[free] == 1:  # a power iteration, rather
+        return None
+    axes, (changed,) = values[which].axes, sides.inputs
+    rest = tuple(axis for k, axis in enumerate(axes) if k != changed)
+    axes = (*rest, axes[changed]) if which == 0 else (axes[changed], *rest)
+    return dataclasses.replace(values[which], axes=axes, is_mixed=True)
+
+
 def _record(walk: _Walk, eqn: Any, operand: int, value: Value, level: int) -> None:
+    if value.is_mixed and eqn.primitive.name in ("dot_general", LOOKUP):
+        return  # the product with the constant was its use; a convolution's kernel is resized so
     try:
         sides = _sides(eqn, operand)
     except Unfactored as why:
@@ -504,9 +545,11 @@ def _pallas(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
     body, operands = forms.pallas(eqn)
     refs = []
     for operand, ref in zip(operands, body.jaxpr.invars, strict=False):
-        value, same = values[operand], len(origins.shape(eqn.invars[operand]))
-        fits = value.axes is None or same == len(origins.shape(ref))
-        refs.append(value if fits else Value(level=value.level))
+        value = values[operand]
+        kept = [] if value.axes is None else forms.kept_axes(eqn, operand)
+        fits = value.axes is None or len(kept) == len(origins.shape(ref))
+        axes = tuple(value.axes[k] for k in kept) if fits and kept else None
+        refs.append(dataclasses.replace(value, axes=axes))
         if not fits:
             _lose(walk, eqn, [value], "is read by 'pallas_call' in blocks of fewer axes")
     refs += [_INPUT] * (len(body.jaxpr.invars) - len(refs))
