@@ -88,7 +88,7 @@ def test_other_collections_are_left_alone():
         def __call__(self, x, train=False):
             return nn.BatchNorm(use_running_average=not train)(nn.Dense(4, name="dense")(x))
 
-    x = jnp.ones((3, 5))
+    x = jax.random.normal(KEY, (3, 5))
     variables = Norm().init(KEY, x)
     fn = lambda v, x: Norm().apply(v, x, train=True, mutable=["batch_stats"])
     adapter = lora.init(KEY, fn, variables, lora.LoRAConfig(rank=2), x)

@@ -2,6 +2,7 @@
 
 import string
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings
@@ -120,5 +121,6 @@ def test_moves_commute_with_forming_the_kernel(permutation, seed):
     got = lora.lift(lambda p: chain(p["w"]))(bound)
     want = chain(lora.merge(params, {"w": LowRank(a, b, jnp.float32(1), axes=axes)})["w"])
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
-    (event,) = trace(lambda p: chain(p["w"]), (bound,), {})
-    assert event.primitive == "output"  # it was kept factored up to there
+    if jax.__version_info__ >= (0, 9):  # before, a slice with strides was a lookup
+        (event,) = trace(lambda p: chain(p["w"]), (bound,), {})
+        assert event.primitive == "output"  # it was kept factored up to there

@@ -123,7 +123,7 @@ def plain(eqn: Any, vals: Sequence[Any], used: set | None = None) -> list:
     if eqn.primitive.name == "pvary":
         # An operand may vary over devices already, where an adapter does and the base does not.
         axes = tuple(a for a in eqn.params["axes"] if a not in varying_axes(vals[0]))
-        return [eqn.primitive.bind(vals[0], **{**eqn.params, "axes": axes})] if axes else [*vals]
+        return [moves.rebound(eqn, vals[0], axes=axes)] if axes else [*vals]
     variables = {
         atom: v for atom, v in zip(eqn.invars, vals, strict=True) if not forms.is_literal(atom)
     }

@@ -527,7 +527,7 @@ def _factors_untouched(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list:
     return [dataclasses.replace(v, w=x) if isinstance(v, Kernel) else x for v, x in pairs]
 
 
-def _rebound(eqn: Any, x: Array, **params: Any) -> Array:
+def rebound(eqn: Any, x: Array, **params: Any) -> Array:
     """The equation for another operand, with some parameters changed."""
     out = eqn.primitive.bind(x, **{**eqn.params, **params})
     return out[0] if eqn.primitive.multiple_results else out
@@ -538,7 +538,7 @@ def _reshard(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
     kernel, target = _the_kernel(vals), eqn.params["dst_sharding"]
     specs = factor_specs(kernel, target.spec)
     a, b = (
-        _rebound(eqn, x, dst_sharding=NamedSharding(target.mesh, spec))
+        rebound(eqn, x, dst_sharding=NamedSharding(target.mesh, spec))
         for x, spec in zip((kernel.a, kernel.b), specs, strict=True)
     )
     return [dataclasses.replace(kernel, w=w[0], a=a, b=b)]
@@ -574,7 +574,7 @@ def _all_gather(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
     def change(x: Array, old: list[int], new: list[int]) -> Array:
         if axis not in new:
             return x
-        return _rebound(eqn, x, all_gather_dimension=new.index(axis))
+        return rebound(eqn, x, all_gather_dimension=new.index(axis))
 
     return [map_factors(kernel, w[0], axes, change)]
 
