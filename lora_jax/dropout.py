@@ -33,7 +33,7 @@ def dropout(x: Array, rate: Any, key: Array, shape: Sequence[int] | None = None)
     drop = _random_16_bits(key, shape) < steps.astype(jnp.uint32)
     sharding = getattr(jax.typeof(x), "sharding", None)
     if shape == x.shape and any(entry is not None for entry in getattr(sharding, "spec", ())):
-        drop = jax.reshard(drop, sharding)  # types with explicit shardings have to agree
+        drop = jax.sharding.reshard(drop, sharding)  # types with explicit shardings have to agree
     kept = x / (1.0 - steps / 2**16).astype(x.dtype)
     return jnp.where(jnp.broadcast_to(drop, x.shape), jnp.zeros_like(kept), kept)
 

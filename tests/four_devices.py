@@ -159,7 +159,7 @@ def out(*spec):
 
 
 def reshard(x, *spec):
-    return jax.reshard(x, P(*spec)) if is_on_mesh() else x
+    return jax.sharding.reshard(x, P(*spec)) if is_on_mesh() else x
 
 
 def look_up(table, ids):

@@ -1,6 +1,7 @@
 """init, bind, merge, labels and summary, beyond what the contract suite pins."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -95,8 +96,15 @@ def test_other_collections_are_left_alone():
     assert list(nodes(adapter)) == ["params/dense/kernel"]
     out, stats = lora.lift(fn)(lora.bind(variables, adapter), x)
     want, want_stats = fn(variables, x)
-    np.testing.assert_array_equal(out, want)
-    jax.tree.map(np.testing.assert_array_equal, stats, want_stats)
+    # Before 0.9 JAX compiled the statistics with the product, and XLA fused the two otherwise.
+    exact = jax.__version_info__ >= (0, 9)
+    same = (
+        np.testing.assert_array_equal
+        if exact
+        else functools.partial(np.testing.assert_allclose, rtol=1e-5)
+    )
+    same(out, want)
+    jax.tree.map(same, stats, want_stats)
 
 
 def test_nnx_in_three_lines():

@@ -232,7 +232,7 @@ def _drop(scope: Scope, sum_: Kernel, x: Array, shape: Sequence[int] | None = No
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and jax.typeof(key).sharding.mesh != mesh:
         # The equation is one of a part with automatic axes in a function with explicit ones.
-        key = jax.reshard(key, NamedSharding(mesh, PartitionSpec()))
+        key = jax.sharding.reshard(key, NamedSharding(mesh, PartitionSpec()))
     return dropout(x, rate, key, shape)
 
 
