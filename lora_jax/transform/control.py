@@ -83,7 +83,7 @@ def _call(scope: Scope, eqn: Any, vals: Sequence) -> list:
 def _renamed(value: Any, number: int) -> Any:
     if not isinstance(value, Kernel):
         return value
-    return Kernel(value.w, value.a, value.b, value.axes, (number,))
+    return Kernel(value.w, value.a, value.b, value.axes, (number,), value.rate)
 
 
 def _inline(scope: Scope, eqn: Any, vals: Sequence) -> list:
