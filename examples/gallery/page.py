@@ -33,8 +33,8 @@ adapts it at the default rank, {rank}.
   these sizes the rank is not small beside the width, so the ratios are higher than those of real
   models (0.65 to 0.75). XLA counts the body of a loop once.
 
-A blank cell was not measured in the run that made this page: `--depth trace`, which CI makes of a part of
-the models, compiles nothing and finds kernels, fallbacks and what is left out.
+A blank cell was not measured in the run that made this page: `--depth trace`, which CI makes of a
+part of the models, compiles nothing and finds kernels, fallbacks and what is left out.
 
 Each model is also traced with a single row and with arguments that have no values, which must
 find the same kernels. Where values are measured it runs with dropout too, which refuses fallbacks,
