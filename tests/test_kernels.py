@@ -177,6 +177,10 @@ KINDS = {
     "embedding and tied head": (
         lambda p, x: p["e"][jnp.argmax(x, -1)] @ p["w"] @ p["e"].T, {"e": array(9, 6), "w": SQUARE}, {"e": "io", "w": "io"},
     ),
+    "a start token that is a constant, and a tied head": (
+        lambda p, x: jnp.tanh(x + p["e"][jnp.zeros(1, int)] @ p["q"]) @ p["e"].T,
+        {"e": array(9, 6), "q": SQUARE}, {"e": "oi", "q": "io"},
+    ),
     "a batch that is closed over": (
         lambda p: (jnp.ones((1, 6)) + p["pos"]) @ p["w"], {"w": W, "pos": array(1, 6)}, {"w": "io"},
     ),

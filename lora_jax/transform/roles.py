@@ -284,7 +284,7 @@ def _use(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
     # Picked rows that meet a parameter are its input, as the rows of an embedding are.
     chosen = whole or (kernels if len(kernels) == 1 else [])
     if chosen and (mixed := _mixed(eqn, values, chosen[0])):
-        if not _is_table(mixed):
+        if not _is_table(walk, mixed):
             _record(walk, eqn, chosen[0], values[chosen[0]], FIXED)
         return [mixed]
     for k in chosen:
@@ -395,7 +395,7 @@ def _pair(walk: _Walk, eqn: Any, values: tuple[Value, Value]) -> Value:
 def _resolve(walk: _Walk, pair: _Pair) -> None:
     found = [u for u in walk.uses.pop(pair.name, []) if has_two_sides(u.roles)]
     walk.losses.pop(pair.name, None)
-    tables = [_is_table(v) for v in pair.values]
+    tables = [_is_table(walk, v) for v in pair.values]
     if found and found[0].level > FIXED and tables[0] == tables[1]:
         for side in (0, 1):
             _record_side(walk, pair, side, found[0].roles[side], found[0].level)
@@ -425,8 +425,8 @@ def _kernel_side(walk: _Walk, pair: _Pair) -> int:
     )
     tests: list[Callable[[Value], bool]] = [
         lambda v: not is_pair(v),
+        lambda v: not _is_table(walk, v),
         meets_inputs,
-        lambda v: not _is_table(v),
         lambda v: all(_last(name) in _KERNEL for name in origins.names(v.axes)),
         lambda v: not v.is_repeated,
     ]
@@ -441,8 +441,11 @@ def _last(name: str) -> str:
     return re.split(r"[/.]", name)[-1].lower()
 
 
-def _is_table(value: Value) -> bool:
-    """Whether the name of a parameter says that it holds vectors rather than a map of them."""
+def _is_table(walk: _Walk, value: Value) -> bool:
+    """Whether a parameter holds vectors rather than a map of them: by its lookups, or its name."""
+    names = origins.names(value.axes)
+    if any(use.primitive == LOOKUP for name in names for use in walk.uses.get(name, [])):
+        return True
     words = [w for name in origins.names(value.axes) for w in re.split(r"[_\d]+", _last(name))]
     return any(_TABLE.fullmatch(word) for word in words)
 
