@@ -54,5 +54,6 @@ def explain(
 
 def _kernel_use(events: list[interpreter.Event]) -> KernelUse:
     formed = [e for e in events if e.reason]
-    reasons = tuple(f"{e.primitive} ({e.reason}) at {e.source}" for e in formed)
+    place = lambda e: f" at {e.source}" if e.source else ""
+    reasons = tuple(f"{e.primitive} ({e.reason}){place(e)}" for e in formed)
     return KernelUse(len(events) - len(formed), reasons)
