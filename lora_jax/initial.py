@@ -150,6 +150,7 @@ def choose(
     hits = paths.select(explicit, leaves, what="targets")
     _check_overlap(hits, trained)
     if not config.targets:
+        _check_patterns(config, [])
         none = Kernels(leaves={})
         return Choice(kernels=none, ranks={}, trained=trained, left_out={})
     found = find_kernels(fn, params, args, kwargs, config)
@@ -250,7 +251,7 @@ def _hidden(found: Kernels) -> str:
 
 
 def _check_patterns(config: LoRAConfig, names: Iterable[str]) -> None:
-    for what in ("rank_pattern", "alpha_pattern"):
+    for what in ("rank_pattern", "alpha_pattern", "roles"):
         paths.select(getattr(config, what), names, what=what)
 
 

@@ -104,12 +104,17 @@ def _given_roles(leaves: Mapping[str, Any], config: LoRAConfig) -> dict[str, str
                     f"{tuple(shape)}. Give one letter for each axis: i (input), o (output), b "
                     "(batch)."
                 )
+            if not is_real(leaves[name]):
+                raise ValueError(
+                    f"roles[{pattern!r}] is for {name}, which holds {leaves[name].dtype}: only "
+                    "floating-point numbers can be adapted."
+                )
             given.setdefault(name, axes)
     return given
 
 
 def _with_roles(leaf: Leaf, axes: str | None) -> Leaf:
-    if axes is None or not jnp.issubdtype(leaf.dtype, jnp.floating):
+    if axes is None:
         return leaf
     return dataclasses.replace(leaf, kind=KERNEL, axes=axes, reason="", hidden_in="")
 
@@ -177,22 +182,18 @@ def _states(leaves: Mapping[str, Any], params: PyTree) -> dict[str, str]:
 
 def _other_collections(names: Iterable[str]) -> dict[str, str]:
     """Linen's collections: whatever stands beside "params"."""
-    names = list(names)
-    parents = {
-        name[: name.index("params/")]
-        for name in names
-        if name.startswith("params/") or "/params/" in name
+    parts = {name: name.split("/") for name in names}
+    parents = {tuple(p[: p.index("params")]) for p in parts.values() if "params" in p[:-1]}
+    collections = {
+        name: p[len(parent)]
+        for name, p in parts.items()
+        for parent in parents
+        if tuple(p[: len(parent)]) == parent and p[len(parent)] != "params"
     }
-    states = {}
-    for name in names:
-        for parent in parents:
-            rest = name.removeprefix(parent)
-            if name.startswith(parent) and not rest.startswith("params/"):
-                collection = rest.split("/")[0]
-                states[name] = (
-                    f"is in the collection {collection!r}, not in 'params': adapted only if named"
-                )
-    return states
+    return {
+        name: f"is in the collection {collection!r}, not in 'params': adapted only if named"
+        for name, collection in collections.items()
+    }
 
 
 def _other_variables(names: list[str], params: PyTree) -> dict[str, str]:

@@ -65,7 +65,7 @@ bind_pip() {
 inside() {
   chroot "$root" /usr/bin/env -u PYTHONPATH -u PYTHONHOME -u VIRTUAL_ENV LANG=C.UTF-8 HOME="$HOME" \
     PATH=/venv/bin:/usr/sbin:/usr/bin:/sbin:/bin PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
-    sh -ec "cd /work/checkout && $1" sh "${@:2}"
+    sh -ec "cd /src/checkout && $1" sh "${@:2}"
 }
 
 # No constraints here, other than pyproject.toml's. There is no TensorFlow: nothing but the preparation of a
@@ -81,15 +81,15 @@ install_packages() {
 [ "$(cat "$root/.release" 2> /dev/null)" = "$release" ] || make_root
 
 # The tests run in a copy of what git would commit: the checkout itself is only read.
-rm -rf --one-file-system "$root/work/checkout"
-mkdir -p "$root/work/checkout" "$root$HOME"
+rm -rf --one-file-system "$root/src/checkout"
+mkdir -p "$root/src/checkout" "$root$HOME"
 git -c safe.directory='*' ls-files -z --cached --others --exclude-standard |
   tar --create --null --files-from=- --ignore-failed-read --warning=no-failed-read |
-  tar --extract --directory="$root/work/checkout"
+  tar --extract --directory="$root/src/checkout"
 if [ -d ../shared ]; then
-  mkdir -p "$root/work/shared"
-  mount --bind ../shared "$root/work/shared"
-  mount -o remount,bind,ro "$root/work/shared"
+  mkdir -p "$root/src/shared"
+  mount --bind ../shared "$root/src/shared"
+  mount -o remount,bind,ro "$root/src/shared"
 fi
 mount --rbind /proc "$root/proc"
 mount --rbind /dev "$root/dev"

@@ -126,7 +126,9 @@ def trace_roles(
     named = lambda k: origins.of_parameter(names[k], len(leaves[k].shape))
     other = lambda k: roles.of_input(leaves[k]) if k >= n_params else origins.Value()
     values = [named(k) if k in names else other(k) for k in traced]
-    return roles.find(closed, values, consts_are_data=all(k < n_params for k in traced))
+    # A batch that is closed over is the input where no argument is one: keys are none.
+    has_inputs = any(v.level == origins.DATA for v in values)
+    return roles.find(closed, values, consts_are_data=not has_inputs)
 
 
 def _jaxpr(fn: Callable, leaves: Sequence, treedef: Any, *, traced: Sequence[int]) -> Any:

@@ -53,6 +53,14 @@ def of_parameter(name: str, ndim: int) -> Value:
     return Value(axes=tuple(frozenset({Origin(name, k, ndim)}) for k in range(ndim)))
 
 
+def like(values: Sequence[Value], *, axes: Axes | None = None, level: int) -> Value:
+    """A value that is made of others: what holds of the origins of one of them holds of it."""
+    flags = ("is_repeated", "is_picked", "is_mixed")
+    parts = [v for v in values if v.axes is not None]
+    found = {flag: any(getattr(v, flag) for v in parts) for flag in flags}
+    return Value(axes=axes, level=level, **found)
+
+
 def names(axes: Axes | None) -> list[str]:
     """The parameters that the axes come from, in a fixed order."""
     return sorted({origin.name for axis in axes or () for origin in axis})

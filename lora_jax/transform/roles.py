@@ -143,7 +143,8 @@ def _equation(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
         reason = str(why)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         reason = forms.unknown(eqn, error)
-    walk.unknown.append(reason) if reason not in walk.unknown else None
+    if reason not in walk.unknown:
+        walk.unknown.append(reason)
     _lose(walk, eqn, values, f"goes into an equation that is not understood: {reason}")
     return [Value(level=level)] * len(eqn.outvars)
 
@@ -167,12 +168,8 @@ def _carried_on(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
         axes = origins.entry_by_entry(eqn, _without_pairs(eqn, values))
         if not any(axes):
             _lose(walk, eqn, values, f"goes into {eqn.primitive.name!r}")
-    like = Value(
-        level=level,
-        is_repeated=any(v.is_repeated for v in values if v.axes is not None),
-        is_picked=any(v.is_picked for v in values) or _picks_by_data(eqn, values),
-        is_mixed=any(v.is_mixed for v in values),
-    )
+    like = origins.like(values, level=level)
+    like = dataclasses.replace(like, is_picked=like.is_picked or _picks_by_data(eqn, values))
     return [_result(eqn, var, a, like) for var, a in zip(eqn.outvars, axes, strict=True)]
 
 
@@ -267,7 +264,8 @@ def _lose(walk: _Walk, eqn: Any, values: Sequence[Value], why: str) -> None:
     for value in values:
         for name in origins.names(value.axes):
             reasons = walk.losses.setdefault(name, [])
-            reasons.append(reason) if reason not in reasons else None
+            if reason not in reasons:
+                reasons.append(reason)
 
 
 # ---- Uses ----------------------------------------------------------------------------------------
@@ -277,8 +275,6 @@ def _use(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
     allowed = uses.USES[eqn.primitive.name].operands
     kernels = [k for k in allowed if values[k].axes is not None]
     whole = [k for k in kernels if not values[k].is_picked and not values[k].is_mixed]
-    level = max(v.level for v in values)
-    out = Value(level=level)
     if len(whole) == 2:
         return [_pair(walk, eqn, (values[0], values[1]))]
     # Picked rows that meet a parameter are its input, as the rows of an embedding are.
@@ -295,7 +291,7 @@ def _use(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
     if eqn.primitive.name == LOOKUP:
         (axes,) = origins.rearranged(eqn, values)
         return [Value(axes=axes, level=DATA, is_picked=True)]
-    return [out] * len(eqn.outvars)
+    return [Value(level=max(v.level for v in values))] * len(eqn.outvars)
 
 
 def _mixed(eqn: Any, values: Sequence[Value], which: int) -> Value | None:
@@ -388,8 +384,7 @@ def _pair(walk: _Walk, eqn: Any, values: tuple[Value, Value]) -> Value:
     for side, (sides, value) in enumerate(zip((left, right), values, strict=True)):
         free = len(value.axes) - len(sides.inputs) - len(sides.batch)
         axes += [frozenset({origins.Origin(name, side, 2)})] * free
-    level = max(v.level for v in values)
-    return Value(axes=tuple(axes), level=level, is_repeated=any(v.is_repeated for v in values))
+    return origins.like(values, axes=tuple(axes), level=max(v.level for v in values))
 
 
 def _resolve(walk: _Walk, pair: _Pair) -> None:
@@ -428,7 +423,6 @@ def _kernel_side(walk: _Walk, pair: _Pair) -> int:
         lambda v: not _is_table(walk, v),
         meets_inputs,
         lambda v: all(_last(name) in _KERNEL for name in origins.names(v.axes)),
-        lambda v: not v.is_repeated,
     ]
     for test in tests:
         left, right = (test(v) for v in pair.values)
@@ -446,7 +440,7 @@ def _is_table(walk: _Walk, value: Value) -> bool:
     names = origins.names(value.axes)
     if any(use.primitive == LOOKUP for name in names for use in walk.uses.get(name, [])):
         return True
-    words = [w for name in origins.names(value.axes) for w in re.split(r"[_\d]+", _last(name))]
+    words = [word for name in names for word in re.split(r"[_\d]+", _last(name))]
     return any(_TABLE.fullmatch(word) for word in words)
 
 
@@ -470,12 +464,7 @@ def _joined(values: Sequence[Value], level: int = FIXED) -> Value:
     lost = not axes or any(v.axes is None and v.level == DATA for v in values)
     if lost or len({len(a) for a in axes}) > 1:
         return Value(level=level)
-    return Value(
-        axes=origins.union(axes),
-        level=max(v.level for v in values),
-        is_repeated=any(v.is_repeated for v in values),
-        is_picked=any(v.is_picked for v in values),
-    )
+    return origins.like(values, axes=origins.union(axes), level=max(v.level for v in values))
 
 
 def _settled(
@@ -497,8 +486,7 @@ def _kept(old: Value, new: Value) -> Value:
     level = max(old.level, new.level)
     if old.axes is None or old.axes != new.axes:
         return Value(level=level)
-    repeated, picked = old.is_repeated or new.is_repeated, old.is_picked or new.is_picked
-    return Value(axes=old.axes, level=level, is_repeated=repeated, is_picked=picked)
+    return origins.like([old, new], axes=old.axes, level=level)
 
 
 def _scan(walk: _Walk, eqn: Any, values: list[Value]) -> list[Value]:
