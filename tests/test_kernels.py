@@ -181,6 +181,10 @@ KINDS = {
         lambda p, x: jnp.tanh(x + p["e"][jnp.zeros(1, int)] @ p["q"]) @ p["e"].T,
         {"e": array(9, 6), "q": SQUARE}, {"e": "oi", "q": "io"},
     ),
+    "two parameters of which the names say nothing": (
+        lambda p, x: jnp.tanh(jnp.einsum("df,bd->bf", p["a"], jnp.broadcast_to(p["z"], (len(x), 6)))) + x @ p["b"],
+        {"a": array(6, 5), "z": array(1, 6), "b": W}, None,
+    ),
     "a batch that is closed over": (
         lambda p: (jnp.ones((1, 6)) + p["pos"]) @ p["w"], {"w": W, "pos": array(1, 6)}, {"w": "io"},
     ),
@@ -200,7 +204,13 @@ def test_kinds_have_the_same_kernels_for_every_batch(name):
     fn, params, wanted = KINDS[name]
     for batch in (1, 2, 3):
         args = () if name == "a batch that is closed over" else (array(batch, 6),)
+        wanted = wanted or adapted(fn, params, *args)  # the same, whichever they are
         assert adapted(fn, params, *args) == wanted
+
+
+def test_a_batch_that_is_closed_over_beside_a_key():
+    fn = lambda p, key: (jnp.ones((1, 6)) + p["pos"]) @ p["w"] * jax.random.uniform(key)
+    assert adapted(fn, {"w": W, "pos": array(1, 6)}, KEY) == {"w": "io"}
 
 
 def test_a_function_that_needs_the_values_of_its_inputs():
@@ -357,6 +367,13 @@ def test_given_roles():
         adapted(fn, {"w": W}, x, config=lora.LoRAConfig(rank=2, roles={"w": "ioo"}))
     with pytest.raises(ValueError, match="roles entry 'v' matches no parameter"):
         adapted(fn, {"w": W}, x, config=lora.LoRAConfig(rank=2, roles={"v": "io"}))
+    with pytest.raises(ValueError, match="roles entry 'w' matches no parameter"):  # none is adapted
+        adapted(
+            fn, {"w": W}, x, config=lora.LoRAConfig(targets=(), train=("w",), roles={"w": "io"})
+        )
+    params = {"w": W, "table": jnp.zeros((2, 3), jnp.int32)}
+    with pytest.raises(ValueError, match="table, which holds int32: only floating-point"):
+        adapted(fn, params, x, config=lora.LoRAConfig(rank=2, roles={"table": "io"}))
     for wrong in ("ii", "xy", 3, "oo"):
         with pytest.raises(ValueError, match="one letter for each axis"):
             lora.LoRAConfig(roles={"w": wrong})
@@ -390,6 +407,21 @@ def test_state_is_adapted_only_if_it_is_named():
         "ema/book",
         "params/inp/kernel",
     }
+
+
+def test_a_path_that_ends_in_params_is_no_collection():
+    fn = lambda p, x: x @ p["ema_params"]["params"]["w"] @ p["ema_x"]["v"] + x @ p["params"]["u"]
+    params = {
+        "ema_params": {"params": {"w": W}},
+        "ema_x": {"v": array(5, 4)},
+        "params": {"u": array(6, 4)},
+    }
+    # Beside "params" stand collections, whatever they hold; "ema_x" is one, and not "x" beside "ema_".
+    table = lora.tabulate(fn, params, CONFIG, array(3, 6))
+    assert "collection 'ema_x'" in table.rows["ema_x/v"].note
+    inner = {"ema_params": params["ema_params"], "ema_x": params["ema_x"]}
+    fn = lambda p, x: x @ p["ema_params"]["params"]["w"] @ p["ema_x"]["v"]
+    assert set(adapted(fn, inner, array(3, 6))) == {"ema_params/params/w", "ema_x/v"}
 
 
 def test_variables_of_nnx_that_are_no_parameters():
