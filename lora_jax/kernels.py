@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import lowrank, paths
-from lora_jax.config import LoRAConfig
+from lora_jax.config import ALL_LINEAR, LoRAConfig
 from lora_jax.transform import roles
 from lora_jax.transform.lift import trace_roles
 from lora_jax.transform.origins import DATA, FIXED
@@ -30,7 +30,7 @@ class Leaf:
         rows of it are looked up and nothing else, "other" if it can't be adapted.
       axes: the role of each axis, as in :mod:`lora_jax.lowrank`; empty for the kind "other".
       is_weight: whether "all-linear" may choose it. Variables of other collections than "params",
-        and of other types than ``nnx.Param``, are adapted only if they are named.
+        and of other types than ``nnx.Param``, are adapted only if a target names them.
       reason: why it can't be adapted, or why "all-linear" leaves it out.
       hidden_in: the primitive that uses it, if that can't be looked into.
     """
@@ -67,13 +67,14 @@ def find_kernels(
       ValueError: roles that the config gives do not fit the leaf that they are for.
     """
     leaves = paths.named_leaves(params)
-    states = _states(leaves, params)
+    named = [entry for entry in config.targets if entry != ALL_LINEAR]
+    is_named = lambda name: any(paths.matches(entry, name) for entry in named)
+    states = {n: why for n, why in _states(leaves, params).items() if not is_named(n)}
     given = _given_roles(leaves, config)
-    named = [entry for entry in config.targets if entry != "all-linear"]
     followed = {
         k: name
         for k, (name, x) in enumerate(leaves.items())
-        if _is_followed(x) and (name not in states or any(paths.matches(e, name) for e in named))
+        if _is_followed(x) and name not in states
     }
     found = trace_roles(fn, params, args, dict(kwargs), names=followed)
     result = {

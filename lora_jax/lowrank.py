@@ -176,6 +176,18 @@ def factor_shapes(shape: Sequence[int], axes: str, rank: int) -> tuple[tuple, tu
     return (*sizes(BATCH), *sizes(IN), rank), (*sizes(BATCH), rank, *sizes(OUT))
 
 
+def factor_specs(axes: str, spec: Sequence[Any]) -> tuple[PartitionSpec, PartitionSpec]:
+    """The specs of ``a`` and ``b``: their axes lie where the kernel's do, the rank is whole.
+
+    >>> [tuple(spec) for spec in factor_specs("bio", PartitionSpec(None, "fsdp", "tensor"))]
+    [(None, 'fsdp', None), (None, None, 'tensor')]
+    """
+    entries = [*spec, *[None] * (len(axes) - len(spec))]
+    of = lambda role: [entries[k] for k in positions(axes, role)]
+    batch = of(BATCH)
+    return PartitionSpec(*batch, *of(IN), None), PartitionSpec(*batch, None, *of(OUT))
+
+
 def max_rank(shape: Sequence[int], axes: str) -> int:
     """The largest rank that ``ΔW`` can have: the smaller of the kernel's two sides."""
     side = lambda role: math.prod(shape[k] for k in positions(axes, role))

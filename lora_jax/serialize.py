@@ -285,9 +285,14 @@ def _nodes(
         if len(parts) == len(keys):
             nodes[name] = parts[0]
         if len(parts) == len(keys) and name in kernels:
-            scale = _scale(parts[2], config.kernel_scale(name))
+            scale = _scale(parts[2], config.kernel_scale(name, _rank(parts[0])))
             nodes[name] = LowRank(*parts[:2], scale, axes=kernels[name])
     return nodes, problems
+
+
+def _rank(a: np.ndarray) -> int:
+    """The rank of a factor: lower than the config's where the kernel allows no more."""
+    return max(a.shape[-1] if a.ndim else 1, 1)  # of a damaged file, which is told
 
 
 def _scale(stored: np.ndarray, wanted: float) -> Any:

@@ -201,13 +201,8 @@ def _node_specs(name: str, spec: PartitionSpec, node: Any) -> Any:
         return spec
     if len(spec) > len(node.axes):
         raise ValueError(f"{name} has {len(node.axes)} axes, fewer than its spec {spec}.")
-    entries = [*spec, *[None] * (len(node.axes) - len(spec))]
-    of = lambda role: [entries[k] for k in lowrank.positions(node.axes, role)]
-    batch = of(lowrank.BATCH)
-    put = {
-        "a": PartitionSpec(*batch, *of(lowrank.IN), None),
-        "b": PartitionSpec(*batch, None, *of(lowrank.OUT)),
-    }
+    a, b = lowrank.factor_specs(node.axes, spec)
+    put = {"a": a, "b": b}
     put |= {} if lowrank.has_static_scale(node) else {"scale": PartitionSpec()}
     return dataclasses.replace(node, **put)
 

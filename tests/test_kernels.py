@@ -547,3 +547,43 @@ def test_an_unknown_form_is_said_by_explain(monkeypatch):
     assert "'scan' has parameters" in reason and jax.__version__ in reason
     got = lora.lift(fn)(lora.bind(params, adapter), x)
     np.testing.assert_allclose(got, fn(lora.merge(params, adapter), x), rtol=1e-5)
+
+
+def test_state_that_is_named_and_can_not_be_adapted_is_said():
+    fn = lambda v, x: (x @ v["params"]["w"]) * v["stats"]["mean"]
+    variables = {"params": {"w": W}, "stats": {"mean": array(1, 5)}}
+    named = lora.LoRAConfig(rank=1, targets=("w", "stats"))
+    with pytest.raises(ValueError, match="stats/mean: is combined by 'mul' with what depends"):
+        lora.init(KEY, fn, variables, named, array(3, 6))
+
+
+def test_patterns_without_targets_are_errors():
+    fn, params = lambda p, x: x @ p["w"], {"w": W}
+    for field in (
+        dict(rank_pattern={"w": 2}),
+        dict(alpha_pattern={"w": 2}),
+        dict(roles={"w": "io"}),
+    ):
+        with pytest.raises(ValueError, match=f"{next(iter(field))} entry 'w' matches no"):
+            lora.init(
+                KEY, fn, params, lora.LoRAConfig(targets=(), train=("w",), **field), array(3, 6)
+            )
+
+
+def test_a_lowered_rank_survives_a_file(tmp_path):
+    fn, params = lambda p, x: x @ p["w"] @ p["head"], {"w": array(6, 5), "head": array(5, 3)}
+    config = lora.LoRAConfig(rank=4, alpha=16)
+    adapter = lora.init(KEY, fn, params, config, array(2, 6))
+    assert adapter["head"].scale == 16 / 3
+    lora.save(tmp_path, adapter, config)
+    loaded, _ = lora.load(tmp_path, params)
+    assert jax.tree.structure(loaded) == jax.tree.structure(adapter)
+
+
+def test_a_number_times_a_kernel_that_is_returned_has_no_input_to_drop():
+    fn = lambda p, x: (x @ p["w"], 2 * p["w"])
+    params, x = {"w": W}, array(2, 6)
+    adapter = jax.tree.map(lambda a: a + 0.1, lora.init(KEY, fn, params, CONFIG, x))
+    bound = lora.bind(params, adapter)
+    _, twice = lora.lift(fn, dropout=0.5, dropout_key=KEY)(bound, x)
+    np.testing.assert_allclose(twice, 2 * lora.merge(params, adapter)["w"], rtol=1e-6)

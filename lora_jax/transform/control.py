@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from lora_jax import lowrank
 from lora_jax.lowrank import BATCH, IN, OUT
-from lora_jax.transform import ahead, forms, interpreter, moves
+from lora_jax.transform import ahead, forms, interpreter
 from lora_jax.transform.forms import Body, vary, varying_axes
 from lora_jax.transform.interpreter import Event, FallbackError, Scope, formed
 from lora_jax.transform.kernel import Kernel, Unfactored, rank_inside, rank_last
@@ -271,7 +272,7 @@ def _shard_map(scope: Scope, eqn: Any, vals: Sequence) -> list:
 def _specs(value: Any, spec: Any) -> Any:
     if not isinstance(value, Kernel):
         return spec
-    a, b = moves.factor_specs(value, spec)
+    a, b = lowrank.factor_specs(value.axes, spec)
     return dataclasses.replace(value, w=spec, a=a, b=b)
 
 

@@ -182,8 +182,8 @@ def _frozen(vals: Sequence) -> list:
 
 def _move(eqn: Any, vals: Sequence, wanted: Wanted) -> list:
     if eqn.primitive.name in moves.WITH_AN_ARRAY:
-        arrays = [v for v in vals if not isinstance(v, Kernel) and jnp.ndim(v)]
-        if (arrays or len(vals) > 1) and not set(eqn.outvars) <= wanted.as_kernels:
+        arrays = [v for v in vals if isinstance(v, Kernel) or jnp.ndim(v)]
+        if len(arrays) > 1 and not set(eqn.outvars) <= wanted.as_kernels:
             raise Unfactored("the result is used as an activation, or changed entry by entry")
     return moves.MOVES[forms.name_of(eqn)](eqn, vals, plain(eqn, _frozen(vals)))
 

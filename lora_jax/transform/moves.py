@@ -108,14 +108,6 @@ def _entries(spec: Any, ndim: int) -> list:
     return [*spec, *[None] * (ndim - len(spec))]
 
 
-def factor_specs(kernel: Kernel, spec: Any) -> tuple[PartitionSpec, PartitionSpec]:
-    """The specs of both factors, of which each axis lies where the kernel's does."""
-    entries = _entries(spec, len(kernel.axes))
-    a, b = ([entries[k] for k in carried(kernel.axes, role)] for role in (IN, OUT))
-    b.insert(kernel.axes.count(BATCH), None)
-    return PartitionSpec(*a, None), PartitionSpec(*b)
-
-
 def _squeeze(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
     kernel = _the_kernel(vals)
     gone = {k % kernel.w.ndim for k in eqn.params["dimensions"]}
@@ -536,7 +528,7 @@ def rebound(eqn: Any, x: Array, **params: Any) -> Array:
 def _reshard(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
     """``jax.reshard``: an axis of a factor lies where the kernel's does."""
     kernel, target = _the_kernel(vals), eqn.params["dst_sharding"]
-    specs = factor_specs(kernel, target.spec)
+    specs = lowrank.factor_specs(kernel.axes, target.spec)
     a, b = (
         rebound(eqn, x, dst_sharding=NamedSharding(target.mesh, spec))
         for x, spec in zip((kernel.a, kernel.b), specs, strict=True)
@@ -553,7 +545,7 @@ def _device_put(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list:
 def _put(kernel: Kernel, w: Array, target: Any) -> Kernel:
     targets = [target, target]
     if isinstance(target, NamedSharding):
-        specs, kind = factor_specs(kernel, target.spec), target.memory_kind
+        specs, kind = lowrank.factor_specs(kernel.axes, target.spec), target.memory_kind
         targets = [NamedSharding(target.mesh, spec, memory_kind=kind) for spec in specs]
     if target is None:
         return dataclasses.replace(kernel, w=w)
