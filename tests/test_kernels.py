@@ -587,3 +587,18 @@ def test_a_number_times_a_kernel_that_is_returned_has_no_input_to_drop():
     bound = lora.bind(params, adapter)
     _, twice = lora.lift(fn, dropout=0.5, dropout_key=KEY)(bound, x)
     np.testing.assert_allclose(twice, 2 * lora.merge(params, adapter)["w"], rtol=1e-6)
+
+
+def test_an_image_and_kernels_that_are_adapted():
+    """A convolution of two kernels, of which the result goes into another one."""
+    conv = lambda x, w: lax.conv_general_dilated(
+        x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    fn = lambda p, x: conv(conv(p["image"], p["v"]), p["w"]) * x
+    params = {"image": array(1, 5, 5, 3), "v": array(3, 3, 3, 4), "w": array(3, 3, 4, 4)}
+    config = lora.LoRAConfig(rank=1, targets=("image", "v", "w"), roles={"image": "biio"})
+    adapter = lora.init(KEY, fn, params, config, array(2, 5, 5, 4))
+    adapter = jax.tree.map(lambda a: a + 0.1, adapter)
+    x = array(2, 5, 5, 4)
+    got, want = lora.lift(fn)(lora.bind(params, adapter), x), fn(lora.merge(params, adapter), x)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)

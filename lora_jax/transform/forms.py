@@ -109,6 +109,12 @@ def varying_axes_of(type_: Any) -> frozenset:
     return frozenset(getattr(type_, "vma", ()) if axes is None else axes)
 
 
+def rebound(eqn: Any, x: jax.Array, **params: Any) -> jax.Array:
+    """The equation for another operand, with some parameters changed."""
+    out = eqn.primitive.bind(x, **{**eqn.params, **params})
+    return out[0] if eqn.primitive.multiple_results else out
+
+
 def is_literal(atom: Any) -> bool:
     """Whether an operand is a number written into the jaxpr."""
     return isinstance(atom, core.Literal)

@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.dropout import dropout
 from lora_jax.lowrank import BATCH
-from lora_jax.transform import ahead, forms, kernel, moves, uses
+from lora_jax.transform import ahead, combinations, forms, kernel, moves, rearrangements, uses
 from lora_jax.transform.ahead import Wanted
 from lora_jax.transform.forms import Body, vary, varying_axes
 from lora_jax.transform.kernel import Kernel, Unfactored
@@ -123,7 +123,7 @@ def plain(eqn: Any, vals: Sequence[Any], used: set | None = None) -> list:
     if eqn.primitive.name == "pvary":
         # An operand may vary over devices already, where an adapter does and the base does not.
         axes = tuple(a for a in eqn.params["axes"] if a not in varying_axes(vals[0]))
-        return [moves.rebound(eqn, vals[0], axes=axes)] if axes else [*vals]
+        return [forms.rebound(eqn, vals[0], axes=axes)] if axes else [*vals]
     variables = {
         atom: v for atom, v in zip(eqn.invars, vals, strict=True) if not forms.is_literal(atom)
     }
@@ -195,8 +195,9 @@ def _use(scope: Scope, eqn: Any, vals: Sequence, wanted: Wanted) -> list:
     kernels = [k for k, v in enumerate(vals) if isinstance(v, Kernel)]
     if use.branch is None:
         raise Unfactored("no rule keeps a low-rank sum factored here")
-    if len(kernels) == 2 and set(eqn.outvars) <= wanted.as_kernels:
-        return moves.product(eqn, vals, plain(eqn, _frozen(vals)))
+    is_product = eqn.primitive.name == "dot_general" and len(kernels) == 2
+    if is_product and set(eqn.outvars) <= wanted.as_kernels:
+        return combinations.product(eqn, vals, plain(eqn, _frozen(vals)))
     if len(kernels) > 1:
         # One of them is formed: the smaller, which is an input more often.
         first = min(kernels, key=lambda k: vals[k].w.size)
@@ -208,8 +209,8 @@ def _use(scope: Scope, eqn: Any, vals: Sequence, wanted: Wanted) -> list:
     (base,) = plain(eqn, _frozen(vals))
     sum_ = vals[kernels[0]]
     sides = use.sides(eqn.params, kernels[0], sum_.w.shape)
-    if eqn.primitive.name == "gather" and all(sum_.axes[k] == BATCH for k in sides.inputs):
-        return moves.picked(eqn, sum_, vals[1], base, sides.inputs)
+    if eqn.primitive.name == "gather" and {sum_.axes[k] for k in sides.inputs} == {BATCH}:
+        return rearrangements.picked(eqn, sum_, vals[1], base, sides.inputs)
     factors = uses.oriented(sum_, sides)
     branch = use.branch(eqn.params, vals, factors, base, functools.partial(_drop, scope, sum_))
     scope.record(Event(sum_.names, eqn.primitive.name, source=forms.source(eqn)))

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from jax import lax
@@ -72,6 +73,36 @@ def _moveaxis(x: Array, source: int, target: int) -> Array:
     order = [k for k in range(x.ndim) if k != source]
     order.insert(target, source)
     return x if order == list(range(x.ndim)) else lax.transpose(x, order)
+
+
+def the_kernel(vals: Sequence[Any], which: int = 0) -> Kernel:
+    """Operand number ``which``, if it and no other is a kernel."""
+    kernels = [k for k, x in enumerate(vals) if isinstance(x, Kernel)]
+    if kernels != [which]:
+        raise Unfactored(
+            f"operands {kernels} are low-rank sums; the rule wants operand {which} only"
+        )
+    return vals[which]
+
+
+def broadcasted(kernel: Kernel, w: Array, dims: Sequence[int]) -> Kernel:
+    """``lax.broadcast_in_dim``, of which ``w`` is the result for the frozen part."""
+    old = dict(zip(dims, kernel.axes, strict=True))
+    axes = "".join(old.get(k, SAME) for k in range(w.ndim))
+
+    def change(x: Array, before: list[int], new: list[int]) -> Array:
+        sizes = [*(w.shape[k] for k in new), x.shape[-1]]
+        return lax.broadcast_in_dim(x, sizes, [*(new.index(dims[k]) for k in before), len(new)])
+
+    return map_factors(kernel, w, axes, change)
+
+
+def widened(kernel: Kernel, w: Array) -> Kernel:
+    """The kernel with the shape of ``w``, to which an operation with an array has broadcast it."""
+    if kernel.w.shape == w.shape:
+        return kernel
+    wide = lax.broadcast_in_dim(kernel.w, w.shape, range(w.ndim))
+    return broadcasted(kernel, wide, range(w.ndim))
 
 
 def form(kernel: Kernel) -> Array:

@@ -1,0 +1,204 @@
+"""Moves of several kernels, or of a kernel and arrays: sums, choices, concatenation, products.
+
+The rules of :mod:`.moves` that make one kernel of several, whose ranks add up.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax import lowrank
+from lora_jax.lowrank import BATCH, IN, OUT, positions
+from lora_jax.transform.kernel import (
+    SAME,
+    Kernel,
+    Unfactored,
+    alike,
+    joint,
+    turned,
+    widened,
+    with_roles,
+)
+
+Array = jax.Array
+
+
+def add(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    """``w + plain + a·b``; the ranks of two kernels add up."""
+    return [_summed([widened(v, w[0]) for v in vals if isinstance(v, Kernel)], w[0])]
+
+
+def sub(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    """``w - plain + a·b``, or the other way round; the ranks of two kernels add up."""
+    kernels = [widened(v, w[0]) for v in vals if isinstance(v, Kernel)]
+    if isinstance(vals[1], Kernel):
+        kernels[-1] = dataclasses.replace(kernels[-1], b=-kernels[-1].b)
+    return [_summed(kernels, w[0])]
+
+
+def _summed(kernels: Sequence[Kernel], w: Array) -> Kernel:
+    kernels = alike(kernels)
+    first = kernels[0]
+    if len(kernels) == 1:
+        return dataclasses.replace(first, w=w)
+    a = _join([k.a for k in kernels], first.a.ndim - 1)
+    b = _join([k.b for k in kernels], first.axes.count(BATCH))
+    return joint(kernels, w, a, b, first.axes)
+
+
+def _join(parts: Sequence[Array], axis: int) -> Array:
+    dtype = jnp.result_type(*parts)
+    return lax.concatenate([x.astype(dtype) for x in parts], axis)
+
+
+def select(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    """``lax.select_n`` by a scalar: a plain case has factors of zeros."""
+    which, *cases = vals
+    if isinstance(which, Kernel) or jnp.ndim(which):
+        raise Unfactored("selects entry by entry")
+    kernels = alike([c for c in cases if isinstance(c, Kernel)])
+    rank = max(k.a.shape[-1] for k in kernels)
+    found = iter([_padded(k, rank) for k in kernels])
+    zero = jax.tree.map(jnp.zeros_like, _padded(kernels[0], rank))
+    whole = [next(found) if isinstance(c, Kernel) else zero for c in cases]
+    a, b = (_select_n(which, [getattr(k, side) for k in whole]) for side in ("a", "b"))
+    return [joint(kernels, w[0], a, b, kernels[0].axes)]
+
+
+def _select_n(which: Array, cases: Sequence[Array]) -> Array:
+    dtype = jnp.result_type(*cases)
+    return lax.select_n(which, *(x.astype(dtype) for x in cases))
+
+
+def _padded(kernel: Kernel, rank: int) -> Kernel:
+    a = _pad_axis(kernel.a, kernel.a.ndim - 1, 0, rank)
+    return dataclasses.replace(
+        kernel, a=a, b=_pad_axis(kernel.b, kernel.axes.count(BATCH), 0, rank)
+    )
+
+
+def _pad_axis(x: Array, axis: int, before: int, size: int) -> Array:
+    """Zeros around ``x`` along one axis, up to ``size``."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (before, size - before - x.shape[axis])
+    return jnp.pad(x, widths)
+
+
+def concatenate(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    """``lax.concatenate``; see :func:`_concatenated`."""
+    return [_concatenated(list(vals), w[0], eqn.params["dimension"])]
+
+
+def stack(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    """The primitive of ``jnp.stack``: a concatenation along a new axis."""
+    axis = eqn.params["axis"]
+    return [_concatenated([_with_new_axis(v, axis) for v in vals], w[0], axis)]
+
+
+def _with_new_axis(part: Kernel | Array, axis: int) -> Kernel | Array:
+    if not isinstance(part, Kernel):
+        return lax.expand_dims(part, [axis])
+    axes = part.axes[:axis] + SAME + part.axes[axis:]
+    return dataclasses.replace(part, w=lax.expand_dims(part.w, [axis]), axes=axes)
+
+
+def _concatenated(parts: Sequence[Any], w: Array, dimension: int) -> Kernel:
+    """Several kernels side by side, as when query, key and value are computed in one product.
+
+    ``[W1 + a1·b1, W2 + a2·b2] = [W1, W2] + [a1, a2]·diag(b1, b2)``: the ranks add up. Along a batch
+    axis the factors are concatenated as they are, the ranks padded with zeros to the largest.
+    """
+    kernels = alike([p for p in parts if isinstance(p, Kernel)])
+    axes = kernels[0].axes
+    if axes[dimension] == SAME:
+        axes = axes[:dimension] + BATCH + axes[dimension + 1 :]
+        kernels = [with_roles(k, axes) for k in kernels]
+    found = iter(kernels)
+    whole = [next(found) if isinstance(p, Kernel) else p for p in parts]
+    factors = [_factors(part, kernels[0]) for part in whole]
+    sizes = [(p.w if isinstance(p, Kernel) else p).shape[dimension] for p in parts]
+    a, b = _side_by_side(factors, sizes, axes, dimension)
+    return joint(kernels, w, a, b, axes)
+
+
+def _factors(part: Kernel | Array, like: Kernel) -> tuple[Array, Array]:
+    """The factors of a kernel; a plain array is one of rank zero."""
+    if isinstance(part, Kernel):
+        return part.a, part.b
+    axes = like.axes.replace(SAME, "")
+    shape = [n for n, role in zip(part.shape, like.axes, strict=True) if role != SAME]
+    a, b = lowrank.factor_shapes(shape, axes, rank=0)
+    return jnp.zeros(a, like.a.dtype), jnp.zeros(b, like.b.dtype)
+
+
+def _side_by_side(
+    factors: list[tuple[Array, Array]], sizes: list[int], axes: str, dimension: int
+) -> tuple[Array, Array]:
+    n, role = axes.count(BATCH), axes[dimension]
+    if role == IN:  # the mirror image of an output axis
+        swapped = [lowrank.swap_sides(a, b, axes)[:2] for a, b in factors]
+        mirror = lowrank.swap_sides(*factors[0], axes)[2]
+        a, b = _side_by_side(swapped, sizes, mirror, dimension)
+        return lowrank.swap_sides(a, b, mirror)[:2]
+    if role == BATCH:
+        rank = max(a.shape[-1] for a, _ in factors)
+        where = positions(axes, BATCH).index(dimension)
+        a = [_pad_axis(a, a.ndim - 1, 0, rank) for a, _ in factors]
+        b = [_pad_axis(b, n, 0, rank) for _, b in factors]
+        return _join(a, where), _join(b, where)
+    where = n + 1 + positions(axes, OUT).index(dimension)
+    starts = [sum(sizes[:k]) for k in range(len(sizes))]
+    b = [_pad_axis(b, where, s, sum(sizes)) for (_, b), s in zip(factors, starts, strict=True)]
+    a = [a for a, _ in factors]
+    return _join(a, a[0].ndim - 1), _join(b, n)
+
+
+def product(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    """A product of two kernels, whose ranks add up.
+
+    ``(W1 + a1·b1)·(W2 + a2·b2) = W1·W2 + [a1, W1·a2]·[b1·(W2 + a2·b2), b2]``.
+    """
+    (left_in, right_in), (left_batch, _) = eqn.params["dimension_numbers"]
+    if left_batch or not all(isinstance(v, Kernel) for v in vals):
+        raise Unfactored("a product of two kernels with batch axes")
+    left = _with_side(vals[0], left_in, OUT)
+    right = _with_side(vals[1], right_in, IN)
+    # As matrices: rows of the left kernel, what is summed over, columns of the right one.
+    rows, columns = positions(left.axes, IN), positions(right.axes, OUT)
+    w1 = lax.transpose(left.w, [*rows, *left_in]).reshape(-1, _size(left.w, left_in))
+    w2 = lax.transpose(right.w, [*right_in, *columns]).reshape(w1.shape[1], -1)
+    order = lambda axes, wanted: [axes.index(k) for k in wanted]
+    b1 = lax.transpose(left.b, [0, *(1 + k for k in order(positions(left.axes, OUT), left_in))])
+    a2_order = order(positions(right.axes, IN), right_in)
+    a2 = lax.transpose(right.a, [*a2_order, right.a.ndim - 1]).reshape(w1.shape[1], -1)
+    a1, b1 = left.a.reshape(w1.shape[0], -1), b1.reshape(-1, w1.shape[1])
+    b2 = right.b.reshape(-1, w2.shape[1])
+    dtype = jnp.result_type(a1, b1, a2, b2)
+    a1, b1, a2, b2, w1, w2 = (x.astype(dtype) for x in (a1, b1, a2, b2, w1, w2))
+    a = lax.concatenate([a1, w1 @ a2], 1)
+    b = lax.concatenate([b1 @ w2 + (b1 @ a2) @ b2, b2], 0)
+    a = a.reshape(*(left.w.shape[k] for k in rows), -1)
+    b = b.reshape(-1, *(right.w.shape[k] for k in columns))
+    axes = IN * len(rows) + OUT * len(columns)
+    return [joint([left, right], w[0], a, b, axes)]
+
+
+def _size(x: Array, axes: Sequence[int]) -> int:
+    size = 1
+    for k in axes:
+        size *= x.shape[k]
+    return size
+
+
+def _with_side(kernel: Kernel, summed: Sequence[int], role: str) -> Kernel:
+    """The kernel with exactly the given axes on one side, and the rest on the other."""
+    other = IN if role == OUT else OUT
+    axes = "".join(role if k in summed else other for k in range(len(kernel.axes)))
+    try:
+        return with_roles(kernel, axes)
+    except Unfactored:
+        return with_roles(turned(kernel), axes)

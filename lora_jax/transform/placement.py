@@ -1,0 +1,86 @@
+"""Moves that change where a kernel lies, and not what it is: on devices, in memory, over a mesh.
+
+The rules of :mod:`.moves` that let each factor go where the axes that it carries go.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+
+from lora_jax import lowrank
+from lora_jax.lowrank import BATCH, IN, OUT
+from lora_jax.transform import forms
+from lora_jax.transform.kernel import (
+    SAME,
+    Kernel,
+    is_free,
+    map_factors,
+    the_kernel,
+)
+
+Array = jax.Array
+
+
+def factors_untouched(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list:
+    """Marks and moves the frozen part alone; the results are one for each operand."""
+    pairs = zip(vals, w, strict=True)
+    return [dataclasses.replace(v, w=x) if isinstance(v, Kernel) else x for v, x in pairs]
+
+
+def reshard(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    """``jax.reshard``: an axis of a factor lies where the kernel's does."""
+    kernel, target = the_kernel(vals), eqn.params["dst_sharding"]
+    specs = lowrank.factor_specs(kernel.axes, target.spec)
+    a, b = (
+        forms.rebound(eqn, x, dst_sharding=NamedSharding(target.mesh, spec))
+        for x, spec in zip((kernel.a, kernel.b), specs, strict=True)
+    )
+    return [dataclasses.replace(kernel, w=w[0], a=a, b=b)]
+
+
+def device_put(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list:
+    """``jax.device_put``, also from one kind of memory to another."""
+    triples = zip(vals, w, eqn.params["devices"], strict=True)
+    return [_put(v, x, target) if isinstance(v, Kernel) else x for v, x, target in triples]
+
+
+def _put(kernel: Kernel, w: Array, target: Any) -> Kernel:
+    targets = [target, target]
+    if isinstance(target, NamedSharding):
+        specs, kind = lowrank.factor_specs(kernel.axes, target.spec), target.memory_kind
+        targets = [NamedSharding(target.mesh, spec, memory_kind=kind) for spec in specs]
+    if target is None:
+        return dataclasses.replace(kernel, w=w)
+    a, b = (jax.device_put(x, t) for x, t in zip((kernel.a, kernel.b), targets, strict=True))
+    return dataclasses.replace(kernel, w=w, a=a, b=b)
+
+
+def all_gather(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    """``lax.all_gather`` in a ``shard_map``, along an axis of which each device has a part."""
+    kernel, axis = the_kernel(vals), eqn.params["all_gather_dimension"]
+    if not eqn.params["tiled"]:
+        axes = kernel.axes[:axis] + _role_over_devices(eqn, kernel) + kernel.axes[axis:]
+    elif is_free(kernel, axis) and kernel.axes[axis] == SAME:
+        return [dataclasses.replace(kernel, w=w[0])]
+    else:
+        axes = kernel.axes
+
+    def change(x: Array, old: list[int], new: list[int]) -> Array:
+        if axis not in new:
+            return x
+        return forms.rebound(eqn, x, all_gather_dimension=new.index(axis))
+
+    return [map_factors(kernel, w[0], axes, change)]
+
+
+def _role_over_devices(eqn: Any, kernel: Kernel) -> str:
+    """The role of an axis of devices, of which a factor that varies over them has a part each."""
+    names = eqn.params["axis_name"]
+    names = frozenset(names if isinstance(names, tuple | list) else (names,))
+    w, a, b = (bool(names & forms.varying_axes(x)) for x in (kernel.w, kernel.a, kernel.b))
+    if a == b:  # with check_vma=False nothing is known to vary
+        return SAME if w and not a else BATCH
+    return IN if a else OUT

@@ -1,0 +1,229 @@
+"""Moves of one kernel that rearrange its axes: each factor is rearranged by itself.
+
+The rules of :mod:`.moves` that are called for transposes, reshapes, slices and the like.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lora_jax.lowrank import BATCH, OUT
+from lora_jax.transform.kernel import (
+    SAME,
+    Kernel,
+    Unfactored,
+    axis_groups,
+    broadcasted,
+    is_free,
+    map_factors,
+    the_kernel,
+    with_roles,
+)
+
+Array = jax.Array
+
+
+def transpose(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    """``lax.transpose``."""
+    return [_transposed(the_kernel(vals), w[0], eqn.params["permutation"])]
+
+
+def _transposed(kernel: Kernel, w: Array, order: Sequence[int]) -> Kernel:
+    def change(x: Array, old: list[int], new: list[int]) -> Array:
+        return lax.transpose(x, [old.index(order[k]) for k in new] + [x.ndim - 1])
+
+    return map_factors(kernel, w, "".join(kernel.axes[k] for k in order), change)
+
+
+def reshape(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    """``lax.reshape``, if it splits and joins axes within one role only."""
+    kernel, shape, order = the_kernel(vals), w[0].shape, eqn.params.get("dimensions")
+    if order is not None:
+        kernel = _transposed(kernel, lax.transpose(kernel.w, order), order)
+    groups = axis_groups(kernel.w.shape, shape)
+    axes = [SAME] * len(shape)
+    for old, new in groups:
+        role = _joined_role(kernel, old)
+        # An axis along which nothing changes takes the role of the axes that it is joined with.
+        joined = [role if is_free(kernel, k) and k in old else x for k, x in enumerate(kernel.axes)]
+        if role != SAME and any(kernel.axes[k] == SAME and kernel.w.shape[k] != 1 for k in old):
+            kernel = with_roles(kernel, "".join(joined))
+        for k in new:
+            axes[k] = role
+    return [_reshaped(kernel, w[0], "".join(axes), eqn.params.get("sharding"))]
+
+
+def _joined_role(kernel: Kernel, group: Sequence[int]) -> str:
+    roles = {kernel.axes[k] for k in group if not is_free(kernel, k)}
+    if len(roles) > 1:
+        raise Unfactored("reshape joins axes of different sides (input, output, batch)")
+    rest = [kernel.axes[k] for k in group if kernel.axes[k] != SAME]
+    return roles.pop() if roles else (rest or [SAME])[0]
+
+
+def _reshaped(kernel: Kernel, w: Array, axes: str, sharding: Any = None) -> Kernel:
+    def change(x: Array, old: list[int], new: list[int]) -> Array:
+        sizes = [*(w.shape[k] for k in new), x.shape[-1]]
+        options = {} if sharding is None else {"out_sharding": _of_factor(sharding, new)}
+        return jnp.reshape(x, sizes, **options)
+
+    return map_factors(kernel, w, axes, change)
+
+
+def _of_factor(sharding: Any, axes: Sequence[int]) -> NamedSharding:
+    """The sharding of a kernel, for a factor with its rank, which is whole, as the last axis."""
+    entries = _entries(sharding.spec, max(axes, default=-1) + 1)
+    return NamedSharding(sharding.mesh, PartitionSpec(*(entries[k] for k in axes), None))
+
+
+def _entries(spec: Any, ndim: int) -> list:
+    return [*spec, *[None] * (ndim - len(spec))]
+
+
+def squeeze(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    """``lax.squeeze``: axes with one entry go, whatever their role."""
+    kernel = the_kernel(vals)
+    gone = {k % kernel.w.ndim for k in eqn.params["dimensions"]}
+    axes = "".join(axis for k, axis in enumerate(kernel.axes) if k not in gone)
+    return [_reshaped(kernel, w[0], axes)]
+
+
+def broadcast(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    """``lax.broadcast_in_dim``: along an axis that it adds or widens the sum is constant."""
+    kernel, dims = the_kernel(vals), eqn.params["broadcast_dimensions"]
+    if eqn.params.get("sharding") is not None:
+        raise Unfactored("broadcast to an explicit sharding")
+    return [broadcasted(kernel, w[0], dims)]
+
+
+def slice_(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    """``lax.slice``: rows of ``a`` for input axes, columns of ``b`` for output axes."""
+    kernel = the_kernel(vals)
+    start, limit = eqn.params["start_indices"], eqn.params["limit_indices"]
+    strides = eqn.params["strides"] or (1,) * kernel.w.ndim
+    return [_sliced(kernel, w[0], start, limit, strides)]
+
+
+def _sliced(
+    kernel: Kernel, w: Array, start: Sequence, limit: Sequence, strides: Sequence
+) -> Kernel:
+    def change(x: Array, old: list[int], new: list[int]) -> Array:
+        pick = lambda values, last: [values[k] for k in old] + [last]
+        return lax.slice(x, pick(start, 0), pick(limit, x.shape[-1]), pick(strides, 1))
+
+    return map_factors(kernel, w, kernel.axes, change)
+
+
+def dynamic_slice(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    """``lax.dynamic_slice``: as :func:`slice_`, from places that are data."""
+    kernel, sizes, indices = the_kernel(vals), eqn.params["slice_sizes"], vals[1:]
+
+    def change(x: Array, old: list[int], new: list[int]) -> Array:
+        start = [indices[k] for k in old] + [jnp.zeros_like(indices[0])]
+        return lax.dynamic_slice(x, start, [sizes[k] for k in old] + [x.shape[-1]])
+
+    return [map_factors(kernel, w[0], kernel.axes, change)]
+
+
+def reverse(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    """``lax.rev``."""
+    kernel, turned_axes = the_kernel(vals), eqn.params["dimensions"]
+
+    def change(x: Array, old: list[int], new: list[int]) -> Array:
+        return lax.rev(x, [old.index(k) for k in turned_axes if k in old])
+
+    return [map_factors(kernel, w[0], kernel.axes, change)]
+
+
+def pad(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    """``lax.pad``: the frozen part is padded with the value, the factors with zeros."""
+    kernel, config = the_kernel(vals), eqn.params["padding_config"]
+    padded = lambda k: tuple(config[k]) != (0, 0, 0) and is_free(kernel, k)
+    kernel = with_roles(
+        kernel, "".join(OUT if padded(k) else role for k, role in enumerate(kernel.axes))
+    )
+
+    def change(x: Array, old: list[int], new: list[int]) -> Array:
+        zero = jnp.zeros((), x.dtype)
+        return lax.pad(x, zero, [*(config[k] for k in old), (0, 0, 0)])
+
+    return [map_factors(kernel, w[0], kernel.axes, change)]
+
+
+def tile(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    """``jnp.tile``: entries of a factor are repeated along the axes that it carries."""
+    kernel, reps = the_kernel(vals), eqn.params["reps"]
+
+    def change(x: Array, old: list[int], new: list[int]) -> Array:
+        return jnp.tile(x, (*(reps[k] for k in old), 1))
+
+    return [map_factors(kernel, w[0], kernel.axes, change)]
+
+
+def split(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    """``jnp.split``: a slice for each result."""
+    kernel, axis = the_kernel(vals), eqn.params["axis"]
+    parts, start = [], [0] * kernel.w.ndim
+    for size, part in zip(map(int, eqn.params["sizes"]), w, strict=True):
+        limit = list(kernel.w.shape)
+        limit[axis] = start[axis] + size
+        parts.append(_sliced(kernel, part, list(start), limit, [1] * kernel.w.ndim))
+        start[axis] += size
+    return parts
+
+
+def unstack(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    """``jnp.unstack``, and iteration over an array: an entry of one axis for each result."""
+    kernel, axis = the_kernel(vals), eqn.params["axis"]
+    axes = kernel.axes[:axis] + kernel.axes[axis + 1 :]
+    rows = []
+    for k, part in enumerate(w):
+        start, limit = [0] * kernel.w.ndim, list(kernel.w.shape)
+        start[axis], limit[axis] = k, k + 1
+        row = _sliced(kernel, lax.expand_dims(part, [axis]), start, limit, [1] * kernel.w.ndim)
+        rows.append(_reshaped(row, part, axes))
+    return rows
+
+
+def picked(eqn: Any, kernel: Kernel, indices: Array, w: Array, rows: Sequence[int]) -> list[Kernel]:
+    """``lax.gather`` of entries of batch axes: each index has a kernel of its own, and its factors.
+
+    So experts are picked for each token, or layers by number.
+    """
+    dims, n_ids = eqn.params["dimension_numbers"], indices.ndim - 1
+    columns = [k for k, axis in enumerate(dims.start_index_map) if axis in rows]
+    kept = iter(k for k in range(len(kernel.axes)) if k not in dims.collapsed_slice_dims)
+    ids = iter(range(n_ids))
+    # What each axis of the result is: an axis of the indices, or of the kernel.
+    labels = [
+        ("kernel", next(kept)) if p in dims.offset_dims else ("ids", next(ids))
+        for p in range(w.ndim)
+    ]
+    role = lambda kind, k: BATCH if kind == "ids" else SAME if k in rows else kernel.axes[k]
+    axes = "".join(role(*label) for label in labels)
+
+    def change(x: Array, old: list[int], new: list[int]) -> Array:
+        rest = [k for k in old if k not in rows]
+        y = lax.gather(
+            x,
+            indices[..., np.array(columns)],
+            lax.GatherDimensionNumbers(
+                offset_dims=tuple(range(n_ids, n_ids + len(rest) + 1)),
+                collapsed_slice_dims=tuple(sorted(old.index(k) for k in rows)),
+                start_index_map=tuple(old.index(dims.start_index_map[k]) for k in columns),
+            ),
+            slice_sizes=[1 if k in rows else x.shape[n] for n, k in enumerate(old)] + [x.shape[-1]],
+            indices_are_sorted=eqn.params["indices_are_sorted"],
+            unique_indices=eqn.params["unique_indices"],
+            mode=eqn.params["mode"],
+            fill_value=0,  # out of bounds the base's own fill value must stand
+        )
+        have = [*(("ids", k) for k in range(n_ids)), *(("kernel", k) for k in rest)]
+        return lax.transpose(y, [*(have.index(labels[p]) for p in new), len(have)])
+
+    return [map_factors(kernel, w, axes, change)]
