@@ -10,10 +10,9 @@ import jax.numpy as jnp
 
 from lora_jax import lowrank, paths
 from lora_jax.config import ALL_LINEAR, LoRAConfig
-from lora_jax.transform import roles
+from lora_jax.transform.findings import LOOKUP, Findings, Use, has_two_sides
 from lora_jax.transform.lift import trace_roles
 from lora_jax.transform.origins import DATA, FIXED
-from lora_jax.transform.roles import LOOKUP, Use
 
 PyTree = Any
 KERNEL, TABLE, OTHER = "kernel", "lookup", "other"
@@ -120,11 +119,11 @@ def _with_roles(leaf: Leaf, axes: str | None) -> Leaf:
     return dataclasses.replace(leaf, kind=KERNEL, axes=axes, reason="", hidden_in="")
 
 
-def _leaf(name: str, x: Any, found: roles.Findings, state: str) -> Leaf:
+def _leaf(name: str, x: Any, found: Findings, state: str) -> Leaf:
     if not hasattr(x, "dtype"):
         return Leaf(shape=None, dtype=None, kind=OTHER, reason="is no array")
     shape, uses = tuple(x.shape), found.uses.get(name, [])
-    best = min((u for u in uses if roles.has_two_sides(u.roles)), key=_order, default=None)
+    best = min((u for u in uses if has_two_sides(u.roles)), key=_order, default=None)
     make = lambda kind, axes="", reason="": Leaf(
         shape=shape, dtype=x.dtype, kind=kind, axes=axes, is_weight=not state, reason=reason
     )
@@ -138,7 +137,7 @@ def _leaf(name: str, x: Any, found: roles.Findings, state: str) -> Leaf:
             "which can't be adapted: keep its real and imaginary parts as two leaves, and join "
             "them in the function (jax.lax.complex)",
         )
-    products = [u for u in uses if u.primitive != LOOKUP and roles.has_two_sides(u.roles)]
+    products = [u for u in uses if u.primitive != LOOKUP and has_two_sides(u.roles)]
     return make(KERNEL if products else TABLE, best.roles, state)
 
 

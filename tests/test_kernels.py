@@ -188,6 +188,16 @@ KINDS = {
     "a batch that is closed over": (
         lambda p: (jnp.ones((1, 6)) + p["pos"]) @ p["w"], {"w": W, "pos": array(1, 6)}, {"w": "io"},
     ),
+    "a window of each of several kernels": (
+        lambda p, x: jnp.einsum(
+            "td,edo->teo", x, jax.vmap(lambda w: lax.dynamic_slice_in_dim(w, jnp.int32(1), 3, 1))(p["w"])
+        ),
+        {"w": STACK}, {"w": "oio"},
+    ),
+    "a window for each example": (
+        lambda p, x: jax.vmap(lambda x: x @ lax.dynamic_slice_in_dim(p["w"], jnp.argmax(x), 2, 1))(x),
+        {"w": W}, {"w": "io"},
+    ),
     "carried by a loop that changes it": (
         lambda p, x: lax.scan(lambda c, _: (c * 0.5, x @ c), p["w"], length=3)[1], {"w": W}, {"w": "io"},
     ),

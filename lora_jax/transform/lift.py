@@ -16,6 +16,7 @@ from lora_jax import lowrank
 from lora_jax.lowrank import LowRank, Trained
 from lora_jax.transform import origins, roles
 from lora_jax.transform.control import evaluate
+from lora_jax.transform.findings import Findings
 from lora_jax.transform.forms import body_of, varying_axes
 from lora_jax.transform.interpreter import OUTPUT, Event, Scope, formed
 from lora_jax.transform.kernel import Kernel
@@ -100,7 +101,7 @@ def trace(fn: Callable, args: tuple, kwargs: dict) -> list[Event]:
 
 def trace_roles(
     fn: Callable, params: Any, args: tuple, kwargs: dict, *, names: Mapping[int, str]
-) -> roles.Findings:
+) -> Findings:
     """Finds out how ``fn(params, *args, **kwargs)`` uses its parameters, without running it.
 
     Args:

@@ -48,6 +48,9 @@ class Value:
     is_mixed: bool = False
 
 
+CONSTANT, INPUT = Value(), Value(level=DATA)
+
+
 def of_parameter(name: str, ndim: int) -> Value:
     """The value of a parameter itself."""
     return Value(axes=tuple(frozenset({Origin(name, k, ndim)}) for k in range(ndim)))
@@ -133,11 +136,15 @@ def _stack(eqn: Any, axes: Sequence) -> list[Axes]:
 
 
 def _gather(eqn: Any, axes: Sequence) -> list[Axes]:
-    """Entries that are picked by number keep the origin of their axis, if it is one."""
+    """Entries that are picked by number keep the origin of their axis, if it is one.
+
+    So does an axis of which a window is taken, as by a ``dynamic_slice`` under ``vmap``, unless the
+    window holds one entry.
+    """
     dims, indices = eqn.params["dimension_numbers"], shape(eqn.invars[1])
     gone = (*dims.collapsed_slice_dims, *getattr(dims, "operand_batching_dims", ()))
     rows = [k for k in range(len(axes[0])) if k not in gone]
-    picked = {k for k in rows if eqn.params["slice_sizes"][k] != shape(eqn.invars[0])[k]}
+    picked = {k for k in rows if eqn.params["slice_sizes"][k] == 1 < shape(eqn.invars[0])[k]}
     kept = iter(frozenset() if k in picked else axes[0][k] for k in rows)
     index = axes[0][gone[0]] if len(gone) == 1 and len(indices) == 2 else frozenset()
     out = range(len(shape(eqn.outvars[0])))

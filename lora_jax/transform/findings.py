@@ -1,0 +1,164 @@
+"""What is written down while roles are sought: uses of parameters, and where they are lost."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from lora_jax import lowrank
+from lora_jax.transform import forms, origins, uses
+from lora_jax.transform.forms import Body
+from lora_jax.transform.kernel import Unfactored
+from lora_jax.transform.origins import Value
+
+LOOKUP = "gather"
+
+
+class Use(NamedTuple):
+    """One use of one parameter.
+
+    Attributes:
+      primitive: what used it; "gather" for a lookup.
+      roles: one letter for each axis.
+      level: what the other operand depends on; ``PAIRED`` if it is another parameter.
+      is_picked: rows of it were picked before, by something that depends on the inputs.
+      source: file and line in the user's code.
+    """
+
+    primitive: str
+    roles: str
+    level: int
+    is_picked: bool
+    source: str
+
+
+PAIRED = -1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Findings:
+    """What a walk has found.
+
+    Attributes:
+      uses: by parameter, in the order of the code.
+      losses: by parameter, where it stopped to be one, and why.
+      hidden: the primitive that can't be looked into, by parameter that goes into one.
+      unknown: equations of a form that is not known, with JAX's version.
+    """
+
+    uses: Mapping[str, list[Use]]
+    losses: Mapping[str, list[str]]
+    hidden: Mapping[str, str]
+    unknown: list[str]
+
+
+class Pair(NamedTuple):
+    """A product of two arrays that both come from parameters: one kernel and its input, or two."""
+
+    name: str
+    eqn: Any
+    values: tuple[Value, Value]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Walk:
+    """What is written down on the way.
+
+    Attributes:
+      uses: as in :class:`Findings`; also of pairs.
+      losses: likewise.
+      hidden: likewise.
+      unknown: likewise.
+      pairs: products of two parameters, in the order of the code.
+      seen: what is known of the outputs of a jaxpr, by jaxpr and inputs.
+      numbers: of the pairs.
+      enter: walks a jaxpr within, given what is known of its inputs.
+      is_final: False while a loop settles, when nothing is written down for good.
+    """
+
+    uses: dict[str, list[Use]]
+    losses: dict[str, list[str]]
+    hidden: dict[str, str]
+    unknown: list[str]
+    pairs: list[Pair]
+    seen: dict[tuple, list[Value]]
+    numbers: Iterator[int]
+    enter: Callable[["Walk", Body, Sequence[Value]], list[Value]]
+    is_final: bool = True
+
+
+def lose(walk: Walk, eqn: Any, values: Sequence[Value], why: str) -> None:
+    """Notes that the parameters among the values are not followed beyond an equation."""
+    if not walk.is_final:
+        return
+    where = forms.source(eqn)
+    reason = f"{why} at {where}" if where else why
+    for value in values:
+        for name in origins.names(value.axes):
+            reasons = walk.losses.setdefault(name, [])
+            if reason not in reasons:
+                reasons.append(reason)
+
+
+def hide(walk: Walk, eqn: Any, values: Sequence[Value]) -> None:
+    """Notes that parameters go into a primitive that can't be looked into."""
+    lose(walk, eqn, values, f"goes into {eqn.primitive.name!r}, which can't be looked into")
+    for value in values if walk.is_final else ():
+        walk.hidden.update(dict.fromkeys(origins.names(value.axes), eqn.primitive.name))
+
+
+def record(walk: Walk, eqn: Any, operand: int, value: Value, level: int) -> None:
+    """Notes a use of the parameters of one operand; ``level`` is that of the other operands."""
+    if value.is_mixed and eqn.primitive.name in ("dot_general", LOOKUP):
+        return  # the product with the constant was its use; a convolution's kernel is resized so
+    try:
+        sides = sides_of(eqn, operand)
+    except Unfactored as why:
+        lose(
+            walk, eqn, [value], f"is used by {eqn.primitive.name!r} in a form without sides: {why}"
+        )
+        return
+    for name, roles in roles_of(value.axes, sides).items():
+        use = Use(eqn.primitive.name, roles, level, value.is_picked, forms.source(eqn))
+        _note(walk, name, use)
+
+
+def sides_of(eqn: Any, operand: int) -> uses.Sides:
+    """How an equation uses the axes of one of its operands.
+
+    Raises:
+      Unfactored: it has not two sides there.
+    """
+    shape = origins.shape(eqn.invars[operand])
+    return uses.USES[eqn.primitive.name].sides(eqn.params, operand, shape)
+
+
+def _note(walk: Walk, name: str, use: Use) -> None:
+    known = walk.uses.setdefault(name, [])
+    if walk.is_final and use not in known:
+        known.append(use)
+
+
+def roles_of(axes: origins.Axes, sides: uses.Sides) -> dict[str, str]:
+    """Roles of the axes of each parameter in one use.
+
+    An axis that is no longer there was stacked: a scan or an index took one entry of it.
+    """
+    found: dict[str, list[set[str]]] = {}
+    for k, axis in enumerate(axes):
+        role = (
+            lowrank.IN if k in sides.inputs else lowrank.BATCH if k in sides.batch else lowrank.OUT
+        )
+        for origin in axis:
+            known = found.setdefault(origin.name, [set() for _ in range(origin.ndim)])
+            known[origin.axis].add(role)
+    # An axis that is used in two ways has no role.
+    clear = {name: axes for name, axes in found.items() if all(len(roles) < 2 for roles in axes)}
+    return {
+        name: "".join(roles.pop() if roles else lowrank.BATCH for roles in axes)
+        for name, axes in clear.items()
+    }
+
+
+def has_two_sides(roles: str) -> bool:
+    """Whether there are inputs and outputs."""
+    return lowrank.IN in roles and lowrank.OUT in roles
