@@ -38,4 +38,4 @@ lint: $(VENV)/.test
 	$(VENV)/bin/ruff format --check .
 
 clean:
-	rm -rf $(VENV) .newest runs
+	rm -rf $(VENV) .newest .jax_cache runs

@@ -65,6 +65,7 @@ bind_pip() {
 inside() {
   chroot "$root" /usr/bin/env -u PYTHONPATH -u PYTHONHOME -u VIRTUAL_ENV LANG=C.UTF-8 HOME="$HOME" \
     PATH=/venv/bin:/usr/sbin:/usr/bin:/sbin:/bin PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    JAX_COMPILATION_CACHE_DIR=/jax_cache \
     sh -ec "cd /src/checkout && $1" sh "${@:2}"
 }
 
