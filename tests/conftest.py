@@ -7,8 +7,9 @@ import pathlib
 # optimiser of XLA's CPU backend. Read when JAX is first imported; a value that is set stays.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # Whatever was compiled is kept in the checkout, for other processes and the next run.
-CACHE = pathlib.Path(__file__).resolve().parents[1] / ".jax_cache"
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).resolve().parents[1] / ".jax_cache")
+)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
