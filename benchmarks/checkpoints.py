@@ -19,22 +19,23 @@ import numpy as np
 import optax
 
 import lora_jax as lora
-from experiments import checkpointing, stepping
-from experiments.optimisers import Settings, adamw
 from lora_jax.models import bert
+from lora_jax.training import checkpointing
+from lora_jax.training.optimizer import Settings, adamw
+from lora_jax.training.state import TrainState
 
 
-def bert_base_state() -> stepping.TrainState:
+def bert_base_state() -> TrainState:
     """All that changes in such a run, as a checkpoint stores it."""
     model = bert.BertForSequenceClassification(bert.BertConfig(), num_labels=2)
     ids = jax.ShapeDtypeStruct((1, 8), np.int32)
     config = lora.LoRAConfig(rank=8, targets=("query", "value"), train=("classifier",))
 
-    def made(base: dict) -> stepping.TrainState:
+    def made(base: dict) -> TrainState:
         adapter = lora.init(jax.random.key(0), model.apply, base, config, ids, ids)
         tx = adamw(Settings(1e-3, 0, 100, 0.01, 1.0), adapter)
         step, key = jax.numpy.int32(0), jax.random.key_data(jax.random.key(0))
-        return stepping.TrainState(step, adapter, tx.init(adapter), key)
+        return TrainState(step, adapter, tx.init(adapter), key)
 
     shapes = jax.eval_shape(made, jax.eval_shape(model.init, jax.random.key(0), ids, ids))
     rng = np.random.default_rng(0)

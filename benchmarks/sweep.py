@@ -32,8 +32,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import common, quickstart_sweep
-from experiments import classification, lockstep, metrics, points, tasks
 from lora_jax.models import bert
+from lora_jax.sweeps import trials, vmapped_step
+from lora_jax.tasks import classification, from_config
+from lora_jax.training import metrics
+from lora_jax.training.task import Task
 
 ROOT = Path(__file__).parent.parent
 CONFIG = "configs/quickstart_sweep.py"
@@ -74,8 +77,8 @@ def measured(arguments: list[str]) -> dict:
 def processes(args: argparse.Namespace) -> None:
     """Prints each way of doing the runs, with its share of the time of separate processes."""
     flags = flags_for(args.steps, args.targets)
-    found = points.points(quickstart_sweep.get_config(), quickstart_sweep.sweep)
-    found = points.only(found, args.only)
+    found = trials.points(quickstart_sweep.get_config(), quickstart_sweep.sweep)
+    found = trials.only(found, args.only)
     only = [f"--only={text}" for text in args.only]
     sweeps: dict[str, dict] = {}
     ways = args.parallel.split(",")
@@ -112,7 +115,7 @@ def print_row(**values: object) -> None:
 # Runs at a time.
 
 
-def random_task(model: str, batch: tuple[int, int], dtype: str, *, dropout: bool) -> tasks.Task:
+def random_task(model: str, batch: tuple[int, int], dtype: str, *, dropout: bool) -> Task:
     """Sequence classification with random weights and tokens."""
     size, length = batch
     config = MODELS[model]
@@ -124,7 +127,7 @@ def random_task(model: str, batch: tuple[int, int], dtype: str, *, dropout: bool
         "labels": (np.arange(size) % 2).astype(np.int32),
         "weights": np.ones(size, np.float32),
     }
-    return tasks.Task(
+    return Task(
         apply=lambda params, b, key: classification.apply(net, params, b, key if dropout else None),
         metrics=lambda logits, b: metrics.cross_entropy(logits, b["labels"], b["weights"]),
         train_batch=lambda step: data,
@@ -143,7 +146,7 @@ def throughput(args: argparse.Namespace) -> None:
     config = common.base_config()
     config.lora.rank, config.lora.dropout = args.rank, args.dropout
     config.lora.targets = tuple(args.targets.split(","))
-    member = lockstep.member(task, config, classification.lora_config(config))
+    member = vmapped_step.member(task, config, from_config.lora_config(config))
     peak = matmul_tflops(args.dtype)
     first = None
     for count in (int(n) for n in args.at_once.split(",")):
@@ -159,12 +162,12 @@ def throughput(args: argparse.Namespace) -> None:
         print_row(**row, dtype=args.dtype)
 
 
-def timed(task: tasks.Task, member: lockstep.Member, count: int, args: argparse.Namespace) -> dict:
+def timed(task: Task, member: vmapped_step.Member, count: int, args: argparse.Namespace) -> dict:
     """Compiles the step for ``count`` runs and times it."""
-    program = lockstep.program(task, count, dropout=args.dropout > 0)
-    members = lockstep.place(program, lockstep.stack([member] * count, count))
-    base, batch = lockstep.replicate(program, task.base), task.train_batch(0)
-    step = lockstep.compiled(program, "train", members, base, batch)
+    program = vmapped_step.program(task, count, dropout=args.dropout > 0)
+    members = vmapped_step.place(program, vmapped_step.stack([member] * count, count))
+    base, batch = vmapped_step.replicate(program, task.base), task.train_batch(0)
+    step = vmapped_step.compiled(program, "train", members, base, batch)
     cost, memory = step.cost_analysis(), step.memory_analysis()
     seconds = []
     for _ in range(args.repeats + 1):
@@ -173,7 +176,7 @@ def timed(task: tasks.Task, member: lockstep.Member, count: int, args: argparse.
         seconds.append(time.perf_counter() - begin)
     median = statistics.median(seconds[1:])
     return {
-        "compile_s": round(lockstep.compile_seconds(program), 2),
+        "compile_s": round(vmapped_step.compile_seconds(program), 2),
         "step_s": round(median, 4),
         "least_step_s": round(min(seconds[1:]), 4),
         "run_steps_per_s": round(count / median, 2),

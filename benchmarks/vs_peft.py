@@ -6,7 +6,7 @@ Needs the extra `parity`. One JSON object a line and case. `ratio` is PEFT's tim
 above 1, the step here is faster. Each side is a process of its own with the same number of
 threads, and they take turns step by step, so that whatever else the machine does meets both.
 
-The step is the one of `experiments.train`: low-rank adaptation of query and value, the classifier
+The step is the one of `lora_jax.training`: low-rank adaptation of query and value, the classifier
 trained, the gradient clipped, AdamW with a linear decay. Models are drawn at random; float32 on a
 CPU, bfloat16 activations on an accelerator. Sentences fill half of the length or more.
 
@@ -97,8 +97,12 @@ def ours(case: Case):
 
     import lora_jax as lora
     from configs import common
-    from experiments import classification, metrics, stepping, tasks
     from lora_jax.models import bert
+    from lora_jax.tasks import classification
+    from lora_jax.training import metrics
+    from lora_jax.training.state import initial_state
+    from lora_jax.training.step import make_train_step
+    from lora_jax.training.task import Task
 
     jax.config.update("jax_default_prng_impl", case.prng)
     device = jax.devices()[0]
@@ -111,7 +115,7 @@ def ours(case: Case):
     yield
 
     data = ({**b, "weights": np.ones(case.size, np.float32)} for b in batches(case))
-    task = tasks.Task(
+    task = Task(
         apply=functools.partial(classification.apply, model),
         metrics=lambda logits, b: metrics.cross_entropy(logits, b["labels"], b["weights"]),
         train_batch=lambda _: next(data),
@@ -123,10 +127,10 @@ def ours(case: Case):
     lora_config = lora.LoRAConfig(
         rank=RANK, alpha=ALPHA, targets=tuple(TARGETS), train=(HEAD,), dropout=case.dropout
     )
-    state, tx = stepping.initial_state(task, config, lora_config)
+    state, tx = initial_state(task, config, lora_config)
     leaves = zip(*map(jax.tree.leaves, (state.adapter, lora.mask(state.adapter))), strict=True)
     trained = sum(x.size for x, wanted in leaves if wanted)
-    compiled = stepping.make_train_step(task, tx, lora_config.dropout)
+    compiled = make_train_step(task, tx, lora_config.dropout)
     while True:
         state, sums = compiled(state, base, next(data))
         jax.block_until_ready((state.adapter, sums))

@@ -14,8 +14,9 @@ from typing import Any
 
 from absl import flags
 
-from experiments import cli, replies
-from experiments.chat_template import Message
+from experiments import cli
+from lora_jax.data.chat_template import Message
+from lora_jax.tasks import chat
 
 _ADAPTER = flags.DEFINE_string("adapter", None, "Directory of the adapter.")
 _MODEL = flags.DEFINE_string("model", None, "The base, if it moved; or a model without adapter.")
@@ -33,13 +34,13 @@ def main(argv: list[str]) -> None:
         options |= {"sample": True, "temperature": _TEMPERATURE.value, "top_p": _TOP_P.value}
     elif _TOP_P.value != 1:
         raise ValueError(f"--top_p={_TOP_P.value} is for sampling, and --temperature is 0: set it.")
-    speaker = replies.load(_ADAPTER.value, model=_MODEL.value, **options)
+    speaker = chat.load(_ADAPTER.value, model=_MODEL.value, **options)
     messages: list[Message] = []
     if _SYSTEM.value:
         messages.append({"role": "system", "content": _SYSTEM.value})
     for turn, said in enumerate([" ".join(argv)] if argv else _lines()):
         messages.append({"role": "user", "content": said})
-        answer = replies.reply(speaker, messages, seed=_SEED.value + turn)
+        answer = chat.reply(speaker, messages, seed=_SEED.value + turn)
         messages.append({"role": "assistant", "content": answer})
         print(answer, flush=True)
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 import jax
 from absl import app, flags, logging
 
-from experiments import processes, stopping
+from experiments import processes
+from lora_jax.training import preemption
 
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 
@@ -28,7 +29,7 @@ def run(main: Callable[[list[str]], None]) -> None:
         try:
             processes.start()
             main(list(argv[1:]))
-        except stopping.Stopped as stopped:
+        except preemption.Stopped as stopped:
             print(stopped, flush=True)
         except FloatingPointError as error:
             return _fail(error, 1)

@@ -20,18 +20,11 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import (
-    adapters,
-    classification,
-    cli,
-    e2e,
-    evaluating,
-    finetuning,
-    train,
-    workdirs,
-)
-from experiments.e2e import Writer, Written
+from experiments import cli, evaluating, finetuning
 from lora_jax.files import write_atomically
+from lora_jax.tasks import adapter_files, e2e, from_config
+from lora_jax.tasks.e2e import Writer, Written
+from lora_jax.training import train, workdirs
 
 _EVALUATE = flags.DEFINE_bool("evaluate", False, "Train nothing; score the model as it is.")
 
@@ -60,7 +53,7 @@ def main(argv: list[str]) -> None:
     if config.decode.unadapted or not directory:
         found["unadapted"] = _scored("unadapted", config, writer)
     if directory:
-        adapter, _ = adapters.load(directory, writer.loaded)
+        adapter, _ = adapter_files.load(directory, writer.loaded)
         found["adapted"] = _scored("adapted", config, writer, adapter)
     _report(workdir, found)
     if directory:
@@ -75,7 +68,7 @@ def _trained(config: ConfigDict, writer: Writer, workdir: Path) -> Path:
     task, lora_config = e2e.make_task(config, writer)
     if config.adapter:
         with config.unlocked():
-            config.lora = classification.settings(lora_config)
+            config.lora = from_config.to_config(lora_config)
     best = train.train(task, config, lora_config, workdir)
     print(
         f"best validation loss {best.best_loss:.4f} at step {best.best_step}; "

@@ -5,9 +5,11 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from experiments import adapters, devices, stepping, workdirs
-from experiments.tasks import Task
 from lora_jax import peft, serialize
+from lora_jax.tasks import adapter_files
+from lora_jax.training import mesh, partitioning, workdirs
+from lora_jax.training.evaluation import evaluate, make_eval_step
+from lora_jax.training.task import Task
 
 
 def adapter_of(workdir: Path) -> Path:
@@ -33,14 +35,14 @@ def report(task: Task, config: ConfigDict, workdir: Path) -> None:
       ValueError: the adapter's head is not the task's.
       FloatingPointError: a score is NaN or infinite.
     """
-    if random := [note for note in task.notes if note.startswith(adapters.FRESH_HEAD)]:
+    if random := [note for note in task.notes if note.startswith(adapter_files.FRESH_HEAD)]:
         raise ValueError(f"{random[0]}, so that its scores would be those of a random one.")
     directory = Path(config.adapter)
-    on = devices.find(config)
-    task = devices.settled(on, devices.local(on, task, config))
-    adapter = devices.place_adapter(on, task.adapter, task.base)
-    step = stepping.make_eval_step(task, on)
-    values = stepping.evaluate(step, adapter, devices.with_copies(on, task))
+    on = mesh.find(config)
+    task = partitioning.settled(on, partitioning.local(on, task, config))
+    adapter = partitioning.place_adapter(on, task.adapter, task.base)
+    step = make_eval_step(task, on)
+    values = evaluate(step, adapter, partitioning.with_copies(on, task))
     about: dict[str, object] = {"adapter": str(directory)}
     if not peft.is_peft(directory):
         about |= {"step": serialize.read_metadata(directory).get("step")}

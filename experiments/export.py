@@ -12,9 +12,10 @@ from pathlib import Path
 from absl import flags
 
 import lora_jax as lora
-from experiments import adapters, classifier, cli, language
+from experiments import cli
 from lora_jax.models import checkpoints
 from lora_jax.models.families import CAUSAL_LM, CLASSIFIER, SEQ2SEQ_LM
+from lora_jax.tasks import adapter_files, classifier, language_model
 
 _ADAPTER = flags.DEFINE_string("adapter", None, "Directory of the adapter.", required=True)
 _MODEL = flags.DEFINE_string("model", None, "The base model, if it moved since training.")
@@ -41,15 +42,15 @@ def main(argv: list[str]) -> None:
     out = Path(_OUT.value)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty directory; choose another --out.")
-    is_language = language.is_language(_ADAPTER.value, model=_MODEL.value)
-    load = language.load if is_language else classifier.load
+    is_language = language_model.is_language(_ADAPTER.value, model=_MODEL.value)
+    load = language_model.load if is_language else classifier.load
     model = load(_ADAPTER.value, model=_MODEL.value)
     for note in model.notes:
         print(f"assumed: {note}", file=sys.stderr)
     if _PEFT.value:
         # A name that PEFT wrote stays, unless the base has moved.
         base = _MODEL.value if model.config.origin else model.loaded.checkpoint.name
-        adapters.save_peft(out, model.loaded, model.adapter, model.config, base=base)
+        adapter_files.save_peft(out, model.loaded, model.adapter, model.config, base=base)
         print(f"Wrote {out}: open it with peft, PeftModel.from_pretrained(base, directory).")
         return
     merged = lora.merge(model.loaded.params, model.adapter)

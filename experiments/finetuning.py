@@ -7,8 +7,10 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from experiments import classification, evaluating, settings, train, workdirs
-from experiments.glue_tasks import find
+from experiments import evaluating
+from lora_jax.tasks import classification, from_config, glue_config
+from lora_jax.tasks.glue import find
+from lora_jax.training import train, workdirs
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
@@ -24,9 +26,9 @@ flags.mark_flag_as_required("config")
 
 def main(argv: list[str]) -> None:
     """Trains, and says what to do next."""
-    config, workdir = command_line(argv, settings.resolved)
+    config, workdir = command_line(argv, glue_config.resolved)
     logging.getLogger("lora_jax").setLevel(logging.ERROR)  # the report says what is fresh
-    settings.check(config)
+    glue_config.check(config)
     if not config.adapter:  # whose settings are not known yet
         workdirs.check(workdir, config)
     task, lora_config = classification.make_task(config)
@@ -34,7 +36,7 @@ def main(argv: list[str]) -> None:
         return evaluating.report(task, config, workdir)
     if config.adapter:
         with config.unlocked():
-            config.lora = classification.settings(lora_config)
+            config.lora = from_config.to_config(lora_config)
     best = train.train(task, config, lora_config, workdir)
     example = "The movie was absolutely wonderful!"
     if find(config.task).pairs:

@@ -12,22 +12,24 @@ out.
 
 import logging
 
-from experiments import classification, cli, evaluating, finetuning, instructions, train, workdirs
+from experiments import cli, evaluating, finetuning
+from lora_jax.tasks import from_config, instruction_tuning
+from lora_jax.training import train, workdirs
 
 
 def main(argv: list[str]) -> None:
     """Trains, and says what to do next."""
     config, workdir = finetuning.command_line(argv, lambda c: c.copy_and_resolve_references())
     logging.getLogger("lora_jax").setLevel(logging.ERROR)  # the report says what is fresh
-    instructions.check(config)
+    instruction_tuning.check(config)
     if not config.adapter:  # whose settings are not known yet
         workdirs.check(workdir, config)
-    task, lora_config = instructions.make_task(config)
+    task, lora_config = instruction_tuning.make_task(config)
     if finetuning.eval_only():
         return evaluating.report(task, config, workdir)
     if config.adapter:
         with config.unlocked():
-            config.lora = classification.settings(lora_config)
+            config.lora = from_config.to_config(lora_config)
     best = train.train(task, config, lora_config, workdir)
     adapter = workdir / workdirs.ADAPTER
     print(

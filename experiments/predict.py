@@ -13,7 +13,8 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import classifier, cli
+from experiments import cli
+from lora_jax.tasks import classifier
 
 _ADAPTER = flags.DEFINE_string("adapter", None, "Directory of the adapter.", required=True)
 _MODEL = flags.DEFINE_string("model", None, "The base model, if it moved since training.")

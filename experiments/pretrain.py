@@ -19,11 +19,15 @@ import tokenizers
 from ml_collections import ConfigDict
 
 import lora_jax as lora
-from experiments import cli, e2e_data, finetuning, language, optimisers, options, train, workdirs
-from experiments.sources import permutation
+from experiments import cli, finetuning
+from lora_jax.data import e2e_nlg
+from lora_jax.data.order import permutation
+from lora_jax.data.texts import Texts, texts
 from lora_jax.files import write_atomically
 from lora_jax.models import checkpoints, gpt2, hub
 from lora_jax.models.families import CAUSAL_LM, TOKENS
+from lora_jax.tasks import language_modeling
+from lora_jax.training import optimizer, train, training_config, workdirs
 
 START, MODEL = "start", "model"
 _END = "<|endoftext|>"
@@ -40,17 +44,17 @@ def main(argv: list[str]) -> None:
     logging.getLogger("lora_jax").setLevel(logging.ERROR)
     if finetuning.eval_only():
         raise ValueError("--eval_only is for adapters, and this trains a model from nothing.")
-    optimisers.check(config.optimizer)
-    language.check_sizes(config, _LEAST)
-    options.check(config)
+    optimizer.check(config.optimizer)
+    training_config.check_sizes(config, _LEAST)
+    training_config.check(config)
     workdirs.check(workdir, config)
-    pairs = e2e_data.read(config.data.source, config.data.train)
-    parts = e2e_data.split(pairs, config.data.holdout, config.data.seed)
+    pairs = e2e_nlg.read(config.data.source, config.data.train)
+    parts = e2e_nlg.split(pairs, config.data.holdout, config.data.seed)
     training, evaluation = (_lines(part) for part in parts)
     tokenizer = make_tokenizer(training, config.model.vocab_size)
     loaded = make_model(workdir / START, config, tokenizer)
     texts = [packed(lines, tokenizer, config.data) for lines in (training, evaluation)]
-    task, settings = language.make_task(config, loaded, *texts)
+    task, settings = language_modeling.make_task(config, loaded, *texts)
     best = train.train(task, config, settings, workdir)
     adapter, _ = lora.load(workdir / workdirs.ADAPTER, loaded.params, base=loaded.base_id)
     merged = lora.merge(loaded.params, adapter)
@@ -61,7 +65,7 @@ def main(argv: list[str]) -> None:
     )
 
 
-def _lines(pairs: e2e_data.Pairs) -> list[str]:
+def _lines(pairs: e2e_nlg.Pairs) -> list[str]:
     """Texts with a space before them, as what is written after a meaning has; meanings once."""
     return [*dict.fromkeys(pairs.meanings), *(f" {text}" for text in pairs.texts)]
 
@@ -75,13 +79,13 @@ def make_tokenizer(lines: list[str], vocab_size: int) -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_str(made.to_str())
 
 
-def packed(lines: list[str], tokenizer: tokenizers.Tokenizer, c: ConfigDict) -> language.Texts:
+def packed(lines: list[str], tokenizer: tokenizers.Tokenizer, c: ConfigDict) -> Texts:
     """All lines in random order, each after the token that ends one, cut to ``c.length`` tokens."""
     end = tokenizer.token_to_id(_END)
     rows = tokenizer.encode_batch_fast(lines)
     stream = [t for k in permutation(len(rows), c.seed, stream=0) for t in (end, *rows[k].ids)]
     pieces = [stream[k : k + c.length] for k in range(0, len(stream), c.length)]
-    return language.texts([(p[:1], p[1:]) for p in pieces if len(p) > 1], pad_id=end)
+    return texts([(p[:1], p[1:]) for p in pieces if len(p) > 1], pad_id=end)
 
 
 def make_model(

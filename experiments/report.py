@@ -9,10 +9,11 @@ import base64
 import html
 from pathlib import Path
 
-from experiments import cli, pictures, results, sweepdirs
-from experiments.pictures import Picture
-from experiments.results import Results
+from experiments import cli
 from lora_jax.files import write_atomically
+from lora_jax.sweeps import plots, results, sweep_dirs
+from lora_jax.sweeps.plots import Picture
+from lora_jax.sweeps.results import Results
 
 FOLDER = "report"
 
@@ -41,7 +42,7 @@ def write(workdir: Path, found: Results) -> Path:
     """Writes table, pictures and page into the sweep's directory; returns the folder."""
     folder = workdir / FOLDER
     folder.mkdir(exist_ok=True)
-    drawn = pictures.all_of(found)
+    drawn = plots.all_of(found)
     files = {f"{p.name}.png": p.png for p in drawn}
     files |= {"results.csv": results.as_csv(found), "table.md": results.as_markdown(found)}
     files |= {"report.html": page(workdir.name, found, drawn)}  # last: it stands for the whole
@@ -56,7 +57,7 @@ def summary(found: Results) -> str:
     statuses = [row.result["status"] for row in found.rows]
     parts = [
         f"{statuses.count(status)} {status}"
-        for status in (sweepdirs.FINISHED, sweepdirs.DIVERGED, sweepdirs.DROPPED)
+        for status in (sweep_dirs.FINISHED, sweep_dirs.DIVERGED, sweep_dirs.DROPPED)
         if status in statuses
     ]
     if found.unfinished:

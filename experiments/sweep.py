@@ -13,7 +13,8 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from experiments import cli, points, sweepdirs, sweeping
+from experiments import cli
+from lora_jax.sweeps import scheduler, sweep_dirs, trials
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the sweep.", required=True)
@@ -34,28 +35,28 @@ def main(argv: list[str]) -> None:
     logging.getLogger("lora_jax").setLevel(logging.ERROR)  # the notes say what is fresh
     base, workdir = _CONFIG.value, Path(_WORKDIR.value)
     sweep = _asked_for(base, workdir)
-    sweepdirs.check(workdir, base, sweep.halving)
+    sweep_dirs.check(workdir, base, sweep.halving)
     print(_plan(sweep), flush=True)
     if _DRY_RUN.value:
         return
     begin = time.perf_counter()
-    compiled = sweeping.run(sweep, base, lambda text: print(text, flush=True))
+    compiled = scheduler.run(sweep, base, lambda text: print(text, flush=True))
     times = ", ".join(f"{name} {count}" for name, count in compiled.items()) or "nothing"
     print(f"{time.perf_counter() - begin:.1f} s; compiled: {times}\n{_outcome(sweep)}")
 
 
-def _asked_for(base: ConfigDict, workdir: Path) -> sweeping.Sweep:
+def _asked_for(base: ConfigDict, workdir: Path) -> scheduler.Sweep:
     path = config_flags.get_config_filename(flags.FLAGS["config"])
-    everything = points.points(base, points.load_sweep(path))
-    everything = points.only(everything, _ONLY.value)
+    everything = trials.points(base, trials.load_sweep(path))
+    everything = trials.only(everything, _ONLY.value)
     if _HALVING.value and (_HALVING.value < 2 or _SHARD.value != "1/1"):
         raise ValueError(
             f"--halving={_HALVING.value} --shard={_SHARD.value}: halving is by 2 or more, and "
             "compares all runs, so that it can't go with shards."
         )
-    return sweeping.Sweep(
+    return scheduler.Sweep(
         points=everything,
-        mine=points.shard(everything, _SHARD.value),
+        mine=trials.shard(everything, _SHARD.value),
         workdir=workdir,
         parallel=_parallel(_PARALLEL.value),
         halving=_HALVING.value,
@@ -71,31 +72,31 @@ def _parallel(text: str) -> int | None:
     return int(text)
 
 
-def _plan(sweep: sweeping.Sweep) -> str:
+def _plan(sweep: scheduler.Sweep) -> str:
     """All runs of this process, by group."""
-    swept = points.swept([p.config for p in sweep.points])
+    swept = trials.swept([p.config for p in sweep.points])
     lines = []
-    for number, members in enumerate(points.groups(sweep.mine), 1):
-        left = sweeping.unfinished(sweep, members)
+    for number, members in enumerate(trials.groups(sweep.mine), 1):
+        left = scheduler.unfinished(sweep, members)
         lines.append(f"group {number}: {len(members)} runs, {len(left)} to do")
         for point in members if _DRY_RUN.value else []:
-            found = sweepdirs.result(sweep.workdir, point)
+            found = sweep_dirs.result(sweep.workdir, point)
             state = found["status"] if found else "to do"
-            lines.append(f"  {point.id}  {points.label(point, swept)}: {state}")
+            lines.append(f"  {point.id}  {trials.label(point, swept)}: {state}")
     return "\n".join(lines)
 
 
-def _outcome(sweep: sweeping.Sweep) -> str:
+def _outcome(sweep: scheduler.Sweep) -> str:
     """The best run, and the next commands."""
-    results = [(sweepdirs.result(sweep.workdir, p), p) for p in sweep.mine]
+    results = [(sweep_dirs.result(sweep.workdir, p), p) for p in sweep.mine]
     statuses = [found["status"] for found, _ in results]
     counts = {s: statuses.count(s) for s in sorted(set(statuses))}
     lines = [", ".join(f"{count} runs {status}" for status, count in counts.items())]
-    good = [(*sweepdirs.best(r), p) for r, p in results if sweepdirs.best(r)[1] is not None]
+    good = [(*sweep_dirs.best(r), p) for r, p in results if sweep_dirs.best(r)[1] is not None]
     if good:
         name, score, point = max(good, key=lambda found: found[1])
-        run = points.label(point, points.swept([p.config for p in sweep.points]))
-        adapter = sweepdirs.run_dir(sweep.workdir, point) / "adapter"
+        run = trials.label(point, trials.swept([p.config for p in sweep.points]))
+        adapter = sweep_dirs.run_dir(sweep.workdir, point) / "adapter"
         lines += [
             f"best validation {name} {score:.4f}: {run}",
             "Next:",

@@ -17,8 +17,11 @@ import numpy as np
 
 import lora_jax as lora
 from configs import sst2_minilm
-from experiments import checkpointing, classification, data, durations, stepping, workdirs
+from lora_jax.data import batches, examples, sources, tokenization
 from lora_jax.models.checkpoints import load_tokenizer, resolve
+from lora_jax.tasks import classification, from_config
+from lora_jax.training import checkpointing, durations, workdirs
+from lora_jax.training.state import initial_state, storable
 
 WORDS, SHARED, COUNT = 10, 5, 2500
 
@@ -36,13 +39,13 @@ def new_sentences(training, others):
         if len(sentence.split()) >= WORDS and not found & seen:
             seen |= found
             chosen.append(k)
-    return data.take(others, chosen[:COUNT])
+    return examples.take(others, chosen[:COUNT])
 
 
 def last_adapter(run, task, config):
-    state, _ = stepping.initial_state(task, config, classification.lora_config(config))
+    state, _ = initial_state(task, config, from_config.lora_config(config))
     with checkpointing.manager(run / workdirs.CHECKPOINTS) as checkpoints:
-        stored, _ = checkpointing.restore(checkpoints, stepping.storable(state))
+        stored, _ = checkpointing.restore(checkpoints, storable(state))
     done, total = int(stored.step), durations.plan(config, task.steps_per_epoch).total
     if done < total:
         raise SystemExit(f"{run} stands at step {done} of {total}: finish it first.")
@@ -53,17 +56,17 @@ def accuracy(run, source):
     config = sst2_minilm.get_config().unlock()
     config.update(json.loads((run / "config.json").read_text()))
     config.data.source = source
-    everything = data.load(source, "train", num_labels=2)
+    everything = sources.load(source, "train", num_labels=2)
     config.data.holdout = len(everything.labels) - config.data.train_examples
     training, (others,) = classification.load_examples(config)
     chosen = new_sentences(training, others)
     config.data.holdout = 1  # the task is there for its model and its training examples
     task, _ = classification.make_task(config)
     tokenizer = load_tokenizer(resolve(config.model.name))
-    tokens = data.tokenize(chosen, tokenizer, max_length=config.data.max_length)
+    tokens = tokenization.tokenize(chosen, tokenizer, max_length=config.data.max_length)
     merged = lora.merge(task.base, last_adapter(run, task, config))
     step, right = jax.jit(lambda params, batch: task.apply(params, batch, None)), 0
-    for batch in data.eval_batches(tokens, batch_size=64, buckets=tuple(config.data.buckets)):
+    for batch in batches.eval_batches(tokens, batch_size=64, buckets=tuple(config.data.buckets)):
         guesses = np.argmax(step(merged, batch), axis=-1)
         right += int(((guesses == batch["labels"]) & (batch["weights"] > 0)).sum())
     return right / len(chosen.labels)

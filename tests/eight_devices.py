@@ -25,9 +25,14 @@ from collectives import collectives
 
 import lora_jax as lora
 from configs import common
-from experiments import classification, devices, language, stepping
 from lora_jax import paths, sharding
 from lora_jax.models import checkpoints, gpt2, llama, t5
+from lora_jax.tasks import classification, language_modeling
+from lora_jax.training import partitioning
+from lora_jax.training.evaluation import make_eval_step
+from lora_jax.training.mesh import find
+from lora_jax.training.state import initial_state, storable, usable
+from lora_jax.training.step import make_train_step, step_options
 
 STEPS = 50
 MESHES = {
@@ -50,17 +55,17 @@ def config(root, **changes):
 
 def train(c, *, scores=False):
     """50 steps of the real step, with its program, and an evaluation if asked for."""
-    on = devices.find(c)
+    on = find(c)
     task, settings = classification.make_task(c)
-    state, tx = stepping.initial_state(task, c, settings)
-    state = stepping.usable(devices.place(on, stepping.storable(state), task.base))
+    state, tx = initial_state(task, c, settings)
+    state = usable(partitioning.place(on, storable(state), task.base))
     about = {} if on.pmap else layout(task, state)
-    task, options = devices.with_copies(on, task), stepping.options(c)
-    step = stepping.make_train_step(task, tx, settings.dropout, options, on=on, like=state)
+    task, options = partitioning.with_copies(on, task), step_options(c)
+    step = make_train_step(task, tx, settings.dropout, options, on=on, like=state)
     if on.mesh is not None and not on.pmap:
         compiled = step.lower(state, task.base, task.train_batch(0)).compile()
         about["collectives"] = [x._asdict() for x in collectives(compiled.as_text())]
-        step = lambda state, base, batch: compiled(state, base, devices.put_batch(on, batch))
+        step = lambda state, base, batch: compiled(state, base, partitioning.put_batch(on, batch))
     before, losses = jax.tree.map(lambda x: x.sharding, state.opt_state), []
     for k in range(STEPS):
         state, (sums, verdict) = step(state, task.base, task.train_batch(k))
@@ -72,8 +77,8 @@ def train(c, *, scores=False):
     )
     about |= {"losses": losses, "stays": all(jax.tree.leaves(stays))}
     if scores:
-        evaluate = stepping.make_eval_step(task, on)
-        about["scores"] = stepping.evaluate(evaluate, state.adapter, task)
+        evaluate = make_eval_step(task, on)
+        about["scores"] = evaluate(evaluate, state.adapter, task)
     return about
 
 
@@ -117,7 +122,7 @@ LLAMA = SIZES | dict(
 def memory(root, mesh):
     """What the compiled gradient of a deep Llama keeps, of which only shapes are needed."""
     model = llama.LlamaForCausalLM(llama.LlamaConfig.from_hf(LLAMA), scan_layers=True)
-    mesh = devices.find(config(root, **MESHES[mesh])).mesh
+    mesh = find(config(root, **MESHES[mesh])).mesh
     _, base, _, compiled = gradient(model, lora_family("llama"), mesh)
     kernels = [x for x in jax.tree.leaves(base) if x.ndim > 2]
     return {
@@ -158,7 +163,7 @@ def loss_of(fn):
     def loss(adapter, base, ids):
         logits = lora.lift(fn)(lora.bind(base, adapter), ids)
         batch = {"input_ids": ids, "counts": jnp.ones_like(ids), "weights": jnp.ones(len(ids))}
-        sums = language.token_loss(logits, batch)
+        sums = language_modeling.token_loss(logits, batch)
         return sums.loss / sums.weight, sums
 
     return loss
@@ -180,7 +185,7 @@ MODELS = {
 
 def family(root, name):
     """A model with stacked layers, on one device and on a mixed mesh, with Adam."""
-    mesh, model, about = devices.find(config(root, **MESHES["mixed"])).mesh, MODELS[name](), {}
+    mesh, model, about = find(config(root, **MESHES["mixed"])).mesh, MODELS[name](), {}
     kind = lora_family(name)
     ids = np.random.default_rng(0).integers(0, 61, (8, 8)).astype(np.int32)
     fn = lambda p, ids: model.apply(p, *inputs(kind, ids))
@@ -227,7 +232,7 @@ def host_memory(root, name):
         hidden_size=256, num_hidden_layers=6, intermediate_size=1024
     )
     directory = tiny.checkpoint(root / "large", kind="large")
-    mesh = devices.find(config(root, **MESHES[name])).mesh
+    mesh = find(config(root, **MESHES[name])).mesh
     about = {}
     for scan in (False, True):
         tracemalloc.start()
@@ -240,7 +245,7 @@ def host_memory(root, name):
 
 def stream(root, name):
     """Loading into pieces, with how much of the arrays on the host is alive at most."""
-    mesh = devices.find(config(root, **MESHES[name])).mesh
+    mesh = find(config(root, **MESHES[name])).mesh
     whole = checkpoints.load(root / "model", head="classifier", scan_layers=True)
     split = checkpoints.load(root / "model", head="classifier", scan_layers=True, mesh=mesh)
     short = checkpoints.load(

@@ -10,7 +10,8 @@ import os
 import sys
 
 import lora_jax
-from experiments import checkpointing, cli, finetuning, stepping, train, workdirs
+from experiments import cli, finetuning
+from lora_jax.training import checkpointing, loop, metric_writer, train
 
 
 def say(text):
@@ -36,11 +37,11 @@ def run(log, *arguments):
     os.dup2(file, 1)
     os.dup2(file, 2)
     told(train, "_resumed", "resuming")
-    told(stepping, "evaluate", "evaluation")
+    told(loop, "evaluate", "evaluation")
     told(lora_jax, "save", "adapter")
     told(checkpointing, "save", "save")
-    told(workdirs.Log, "write", "line")
-    make = stepping.make_train_step
+    told(metric_writer.MetricWriter, "write", "line")
+    make = train.make_train_step
 
     def making(*args, **named):
         step = {"call": make(*args, **named)}
@@ -48,7 +49,7 @@ def run(log, *arguments):
         told(step, "call", "step")
         return step.call
 
-    stepping.make_train_step = making
+    train.make_train_step = making
     sys.argv = ["sst2", *arguments]
     cli.run(finetuning.main)
 

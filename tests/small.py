@@ -11,7 +11,9 @@ import numpy as np
 
 import lora_jax as lora
 from configs import common
-from experiments import metrics, stepping, tasks, train, workdirs
+from lora_jax.training import metric_writer, metrics, train
+from lora_jax.training.state import initial_state, storable
+from lora_jax.training.task import Task
 
 LORA = lora.LoRAConfig(rank=2, alpha=4.0, targets=("dense",))
 PER_EPOCH = 8
@@ -28,7 +30,7 @@ def task(per_epoch=PER_EPOCH, evaluations=3):
         labels = np.argmax(x @ rotation, axis=-1).astype(np.int32)
         return {"x": x, "labels": labels, "weights": np.ones(6, np.float32)}
 
-    return tasks.Task(
+    return Task(
         apply=lambda params, batch, key: batch["x"] @ params["dense"]["kernel"],
         metrics=lambda logits, batch: metrics.cross_entropy(
             logits, batch["labels"], batch["weights"]
@@ -58,7 +60,7 @@ def run(workdir, some_task=None, **changes):
 
 def lines(workdir):
     """Its metric lines, but for what the clock says."""
-    found = workdirs.read(workdir / "metrics.jsonl")
+    found = metric_writer.read(workdir / "metrics.jsonl")
     return [{k: v for k, v in line.items() if k != "examples_per_second"} for line in found]
 
 
@@ -70,7 +72,7 @@ def outcome(workdir):
 
 def state():
     """The state at step 0, as it is stored."""
-    return stepping.storable(stepping.initial_state(task(), config(), LORA)[0])
+    return storable(initial_state(task(), config(), LORA)[0])
 
 
 def same(one, two):

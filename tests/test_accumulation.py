@@ -13,8 +13,14 @@ import test_lockstep
 
 import lora_jax as lora
 from configs import common
-from experiments import gradients, language, metrics, optimisers, options, stepping, tasks
 from lora_jax.models import gpt2
+from lora_jax.sweeps import parallelism, trial_loop, vmapped_step
+from lora_jax.sweeps.trials import Point
+from lora_jax.tasks import classification, from_config, language_modeling
+from lora_jax.training import gradients, metrics, optimizer, training_config
+from lora_jax.training.state import initial_state
+from lora_jax.training.step import StepOptions, make_train_step, step_options, train_step
+from lora_jax.training.task import Task
 
 ROWS, PARTS = 8, 4
 
@@ -39,15 +45,15 @@ def language_task(dtype=jnp.float64, layers=1, rows=ROWS):
     if dtype == jnp.float64:
         base = jax.tree.map(lambda x: x.astype(dtype), base)
     rng = np.random.default_rng(3)
-    texts = [
+    rows_of_tokens = [
         (rng.integers(0, 40, 2).tolist(), rng.integers(0, 40, 1 + 3 * k % 20).tolist())
         for k in range(rows - 2)
     ]
     options = {"seed": 0, "batch_size": rows, "buckets": (20, 24)}
-    task = tasks.Task(
-        apply=functools.partial(language.apply, model),
-        metrics=language.token_loss,
-        train_batch=lambda step: language.train_batch(language.texts(texts), step, **options),
+    task = Task(
+        apply=functools.partial(language_modeling.apply, model),
+        metrics=language_modeling.token_loss,
+        train_batch=lambda step: texts.train_batch(texts.texts(rows_of_tokens), step, **options),
         eval_batches=None, steps_per_epoch=10, base=base, base_id="", metadata={},
     )  # fmt: skip
     return task, ("c_attn",), ()
@@ -69,7 +75,7 @@ def started(made, **changes):
     task, targets, train = made
     c = config(targets, train, **changes)
     settings = lora.LoRAConfig.from_dict(c.lora.to_dict())
-    state, tx = stepping.initial_state(task, c, settings)
+    state, tx = initial_state(task, c, settings)
     keys = iter(jax.random.split(jax.random.key(5), 100))
     moved = lambda x, trained: x + 0.1 * jax.random.normal(next(keys), x.shape, x.dtype) * trained
     adapter = jax.tree.map(moved, state.adapter, lora.mask(state.adapter))
@@ -132,7 +138,7 @@ def test_whole_runs_stay_together(make):
     with jax.enable_x64(True):
         for parts in (1, PARTS):
             task, c, state, tx = started(make(), accumulate=parts, optimizer__clip_norm=0.05)
-            step = stepping.make_train_step(task, tx, 0.0, stepping.options(c))
+            step = make_train_step(task, tx, 0.0, step_options(c))
             losses = []
             for k in range(20):
                 state, (sums, _) = step(state, task.base, task.train_batch(k))
@@ -153,10 +159,10 @@ def test_over_devices_it_is_the_gradient_of_all_rows(parts):
         halves = {k: np.stack([v[:4], v[4:]]) for k, v in batch.items()}
         halves["weights"][1] = [3, 0, 0, 0]
         batch["weights"] = halves["weights"].reshape(-1)
-        step = stepping.train_step(task, tx, 0.0, stepping.options(c), axis="devices")
+        step = train_step(task, tx, 0.0, step_options(c), axis="devices")
         both = jax.vmap(step, in_axes=(None, None, 0), axis_name="devices")
         ends, (sums, verdict) = jax.jit(both)(state, task.base, halves)
-        want, whole = stepping.make_train_step(task, tx, 0.0)(state, task.base, batch)
+        want, whole = make_train_step(task, tx, 0.0)(state, task.base, batch)
         for device in (0, 1):
             here = jax.tree.map(lambda x, d=device: x[d], (ends.adapter, sums))
             for x, y in zip(
@@ -181,7 +187,7 @@ def test_rows_are_dealt_out_like_cards():
 def test_a_part_without_weight_does_no_harm():
     """Also where its rows are no numbers: NaN times a weight of zero would be NaN."""
     task, c, state, tx = started(language_task(jnp.float32), accumulate=ROWS)
-    step = stepping.make_train_step(task, tx, 0.0, stepping.options(c))
+    step = make_train_step(task, tx, 0.0, step_options(c))
     batch = task.train_batch(0)
     assert (batch["weights"] == 0).sum() == 2
     state, (sums, verdict) = step(state, task.base, batch)
@@ -194,8 +200,8 @@ def test_one_part_is_the_step_without():
     """The same program, letter by letter."""
     task, c, state, tx = started(language_task(jnp.float32))
     programs = [
-        jax.jit(stepping.train_step(task, tx, 0.0, o)).lower(state, task.base, task.train_batch(0))
-        for o in (stepping.Options(), stepping.Options(accumulate=1))
+        jax.jit(train_step(task, tx, 0.0, o)).lower(state, task.base, task.train_batch(0))
+        for o in (StepOptions(), StepOptions(accumulate=1))
     ]
     assert programs[0].as_text() == programs[1].as_text()
 
@@ -205,7 +211,7 @@ def test_memory_falls():
     found = {}
     for parts in (1, 8):
         task, c, state, tx = started(language_task(jnp.float32, rows=64), accumulate=parts)
-        step = stepping.make_train_step(task, tx, 0.0, stepping.options(c))
+        step = make_train_step(task, tx, 0.0, step_options(c))
         compiled = step.lower(state, task.base, task.train_batch(0)).compile()
         found[parts] = compiled.memory_analysis().temp_size_in_bytes
     assert found[8] < found[1] / 3
@@ -236,7 +242,7 @@ def test_bfloat16_gradients_are_added_up_in_float32_and_clipped_once():
     norm = np.sqrt(sum((x**2).sum() for x in want))
     assert norm > 5 * c.optimizer.clip_norm
     clipped, _ = optax.clip_by_global_norm(0.01).update(found, optax.EmptyState())
-    step = stepping.make_train_step(task, tx, 0.0, stepping.options(c))
+    step = make_train_step(task, tx, 0.0, step_options(c))
     after, (_, verdict) = step(state, task.base, batch)
     moments = [x for x in jax.tree.leaves(after.opt_state) if x.ndim > 1]
     first = sum(float((np.asarray(x, np.float64) ** 2).sum()) for x in moments[: len(moments) // 2])
@@ -257,7 +263,7 @@ def test_dropout_differs_from_part_to_part():
     net, x = Net(), np.ones((2, 8), np.float32)
     batch = {"x": x, "labels": np.zeros(2, np.int32), "weights": np.ones(2, np.float32)}
     base = net.init(jax.random.key(0), x)
-    task = tasks.Task(
+    task = Task(
         apply=lambda params, b, key: net.apply(params, b["x"]),
         metrics=lambda logits, b: metrics.cross_entropy(logits, b["labels"], b["weights"]),
         train_batch=lambda step: batch, eval_batches=None, steps_per_epoch=10, base=base,
@@ -280,12 +286,12 @@ def test_dropout_differs_from_part_to_part():
 def test_a_batch_that_can_not_be_dealt_out():
     c = config(("query",), (), batch_size=16, accumulate=3)
     with pytest.raises(ValueError, match="accumulate is 3.*batch_size 16; 1, 2, 4, 8, 16 do"):
-        options.check(c)
+        training_config.check(c)
     c.accumulate = 0
     with pytest.raises(ValueError, match="accumulate must be at least 1, got 0"):
-        options.check(c)
+        training_config.check(c)
     task, c, state, tx = started(language_task(jnp.float32), accumulate=3)
-    step = stepping.make_train_step(task, tx, 0.0, stepping.options(c))
+    step = make_train_step(task, tx, 0.0, step_options(c))
     with pytest.raises(ValueError, match="accumulate is 3, and the batch has 8 rows"):
         step(state, task.base, task.train_batch(0))
 
@@ -298,19 +304,18 @@ def test_in_a_sweep_a_run_accumulates_as_it_does_alone(tmp_path):
     values = [{"lora.rank": 1, "seed": 0}, {"lora.rank": 2, "seed": 1}]
     changes = {"accumulate": 4, "optimizer__decay": "cosine", "lora__dropout": 0.0}
     found = test_lockstep.add_points(root, values, **changes)
-    from experiments import classification, cohort, lockstep
 
     task, _ = classification.make_task(found[0].config)
-    opts = lockstep.options(found[0].config)
-    assert opts == cohort.Group(task, None, None, True, opts).options == ("cosine", 4)
-    program = lockstep.program(task, 2, dropout=True, options=opts)
+    opts = vmapped_step.options(found[0].config)
+    assert opts == trial_loop.Group(task, None, None, True, opts).options == ("cosine", 4)
+    program = vmapped_step.program(task, 2, dropout=True, options=opts)
     losses, *_ = test_lockstep.together(task, [p.config for p in found], 8, program)
     for point, loss in zip(found, losses, strict=True):
-        state, tx = stepping.initial_state(
+        state, tx = initial_state(
             task._replace(base=task.base_of(point.config.seed)), point.config,
-            classification.lora_config(point.config),
+            from_config.lora_config(point.config),
         )  # fmt: skip
-        step = stepping.make_train_step(task, tx, 0.0, stepping.options(point.config))
+        step = make_train_step(task, tx, 0.0, step_options(point.config))
         base, want = task.base_of(point.config.seed), []
         for k in range(8):
             state, (sums, _) = step(state, base, task.train_batch(k))
@@ -319,11 +324,9 @@ def test_in_a_sweep_a_run_accumulates_as_it_does_alone(tmp_path):
 
 
 def test_the_key_of_a_program_tells_them_apart():
-    from experiments import programs
-    from experiments.points import Point
 
     keys = set()
     for changes in ({}, {"accumulate": 2}, {"optimizer__decay": "none"}, {"model__remat": "full"}):
-        keys.add(programs.key(Point("", {}, config(("query",), (), **changes))))
+        keys.add(parallelism.key(Point("", {}, config(("query",), (), **changes))))
     assert len(keys) == 4
-    assert optimisers.DECAYS == ("linear", "cosine", "none")
+    assert optimizer.DECAYS == ("linear", "cosine", "none")

@@ -10,7 +10,7 @@ import pytest
 import small
 
 from benchmarks.checkpoints import bert_base_state
-from experiments import checkpointing
+from lora_jax.training import checkpointing
 
 pytestmark = pytest.mark.usefixtures("quiet")
 

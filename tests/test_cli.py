@@ -125,8 +125,8 @@ def test_export_is_the_merged_model(finished, tmp_path):
     """The directory, loaded as a base without any adapter, predicts as base and adapter do."""
     import jax.numpy as jnp
 
-    from experiments import classifier
     from lora_jax.models import checkpoints
+    from lora_jax.tasks import classifier
 
     workdir, _ = finished
     out = tmp_path / "merged"
@@ -309,7 +309,7 @@ def test_full_disk(inputs, finished, tmp_path):
     code = (
         "import resource, signal, sys\n"
         "import jax, lora_jax as lora\n"
-        "from experiments import classifier\n"
+        "from lora_jax.tasks import classifier\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "model = classifier.load(sys.argv[1])\n"
         "config = lora.LoRAConfig(rank=2, targets=('query', 'value'), train=('classifier',))\n"

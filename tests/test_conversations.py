@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import tiny_llama
 
-from experiments import chat_template, conversations
-from experiments.chat_template import ChatTemplate
+from lora_jax.data import chat_template, conversations
+from lora_jax.data.chat_template import ChatTemplate
 from lora_jax.models import checkpoints
 
 NOW = datetime.datetime(2024, 7, 26)

@@ -14,8 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers, processors
 
-from experiments import data as D
-from experiments import metrics, sources
+from lora_jax.data import sources, tfds, tokenization
+from lora_jax.data.batches import bucket_lengths_used, eval_batches, steps_per_epoch, train_batch
+from lora_jax.data.examples import Examples, read_tsv, subset
+from lora_jax.data.order import permutation
+from lora_jax.training import metrics
 
 SST2 = Path(__file__).resolve().parents[1].parent / "shared" / "sst2"
 
@@ -41,7 +44,7 @@ def ragged(lengths, *, labels=None, pad_id=0):
     offsets = np.cumsum([0, *lengths], dtype=np.int64)
     ids = np.arange(1, offsets[-1] + 1, dtype=np.int32)
     labels = np.arange(len(lengths), dtype=np.int32) % 2 if labels is None else labels
-    return D.Tokenized(ids, offsets, labels, pad_id)
+    return tokenization.Tokenized(ids, offsets, labels, pad_id)
 
 
 def rows_of(batch):
@@ -64,7 +67,7 @@ def write(path, content):
 
 def test_read_tsv_values(tmp_path):
     path = write(tmp_path / "train.tsv", 'sentence\tlabel\n"an open quote \t1\ncafé\u2028x\t0\n')
-    examples = sources.read_tsv(path, labelled=True)
+    examples = read_tsv(path, labelled=True)
     assert examples.sentences == ('"an open quote ', "café\u2028x")
     assert examples.labels.dtype == np.int32
     assert examples.labels.tolist() == [1, 0]
@@ -72,14 +75,14 @@ def test_read_tsv_values(tmp_path):
 
 def test_read_tsv_takes_windows_line_ends_a_mark_and_columns_in_any_order(tmp_path):
     content = b"\xef\xbb\xbflabel\tidx\tsentence\r\n1\t0\tone\r\n0\t1\ttwo"
-    examples = sources.read_tsv(write(tmp_path / "x.tsv", content), labelled=True)
+    examples = read_tsv(write(tmp_path / "x.tsv", content), labelled=True)
     assert examples.sentences == ("one", "two")
     assert examples.labels.tolist() == [1, 0]
 
 
 def test_read_tsv_without_labels(tmp_path):
     path = write(tmp_path / "test.tsv", "index\tsentence\n0\ta\n1\tb\n")
-    assert sources.read_tsv(path, labelled=False)[:2] == (("a", "b"), None)
+    assert read_tsv(path, labelled=False)[:2] == (("a", "b"), None)
 
 
 @pytest.mark.parametrize(
@@ -106,20 +109,20 @@ def test_read_tsv_without_labels(tmp_path):
 )
 def test_read_tsv_errors_name_file_and_line(tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
-        sources.read_tsv(write(tmp_path / "t.tsv", content), labelled=True)
+        read_tsv(write(tmp_path / "t.tsv", content), labelled=True)
 
 
 def test_more_labels_than_two(tmp_path):
     path = write(tmp_path / "dev.tsv", "sentence\tlabel\na\t2\nb\t0\n")
-    assert D.load(str(tmp_path), "validation", num_labels=3).labels.tolist() == [2, 0]
+    assert sources.load(str(tmp_path), "validation", num_labels=3).labels.tolist() == [2, 0]
     with pytest.raises(ValueError, match=rf"{path}:2: label 2"):
-        D.load(str(tmp_path), "validation")
+        sources.load(str(tmp_path), "validation")
 
 
 def test_load_reads_the_file_of_the_split(tmp_path):
     for name, text in (("train", "t"), ("dev", "d"), ("test", "x")):
         write(tmp_path / f"{name}.tsv", f"sentence\tlabel\n{text}\t1\n")
-    assert [D.load(str(tmp_path), split).sentences for split in D.SPLITS] == [
+    assert [sources.load(str(tmp_path), split).sentences for split in sources.SPLITS] == [
         ("t",),
         ("d",),
         ("x",),
@@ -129,20 +132,20 @@ def test_load_reads_the_file_of_the_split(tmp_path):
 def test_load_errors_say_what_exists(tmp_path):
     write(tmp_path / "train.tsv", "sentence\tlabel\na\t1\n")
     with pytest.raises(ValueError, match=r"split 'dev', where there are \['train', 'validation'"):
-        D.load(str(tmp_path), "dev")
+        sources.load(str(tmp_path), "dev")
     with pytest.raises(FileNotFoundError, match=r"dev\.tsv, which does not exist.*\['train.tsv'\]"):
-        D.load(str(tmp_path), "validation")
+        sources.load(str(tmp_path), "validation")
     with pytest.raises(FileNotFoundError, match=r"nowhere does not exist; a source is 'tfds:NAME'"):
-        D.load(str(tmp_path / "nowhere"), "train")
+        sources.load(str(tmp_path / "nowhere"), "train")
     with pytest.raises(FileNotFoundError, match=r"train\.tsv is a file"):
-        D.load(str(tmp_path / "train.tsv"), "train")
+        sources.load(str(tmp_path / "train.tsv"), "train")
     with pytest.raises(ValueError, match="data_dir='x' says where TFDS keeps its data"):
-        D.load(str(tmp_path), "train", data_dir="x")
+        sources.load(str(tmp_path), "train", data_dir="x")
 
 
 @needs_sst2
 def test_the_real_sst2():
-    train, dev, test = (D.load(str(SST2), split) for split in D.SPLITS)
+    train, dev, test = (sources.load(str(SST2), split) for split in sources.SPLITS)
     assert [len(x.sentences) for x in (train, dev, test)] == [67_349, 872, 1_821]
     assert np.bincount(train.labels).tolist() == [29_780, 37_569]
     assert np.bincount(dev.labels).tolist() == [428, 444]
@@ -182,8 +185,8 @@ def fake_builder(rows, *, prepared=True, features=("sentence", "label", "idx"), 
 
 
 def load_fake(monkeypatch, builder, source="tfds:any", split="train"):
-    monkeypatch.setattr(sources, "_builder", lambda source, data_dir: builder)
-    return D.load(source, split)
+    monkeypatch.setattr(tfds, "_builder", lambda source, data_dir: builder)
+    return sources.load(source, split)
 
 
 def test_tfds_rows_come_back_in_the_order_of_the_file(monkeypatch):
@@ -259,56 +262,56 @@ def test_reviews_come_from_their_own_builder_and_need_no_tensorflow(monkeypatch,
     unprepared = fake_builder(rows, prepared=False)
     unprepared.download_and_prepare = lambda file_format: asked.append(file_format)
     reviews = types.SimpleNamespace(builder=lambda data_dir: unprepared)
-    monkeypatch.setitem(sys.modules, "experiments.reviews", reviews)
+    monkeypatch.setitem(sys.modules, "lora_jax.data.reviews", reviews)
     monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
-    assert D.load(source, "train").sentences == ("a",)
+    assert sources.load(source, "train").sentences == ("a",)
     assert asked == ["array_record"]
 
 
 def test_unknown_tfds_name(tmp_path):
     with pytest.raises(FileNotFoundError, match="TFDS knows no dataset 'no_such_thing'"):
-        D.load("tfds:no_such_thing", "train", data_dir=str(tmp_path))
+        sources.load("tfds:no_such_thing", "train", data_dir=str(tmp_path))
 
 
 # Subsets and order.
 
 
 def test_subset_is_the_start_of_one_shuffle():
-    examples = D.Examples(tuple("abcdefgh"), np.arange(8, dtype=np.int32))
-    small, large = (D.subset(examples, count, seed=3) for count in (3, 8))
+    examples = Examples(tuple("abcdefgh"), np.arange(8, dtype=np.int32))
+    small, large = (subset(examples, count, seed=3) for count in (3, 8))
     assert small.sentences == large.sentences[:3]
     assert sorted(large.sentences) == list("abcdefgh")
     assert large.sentences != examples.sentences
     assert ["abcdefgh"[label] for label in small.labels] == list(small.sentences)
-    assert D.subset(examples, 8, seed=4).sentences != large.sentences
+    assert subset(examples, 8, seed=4).sentences != large.sentences
 
 
 def test_subset_of_all_and_errors():
-    examples = D.Examples(("a", "b"), None)
-    assert D.subset(examples, 0, seed=1) is D.subset(examples, None, seed=1) is examples
-    assert D.subset(examples, 1, seed=1).labels is None
+    examples = Examples(("a", "b"), None)
+    assert subset(examples, 0, seed=1) is subset(examples, None, seed=1) is examples
+    assert subset(examples, 1, seed=1).labels is None
     for count in (3, -1):
         with pytest.raises(ValueError, match=f"{count} examples, where there are 2"):
-            D.subset(examples, count, seed=1)
+            subset(examples, count, seed=1)
 
 
 def test_permutation_golden():
     """Made by this function on numpy 2.4; a change here breaks the resuming of every run."""
-    assert D.permutation(8, 0, stream=0).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
-    assert D.permutation(8, 1, stream=2).tolist() == [4, 2, 0, 6, 1, 5, 7, 3]
-    assert D.permutation(6, 2**64 - 1, stream=2**64 - 1).tolist() == [4, 5, 0, 1, 3, 2]
+    assert permutation(8, 0, stream=0).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
+    assert permutation(8, 1, stream=2).tolist() == [4, 2, 0, 6, 1, 5, 7, 3]
+    assert permutation(6, 2**64 - 1, stream=2**64 - 1).tolist() == [4, 5, 0, 1, 3, 2]
 
 
 def test_permutation_is_uniform():
     """All 24 orders of 4: chi-square with 23 degrees of freedom is below 60 but once in 3e4."""
-    seen = Counter(tuple(D.permutation(4, 5, stream=stream).tolist()) for stream in range(4800))
+    seen = Counter(tuple(permutation(4, 5, stream=stream).tolist()) for stream in range(4800))
     assert sum((seen[order] - 200) ** 2 / 200 for order in seen) + 200 * (24 - len(seen)) < 60
 
 
 @pytest.mark.parametrize(("seed", "stream"), [(-1, 0), (2**64, 0), (0, -1)])
 def test_permutation_range(seed, stream):
     with pytest.raises(ValueError, match=r"is not in \[0, 2\*\*64\)"):
-        D.permutation(3, seed, stream=stream)
+        permutation(3, seed, stream=stream)
 
 
 lengths_strategy = st.lists(st.integers(1, 12), min_size=1, max_size=23)
@@ -320,9 +323,9 @@ windows = st.sampled_from([0, 1, 2, 5, 1000])
 @given(lengths_strategy, st.integers(1, 7), seeds, st.integers(0, 5), windows)
 def test_every_example_once_per_epoch(lengths, batch_size, seed, epoch, alike):
     data = ragged(lengths)
-    steps = D.steps_per_epoch(len(lengths), batch_size)
+    steps = steps_per_epoch(len(lengths), batch_size)
     options = {"seed": seed, "batch_size": batch_size, "buckets": (4, 12), "alike": alike}
-    batches = [D.train_batch(data, epoch * steps + step, **options) for step in range(steps)]
+    batches = [train_batch(data, epoch * steps + step, **options) for step in range(steps)]
     seen = [row for batch in batches for row in rows_of(batch)]
     assert sorted(seen) == sorted(examples_of(data))
     weights = [batch["weights"].sum() for batch in batches]
@@ -338,10 +341,10 @@ def test_a_batch_depends_on_seed_and_step_alone(lengths, batch_size, seed, steps
     """In any order of the steps, and with other runs between them, the batches are the same."""
     data = ragged(lengths)
     options = {"batch_size": batch_size, "buckets": (12,), "alike": alike}
-    first = {step: D.train_batch(data, step, seed=seed, **options) for step in sorted(set(steps))}
+    first = {step: train_batch(data, step, seed=seed, **options) for step in sorted(set(steps))}
     for step in steps:
-        D.train_batch(data, step + 1, seed=seed ^ 1, **options)
-        again = D.train_batch(data, step, seed=seed, **options)
+        train_batch(data, step + 1, seed=seed ^ 1, **options)
+        again = train_batch(data, step, seed=seed, **options)
         jax.tree.map(np.testing.assert_array_equal, first[step], again)
 
 
@@ -350,7 +353,7 @@ def test_a_batch_depends_on_seed_and_step_alone(lengths, batch_size, seed, steps
 def test_shapes_dtypes_and_padding(lengths, batch_size):
     data = ragged(lengths, pad_id=99_999)
     buckets = (3, 7, 12)
-    for batch in D.eval_batches(data, batch_size=batch_size, buckets=buckets):
+    for batch in eval_batches(data, batch_size=batch_size, buckets=buckets):
         longest = max(map(len, rows_of(batch)))
         length = min(bucket for bucket in buckets if bucket >= longest)
         shapes = {name: (value.shape, str(value.dtype)) for name, value in batch.items()}
@@ -369,7 +372,7 @@ def test_batches_of_like_length_pad_less_and_come_in_random_order():
     data = ragged(np.random.default_rng(0).integers(1, 41, 400).tolist())
     options = {"seed": 1, "batch_size": 8, "buckets": range(1, 41)}
     plain, alike = (
-        [D.train_batch(data, step, **options, alike=n)["input_ids"].shape[1] for step in range(50)]
+        [train_batch(data, step, **options, alike=n)["input_ids"].shape[1] for step in range(50)]
         for n in (0, 10)
     )
     assert sum(alike) < 0.7 * sum(plain)
@@ -382,14 +385,14 @@ def test_epochs_and_seeds_differ():
     data = ragged([2] * 64)
     options = {"batch_size": 64, "buckets": (2,)}
     runs = [(0, 0), (0, 1), (1, 0), (1, 1)]
-    orders = {tuple(D.train_batch(data, s, seed=k, **options)["input_ids"][:, 0]) for k, s in runs}
+    orders = {tuple(train_batch(data, s, seed=k, **options)["input_ids"][:, 0]) for k, s in runs}
     assert len(orders) == 4
 
 
 def test_train_batch_values():
     data = ragged([2, 1, 3], labels=np.array([0, 1, 0], np.int32), pad_id=7)
-    order = D.permutation(3, 5, stream=0)
-    batch = D.train_batch(data, 1, seed=5, batch_size=2, buckets=(4, 8))
+    order = permutation(3, 5, stream=0)
+    batch = train_batch(data, 1, seed=5, batch_size=2, buckets=(4, 8))
     row = order[2]
     ids = [[1, 2, 7, 7], [3, 7, 7, 7], [4, 5, 6, 7]][row]
     assert batch["input_ids"].tolist() == [ids, ids]
@@ -400,11 +403,11 @@ def test_train_batch_values():
 def test_the_batch_cannot_change_the_data_or_the_order():
     data = ragged([2, 3, 1])
     options = {"seed": 1, "batch_size": 3, "buckets": (3,)}
-    batch = D.train_batch(data, 0, **options)
+    batch = train_batch(data, 0, **options)
     expected = jax.tree.map(np.copy, batch)
     for value in batch.values():
         value[:] = 0
-    jax.tree.map(np.testing.assert_array_equal, D.train_batch(data, 0, **options), expected)
+    jax.tree.map(np.testing.assert_array_equal, train_batch(data, 0, **options), expected)
 
 
 @settings(deadline=None, max_examples=40)
@@ -413,7 +416,7 @@ def test_eval_batches_hold_everything_once_and_find_their_place(lengths, batch_s
     data = ragged(lengths)
     found = np.zeros(len(lengths), np.int32)
     rows = []
-    for batch in D.eval_batches(data, batch_size=batch_size, buckets=(4, 12)):
+    for batch in eval_batches(data, batch_size=batch_size, buckets=(4, 12)):
         found[batch["index"]] = batch["input_ids"][:, 0]
         rows += rows_of(batch)
     assert sorted(rows) == sorted(examples_of(data))
@@ -423,10 +426,10 @@ def test_eval_batches_hold_everything_once_and_find_their_place(lengths, batch_s
 
 def test_eval_without_labels_and_training_without_them():
     data = ragged([1, 2])._replace(labels=None)
-    (batch,) = D.eval_batches(data, batch_size=2, buckets=(2,))
+    (batch,) = eval_batches(data, batch_size=2, buckets=(2,))
     assert "labels" not in batch
     with pytest.raises(ValueError, match="training needs labels"):
-        D.train_batch(data, 0, seed=0, batch_size=2, buckets=(2,))
+        train_batch(data, 0, seed=0, batch_size=2, buckets=(2,))
 
 
 @settings(deadline=None, max_examples=30)
@@ -434,9 +437,9 @@ def test_eval_without_labels_and_training_without_them():
 def test_bucket_lengths_used_counts_the_batches(lengths, batch_size, steps, alike):
     data = ragged(lengths)
     options = {"seed": 9, "batch_size": batch_size, "buckets": (2, 5, 12), "alike": alike}
-    batches = [D.train_batch(data, step, **options) for step in range(steps)]
+    batches = [train_batch(data, step, **options) for step in range(steps)]
     seen = Counter(batch["input_ids"].shape[1] for batch in batches)
-    used = D.bucket_lengths_used(data, steps, **options)
+    used = bucket_lengths_used(data, steps, **options)
     assert used == seen
     assert list(used) == sorted(used)
 
@@ -444,39 +447,37 @@ def test_bucket_lengths_used_counts_the_batches(lengths, batch_size, steps, alik
 @pytest.mark.parametrize("buckets", [(), (0, 4), (4, 4), (8, 4), (-1,)])
 def test_buckets_must_ascend(buckets):
     with pytest.raises(ValueError, match="are not positive lengths that ascend"):
-        D.train_batch(ragged([1]), 0, seed=0, batch_size=1, buckets=buckets)
+        train_batch(ragged([1]), 0, seed=0, batch_size=1, buckets=buckets)
 
 
 def test_buckets_must_hold_every_row():
     """Also a row that is not in this batch: found at the first step, not in the middle of a run."""
     data = ragged([1, 9])
     for call in (
-        lambda: D.train_batch(data, 0, seed=0, batch_size=1, buckets=(4, 8)),
-        lambda: D.eval_batches(data, batch_size=1, buckets=(4, 8)),
-        lambda: D.bucket_lengths_used(data, 1, seed=0, batch_size=1, buckets=(4, 8)),
+        lambda: train_batch(data, 0, seed=0, batch_size=1, buckets=(4, 8)),
+        lambda: eval_batches(data, batch_size=1, buckets=(4, 8)),
+        lambda: bucket_lengths_used(data, 1, seed=0, batch_size=1, buckets=(4, 8)),
     ):
         with pytest.raises(ValueError, match="longest row, of 9 tokens: .* max_length=8"):
             call()
 
 
 def test_numbers_out_of_range():
-    assert D.steps_per_epoch(5, 2) == 3
-    assert D.steps_per_epoch(4, 2) == 2
+    assert steps_per_epoch(5, 2) == 3
+    assert steps_per_epoch(4, 2) == 2
     for n, batch_size in ((0, 1), (1, 0)):
         with pytest.raises(ValueError, match="both must be 1 or more"):
-            D.steps_per_epoch(n, batch_size)
+            steps_per_epoch(n, batch_size)
     with pytest.raises(ValueError, match="step -1 is negative"):
-        D.train_batch(ragged([1]), -1, seed=0, batch_size=1, buckets=(2,))
+        train_batch(ragged([1]), -1, seed=0, batch_size=1, buckets=(2,))
 
 
 # Tokens.
 
 
 def test_tokenize_values(tokenizer):
-    examples = D.Examples(
-        ("a good film", "very , very bad", "badly"), np.array([1, 0, 0], np.int32)
-    )
-    data = D.tokenize(examples, tokenizer, max_length=5)
+    examples = Examples(("a good film", "very , very bad", "badly"), np.array([1, 0, 0], np.int32))
+    data = tokenization.tokenize(examples, tokenizer, max_length=5)
     assert [[WORDS[i - 3] for i in row] for row in examples_of(data)] == [
         ["[CLS]", "a", "good", "film", "[SEP]"],
         ["[CLS]", "very", ",", "very", "[SEP]"],
@@ -488,12 +489,12 @@ def test_tokenize_values(tokenizer):
 
 
 def test_tokenize_neither_uses_nor_changes_the_settings_of_the_tokenizer(tokenizer):
-    examples = D.Examples(("a good film", "bad"), None)
-    plain = D.tokenize(examples, tokenizer, max_length=8)
+    examples = Examples(("a good film", "bad"), None)
+    plain = tokenization.tokenize(examples, tokenizer, max_length=8)
     tokenizer.enable_padding(length=16)
     tokenizer.enable_truncation(3)
     before = tokenizer.to_str()
-    again = D.tokenize(examples, tokenizer, max_length=8)
+    again = tokenization.tokenize(examples, tokenizer, max_length=8)
     assert tokenizer.to_str() == before
     assert examples_of(again) == examples_of(plain)
     assert list(map(len, examples_of(plain))) == [5, 3]
@@ -502,20 +503,20 @@ def test_tokenize_neither_uses_nor_changes_the_settings_of_the_tokenizer(tokeniz
 @pytest.mark.parametrize(("word", "pad_id"), [("[PAD]", 1), ("<pad>", 1), ("other", 0)])
 def test_pad_id(word, pad_id):
     made = tokenizers.Tokenizer(models.WordLevel({"a": 0, word: 1}, unk_token="a"))
-    assert D.tokenize(D.Examples(("a",), None), made, max_length=4).pad_id == pad_id
+    assert tokenization.tokenize(Examples(("a",), None), made, max_length=4).pad_id == pad_id
 
 
 def test_tokenize_errors(tokenizer):
     with pytest.raises(ValueError, match="max_length 2, but 2 special tokens and a word"):
-        D.tokenize(D.Examples(("a",), None), tokenizer, max_length=2)
+        tokenization.tokenize(Examples(("a",), None), tokenizer, max_length=2)
     silent = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     silent.pre_tokenizer = pre_tokenizers.CharDelimiterSplit("a")
     with pytest.raises(ValueError, match="example 1 has no tokens: 'aa'"):
-        D.tokenize(D.Examples(("b", "aa"), None), silent, max_length=4)
+        tokenization.tokenize(Examples(("b", "aa"), None), silent, max_length=4)
 
 
 def test_tokenize_nothing(tokenizer):
-    data = D.tokenize(D.Examples((), None), tokenizer, max_length=4)
+    data = tokenization.tokenize(Examples((), None), tokenizer, max_length=4)
     assert (data.ids.tolist(), data.offsets.tolist()) == ([], [0])
 
 
@@ -550,7 +551,7 @@ def reference(data):
 @given(lengths_strategy, st.sampled_from([1, 3, 7]))
 def test_padded_buckets_give_the_loss_and_accuracy_of_the_examples(lengths, batch_size):
     data = ragged(lengths, pad_id=4)
-    batches = D.eval_batches(data, batch_size=batch_size, buckets=(4, 12))
+    batches = eval_batches(data, batch_size=batch_size, buckets=(4, 12))
     result = metrics.combine(toy_sums(batch) for batch in batches)
     loss, accuracy = reference(data)
     assert result["examples"] == len(lengths)

@@ -15,7 +15,7 @@ import pytest
 import configs
 import experiments
 import lora_jax
-from experiments import settings
+from lora_jax.tasks import glue_config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -147,7 +147,7 @@ def test_configs_are_locked_and_valid(path):
     assert config.is_locked and config.lora.is_locked
     assert f"--config=configs/{path.name}" in path.read_text(encoding="utf-8")
     fields = config.lora.to_dict()
-    if settings.DEFAULT in fields["targets"]:  # known with the model's family alone
+    if glue_config.DEFAULT in fields["targets"]:  # known with the model's family alone
         fields |= {"targets": ("query",), "train": ("classifier",)}
     lora_jax.LoRAConfig.from_dict(fields)
 

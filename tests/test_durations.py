@@ -12,19 +12,10 @@ import pytest
 import test_train
 
 from configs import common
-from experiments import (
-    classification,
-    durations,
-    optimisers,
-    options,
-    points,
-    settings,
-    sweepdirs,
-    sweeping,
-    train,
-    workdirs,
-)
-from experiments.durations import Plan
+from lora_jax.sweeps import scheduler, sweep_dirs, trials
+from lora_jax.tasks import classification, glue_config
+from lora_jax.training import durations, metric_writer, optimizer, train, training_config, workdirs
+from lora_jax.training.durations import Plan
 
 config, task = test_train.config, test_train.task
 PER_EPOCH = test_train.PER_EPOCH
@@ -38,7 +29,7 @@ def changed(config, **fields):
     return config.lock()
 
 
-@pytest.mark.parametrize("module", [durations, optimisers])
+@pytest.mark.parametrize("module", [durations, optimizer])
 def test_doctests(module):
     assert doctest.testmod(module).failed == 0
 
@@ -86,7 +77,7 @@ def test_the_length_of_a_run_can_not_be_a_part_of_it():
     c = common.base_config()
     c.steps = "50%"
     with pytest.raises(ValueError, match="steps '50%' is a part of the run"):
-        options.check(c)
+        training_config.check(c)
     with pytest.raises(ValueError, match="^steps '50%' is a part"):
         durations.plan(c, 10)
 
@@ -96,7 +87,7 @@ def test_all_wrong_fields_are_in_one_message():
     c.steps, c.eval_every, c.checkpoint_every = "soon", 0, 0.5
     c.early_stopping.patience, c.early_stopping.min_delta = -1, -0.5
     with pytest.raises(ValueError) as error:
-        options.check(c)
+        training_config.check(c)
     for field in (
         "steps must be a whole number", "eval_every must not be 0", "checkpoint_every must be",
         "early_stopping.patience must be at least 0, got -1", "early_stopping.min_delta must be",
@@ -127,12 +118,12 @@ def test_plans(fields, want):
 
 
 def rates(decay, warmup=3, total=11):
-    s = optimisers.Settings(0.3, warmup, total, 0.0, 1.0)
-    return np.array([optimisers.schedule(s, decay)(k) for k in range(total + 3)])
+    s = optimizer.Settings(0.3, warmup, total, 0.0, 1.0)
+    return np.array([optimizer.schedule(s, decay)(k) for k in range(total + 3)])
 
 
 @pytest.mark.parametrize("warmup", [0, 3])
-@pytest.mark.parametrize("decay", optimisers.DECAYS)
+@pytest.mark.parametrize("decay", optimizer.DECAYS)
 def test_schedules_are_optaxs_own(decay, warmup):
     """Also beyond the end; in float32."""
     after = {
@@ -159,20 +150,20 @@ def test_the_linear_schedule_keeps_its_bits():
             x = jnp.asarray(jnp.int32(step), float)
             rise, left = x / max(warmup, 1), (total - x) / max(total - warmup, 1)
             want = 0.3 * jnp.clip(jnp.where(x < warmup, rise, left), 0.0, 1.0)
-            s = optimisers.Settings(0.3, warmup, total, 0.0, 1.0)
-            assert optimisers.schedule(s)(jnp.int32(step)) == want
+            s = optimizer.Settings(0.3, warmup, total, 0.0, 1.0)
+            assert optimizer.schedule(s)(jnp.int32(step)) == want
     for fraction in (0.06, 0.1, 500 / 26_290):
         c = common.base_config().optimizer
         c.warmup = fraction
-        assert optimisers.settings(c, 26_290).warmup_steps == round(fraction * 26_290)
+        assert optimizer.settings(c, 26_290).warmup_steps == round(fraction * 26_290)
 
 
 def test_a_schedule_of_arrays_is_that_of_numbers():
     """As a sweep has it."""
-    s = optimisers.Settings(0.3, 3, 11, 0.0, 1.0)
+    s = optimizer.Settings(0.3, 3, 11, 0.0, 1.0)
     arrays = jax.tree.map(jnp.asarray, s)
-    for decay in optimisers.DECAYS:
-        traced = jax.jit(lambda s, k, d=decay: optimisers.schedule(s, d)(k))
+    for decay in optimizer.DECAYS:
+        traced = jax.jit(lambda s, k, d=decay: optimizer.schedule(s, d)(k))
         found = [traced(arrays, jnp.int32(k)) for k in range(14)]
         np.testing.assert_allclose(found, rates(decay), rtol=1e-6, atol=1e-8)
 
@@ -190,10 +181,10 @@ def test_a_warm_up_that_never_ends(warmup, message):
     c = common.base_config().optimizer
     c.warmup = warmup
     with pytest.raises(ValueError, match=message):
-        optimisers.settings(c, 75, per_epoch=25)
+        optimizer.settings(c, 75, per_epoch=25)
     c.warmup, c.decay = 0.0, "exponential"
     with pytest.raises(ValueError, match="optimizer.decay must be one of linear, cosine, none"):
-        optimisers.check(c)
+        optimizer.check(c)
 
 
 def test_the_fields_take_numbers_and_texts(config):
@@ -210,7 +201,7 @@ def test_the_fields_take_numbers_and_texts(config):
         assert workdirs.plain(c)["eval_every"] == value
     with pytest.raises(TypeError):
         c.epochs = "3 epochs"
-    settings.check(changed(config, optimizer__warmup="2 steps", eval_every="50%"))
+    glue_config.check(changed(config, optimizer__warmup="2 steps", eval_every="50%"))
 
 
 def test_a_run_evaluates_and_saves_when_it_should(task, config, tmp_path):
@@ -224,7 +215,7 @@ def test_a_run_evaluates_and_saves_when_it_should(task, config, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.checkpointing, "save", spy)
         test_train.run(task, config, tmp_path)
-    lines = workdirs.read(tmp_path / "metrics.jsonl")
+    lines = metric_writer.read(tmp_path / "metrics.jsonl")
     assert [x["step"] for x in lines if "eval_loss" in x] == [6, 12, 18, 20]
     assert saved == [4, 6, 8, 12, 16, 18, 20]
 
@@ -234,9 +225,9 @@ def test_a_run_of_a_sweep_pauses_as_it_does_alone(config, tmp_path):
     """Evaluations where the config wants them, and at the end; the same lines of the log."""
     base = changed(config, steps=13, eval_every="0.5 epochs", checkpoint_every=5, log_every=50)
     values = [{"lora.rank": 1, "optimizer.warmup": "2 steps"}, {"lora.rank": 2, "seed": 1}]
-    found = points.points(base, lambda add: [add(**v) for v in values])
-    sweep = sweeping.Sweep(found, found, tmp_path / "sweep", 2, 0, "1/1")
-    sweeping.run(sweep, base, lambda text: None)
+    found = trials.points(base, lambda add: [add(**v) for v in values])
+    sweep = scheduler.Sweep(found, found, tmp_path / "sweep", 2, 0, "1/1")
+    scheduler.run(sweep, base, lambda text: None)
     for point in found:
         task, lora_config = classification.make_task(point.config)
         alone = tmp_path / point.id
@@ -244,14 +235,14 @@ def test_a_run_of_a_sweep_pauses_as_it_does_alone(config, tmp_path):
         logged = [
             [
                 (x["step"], x["eval_loss"])
-                for x in workdirs.read(w / "metrics.jsonl")
+                for x in metric_writer.read(w / "metrics.jsonl")
                 if "eval_loss" in x
             ]
-            for w in (alone, sweepdirs.run_dir(tmp_path / "sweep", point))
+            for w in (alone, sweep_dirs.run_dir(tmp_path / "sweep", point))
         ]
         assert [step for step, _ in logged[0]] == [4, 8, 12, 13]
         np.testing.assert_allclose(*logged, rtol=1e-4)
-        assert sweepdirs.result(tmp_path / "sweep", point)["steps"] == 13
+        assert sweep_dirs.result(tmp_path / "sweep", point)["steps"] == 13
 
 
 def test_the_sweep_refuses_what_only_a_run_alone_can_do():
@@ -260,11 +251,11 @@ def test_the_sweep_refuses_what_only_a_run_alone_can_do():
         {"early_stopping.patience": 2}, {"guard.action": "skip"}, {"guard.spike": 4.0, "seed": 1},
     ]  # fmt: skip
     with pytest.raises(ValueError) as error:
-        points.points(base, lambda add: [add(**v) for v in values])
+        trials.points(base, lambda add: [add(**v) for v in values])
     assert "3 of the sweep's 3 runs are wrong" in str(error.value)
     assert "early_stopping.patience is 2" in str(error.value)
     assert str(error.value).count("leave guard.action at stop") == 2
     good = [{"optimizer.warmup": x, "optimizer.decay": d}
-            for x in (0.1, "5 steps") for d in optimisers.DECAYS]  # fmt: skip
-    found = points.points(base, lambda add: [add(**v) for v in good])
-    assert len(points.groups(found)) == 3  # the warm-up is a number of a run, the decay is not
+            for x in (0.1, "5 steps") for d in optimizer.DECAYS]  # fmt: skip
+    found = trials.points(base, lambda add: [add(**v) for v in good])
+    assert len(trials.groups(found)) == 3  # the warm-up is a number of a run, the decay is not

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 
 from configs import e2e_tiny, gpt2_medium_e2e
-from experiments import adapters, e2e, e2e_data, language
+from lora_jax.data import e2e_nlg
 from lora_jax.models import checkpoints
+from lora_jax.tasks import adapter_files, e2e, language_model
 
 pytestmark = pytest.mark.xdist_group("e2e")
 ROOT = Path(__file__).parent.parent
 REAL = ROOT.parent / "shared"
-nlg_scores = pytest.importorskip("experiments.nlg_scores")
+nlg_scores = pytest.importorskip("lora_jax.tasks.text_metrics")
 sacrebleu = pytest.importorskip("sacrebleu")
 
 NAMES, FOODS = ("Alma", "Bento", "Cora", "Dado"), ("soup", "rice", "cake")
@@ -44,21 +45,21 @@ def source(tmp_path_factory):
 
 
 def test_lines_become_pairs(source):
-    pairs = e2e_data.read(str(source), "test.txt")
+    pairs = e2e_nlg.read(str(source), "test.txt")
     assert pairs.meanings[0] == "name : Bento | food : soup"
     assert pairs.texts[:2] == ("Bento serves soup .", "You can eat soup at Bento .")
-    assert [len(x) for x in e2e_data.references(pairs).values()] == [2, 2, 2]
+    assert [len(x) for x in e2e_nlg.references(pairs).values()] == [2, 2, 2]
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_held_out_meanings_are_in_one_part_alone(source, seed):
-    pairs = e2e_data.read(str(source), "train.txt")
-    one, two = e2e_data.split(pairs, 3, seed)
+    pairs = e2e_nlg.read(str(source), "train.txt")
+    one, two = e2e_nlg.split(pairs, 3, seed)
     assert not set(one.meanings) & set(two.meanings) and len(set(two.meanings)) == 3
     assert sorted(one.texts + two.texts) == sorted(pairs.texts)
     for count in (0, 9):
         with pytest.raises(ValueError, match=f"data.holdout is {count}, and there are 9"):
-            e2e_data.split(pairs, count, seed)
+            e2e_nlg.split(pairs, count, seed)
 
 
 @pytest.mark.parametrize(
@@ -73,13 +74,13 @@ def test_held_out_meanings_are_in_one_part_alone(source, seed):
 def test_damaged_files(tmp_path, content, message):
     (tmp_path / "x.txt").write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        e2e_data.read(str(tmp_path), "x.txt")
+        e2e_nlg.read(str(tmp_path), "x.txt")
 
 
 def test_missing_files(tmp_path):
     for folder in ("", str(tmp_path)):
         with pytest.raises(FileNotFoundError, match="there is no file 'train.txt'"):
-            e2e_data.read(folder, "train.txt")
+            e2e_nlg.read(folder, "train.txt")
 
 
 # --- Scores
@@ -219,10 +220,10 @@ def test_files_give_the_scores_of_the_run(finished, source, tmp_path):
     """The adapter as it is, through PEFT's format, and merged into a model of its own."""
     root = finished[0]
     scores = json.loads((root / "run" / "scores.json").read_text())
-    found = language.load(root / "run" / "adapter")
-    assert language.is_language(root / "run" / "adapter")
+    found = language_model.load(root / "run" / "adapter")
+    assert language_model.is_language(root / "run" / "adapter")
     config = config_of(finished, source)
-    adapters.save_peft(
+    adapter_files.save_peft(
         tmp_path / "peft",
         found.loaded,
         found.adapter,
@@ -230,7 +231,7 @@ def test_files_give_the_scores_of_the_run(finished, source, tmp_path):
         base=found.loaded.checkpoint.name,
     )
     words = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
-    assert words["task_type"] == "CAUSAL_LM" and language.is_language(tmp_path / "peft")
+    assert words["task_type"] == "CAUSAL_LM" and language_model.is_language(tmp_path / "peft")
     out = tmp_path / "merged"
     done = run("export", f"--adapter={tmp_path / 'peft'}", f"--out={out}", "--merged")
     assert done.returncode == 0 and "AutoModelForCausalLM" in done.stdout, done.stderr[-2000:]
@@ -320,8 +321,8 @@ def test_configs_pass_their_check():
 
 @pytest.mark.skipif(not (REAL / "e2e").is_dir(), reason="../shared/e2e is not there")
 def test_real_lines_and_real_tokens():
-    pairs = e2e_data.read(str(REAL / "e2e"), "test.txt")
-    assert len(pairs.texts) == 4693 and len(e2e_data.references(pairs)) == 630
+    pairs = e2e_nlg.read(str(REAL / "e2e"), "test.txt")
+    assert len(pairs.texts) == 4693 and len(e2e_nlg.references(pairs)) == 630
     assert pairs.meanings[0] == "name : Blue Spice | Type : coffee shop | area : city centre"
     tokenizer = e2e.read_tokenizer(REAL / "gpt2_tokenizer")
     assert tokenizer.get_vocab_size() == 50257

@@ -8,8 +8,8 @@ import test_train
 from test_durations import changed
 
 import lora_jax as lora
-from experiments import loop, patience, tasks, workdirs
-from experiments.tasks import Score
+from lora_jax.training import early_stopping, loop, metric_writer
+from lora_jax.training.task import Score
 
 config, task = test_train.config, test_train.task
 
@@ -42,7 +42,7 @@ def test_it_stops_after_evaluations_without_an_improvement(config, seed, higher)
     k = 0
     for value in values:
         k += 1
-        progress = patience.noted(progress, Score("x", higher), value, c)
+        progress = early_stopping.noted(progress, Score("x", higher), value, c)
         if progress.ended:
             break
     assert k == simulated(values, count, delta, higher)
@@ -52,7 +52,7 @@ def test_small_steps_add_up(config):
     """Each is too small to count, and yet the score is more than min_delta better in the end."""
     c, progress = settings(config, 3, 0.1).early_stopping, loop.Progress()
     for value in (0.5, 0.56, 0.62, 0.68, 0.74):
-        progress = patience.noted(progress, Score(), value, c)
+        progress = early_stopping.noted(progress, Score(), value, c)
         assert not progress.ended
     assert progress.reference == 0.74 and progress.waited == 0
 
@@ -70,13 +70,13 @@ def scripted(task):
 
     return task._replace(
         train_batch=batch,
-        score=tasks.Score("made"),
+        score=Score("made"),
         scores=lambda _: {"made": SCORES[at[0] // 4 - 1]},
     )
 
 
 def evaluated(workdir):
-    return [x["step"] for x in workdirs.read(workdir / "metrics.jsonl") if "eval_made" in x]
+    return [x["step"] for x in metric_writer.read(workdir / "metrics.jsonl") if "eval_made" in x]
 
 
 def test_a_resumed_run_stops_where_it_would_have(task, config, tmp_path, capsys):
@@ -118,5 +118,5 @@ def test_a_resumed_run_stops_where_it_would_have(task, config, tmp_path, capsys)
 def test_without_patience_it_never_stops(config):
     progress = loop.Progress()
     for value in [0.5] * 50:
-        assert patience.noted(progress, Score(), value, config.early_stopping) is progress
+        assert early_stopping.noted(progress, Score(), value, config.early_stopping) is progress
     assert math.isinf(progress.best_loss)

@@ -9,8 +9,10 @@ import pytest
 import test_train
 from absl import flags
 
-from experiments import adapters, classification, evaluating, finetuning, workdirs
+from experiments import evaluating, finetuning
 from lora_jax import serialize
+from lora_jax.tasks import adapter_files, classification
+from lora_jax.training import metric_writer
 
 config, task = test_train.config, test_train.task
 
@@ -48,7 +50,7 @@ def scored(config, directory, workdir):
 def best(workdir):
     """The logged line of the best evaluation."""
     step = serialize.read_metadata(workdir / "adapter")["step"]
-    lines = workdirs.read(workdir / "metrics.jsonl")
+    lines = metric_writer.read(workdir / "metrics.jsonl")
     return next(x for x in lines if x["step"] == step and "eval_accuracy" in x)
 
 
@@ -68,8 +70,8 @@ def test_an_adapter_in_the_format_of_peft(finished, config, tmp_path):
     loaded = classification.load_model(
         plain.model.name, num_labels=2, key=classification.head_key(plain.seed)
     )
-    adapter, about = adapters.load(finished / "adapter", loaded)
-    adapters.save_peft(tmp_path / "peft", loaded, adapter, about, base=None)
+    adapter, about = adapter_files.load(finished / "adapter", loaded)
+    adapter_files.save_peft(tmp_path / "peft", loaded, adapter, about, base=None)
     before = traces(tmp_path)
     found, human = scored(config, tmp_path / "peft", tmp_path / "none")
     line = best(finished)

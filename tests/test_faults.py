@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import small
 
-from experiments import enclosure, sweepdirs, workdirs
+from lora_jax.sweeps import sweep_dirs
+from lora_jax.training import metric_writer, workdirs
 
 TESTS = Path(__file__).parent
 
@@ -82,7 +83,7 @@ def test_a_lock_is_no_way_out(tmp_path):
     (tmp_path / "target").write_text("mine")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").symlink_to(tmp_path / "target")
-    with pytest.raises(OSError, match="can't be written"), enclosure.locked(tmp_path / "run"):
+    with pytest.raises(OSError, match="can't be written"), workdirs.locked(tmp_path / "run"):
         pass
     assert (tmp_path / "target").read_text() == "mine"
 
@@ -128,7 +129,7 @@ def test_links_out_of_a_sweep_are_refused(tmp_path):
     (tmp_path / "sweep" / "runs").mkdir(parents=True)
     (tmp_path / "sweep" / "runs" / "abc").symlink_to(tmp_path)
     with pytest.raises(ValueError, match="runs/abc -> "):
-        sweepdirs.claim(tmp_path / "sweep", small.config(), 0)
+        sweep_dirs.claim(tmp_path / "sweep", small.config(), 0)
 
 
 # Disks.
@@ -235,7 +236,7 @@ def test_a_clock_that_jumps_changes_nothing(left_alone, tmp_path):
     assert small.outcome(tmp_path) == left_alone
     progress = small.run(tmp_path)  # finished
     assert 0 < progress.seconds < float(out.splitlines()[-1]) + 100
-    for line in workdirs.read(tmp_path / "metrics.jsonl"):
+    for line in metric_writer.read(tmp_path / "metrics.jsonl"):
         assert 0 < line.get("examples_per_second", 1.0) < math.inf
 
 

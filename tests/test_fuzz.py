@@ -24,10 +24,10 @@ import tiny_llama
 import tiny_t5
 
 import lora_jax as lora
-from experiments import checkpointing, workdirs
 from lora_jax import paths
 from lora_jax.adapter import as_data
 from lora_jax.models import checkpoints
+from lora_jax.training import checkpointing, metric_writer, workdirs
 
 CLEAN = (ValueError, KeyError, OSError)  # FileNotFoundError is an OSError
 ROOM = 3 << 30  # bytes of address space beyond what the process has: no mutation may want them
@@ -349,7 +349,7 @@ def test_damaged_files_of_a_run(tmp_path, name, count):
         at = int(rng.integers(len(lines)))
         damaged = [*lines[:at], mutations.OF_JSON[name](lines[at], rng), *lines[at + 1 :]]
         (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(damaged) + b"\n")
-        _, found = refused(lambda: workdirs.read(tmp_path / "metrics.jsonl"), 2_000_000)
+        _, found = refused(lambda: metric_writer.read(tmp_path / "metrics.jsonl"), 2_000_000)
         assert [json.dumps(x).encode() for x in found[:at]] == lines[:at]
 
 

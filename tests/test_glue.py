@@ -12,21 +12,21 @@ import pytest
 import tiny
 
 from configs import common, glue_minilm, roberta_base_glue
-from experiments import (
-    adapters,
+from lora_jax.data import batches, sources, tfds, tokenization
+from lora_jax.data.examples import Examples, joined
+from lora_jax.models import checkpoints
+from lora_jax.sweeps import results
+from lora_jax.tasks import (
+    adapter_files,
     classification,
     classifier,
-    data,
-    glue_tasks,
-    results,
-    scores,
-    settings,
-    sources,
-    train,
-    workdirs,
+    glue,
+    glue_config,
+    glue_metrics,
 )
-from experiments.glue_tasks import TASKS
-from lora_jax.models import checkpoints
+from lora_jax.tasks.glue import TASKS
+from lora_jax.training import metric_writer
+from lora_jax.training.train import train
 
 ROOT = Path(__file__).parent.parent
 # The columns of the real files, in their order; a dash stands for one that is not read.
@@ -87,7 +87,7 @@ def write(directory, task, *, train_rows=24, dev_rows=10):
     return directory
 
 
-@pytest.mark.parametrize("module", [scores, glue_tasks])
+@pytest.mark.parametrize("module", [glue_metrics, glue])
 def test_doctests(module):
     assert doctest.testmod(module).failed == 0
 
@@ -101,7 +101,9 @@ def test_files_of_every_task(task, tmp_path):
     write(tmp_path, task)
     for source in (tmp_path, tmp_path / glue.layout.folder):
         for seed, split in enumerate(("train", *glue.validation)):
-            found = data.load(str(source), split, num_labels=len(glue.labels), layout=glue.layout)
+            found = sources.load(
+                str(source), split, num_labels=len(glue.labels), layout=glue.layout
+            )
             expected = list(rows(task, 24 if split == "train" else 10, seed))
             assert found.sentences == tuple(first for first, _, _ in expected)
             pairs = tuple(second for _, second, _ in expected)
@@ -133,7 +135,7 @@ def test_bad_rows_are_named_by_file_and_line(task, change, message, tmp_path):
     assert change[0] in text
     path.write_text(text.replace(*change))
     with pytest.raises(ValueError, match=message):
-        data.load(str(tmp_path), "train", layout=TASKS[task].layout)
+        sources.load(str(tmp_path), "train", layout=TASKS[task].layout)
 
 
 def test_broken_rows_of_qqp_are_left_out_and_said(tmp_path):
@@ -143,10 +145,10 @@ def test_broken_rows_of_qqp_are_left_out_and_said(tmp_path):
     lines[3] = "7\t8"
     lines[6] = "x\tx\tx\tWhat is it?\t\t0"
     path.write_text("\n".join(lines) + "\n")
-    found = data.load(str(tmp_path), "train", layout=TASKS["qqp"].layout)
+    found = sources.load(str(tmp_path), "train", layout=TASKS["qqp"].layout)
     assert len(found.sentences) == len(found.pairs) == len(found.labels) == 22
     assert found.notes == (f"{path}: 2 broken rows left out, lines 4, 7",)
-    assert data.joined([found, found]).notes == found.notes * 2
+    assert joined([found, found]).notes == found.notes * 2
 
 
 @pytest.mark.parametrize(
@@ -159,22 +161,22 @@ def test_broken_rows_of_qqp_are_left_out_and_said(tmp_path):
 )  # fmt: skip
 def test_features_of_tfds(task, rows, labels, pairs):
     glue = TASKS[task]
-    found = sources._from_rows("tfds:x", rows, len(glue.labels), glue.layout)
+    found = tfds.from_rows("tfds:x", rows, len(glue.labels), glue.layout)
     assert found.labels.tolist() == labels and found.pairs == pairs
 
 
 def test_numbers_of_tfds_out_of_the_scale():
     row = {"sentence1": b"a", "sentence2": b"b", "label": np.float32(7), "idx": 0}
     with pytest.raises(ValueError, match=r"not in \[0, 5\]"):
-        sources._from_rows("tfds:x", [row], 1, TASKS["stsb"].layout)
+        tfds.from_rows("tfds:x", [row], 1, TASKS["stsb"].layout)
     unknown = row | {"label": np.float32(-1)}
-    assert sources._from_rows("tfds:x", [unknown], 1, TASKS["stsb"].layout).labels is None
+    assert tfds.from_rows("tfds:x", [unknown], 1, TASKS["stsb"].layout).labels is None
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_names_features_that_tfds_has(task):
     """By TFDS's own builder, which needs no data for that."""
-    builder = sources._builder(f"tfds:glue/{task}", None)
+    builder = tfds._builder(f"tfds:glue/{task}", None)
     features = builder.info.features
     layout = TASKS[task].layout
     assert set(layout.text) <= set(features) and "label" in features
@@ -190,17 +192,17 @@ def test_every_task_names_features_that_tfds_has(task):
 def test_pairs_are_cut_at_the_longer_sentence_and_typed(tmp_path):
     tiny.checkpoint(tmp_path)
     tokenizer = checkpoints.load_tokenizer(checkpoints.resolve(tmp_path))
-    examples = data.Examples(("the film was very very good",), np.zeros(1, np.int32), ("bad",))
-    found = data.tokenize(examples, tokenizer, max_length=7, types=True)
+    examples = Examples(("the film was very very good",), np.zeros(1, np.int32), ("bad",))
+    found = tokenization.tokenize(examples, tokenizer, max_length=7, types=True)
     words = [tokenizer.id_to_token(k) for k in found.ids]
     assert words == ["[CLS]", "the", "film", "was", "[SEP]", "bad", "[SEP]"]
     assert found.types.tolist() == [0] * 5 + [1] * 2
-    batch = next(data.eval_batches(found, batch_size=2, buckets=(9,)))
+    batch = next(batches.eval_batches(found, batch_size=2, buckets=(9,)))
     assert batch["token_type_ids"].tolist() == [[0] * 5 + [1, 1, 0, 0]] * 2
-    untyped = data.tokenize(examples, tokenizer, max_length=7)
-    assert "token_type_ids" not in next(data.eval_batches(untyped, batch_size=2, buckets=(9,)))
+    untyped = tokenization.tokenize(examples, tokenizer, max_length=7)
+    assert "token_type_ids" not in next(batches.eval_batches(untyped, batch_size=2, buckets=(9,)))
     with pytest.raises(ValueError, match="3 special tokens and a word of each sentence"):
-        data.tokenize(examples, tokenizer, max_length=4)
+        tokenization.tokenize(examples, tokenizer, max_length=4)
 
 
 # --- Scores
@@ -213,17 +215,23 @@ def test_scores_against_their_definitions():
     fp, fn = np.sum(found & (1 - labels)), np.sum((1 - found) & labels)
     precision, recall = tp / (tp + fp), tp / (tp + fn)
     harmonic = 2 / (1 / precision + 1 / recall)
-    assert math.isclose(scores.f1(found, labels), harmonic, rel_tol=1e-12)
+    assert math.isclose(glue_metrics.f1(found, labels), harmonic, rel_tol=1e-12)
     root = math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
-    assert math.isclose(scores.matthews(found, labels), (tp * tn - fp * fn) / root, rel_tol=1e-9)
+    assert math.isclose(
+        glue_metrics.matthews(found, labels), (tp * tn - fp * fn) / root, rel_tol=1e-9
+    )
     x, y = rng.normal(size=50), rng.integers(0, 5, 50)  # with ties
     covariance = np.mean(x * y) - np.mean(x) * np.mean(y)
-    assert math.isclose(scores.pearson(x, y), covariance / np.std(x) / np.std(y), rel_tol=1e-9)
+    assert math.isclose(
+        glue_metrics.pearson(x, y), covariance / np.std(x) / np.std(y), rel_tol=1e-9
+    )
     rank = lambda v: np.array([np.sum(v < e) + (np.sum(v == e) + 1) / 2 for e in v])
-    assert math.isclose(scores.spearman(x, y), scores.pearson(rank(x), rank(y)), rel_tol=1e-9)
+    assert math.isclose(
+        glue_metrics.spearman(x, y), glue_metrics.pearson(rank(x), rank(y)), rel_tol=1e-9
+    )
 
 
-@pytest.mark.parametrize("score", scores.SCORES.values())
+@pytest.mark.parametrize("score", glue_metrics.SCORES.values())
 def test_undefined_scores_are_zero(score):
     constant, mixed = np.zeros(4, np.float32), np.array([0, 1, 0, 1])
     assert score(constant, mixed) == 0.0
@@ -259,14 +267,14 @@ def config_of(inputs, task, kind, **changes):
     fields = FIELDS | TARGETS[kind] | {k.replace("__", "."): v for k, v in changes.items()}
     fields |= {"model.name": str(inputs / kind), "data.source": str(inputs / "glue")}
     config.update_from_flattened_dict(fields)
-    config = settings.resolved(config.lock())
-    settings.check(config)
+    config = glue_config.resolved(config.lock())
+    glue_config.check(config)
     return config
 
 
 def trained(config, workdir):
     task, lora_config = classification.make_task(config)
-    return task, train.train(task, config, lora_config, workdir)
+    return task, train(task, config, lora_config, workdir)
 
 
 REPORTED = {
@@ -286,33 +294,33 @@ def test_a_run_reports_the_scores_of_its_task(task, inputs, tmp_path):
     learnt = (*TARGETS[kind].get("lora.train", ("default",)), "word_embeddings")
     config = config_of(inputs, task, kind, epochs=EPOCHS, lora__train=learnt)
     _, best = trained(config, tmp_path)
-    lines = [x for x in workdirs.read(tmp_path / "metrics.jsonl") if "eval_loss" in x]
+    lines = [x for x in metric_writer.read(tmp_path / "metrics.jsonl") if "eval_loss" in x]
     assert len(lines) == EPOCHS
     assert {k.removeprefix("eval_") for k in lines[0]} - {"step", "epoch"} == names
     assert best.best_score == max(line[f"eval_{selects}"] for line in lines)
     # What was saved gives, through the merged weights, the score that was logged.
     model = classifier.load(tmp_path / "adapter")
     _, evaluations = classification.load_examples(config)
-    joined = data.joined(evaluations)
-    texts = joined.sentences
-    if joined.pairs is not None:
-        texts = [f"{a}\t{b}" for a, b in zip(texts, joined.pairs, strict=True)]
+    both = joined(evaluations)
+    texts = both.sentences
+    if both.pairs is not None:
+        texts = [f"{a}\t{b}" for a, b in zip(texts, both.pairs, strict=True)]
     found = classifier.outputs(model, list(texts))
-    assert (model.pairs, len(model.labels)) == (joined.pairs is not None, found.shape[1])
+    assert (model.pairs, len(model.labels)) == (both.pairs is not None, found.shape[1])
     line = next(x for x in lines if x["step"] == best.best_step)
     if task == "stsb":
-        expected = np.corrcoef(found[:, 0], joined.labels)[0, 1]
+        expected = np.corrcoef(found[:, 0], both.labels)[0, 1]
     elif task == "cola":
         guesses = found.argmax(-1)
         mixed = len(set(guesses.tolist())) > 1
-        expected = np.corrcoef(guesses, joined.labels)[0, 1] if mixed else 0.0
+        expected = np.corrcoef(guesses, both.labels)[0, 1] if mixed else 0.0
     else:
-        expected = np.mean(found.argmax(-1) == joined.labels)
+        expected = np.mean(found.argmax(-1) == both.labels)
     np.testing.assert_allclose(line[f"eval_{selects}"], expected, atol=1e-5)
     if task == "mnli":
-        half = [np.mean(x == y) for x, y in zip(np.split(found.argmax(-1), 2), np.split(joined.labels, 2), strict=True)]  # fmt: skip
+        half = [np.mean(x == y) for x, y in zip(np.split(found.argmax(-1), 2), np.split(both.labels, 2), strict=True)]  # fmt: skip
         assert [line["eval_accuracy_matched"], line["eval_accuracy_mismatched"]] == half
-    training = next(x for x in workdirs.read(tmp_path / "metrics.jsonl") if "loss" in x)
+    training = next(x for x in metric_writer.read(tmp_path / "metrics.jsonl") if "loss" in x)
     assert ("accuracy" in training) == (task != "stsb")
 
 
@@ -332,12 +340,12 @@ def test_an_adapter_for_other_labels_goes_on_with_a_fresh_head(inputs, tmp_path)
     trained(mnli, tmp_path / "mnli")
     config = config_of(inputs, "rte", "roberta", adapter=str(tmp_path / "mnli" / "adapter"))
     loaded = checkpoints.load(inputs / "roberta", head="classifier", num_labels=2)
-    start, settings_, note = adapters.start(config.adapter, loaded)
+    start, settings_, note = adapter_files.start(config.adapter, loaded)
     assert "that of the adapter has 3 labels" in note and settings_.rank == 2
     head = start["params"]["classifier"]["out_proj"]["kernel"]
     np.testing.assert_array_equal(head, loaded.params["params"]["classifier"]["out_proj"]["kernel"])
     three = checkpoints.load(inputs / "roberta", head="classifier", num_labels=3)
-    theirs, _ = adapters.load(config.adapter, three)
+    theirs, _ = adapter_files.load(config.adapter, three)
     query = lambda x: x["params"]["roberta"]["encoder"]["layer_1"]["attention"]["query"]["kernel"]
     np.testing.assert_array_equal(query(start).b, query(theirs).b)
     assert np.abs(query(start).b).max() > 0
@@ -403,8 +411,8 @@ def test_an_unknown_task_is_one_line(inputs, tmp_path):
 
 def test_the_papers_recipes():
     for task in roberta_base_glue.RECIPES:
-        config = settings.resolved(roberta_base_glue.get_config(task))
-        settings.check(config)
+        config = glue_config.resolved(roberta_base_glue.get_config(task))
+        glue_config.check(config)
         assert config.data.source == f"tfds:glue/{task}"
         assert config.model.labels == TASKS[task].labels
         assert config.lora.alpha == config.lora.rank == 8
@@ -418,8 +426,8 @@ def test_labels_must_be_the_tasks(inputs):
     config.model.name = str(inputs / "bert")
     config.update_from_flattened_dict({"model.labels": ("a", "b"), "model.num_labels": 2})
     with pytest.raises(ValueError, match="'mnli' has 3"):
-        settings.check(settings.resolved(config))
-    config = settings.resolved(glue_minilm.get_config("stsb").unlock())
+        glue_config.check(glue_config.resolved(config))
+    config = glue_config.resolved(glue_minilm.get_config("stsb").unlock())
     assert config.model.labels == ("similarity",) and config.model.num_labels == 1
 
 
@@ -434,10 +442,10 @@ def test_labels_must_be_the_tasks(inputs):
 def test_what_is_adapted_by_default_is_the_familys(kind, targets, train, inputs):
     config = common.glue_config("rte")
     config.model.name = str(inputs / kind)
-    found = settings.resolved(config)
+    found = glue_config.resolved(config)
     assert (found.lora.targets, found.lora.train) == (targets, train)
     config.lora.targets = ("default", "word_embeddings")
-    assert settings.resolved(config).lora.targets == (*targets, "word_embeddings")
+    assert glue_config.resolved(config).lora.targets == (*targets, "word_embeddings")
     assert config.lora.train == ("default",)  # the config itself is unchanged
 
 
@@ -468,7 +476,7 @@ def test_a_sweep_goes_by_the_score_of_its_task(inputs, tmp_path):
     found = [json.loads(p.read_text()) for p in workdir.glob("runs/*/result.json")]
     assert len(found) == 2
     for result, folder in zip(found, workdir.glob("runs/*"), strict=True):
-        lines = workdirs.read(folder / "metrics.jsonl")
+        lines = metric_writer.read(folder / "metrics.jsonl")
         best = max(line["eval_pearson"] for line in lines if "eval_pearson" in line)
         assert result["score"] == "pearson" and result["best_pearson"] == best
     best = max(result["best_pearson"] for result in found)

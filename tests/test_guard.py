@@ -13,26 +13,28 @@ import test_train
 from test_durations import changed
 
 import lora_jax as lora
-from experiments import (
-    checkpointing,
-    classification,
-    guard,
-    meter,
-    metrics,
-    options,
-    stepping,
-    train,
-    workdirs,
-)
 from lora_jax import paths
 from lora_jax.lowrank import LowRank
+from lora_jax.tasks import from_config
+from lora_jax.training import (
+    checkpointing,
+    metric_logger,
+    metric_writer,
+    metrics,
+    nan_guard,
+    train,
+    training_config,
+    workdirs,
+)
+from lora_jax.training.state import initial_state, storable
+from lora_jax.training.step import PLAIN, make_train_step, step_options
 
 PER_EPOCH = test_train.PER_EPOCH
 config, task = test_train.config, test_train.task  # the same tiny model and data
 
 
 def run(task, config, workdir):
-    return train.train(task, config, classification.lora_config(config), workdir)
+    return train.train(task, config, from_config.lora_config(config), workdir)
 
 
 def poisoned(task, steps):
@@ -68,7 +70,7 @@ def poisoned_gradient(task, step, bad=jnp.nan):
 
 
 def lines(workdir):
-    return workdirs.read(workdir / "metrics.jsonl")
+    return metric_writer.read(workdir / "metrics.jsonl")
 
 
 def adapter(workdir, task):
@@ -83,8 +85,8 @@ def same(one, other):
 def step(task, config):
     """A compiled guarded step, at which there is a spike's limit, and a state to copy."""
     config = changed(config, guard__spike=3.0)
-    state, tx = stepping.initial_state(task, config, classification.lora_config(config))
-    compiled = stepping.make_train_step(task, tx, 0.1, stepping.options(config))
+    state, tx = initial_state(task, config, from_config.lora_config(config))
+    compiled = make_train_step(task, tx, 0.1, step_options(config))
     fresh = lambda: jax.tree.map(lambda x: x.copy(), state)
     return compiled, fresh, tx
 
@@ -92,7 +94,7 @@ def step(task, config):
 def test_a_healthy_run_keeps_its_bits(task, config, step):
     """Guarded or not, step for step: adapter, moments, sums."""
     guarded, fresh, tx = step
-    plain = stepping.make_train_step(task, tx, 0.1)
+    plain = make_train_step(task, tx, 0.1)
     one, other = fresh(), fresh()
     for k in range(12):
         one, (sums, verdict) = guarded(one, task.base, task.train_batch(k))
@@ -126,8 +128,8 @@ def test_a_bad_step_changes_nothing_but_the_clock(task, step):
 )
 def test_a_gradient_that_is_not_finite(task, config, tmp_path, action, bad):
     """The loss is; the error names the first leaf in the adapter's order."""
-    names = list(paths.named_leaves(stepping.initial_state(
-        task, config, classification.lora_config(config))[0].adapter))  # fmt: skip
+    names = list(paths.named_leaves(initial_state(
+        task, config, from_config.lora_config(config))[0].adapter))  # fmt: skip
     faulty = poisoned_gradient(task, PER_EPOCH + 2, bad)
     config = changed(config, guard__action=action)
     if action == "stop":
@@ -152,17 +154,17 @@ def test_the_first_offending_path():
     tree = {"x": {"kernel": node(), "bias": jnp.ones(4)}, "y": {"kernel": node()}}
     names = list(paths.named_leaves(tree))
     assert names[:3] == ["x/bias", "x/kernel/a", "x/kernel/b"]
-    policy = guard.Policy("skip", 10, 0.0, names)
+    policy = nan_guard.Policy("skip", 10, 0.0, names)
     for k, name in enumerate(names):
         leaves = jax.tree.leaves(tree)
         leaves[k] = leaves[k].at[(0,) * leaves[k].ndim].set(jnp.nan)
         grads = jax.tree.unflatten(jax.tree.structure(tree), leaves)
-        verdict, health = guard.judge(guard.healthy(), jnp.float32(0.5), grads, spike=0.0)
+        verdict, health = nan_guard.judge(nan_guard.healthy(), jnp.float32(0.5), grads, spike=0.0)
         if name.endswith("scale"):
             assert verdict.skips == 0
             continue
         want = f"The gradient is not finite at step 7, first at {name}"
-        assert guard.complaint(policy, 7, jax.device_get(verdict)) == want
+        assert nan_guard.complaint(policy, 7, jax.device_get(verdict)) == want
         assert health.skips == 1 and health.seen == 0
 
 
@@ -173,8 +175,8 @@ def test_skipping_is_as_if_the_batch_had_not_been(task, config, tmp_path, step):
     run(poisoned(task, bad), config, tmp_path)
     found = [(x["step"], x["skipped"]) for x in lines(tmp_path) if "skipped" in x]
     assert found == [(4, 1), (5, 2), (PER_EPOCH + 1, 1)]
-    state, tx = stepping.initial_state(task, config, classification.lora_config(config))
-    one = stepping.make_train_step(task, tx, 0.1)
+    state, tx = initial_state(task, config, from_config.lora_config(config))
+    one = make_train_step(task, tx, 0.1)
     for k in range(2 * PER_EPOCH):
         if k not in bad:
             state, _ = one(state, task.base, task.train_batch(k))
@@ -184,7 +186,7 @@ def test_skipping_is_as_if_the_batch_had_not_been(task, config, tmp_path, step):
         opt_state = jax.tree.map(tick, state.opt_state, is_leaf=clock)
         state = state._replace(step=state.step + 1, opt_state=opt_state)
     with checkpointing.manager(tmp_path / "checkpoints") as checkpoints:
-        stored, _ = checkpointing.restore(checkpoints, stepping.storable(state))
+        stored, _ = checkpointing.restore(checkpoints, storable(state))
     same(stored.adapter, state.adapter)
     same(stored.opt_state, state.opt_state)
 
@@ -216,10 +218,10 @@ def test_a_stopped_run_goes_on_by_skipping(task, config, tmp_path):
 def test_the_host_looks_one_step_late(tmp_path):
     """At a step, it reads what the step before gave, which the device has had the time to finish."""
     sums = metrics.Sums(jnp.float32(jnp.inf), jnp.float32(0), jnp.float32(1))
-    verdict, _ = guard.judge(guard.healthy(), sums[0], {"w": jnp.ones(2)}, spike=0.0)
-    with workdirs.Log(tmp_path, 0) as log:
+    verdict, _ = nan_guard.judge(nan_guard.healthy(), sums[0], {"w": jnp.ones(2)}, spike=0.0)
+    with metric_writer.MetricWriter(tmp_path, 0) as log:
         options = {"start": 0, "total": 9, "per_epoch": 3, "log_every": 1}
-        with meter.Meter(log, policy=guard.Policy(names=("w",)), **options) as seen:
+        with metric_logger.Meter(log, policy=nan_guard.Policy(names=("w",)), **options) as seen:
             seen.add(1, sums, verdict)
             with pytest.raises(FloatingPointError, match="inf at step 1"):
                 seen.add(2, sums, verdict)
@@ -229,38 +231,38 @@ def test_the_running_mean_is_the_exponential_one():
     """Against float64; losses of steps that are left out do not count."""
     losses = 1 + np.random.default_rng(0).random(200)
     losses[[20, 150]] = np.nan
-    health, mean, weight = guard.healthy(), 0.0, 0.0
+    health, mean, weight = nan_guard.healthy(), 0.0, 0.0
     grads = {"w": jnp.ones(2)}
-    judge = jax.jit(functools.partial(guard.judge, spike=5.0))
+    judge = jax.jit(functools.partial(nan_guard.judge, spike=5.0))
     for loss in losses:
         verdict, health = judge(health, jnp.float32(loss), grads)
         if weight:
             np.testing.assert_allclose(verdict.usual, mean / weight, rtol=2e-5)
         if np.isfinite(loss):
-            mean = guard.DECAY * mean + (1 - guard.DECAY) * loss
-            weight = guard.DECAY * weight + (1 - guard.DECAY)
+            mean = nan_guard.DECAY * mean + (1 - nan_guard.DECAY) * loss
+            weight = nan_guard.DECAY * weight + (1 - nan_guard.DECAY)
     assert health.seen == 198 and health.skips == 0
 
 
 def test_a_spike_counts_once_the_mean_has_settled():
-    judge = jax.jit(functools.partial(guard.judge, spike=3.0))
-    grads, health = {"w": jnp.ones(2)}, guard.healthy()
-    for k in range(guard.SETTLED + 1):
+    judge = jax.jit(functools.partial(nan_guard.judge, spike=3.0))
+    grads, health = {"w": jnp.ones(2)}, nan_guard.healthy()
+    for k in range(nan_guard.SETTLED + 1):
         verdict, health = judge(health, jnp.float32(1.0), grads)
         spiked, _ = judge(health, jnp.float32(3.1), grads)
-        assert (spiked.skips == 1) == (k + 1 >= guard.SETTLED)
+        assert (spiked.skips == 1) == (k + 1 >= nan_guard.SETTLED)
         below, _ = judge(health, jnp.float32(2.9), grads)
         assert below.skips == 0
-    policy = guard.Policy("stop", 10, 3.0, ("w",))
+    policy = nan_guard.Policy("stop", 10, 3.0, ("w",))
     with pytest.raises(FloatingPointError) as error:
-        guard.complaint(policy, 60, jax.device_get(spiked))
+        nan_guard.complaint(policy, 60, jax.device_get(spiked))
     said = "".join(error.value.args)
     assert said == (
         "The training loss is 3.1 at step 60, more than guard.spike 3 times 1, its running mean"
     )
     _, health = judge(health, jnp.float32(100.0), grads)
     np.testing.assert_allclose(judge(health, jnp.float32(1.0), grads)[0].usual, 1.0, rtol=1e-5)
-    off, _ = guard.judge(health, jnp.float32(100.0), grads, spike=0.0)
+    off, _ = nan_guard.judge(health, jnp.float32(100.0), grads, spike=0.0)
     assert off.skips == 0
 
 
@@ -299,9 +301,9 @@ def test_a_spike_in_a_run_and_resuming_from_before_it(task, config, tmp_path):
 def test_it_costs_little(task, config):
     """XLA's own count of operations, next to those of the step."""
     flops = []
-    state, tx = stepping.initial_state(task, config, classification.lora_config(config))
-    for opts in (stepping.PLAIN, stepping.options(config)):
-        step = stepping.make_train_step(task, tx, 0.1, opts)
+    state, tx = initial_state(task, config, from_config.lora_config(config))
+    for opts in (PLAIN, step_options(config)):
+        step = make_train_step(task, tx, 0.1, opts)
         compiled = step.lower(state, task.base, task.train_batch(0)).compile()
         flops.append(compiled.cost_analysis()["flops"])
     assert flops[1] < 1.02 * flops[0]
@@ -318,7 +320,7 @@ def test_it_costs_little(task, config):
 )
 def test_mistakes(config, fields, message):
     with pytest.raises(ValueError, match=message):
-        options.check(changed(config, **fields))
+        training_config.check(changed(config, **fields))
 
 
 @pytest.mark.slow

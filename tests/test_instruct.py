@@ -11,9 +11,10 @@ import tiny_llama
 
 import lora_jax as lora
 from configs import instruct_llama
-from experiments import chat_template, instructions, language, replies
 from lora_jax import peft
+from lora_jax.data import chat_template
 from lora_jax.models import checkpoints
+from lora_jax.tasks import chat, instruction_tuning, language_model
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.xdist_group("instruct")
@@ -93,7 +94,7 @@ def test_the_adapter_in_the_format_of_peft_answers_too(finished, tmp_path):
 
 def test_merged_weights_and_the_chat_template_are_saved(finished, tmp_path):
     root, _ = finished
-    found = language.load(root / "run" / "adapter")
+    found = language_model.load(root / "run" / "adapter")
     assert found.loaded.model.scan_layers
     ours = lora.merge(found.loaded.params, found.adapter)
     checkpoints.save_hf(tmp_path, ours, found.loaded.checkpoint, head="causal-lm")
@@ -106,11 +107,11 @@ def test_merged_weights_and_the_chat_template_are_saved(finished, tmp_path):
 
 def test_a_model_without_an_adapter_talks_too(finished):
     root, _ = finished
-    speaker = replies.load(None, model=str(root / "model"), max_new_tokens=4)
-    said = replies.reply(speaker, [tiny_llama.question("dog")])
+    speaker = chat.load(None, model=str(root / "model"), max_new_tokens=4)
+    said = chat.reply(speaker, [tiny_llama.question("dog")])
     assert said != "a animal" and set(said.split()) <= set(tiny_llama.WORDS)
     with pytest.raises(ValueError, match="an adapter or a model"):
-        replies.load(None, max_new_tokens=4)
+        chat.load(None, max_new_tokens=4)
 
 
 def test_stop_tokens_are_all_that_the_files_name(tmp_path):
@@ -118,7 +119,7 @@ def test_stop_tokens_are_all_that_the_files_name(tmp_path):
     (folder / "generation_config.json").write_text('{"eos_token_id": 7}')
     checkpoint = checkpoints.resolve(folder)
     template = chat_template.find(checkpoint)
-    stop = replies.stop_tokens(checkpoint, template, tiny_llama.tokenizer())
+    stop = chat.stop_tokens(checkpoint, template, tiny_llama.tokenizer())
     # <unk> and </s> by the config, 7 by the other, and the end of a turn in the template.
     assert stop == (1, 3, tiny_llama.WORDS.index("<|im_end|>"), 7)
 
@@ -134,7 +135,9 @@ def config(root, **changes):
 def test_all_mistakes_of_a_config_are_told(tmp_path):
     wrong = {"model.name": "", "data.train": "", "data.validation": "x", "data.date": "May"}
     with pytest.raises(ValueError) as error:
-        instructions.check(config(tmp_path, **wrong, **{"data.max_length": 1, "batch_size": 0}))
+        instruction_tuning.check(
+            config(tmp_path, **wrong, **{"data.max_length": 1, "batch_size": 0})
+        )
     fields = (
         "model.name",
         "data.train",
@@ -150,12 +153,14 @@ def test_mistakes_found_with_the_data(tmp_path):
     tiny_llama.checkpoint(tmp_path / "model")
     tiny_llama.data(tmp_path / "data.jsonl", count=6)
     with pytest.raises(ValueError, match="holdout 6 leaves nothing of the 6 conversations"):
-        instructions.make_task(config(tmp_path))
+        instruction_tuning.make_task(config(tmp_path))
     with pytest.raises(ValueError, match="max_length 65 goes beyond the 64 positions"):
-        instructions.make_task(config(tmp_path, **{"data.max_length": 65}))
+        instruction_tuning.make_task(config(tmp_path, **{"data.max_length": 65}))
     golden = ROOT / "tests" / "goldens" / "gpt2" / "plain"  # scripts/make_gpt2_goldens.py
     with pytest.raises(ValueError, match="is a GPT2LMHeadModel.*data.packing"):
-        instructions.make_task(config(tmp_path, **{"model.name": golden, "data.max_length": 8}))
+        instruction_tuning.make_task(
+            config(tmp_path, **{"model.name": golden, "data.max_length": 8})
+        )
 
 
 def test_a_file_for_validation_and_no_packing(tmp_path):
@@ -163,12 +168,14 @@ def test_a_file_for_validation_and_no_packing(tmp_path):
     tiny_llama.data(tmp_path / "data.jsonl", count=12)
     tiny_llama.data(tmp_path / "other.jsonl", count=6)
     changes = {"data.holdout": 0, "data.validation": tmp_path / "other.jsonl"}
-    task, settings = instructions.make_task(config(tmp_path, **changes, **{"data.packing": False}))
+    task, settings = instruction_tuning.make_task(
+        config(tmp_path, **changes, **{"data.packing": False})
+    )
     batches = list(task.eval_batches())
     assert sum(b["weights"].sum() for b in batches) == 6
     assert all("segment_ids" not in b for b in batches)
     assert set(settings.targets) >= {"q_proj", "down_proj"}
-    packed, _ = instructions.make_task(config(tmp_path, **changes))
+    packed, _ = instruction_tuning.make_task(config(tmp_path, **changes))
     assert packed.steps_per_epoch < task.steps_per_epoch
-    assert any("cut" in note for note in instructions.make_task(
+    assert any("cut" in note for note in instruction_tuning.make_task(
         config(tmp_path, **changes, **{"data.max_length": 14}))[0].notes)  # fmt: skip

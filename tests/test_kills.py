@@ -15,7 +15,7 @@ import pytest
 import small
 import tiny
 
-from experiments import checkpointing
+from lora_jax.training import checkpointing
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow

@@ -9,17 +9,18 @@ import pytest
 import tokenizers
 from ml_collections import ConfigDict
 
-from experiments import language, writing
+from lora_jax.data import texts
 from lora_jax.models import checkpoints, generate, gpt2, hub
 from lora_jax.models.decoding import Decoding
 from lora_jax.models.tokenizer import read_tokenizer
+from lora_jax.tasks import generation, language_modeling
 
 ROWS = [([7, 8], [9]), ([5], [6, 6, 4]), ([1, 2, 3], [4, 5])]
 OPTIONS = {"batch_size": 4, "buckets": (4, 6)}
 
 
 def test_a_batch_says_what_counts():
-    batch = language.train_batch(language.texts(ROWS, pad_id=3), 0, seed=0, **OPTIONS)
+    batch = texts.train_batch(texts.texts(ROWS, pad_id=3), 0, seed=0, **OPTIONS)
     assert set(batch) == {"input_ids", "attention_mask", "counts", "weights"}
     assert batch["input_ids"].shape == (4, 6) and batch["weights"].tolist() == [1, 1, 1, 0]
     found = {}
@@ -30,14 +31,14 @@ def test_a_batch_says_what_counts():
         assert (ids[n:] == 3).all() and (counts[n:] == 0).all()
         found[tuple(ids[:n])] = counts[:n].tolist()
     assert found == {tuple(a + b): [0] * len(a) + [1] * len(b) for a, b in ROWS}
-    (whole,) = language.eval_batches(language.texts(ROWS), **OPTIONS)
+    (whole,) = texts.eval_batches(texts.texts(ROWS), **OPTIONS)
     assert whole["index"].tolist() == [0, 1, 2, 0]  # shortest first
 
 
 @pytest.mark.parametrize("row", [([], [1]), ([1], [])])
 def test_a_text_needs_both_parts(row):
     with pytest.raises(ValueError, match="text 1 has .* both must be there"):
-        language.texts([ROWS[0], row])
+        texts.texts([ROWS[0], row])
 
 
 def loss_by_hand(logits, batch, smoothing):
@@ -64,10 +65,10 @@ def loss_by_hand(logits, batch, smoothing):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_loss_of_the_tokens_that_count(smoothing):
-    batch = language.train_batch(language.texts(ROWS), 0, seed=0, **OPTIONS)
+    batch = texts.train_batch(texts.texts(ROWS), 0, seed=0, **OPTIONS)
     logits = np.random.default_rng(0).normal(size=(4, 6, 11)).astype(np.float32)
     logits[0, 0, batch["input_ids"][0, 1]] = 9.0  # one that is right, if it counts
-    loss = functools.partial(language.token_loss, smoothing=smoothing)
+    loss = functools.partial(language_modeling.token_loss, smoothing=smoothing)
     sums = loss(jnp.asarray(logits), batch)
     np.testing.assert_allclose(sums, loss_by_hand(logits, batch, smoothing), rtol=1e-6)
     # What is said of anything else matters neither to the loss nor to its gradient.
@@ -103,11 +104,11 @@ def test_texts_in_batches_are_those_of_each_prompt_alone(tmp_path):
     rng = np.random.default_rng(0)
     prompts = [rng.integers(4, VOCAB, n).tolist() for n in (5, 1, 9, 3, 2)]
     free = Decoding(max_new_tokens=7)
-    whole = writing.write(loaded, loaded.params, prompts, decoding=free, batch_size=5)
+    whole = generation.write(loaded, loaded.params, prompts, decoding=free, batch_size=5)
     stop = (whole[0][2], whole[1][4])  # so that some end before the others
     settings = Decoding(max_new_tokens=7, stop=stop, pad_id=stop[0])
     options = {"decoding": settings, "batch_size": 2}
-    written = writing.write(loaded, loaded.params, prompts, buckets=(4,), **options)
+    written = generation.write(loaded, loaded.params, prompts, buckets=(4,), **options)
     for long, text in zip(whole, written, strict=True):
         assert text == long[: next((k for k, t in enumerate(long) if t in stop), 7)]
     run = generate.generator(*generate.causal_lm(loaded.model, gpt2.init_cache), free)
@@ -116,26 +117,26 @@ def test_texts_in_batches_are_those_of_each_prompt_alone(tmp_path):
         assert text == made.tokens[0].tolist()
     assert len({tuple(text) for text in whole}) > 1 and min(map(len, written)) <= 2
     with pytest.raises(ValueError, match="prompts must have"):
-        writing.write(loaded, loaded.params, [], **options)
+        generation.write(loaded, loaded.params, [], **options)
 
 
 def test_which_tokens_end_a_text(tmp_path):
     tokenizer = tokenizers.ByteLevelBPETokenizer()
-    assert writing.stop_tokens(loaded_model(tmp_path), tokenizer) == (2, 3)
-    assert writing.stop_tokens(loaded_model(tmp_path, eos_token_id=4), tokenizer) == (4,)
+    assert generation.stop_tokens(loaded_model(tmp_path), tokenizer) == (2, 3)
+    assert generation.stop_tokens(loaded_model(tmp_path, eos_token_id=4), tokenizer) == (4,)
     silent = loaded_model(tmp_path, eos_token_id=None)
     with pytest.raises(ValueError, match="put eos_token_id into its config.json"):
-        writing.stop_tokens(silent, tokenizer)
+        generation.stop_tokens(silent, tokenizer)
     tokenizer.add_special_tokens(["<|endoftext|>"])
-    assert writing.stop_tokens(silent, tokenizer) == (0,)
+    assert generation.stop_tokens(silent, tokenizer) == (0,)
 
 
 def test_sampling_follows_the_seed(tmp_path):
     loaded = loaded_model(tmp_path)
     decode = {"max_new_tokens": 5, "sample": True, "batch_size": 2, "buckets": (), "seed": 0}
-    settings = writing.decoding(ConfigDict({"decode": decode}), (2,))
+    settings = generation.decoding(ConfigDict({"decode": decode}), (2,))
     assert settings == Decoding(max_new_tokens=5, sample=True, stop=(2,), pad_id=2)
-    run = lambda seed: writing.write(
+    run = lambda seed: generation.write(
         loaded, loaded.params, [[5], [6], [5]], decoding=settings, batch_size=2, seed=seed
     )
     assert run(0) == run(0) != run(1)

@@ -11,7 +11,12 @@ import pytest
 import tiny
 
 from configs import sst2_minilm
-from experiments import classification, lockstep, metrics, points, stepping, tasks
+from lora_jax.sweeps import trials, vmapped_step
+from lora_jax.tasks import classification, from_config
+from lora_jax.training import metrics
+from lora_jax.training.state import initial_state
+from lora_jax.training.step import make_train_step
+from lora_jax.training.task import Task
 
 POINTS = (
     {"lora.rank": 1, "seed": 0},
@@ -46,16 +51,16 @@ def base_config(root, **changes):
 
 def add_points(root, values, **changes):
     add_all = lambda add: [add(**v) for v in values]
-    return points.points(base_config(root, **changes), add_all)
+    return trials.points(base_config(root, **changes), add_all)
 
 
 def alone(task, config, steps):
     """Losses, each step's, of a run by itself, and its last state."""
-    lora_config = classification.lora_config(config)
+    lora_config = from_config.lora_config(config)
     base = task.base if task.base_of is None else task.base_of(config.seed)
     task = task._replace(base=base)
-    state, tx = stepping.initial_state(task, config, lora_config)
-    step = stepping.make_train_step(task, tx, lora_config.dropout)
+    state, tx = initial_state(task, config, lora_config)
+    step = make_train_step(task, tx, lora_config.dropout)
     losses = []
     for k in range(steps):
         state, (loss, _, count) = step(state, task.base, task.train_batch(k))
@@ -65,22 +70,22 @@ def alone(task, config, steps):
 
 def together(task, configs, steps, program):
     """The same of several, so many at a time, or by a program that was made for such runs."""
-    members = [lockstep.member(task, c, classification.lora_config(c)) for c in configs]
-    shapes = lockstep.common_shapes(members)
+    members = [vmapped_step.member(task, c, from_config.lora_config(c)) for c in configs]
+    shapes = vmapped_step.common_shapes(members)
     if isinstance(program, int):
-        program = lockstep.program(task, program, dropout=True)
+        program = vmapped_step.program(task, program, dropout=True)
     losses, states, count = [], [], program.count
     for first in range(0, len(members), count):
         chosen = members[first : first + count]
-        stacked = lockstep.stack([lockstep.pad(m, shapes) for m in chosen], count)
-        stacked = lockstep.place(program, stacked)
+        stacked = vmapped_step.stack([vmapped_step.pad(m, shapes) for m in chosen], count)
+        stacked = vmapped_step.place(program, stacked)
         rows = []
         for k in range(steps):
             batch = task.train_batch(k)
-            stacked, (loss, _, n) = lockstep.call(program, "train", stacked, task.base, batch)
+            stacked, (loss, _, n) = vmapped_step.call(program, "train", stacked, task.base, batch)
             rows.append(np.asarray(loss, np.float64) / np.asarray(n))
         losses += list(np.array(rows).T[: len(chosen)])
-        states += [lockstep.unstack(stacked, k) for k in range(len(chosen))]
+        states += [vmapped_step.unstack(stacked, k) for k in range(len(chosen))]
     return losses, states, members, program
 
 
@@ -94,7 +99,7 @@ def test_a_run_among_others_is_the_run_alone(root, count):
     for point, loss, state, member in zip(found, losses, states, members, strict=True):
         want, end = alone(task, point.config, 50)
         np.testing.assert_allclose(loss, want, rtol=1e-5)
-        got = lockstep.cut(state.state, member.state)
+        got = vmapped_step.cut(state.state, member.state)
         for x, y in zip(jax.tree.leaves(got.adapter), jax.tree.leaves(end.adapter), strict=True):
             # Adam divides by the root of tiny second moments: entries near zero differ most.
             np.testing.assert_allclose(x, y, rtol=2e-3, atol=2e-5)
@@ -123,7 +128,7 @@ def float64_task():
 
     net = Net()
     base = net.init(jax.random.key(1), batch(0)["ids"], None)
-    return tasks.Task(
+    return Task(
         apply=lambda params, b, key: net.apply(params, b["ids"], key),
         metrics=lambda logits, b: metrics.cross_entropy(logits, b["labels"], b["weights"]),
         train_batch=batch,
@@ -193,7 +198,7 @@ def test_what_no_run_changes_is_computed_once():
 
     net, x = Net(), np.ones((32, 64), np.float32)
     batch = {"x": x, "labels": np.zeros(32, np.int32), "weights": np.ones(32, np.float32)}
-    task = tasks.Task(
+    task = Task(
         apply=lambda params, b, key: net.apply(params, b["x"]),
         metrics=lambda logits, b: metrics.cross_entropy(logits, b["labels"], b["weights"]),
         train_batch=lambda step: batch, eval_batches=lambda: [batch], steps_per_epoch=10,
@@ -201,13 +206,13 @@ def test_what_no_run_changes_is_computed_once():
     )  # fmt: skip
     config = sst2_minilm.get_config().unlock()
     config.lora.targets, config.lora.train, config.lora.rank = ("last",), (), 2
-    member = lockstep.member(task, config, classification.lora_config(config))
+    member = vmapped_step.member(task, config, from_config.lora_config(config))
 
     @functools.cache
     def flops(count):
-        program = lockstep.program(task, count, dropout=True)
-        stacked = lockstep.place(program, lockstep.stack([member] * count, count))
-        step = lockstep.compiled(program, "train", stacked, task.base, batch)
+        program = vmapped_step.program(task, count, dropout=True)
+        stacked = vmapped_step.place(program, vmapped_step.stack([member] * count, count))
+        step = vmapped_step.compiled(program, "train", stacked, task.base, batch)
         return step.cost_analysis()["flops"]
 
     layers = 4 * 2 * 32 * 64 * 64

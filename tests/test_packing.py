@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import language, packing
-from experiments.language import Texts
+from lora_jax.data import packing
+from lora_jax.data.texts import Texts
 from lora_jax.models import checkpoints
+from lora_jax.tasks import language_modeling
 
 GOLDENS = Path(__file__).parent / "goldens" / "llama"  # scripts/make_llama_goldens.py
 
@@ -55,7 +56,9 @@ def test_packed_losses_equal_unpacked_ones(case):
 
     @jax.jit
     def sums(params, batch):
-        return language.token_loss(language.apply(loaded.model, params, batch, None), batch)
+        return language_modeling.token_loss(
+            language_modeling.apply(loaded.model, params, batch, None), batch
+        )
 
     def both(rows):
         found = [sums(loaded.params, b) for b in packing.eval_batches(rows, batch_size=4)]

@@ -10,8 +10,11 @@ import tiny
 
 import lora_jax as lora
 from configs import sst2_minilm
-from experiments import classification, classifier, settings, stepping, train
 from lora_jax import paths
+from lora_jax.tasks import classification, classifier, from_config, glue_config
+from lora_jax.training import train
+from lora_jax.training.evaluation import evaluate, make_eval_step
+from lora_jax.training.state import initial_state
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +43,7 @@ def test_the_base_is_rounded_and_what_is_trained_is_not(config, trained):
     fresh = {"params/classifier/kernel", "params/classifier/bias"}
     for name, x in paths.named_leaves(task.base).items():
         assert x.dtype == (jnp.float32 if name in fresh else jnp.bfloat16), name
-    state, _ = stepping.initial_state(task, config, classification.lora_config(config))
+    state, _ = initial_state(task, config, from_config.lora_config(config))
     assert {x.dtype for x in jax.tree.leaves(state.adapter)} == {jnp.dtype("float32")}
 
 
@@ -64,8 +67,8 @@ def test_another_run_starts_from_it(config, trained):
     with config.copy_and_resolve_references().unlocked() as c:
         c.adapter = str(workdir / "adapter")
     task, _ = classification.make_task(c)
-    step = stepping.make_eval_step(task)
-    values = stepping.evaluate(step, task.adapter, task)
+    step = make_eval_step(task)
+    values = evaluate(step, task.adapter, task)
     assert values["loss"] == pytest.approx(progress.best_loss, rel=1e-5)
 
 
@@ -74,4 +77,4 @@ def test_unknown_dtypes_are_refused(config):
     with c.unlocked():
         c.model.param_dtype = "float16"
     with pytest.raises(ValueError, match="model.param_dtype must be one of"):
-        settings.check(c)
+        glue_config.check(c)

@@ -5,13 +5,14 @@ import itertools
 import pytest
 
 from configs import common, quickstart_sweep, sst2_alpha_lr_sweep, sst2_rank_sweep
-from experiments import points, sweepdirs, sweeping, workdirs
+from lora_jax.sweeps import scheduler, sweep_dirs, trials
+from lora_jax.training import workdirs
 
 BASE = quickstart_sweep.get_config()
 
 
 def made(*values, base=BASE):
-    return points.points(base, lambda add: [add(**v) for v in values])
+    return trials.points(base, lambda add: [add(**v) for v in values])
 
 
 def test_a_point_is_the_base_with_some_fields_set():
@@ -19,7 +20,7 @@ def test_a_point_is_the_base_with_some_fields_set():
     assert (one.config.lora.rank, one.config.seed, one.config.lora.alpha) == (3, 7, 16.0)
     assert (other.config.lora.rank, other.config.lora.alpha) == (8, 4.0)
     assert one.id != other.id and BASE.lora.rank == 8
-    assert points.swept([one.config, other.config]) == ["lora.rank", "lora.alpha", "seed"]
+    assert trials.swept([one.config, other.config]) == ["lora.rank", "lora.alpha", "seed"]
 
 
 def test_the_id_is_that_of_the_whole_config():
@@ -36,14 +37,14 @@ def test_the_id_is_that_of_the_whole_config():
     [(quickstart_sweep, 12), (sst2_rank_sweep, (4 * 3 + 2 + 2) * 3), (sst2_alpha_lr_sweep, 75)],
 )
 def test_sweeps_of_this_project(config, runs):
-    found = points.points(config.get_config(), config.sweep)
+    found = trials.points(config.get_config(), config.sweep)
     assert len(found) == len({p.id for p in found}) == runs
-    assert len(points.groups(found)) == 1
+    assert len(trials.groups(found)) == 1
 
 
 def test_the_small_rank_sweep():
-    found = points.points(sst2_rank_sweep.get_config(), sst2_rank_sweep.sweep)
-    small = points.only(found, ["lora.rank=1,4,16", "lora.alpha=2,8,16,32", "seed=0,1"])
+    found = trials.points(sst2_rank_sweep.get_config(), sst2_rank_sweep.sweep)
+    small = trials.only(found, ["lora.rank=1,4,16", "lora.alpha=2,8,16,32", "seed=0,1"])
     pairs = {(p.config.lora.rank, p.config.lora.alpha) for p in small}
     assert pairs == {(1, 2), (1, 16), (4, 8), (4, 16), (16, 16), (16, 32)} and len(small) == 12
 
@@ -76,33 +77,33 @@ def test_no_runs_and_no_sweep(tmp_path):
     path = tmp_path / "config.py"
     path.write_text("def get_config(): pass\n")
     with pytest.raises(ValueError, match="defines no sweep"):
-        points.load_sweep(path)
+        trials.load_sweep(path)
 
 
 def test_groups_share_base_data_and_shapes():
     axes = {"lora.rank": (1, 2), "batch_size": (8, 16), "seed": range(2), "lora.dropout": (0, 0.1)}
     found = made(*common.product(axes))
-    groups = points.groups(found)
+    groups = trials.groups(found)
     assert [len(g) for g in groups] == [8, 8]
     assert {len({p.config.batch_size for p in g}) for g in groups} == {1}
     for field, value in [("data.seed", 1), ("model.dtype", "bfloat16"), ("lora.train", ())]:
-        assert len(points.groups(made({}, {field: value}))) == 2
+        assert len(trials.groups(made({}, {field: value}))) == 2
     patterns = made({}, {"lora.rank_pattern": {"query": 3}}, {"lora.rank_stabilized": True})
-    assert len(patterns) == 3 and len(points.groups(patterns)) == 1
+    assert len(patterns) == 3 and len(trials.groups(patterns)) == 1
 
 
 def test_shards_share_the_runs():
     found = made(*common.product({"seed": range(11)}))
     for n in (1, 2, 3, 11, 12):
-        parts = [points.shard(found, f"{i}/{n}") for i in range(1, n + 1)]
+        parts = [trials.shard(found, f"{i}/{n}") for i in range(1, n + 1)]
         ids = [p.id for part in parts for p in part]
         assert sorted(ids) == sorted(p.id for p in found)
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
     more = [*found, *made({"seed": 99})]  # what is added moves nothing
-    assert points.shard(more, "1/2")[:6] == points.shard(found, "1/2")
+    assert trials.shard(more, "1/2")[:6] == trials.shard(found, "1/2")
     for text in ("0/2", "3/2", "1", "a/b", "1/0", "-1/2"):
         with pytest.raises(ValueError, match="give i/n"):
-            points.shard(found, text)
+            trials.shard(found, text)
 
 
 @pytest.mark.parametrize(
@@ -115,47 +116,47 @@ def test_shards_share_the_runs():
 )
 def test_filters_that_can_not_be_meant(text, says):
     with pytest.raises(ValueError, match=says):
-        points.only(made({"seed": 0}, {"seed": 1}), [text])
+        trials.only(made({"seed": 0}, {"seed": 1}), [text])
 
 
 def test_a_directory_is_for_one_sweep(tmp_path):
-    sweepdirs.claim(tmp_path / "sweep", BASE, 0)
-    sweepdirs.claim(tmp_path / "sweep", BASE, 0)
+    sweep_dirs.claim(tmp_path / "sweep", BASE, 0)
+    sweep_dirs.claim(tmp_path / "sweep", BASE, 0)
     other = quickstart_sweep.get_config().unlock()
     other.epochs = 9
     with pytest.raises(ValueError, match="epochs is 2 there and 9 here"):
-        sweepdirs.check(tmp_path / "sweep", other, 0)
+        sweep_dirs.check(tmp_path / "sweep", other, 0)
     with pytest.raises(ValueError, match="halving is 0 there and 3 here"):
-        sweepdirs.check(tmp_path / "sweep", BASE, 3)
+        sweep_dirs.check(tmp_path / "sweep", BASE, 3)
     with pytest.raises(ValueError, match="is that of a sweep"):
         workdirs.check(tmp_path / "sweep", BASE)
     workdirs.claim(tmp_path / "run", BASE)
     with pytest.raises(ValueError, match="holds a single run"):
-        sweepdirs.check(tmp_path / "run", BASE, 0)
+        sweep_dirs.check(tmp_path / "run", BASE, 0)
     (tmp_path / "sweep" / "sweep.json").write_text("{")
     with pytest.raises(ValueError, match=r"sweep\.json is damaged"):
-        sweepdirs.check(tmp_path / "sweep", BASE, 0)
+        sweep_dirs.check(tmp_path / "sweep", BASE, 0)
 
 
 def test_two_processes_do_not_do_the_same_runs(tmp_path):
     again = pytest.raises(ValueError, match="Another process")
-    with sweepdirs.locked(tmp_path, "1/2"), again, sweepdirs.locked(tmp_path, "1/2"):
+    with sweep_dirs.locked(tmp_path, "1/2"), again, sweep_dirs.locked(tmp_path, "1/2"):
         pass
-    with sweepdirs.locked(tmp_path, "1/2"), sweepdirs.locked(tmp_path, "2/2"):
+    with sweep_dirs.locked(tmp_path, "1/2"), sweep_dirs.locked(tmp_path, "2/2"):
         pass
-    with sweepdirs.locked(tmp_path, "1/2"):
+    with sweep_dirs.locked(tmp_path, "1/2"):
         pass
 
 
 @pytest.mark.parametrize("halving, runs", [(2, 8), (3, 12), (3, 27), (4, 5), (3, 2)])
 def test_rungs(halving, runs):
     """One run is left at the end, and each rung comes later than the one before."""
-    sweep = sweeping.Sweep(
+    sweep = scheduler.Sweep(
         made(*common.product({"seed": range(runs)})), [], None, None, halving, "1/1"
     )
-    rungs = sweeping.rung_count(sweep)
-    left = [runs, *(sweeping.survivors(runs, halving, r) for r in range(1, rungs + 1))]
+    rungs = scheduler.rung_count(sweep)
+    left = [runs, *(scheduler.survivors(runs, halving, r) for r in range(1, rungs + 1))]
     assert left[-1] == 1 and all(b < a <= b * halving for a, b in itertools.pairwise(left))
     for total in (halving**rungs, 1000):
-        steps = [sweeping.rung_step(total, halving, rungs, r) for r in range(1, rungs + 1)]
+        steps = [scheduler.rung_step(total, halving, rungs, r) for r in range(1, rungs + 1)]
         assert [0, *steps, total] == sorted({0, *steps, total})

@@ -5,8 +5,8 @@ import pytest
 import test_lockstep
 
 from configs import common
-from experiments import lockstep, programs, sweepdirs, sweeping
-from experiments.programs import Programs
+from lora_jax.sweeps import parallelism, scheduler, sweep_dirs, vmapped_step
+from lora_jax.sweeps.parallelism import Programs
 
 root = test_lockstep.root  # the same tiny model and data
 
@@ -35,12 +35,12 @@ def test_out_of_memory_halves_the_width():
     with pytest.raises(ValueError, match="Not even one run"):
         made.narrow("key", 1, MemoryError())
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        programs.check_memory(jax.errors.JaxRuntimeError("INTERNAL: something else"))
+        parallelism.check_memory(jax.errors.JaxRuntimeError("INTERNAL: something else"))
 
 
 def test_the_width_is_measured(found):
     """With all the time in the world a second width is tried; with little, one is compiled."""
-    group = sweeping.prepare(found, found)
+    group = scheduler.prepare(found, found)
     made = Programs(None)
     assert made.width(group, "short", found, steps=4) == 1
     assert made.compilations() == {"train": 1}
@@ -51,7 +51,7 @@ def test_the_width_is_measured(found):
 def test_a_sweep_goes_on_when_memory_runs_out(found, tmp_path, monkeypatch):
     """A device that has no room for more than one run, as of the third step."""
     steps = {"full": 0, "fits": 0}
-    call = lockstep.call
+    call = vmapped_step.call
 
     def limited(on, name, members, base, batch):
         kind = "full" if on.count > 1 else "fits"
@@ -60,10 +60,10 @@ def test_a_sweep_goes_on_when_memory_runs_out(found, tmp_path, monkeypatch):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating")
         return call(on, name, members, base, batch)
 
-    monkeypatch.setattr(lockstep, "call", limited)
-    sweep = sweeping.Sweep(found, found, tmp_path / "sweep", 4, 0, "1/1")
-    compiled = sweeping.run(sweep, found[0].config, lambda text: None)
+    monkeypatch.setattr(vmapped_step, "call", limited)
+    sweep = scheduler.Sweep(found, found, tmp_path / "sweep", 4, 0, "1/1")
+    compiled = scheduler.run(sweep, found[0].config, lambda text: None)
     assert steps == {"full": 4, "fits": 4 * 4}  # four, then two at a time; then each its four steps
     assert compiled["train"] == 2  # two at a time was refused before it was compiled
-    results = [sweepdirs.result(tmp_path / "sweep", p) for p in found]
+    results = [sweep_dirs.result(tmp_path / "sweep", p) for p in found]
     assert [(r["status"], r["steps"]) for r in results] == [("finished", 4)] * 4

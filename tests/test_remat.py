@@ -11,17 +11,14 @@ import tiny
 
 import lora_jax as lora
 from configs import common, sst2_minilm
-from experiments import (
-    classification,
-    language,
-    metrics,
-    options,
-    stepping,
-    tasks,
-)
 from lora_jax import paths
 from lora_jax.models import bert, blocks, checkpoints, generate, gpt2, llama, llama_config
 from lora_jax.models.decoding import Decoding
+from lora_jax.tasks import classification, from_config, language_modeling
+from lora_jax.training import metrics, training_config
+from lora_jax.training.state import initial_state
+from lora_jax.training.step import make_train_step, step_options
+from lora_jax.training.task import Task
 
 GOLDENS = Path(__file__).parent / "goldens"
 FAMILIES = {
@@ -134,7 +131,7 @@ def deep_gpt2(remat, scan_layers):
     shape = gpt2.GPT2Config(vocab_size=30, n_positions=32, n_embd=16, n_layer=8, n_head=2)
     model = gpt2.GPT2LMHeadModel(shape, remat=remat, scan_layers=scan_layers)
     labels = {"counts": np.ones((16, 32), np.int32), "weights": np.ones(16, np.float32)}
-    return model, labels, language.token_loss, ("c_attn",)
+    return model, labels, language_modeling.token_loss, ("c_attn",)
 
 
 def lowered(make, remat, scan_layers):
@@ -144,13 +141,13 @@ def lowered(make, remat, scan_layers):
     batch = {"input_ids": ids, "attention_mask": ids} | labels
     c = common.base_config()
     c.lora.targets, c.lora.train, c.lora.rank = targets, (), 2
-    task = tasks.Task(
-        apply=functools.partial(language.apply, model), metrics=measure,
+    task = Task(
+        apply=functools.partial(language_modeling.apply, model), metrics=measure,
         train_batch=lambda step: batch, eval_batches=None, steps_per_epoch=10,
         base=model.init(jax.random.key(0), ids[:1], ids[:1]), base_id="", metadata={},
     )  # fmt: skip
-    state, tx = stepping.initial_state(task, c, lora.LoRAConfig.from_dict(c.lora.to_dict()))
-    step = stepping.make_train_step(task, tx, 0.1, stepping.options(c))
+    state, tx = initial_state(task, c, lora.LoRAConfig.from_dict(c.lora.to_dict()))
+    step = make_train_step(task, tx, 0.1, step_options(c))
     return step.lower(state, task.base, batch)
 
 
@@ -208,7 +205,7 @@ def test_mistakes_list_the_names():
     c = common.base_config()
     c.model.remat = "everything"
     with pytest.raises(ValueError, match="model.remat must be one of .*everything_saveable"):
-        options.check(c)
+        training_config.check(c)
 
 
 @pytest.mark.slow
@@ -241,6 +238,6 @@ def test_a_config_has_its_way(tmp_path):
         task, _ = classification.make_task(c)
         made = jax.make_jaxpr(task.apply)(task.base, task.train_batch(0), jax.random.key(0))
         found[c.model.remat] = str(made).count("prevent_cse=")  # a parameter of checkpoint
-        assert classification.load_options(c)["remat"] == c.model.remat  # for language models, too
+        assert from_config.load_options(c)["remat"] == c.model.remat  # for language models, too
     # The layers, which print as one; the attention core has some of its own.
     assert found["full"] >= found["none"] + 1, found

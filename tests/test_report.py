@@ -9,8 +9,10 @@ import pytest
 
 import lora_jax as lora
 from configs import common, quickstart_sweep
-from experiments import pictures, points, report, results, sweepdirs, workdirs
+from experiments import report
 from lora_jax.lowrank import LowRank
+from lora_jax.sweeps import plots, results, sweep_dirs, trials
+from lora_jax.training import workdirs
 
 ACCURACY = {(1, 0): 0.5, (1, 1): 0.7, (4, 0): 0.8, (4, 1): 0.9, (16, 0): 0.6, (16, 1): None}
 
@@ -25,9 +27,9 @@ def adapter(rank, seed):
 def workdir(tmp_path):
     """Ranks 1, 4, 16 by two seeds; the last one diverged; alpha 16, or as the rank, or twice."""
     base = quickstart_sweep.get_config()
-    sweepdirs.claim(tmp_path, base, 0)
-    for point in points.points(base, lambda add: [add(**v) for v in grid()]):
-        config, folder = point.config, sweepdirs.run_dir(tmp_path, point)
+    sweep_dirs.claim(tmp_path, base, 0)
+    for point in trials.points(base, lambda add: [add(**v) for v in grid()]):
+        config, folder = point.config, sweep_dirs.run_dir(tmp_path, point)
         workdirs.claim(folder, config)
         rank, seed = config.lora.rank, config.seed
         accuracy = ACCURACY[rank, seed]
@@ -40,7 +42,7 @@ def workdir(tmp_path):
         status = "diverged" if accuracy is None else "finished"
         values = {"status": status, "steps": 20, "best_step": 20, "best_accuracy": accuracy}
         values |= {"best_loss": 0.5, "trainable_parameters": 1000 * rank, "seconds": 10.0 + seed}
-        sweepdirs.finish(tmp_path, point, values)
+        sweep_dirs.finish(tmp_path, point, values)
     return tmp_path
 
 
@@ -73,7 +75,7 @@ def test_the_csv_has_every_run(workdir):
 
 def test_lines_follow_the_rules_of_alpha(workdir):
     found = results.load(workdir)
-    lines = dict(pictures._lines(found, "lora.rank"))
+    lines = dict(plots._lines(found, "lora.rank"))
     assert sorted(lines) == ["alpha = 16", "alpha = 2 × rank", "alpha = rank"]
     twice = {c.values["lora.rank"]: c.values["lora.alpha"] for c in lines["alpha = 2 × rank"]}
     assert twice == {1: 2, 4: 8, 16: 32}
@@ -81,15 +83,15 @@ def test_lines_follow_the_rules_of_alpha(workdir):
 
 def test_similarity_is_that_of_the_saved_adapters(workdir):
     found = results.load(workdir)
-    _, (small, large) = pictures._two_ranks(found)
+    _, (small, large) = plots._two_ranks(found)
     assert [row.values["lora.rank"] for row in (small, large)] == [4, 16]
     assert small.values["seed"] == large.values["seed"] == 0
-    values = pictures._similarity(small, large, "layer_1/kernel")
+    values = plots._similarity(small, large, "layer_1/kernel")
     a, b = (adapter(r, 0)["layer_1"]["kernel"].a for r in (4, 16))
     u, v = (np.linalg.svd(x)[0] for x in (a, b))
     want = np.linalg.norm(u[:, :3].T @ v[:, :7]) ** 2 / 3
     assert values[2, 6] == pytest.approx(want, abs=1e-5)
-    _, (one, other) = pictures._two_seeds(found)
+    _, (one, other) = plots._two_seeds(found)
     assert one.values["lora.rank"] == other.values["lora.rank"] == 4  # 16 has but one that finished
     assert one.values["lora.alpha"] == other.values["lora.alpha"]
 
@@ -116,7 +118,7 @@ def test_a_single_run_has_a_report(workdir):
             (path / "result.json").unlink()
     found = results.load(workdir)
     assert found.swept == [] and found.unfinished == 15
-    assert [p.name for p in pictures.all_of(found)] == ["curves"]
+    assert [p.name for p in plots.all_of(found)] == ["curves"]
     (keep / "result.json").unlink()
     with pytest.raises(ValueError, match="is finished yet"):
         results.load(workdir)

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from experiments import reviews, sources
+from lora_jax.data import examples
+from lora_jax.data.reviews.dataset import FOLDER
 
 ROOT = Path(__file__).parent.parent
 SPLITS = ("train", "validation")
 
 
 def split(name):
-    return sources.read_tsv(reviews.FOLDER / f"{name}.tsv", labelled=True)
+    return examples.read_tsv(FOLDER / f"{name}.tsv", labelled=True)
 
 
 def words(sentence):
@@ -57,8 +58,8 @@ def test_negation_and_contrast_in_both_classes(label):
 
 def test_prepared_and_read_by_tfds_without_tensorflow(tmp_path):
     code = (
-        "import sys; from experiments import data\n"
-        "found = data.load('reviews', sys.argv[2], data_dir=sys.argv[1])\n"
+        "import sys; from lora_jax.data import sources\n"
+        "found = sources.load('reviews', sys.argv[2], data_dir=sys.argv[1])\n"
         "assert 'tensorflow' not in sys.modules\n"
         "print(*(f'{s}\\t{y}' for s, y in zip(found.sentences, found.labels)), sep='\\n')\n"
     )
@@ -71,5 +72,5 @@ def test_prepared_and_read_by_tfds_without_tensorflow(tmp_path):
         )
         assert done.returncode == 0, done.stderr
         read = [line for line in done.stdout.splitlines() if "\t" in line]
-        want = (reviews.FOLDER / f"{name}.tsv").read_text(encoding="utf-8").splitlines()[1:]
+        want = (FOLDER / f"{name}.tsv").read_text(encoding="utf-8").splitlines()[1:]
         assert sorted(read) == sorted(want)

@@ -14,8 +14,8 @@ import pytest
 import small
 
 import lora_jax as lora
-from experiments import checkpointing
 from lora_jax.models import checkpoints
+from lora_jax.training import checkpointing
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [

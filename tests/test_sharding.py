@@ -10,11 +10,11 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 import lora_jax as lora
 from configs import common
-from experiments import devices
 from lora_jax import paths, sharding
 from lora_jax.lowrank import LowRank, factor_shapes
 from lora_jax.models import registry
 from lora_jax.models.families import CLASSIFIER
+from lora_jax.training.mesh import ONE, check, find
 
 P = PartitionSpec
 MESH = AbstractMesh((2, 4, 2), sharding.AXES)
@@ -256,12 +256,12 @@ def config(**mesh):
 )
 def test_meshes_that_can_not_be(mesh, said):
     with pytest.raises(ValueError, match=said):
-        devices.check(config(**mesh))
+        check(config(**mesh))
 
 
 def test_one_device_is_no_mesh():
-    assert devices.find(config()) == devices.ONE
-    assert devices.find(config(data=-1)) == devices.ONE
+    assert find(config()) == ONE
+    assert find(config(data=-1)) == ONE
 
 
 def test_partitioned_kernels_of_flax():

@@ -8,7 +8,7 @@ import threading
 import pytest
 import small
 
-from experiments import checkpointing, stopping
+from lora_jax.training import checkpointing, preemption
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
@@ -37,7 +37,7 @@ def newest(workdir):
 @pytest.mark.parametrize("step, times", [(1, 1), (9, 3), (15, 2), (23, 1)])
 def test_the_step_is_finished_and_saved(left_alone, tmp_path, step, times):
     """Also a step with a checkpoint of its own, one with an evaluation, and the last."""
-    with pytest.raises(stopping.Stopped, match=f"Stopped after step {step + 1}, .*To go on:"):
+    with pytest.raises(preemption.Stopped, match=f"Stopped after step {step + 1}, .*To go on:"):
         small.run(tmp_path, terminated(step, times))
     assert newest(tmp_path) == step + 1
     small.run(tmp_path)
@@ -57,7 +57,7 @@ def test_an_evaluation_is_left_and_made_again(left_alone, tmp_path, epoch, which
                 terminate()
             yield batch
 
-    with pytest.raises(stopping.Stopped, match=f"after step {8 * epoch}"):
+    with pytest.raises(preemption.Stopped, match=f"after step {8 * epoch}"):
         small.run(tmp_path, task._replace(eval_batches=batches))
     assert seen[-1] == (epoch, which)  # no further batch was made
     assert newest(tmp_path) == 8 * epoch
@@ -88,7 +88,7 @@ def broken(step):
 
 def test_a_signal_before_the_first_step_that_is_left(left_alone, tmp_path):
     """While the run finds out where it stands: nothing is done, and nothing is lost."""
-    with pytest.raises(stopping.Stopped):
+    with pytest.raises(preemption.Stopped):
         small.run(tmp_path, terminated(9))
     restore = checkpointing.restore
 
@@ -98,7 +98,7 @@ def test_a_signal_before_the_first_step_that_is_left(left_alone, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpointing, "restore", restored)
-        with pytest.raises(stopping.Stopped, match="after step 10"):
+        with pytest.raises(preemption.Stopped, match="after step 10"):
             small.run(tmp_path)
     small.run(tmp_path)
     assert small.outcome(tmp_path) == left_alone
@@ -122,7 +122,7 @@ def test_a_signal_while_a_checkpoint_is_written(left_alone, tmp_path):
         patch.setattr(checkpointing, "save", saved)
         old = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of those that come after the run
         try:
-            with pytest.raises(stopping.Stopped, match="after step 6"):
+            with pytest.raises(preemption.Stopped, match="after step 6"):
                 small.run(tmp_path)
         finally:
             done.set()
@@ -139,21 +139,21 @@ def test_the_old_handler_is_back(tmp_path):
     handler = lambda *_: seen.append("old")
     old = signal.signal(signal.SIGTERM, handler)
     try:
-        with pytest.raises(stopping.Stopped):
+        with pytest.raises(preemption.Stopped):
             small.run(tmp_path, terminated(2))
         assert signal.getsignal(signal.SIGTERM) is handler and not seen
         terminate()
         assert seen == ["old"]
     finally:
         signal.signal(signal.SIGTERM, old)
-    assert not stopping.requested(1)
+    assert not preemption.requested(1)
 
 
 def test_outside_the_main_thread_there_is_no_handler(left_alone, tmp_path):
     before, found = signal.getsignal(signal.SIGTERM), []
 
     def run():
-        with stopping.on_sigterm():
+        with preemption.on_sigterm():
             found.append(signal.getsignal(signal.SIGTERM))
         small.run(tmp_path)
 

@@ -14,8 +14,10 @@ import pytest
 import tiny
 import tiny_t5
 
-from experiments import classification, classifier, data, text_to_text
+from lora_jax.data import batches, tokenization
+from lora_jax.data.examples import Examples
 from lora_jax.models import checkpoints
+from lora_jax.tasks import classification, classifier, text_to_text
 
 LABELS = ("negative", "positive")
 SENTENCES = ("the film was good", "the book was very dull", "a fine meal")
@@ -32,11 +34,9 @@ def tokenizer(loaded):
 
 
 def batch(loaded):
-    examples = text_to_text.prompts(
-        data.Examples(SENTENCES, np.array([1, 0, 1], np.int32)), task="sst2"
-    )
-    tokens = data.tokenize(examples, tokenizer(loaded), max_length=16)
-    return next(data.eval_batches(tokens, batch_size=4, buckets=(16,)))
+    examples = text_to_text.prompts(Examples(SENTENCES, np.array([1, 0, 1], np.int32)), task="sst2")
+    tokens = tokenization.tokenize(examples, tokenizer(loaded), max_length=16)
+    return next(batches.eval_batches(tokens, batch_size=4, buckets=(16,)))
 
 
 def test_doctests():
@@ -82,7 +82,7 @@ def test_a_regression_is_refused_and_a_pair_is_asked_about(loaded):
     ):
         classification.scoring(loaded, ("similarity",), tokenizer(loaded), task="stsb")
     ways = classification.scoring(loaded, LABELS, tokenizer(loaded), task="qnli")
-    asked = ways.prompts(data.Examples(("Who?",), None, ("A man.",)))
+    asked = ways.prompts(Examples(("Who?",), None, ("A man.",)))
     assert asked.sentences == ("qnli question: Who? sentence: A man.",) and asked.pairs is None
 
 

@@ -14,7 +14,8 @@ import tiny
 
 import lora_jax as lora
 from configs import sst2_minilm
-from experiments import checkpointing, classification, train, workdirs
+from lora_jax.tasks import classification, from_config
+from lora_jax.training import checkpointing, metric_writer, train
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ PER_EPOCH = 8  # 64 examples, 8 a batch
 
 
 def run(task, config, workdir):
-    return train.train(task, config, classification.lora_config(config), workdir)
+    return train.train(task, config, from_config.lora_config(config), workdir)
 
 
 def poisoned(task, step):
@@ -69,7 +70,7 @@ def test_infinity_in_training_stops_and_keeps_the_best_adapter(task, config, tmp
     assert str(tmp_path / "adapter") in str(error.value)
     kept, _ = lora.load(tmp_path / "adapter", task.base, base=task.base_id)
     assert finite(kept)
-    lines = workdirs.read(tmp_path / "metrics.jsonl")
+    lines = metric_writer.read(tmp_path / "metrics.jsonl")
     assert [x["step"] for x in lines if "eval_accuracy" in x] == [PER_EPOCH]
     with checkpointing.manager(tmp_path / "checkpoints") as checkpoints:
         assert list(checkpoints.all_steps()) == [PER_EPOCH]

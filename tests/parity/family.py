@@ -17,12 +17,12 @@ import safetensors.numpy
 from ml_collections import ConfigDict
 
 import lora_jax as lora
-from experiments import optimisers
 from lora_jax import names, paths
 from lora_jax.lowrank import LowRank
 from lora_jax.models import checkpoints, generate, registry
 from lora_jax.models.decoding import Decoding
 from lora_jax.peft import load_peft, save_peft
+from lora_jax.training import optimizer
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -219,7 +219,7 @@ def our_losses(apply, params, adapter, data, head, *, strict=True):
             "decay": "linear",
         }
     )
-    tx = optimisers.make(settings, adapter, len(data))
+    tx = optimizer.make(settings, adapter, len(data))
 
     @jax.jit
     def step(adapter, state, params, inputs, labels):

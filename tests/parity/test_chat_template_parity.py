@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import test_conversations as examples  # noqa: E402
 import tiny_llama  # noqa: E402
 
-from experiments import chat_template, conversations  # noqa: E402
+from lora_jax.data import chat_template, conversations  # noqa: E402
 from lora_jax.models import checkpoints  # noqa: E402
 
 SOURCES = {name: getattr(examples, name) for name in ("LLAMA2", "THOUGHTS", "PLAIN", "MARKED")} | {

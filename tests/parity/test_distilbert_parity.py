@@ -6,7 +6,7 @@ import pytest
 import transformers
 
 import lora_jax as lora
-from experiments import adapters
+from lora_jax.tasks import adapter_files
 
 pytestmark = pytest.mark.parity
 
@@ -83,7 +83,7 @@ def test_a_directory_of_the_programs_opens_in_peft(tmp_path):
     made = lambda train: family.random_adapter(
         loaded.model.apply, loaded.params, inputs, train=train, **settings
     )
-    save = lambda adapter, train: adapters.save_peft(
+    save = lambda adapter, train: adapter_files.save_peft(
         tmp_path / "out", loaded, adapter, lora.LoRAConfig(train=train, **settings), base="x"
     )
     with pytest.raises(ValueError, match="pre_classifier"):

@@ -23,11 +23,12 @@ import safetensors.numpy
 from ml_collections import ConfigDict
 
 import lora_jax as lora
-from experiments import optimisers
 from lora_jax import paths
 from lora_jax.lowrank import LowRank
 from lora_jax.models import bert, checkpoints
 from lora_jax.peft import load_peft, save_peft
+from lora_jax.tasks import classifier
+from lora_jax.training import optimizer
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")
@@ -130,7 +131,7 @@ def our_losses(fn, params, adapter, data):
             "decay": "linear",
         }
     )
-    tx = optimisers.make(settings, adapter, STEPS)
+    tx = optimizer.make(settings, adapter, STEPS)
 
     @jax.jit
     def step(adapter, state, params, ids, mask, labels):
@@ -384,7 +385,6 @@ def test_peft_opens_other_layouts(kind, tmp_path):
 
 
 def test_merged_export_of_a_peft_directory_opens_in_transformers(tmp_path):
-    from experiments import classifier
 
     base = torch_base()
     base.save_pretrained(tmp_path / "base")

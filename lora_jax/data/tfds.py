@@ -1,0 +1,132 @@
+"""TensorFlow Datasets, read without TensorFlow."""
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lora_jax.data.examples import Examples
+from lora_jax.data.tsv import SPLIT_FILES, Layout
+
+_REVIEWS = ("reviews", "tfds:lora_reviews")
+
+# Builders that TFDS ships but does not list until their module has been imported.
+_BUILDER_MODULES = {"glue": "tensorflow_datasets.text.glue"}
+
+_SOURCES = (
+    "a source is 'tfds:NAME' (such as 'tfds:glue/sst2'), 'reviews', "
+    f"or a directory with {', '.join(file for _, file in SPLIT_FILES)}"
+)
+
+
+# TensorFlow Datasets, read without TensorFlow.
+
+
+def _tfds_rows(
+    source: str, split: str, *, data_dir: str | None, text: Sequence[str]
+) -> Sequence[dict[str, Any]]:
+    builder = _builder(source, data_dir)
+    missing = {*text, "label"} - set(builder.info.features or ())
+    if missing:
+        raise ValueError(
+            f"source {source!r} has the features {sorted(builder.info.features or ())}, "
+            f"without {sorted(missing)}"
+        )
+    if not builder.is_prepared():
+        builder = _prepare(builder, source, data_dir)
+    if split not in builder.info.splits:
+        raise ValueError(
+            f"source {source!r} has the splits {sorted(builder.info.splits)}, not {split!r}"
+        )
+    try:
+        rows = builder.as_data_source(split=split)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"source {source!r}: the data in {builder.data_path} are not array_record files, "
+            f"which alone are read without TensorFlow; give another data_dir, to prepare them anew"
+        ) from error
+    # One read of all: by single examples, each would unpack the block of records it stands in.
+    return rows.__getitems__(list(range(len(rows))))
+
+
+def _from_rows(
+    source: str, rows: Sequence[dict[str, Any]], num_labels: int, layout: Layout
+) -> Examples:
+    if not rows:
+        raise ValueError(f"source {source!r} has no examples in this split")
+    # TFDS shuffles when it writes; idx gives back the order of the original file.
+    if "idx" in rows[0]:
+        rows = sorted(rows, key=lambda row: int(row["idx"]))
+    texts = [tuple(_text(row[field]) for row in rows) for field in layout.text]
+    values = [row["label"] for row in rows]
+    read = _tfds_numbers if layout.scale else _tfds_labels
+    return Examples(texts[0], read(source, values, layout.scale or num_labels), *texts[1:])
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+
+
+def _tfds_labels(source: str, values: Sequence[Any], num_labels: int) -> np.ndarray | None:
+    labels = np.asarray(values)
+    if labels.dtype.kind not in "iu":
+        raise ValueError(f"source {source!r} has labels of dtype {labels.dtype}, not integers")
+    # TFDS writes -1 where the label is not published.
+    if np.all(labels == -1):
+        return None
+    outside = sorted({int(label) for label in labels if not 0 <= label < num_labels})
+    if outside:
+        raise ValueError(f"source {source!r} has labels {outside}, not in [0, {num_labels})")
+    return labels.astype(np.int32)
+
+
+def _tfds_numbers(
+    source: str, values: Sequence[Any], scale: tuple[float, float]
+) -> np.ndarray | None:
+    labels = np.asarray(values, np.float32)
+    # TFDS writes -1 where the label is not published.
+    if np.all(labels == -1):
+        return None
+    low, high = scale
+    outside = labels[~((labels >= low) & (labels <= high))]
+    if outside.size:
+        raise ValueError(f"source {source!r} has labels {outside[:5]}, not in [{low:g}, {high:g}]")
+    return labels
+
+
+def _prepare(builder: Any, source: str, data_dir: str | None) -> Any:
+    """Downloads and writes the data of ``builder``; returns a builder that reads them."""
+    if source not in _REVIEWS and importlib.util.find_spec("tensorflow") is None:
+        raise FileNotFoundError(
+            f"source {source!r} is not prepared: looked in {builder.data_path}. To prepare it, "
+            f"TFDS needs TensorFlow once: pip install 'lora_jax[tfds-prepare]' and run this "
+            f"again. If it is prepared elsewhere, give its data_dir; {_SOURCES}"
+        )
+    try:
+        builder.download_and_prepare(file_format="array_record")
+    except Exception as error:
+        # Another process may have prepared the same data meanwhile: the rename then fails.
+        if not builder.is_prepared():
+            error.add_note(f"source {source!r} could not be prepared here; {_SOURCES}")
+            raise
+    return _builder(source, data_dir)
+
+
+def _builder(source: str, data_dir: str | None) -> Any:
+    if source in _REVIEWS:
+        return importlib.import_module("lora_jax.data.reviews").builder(data_dir=data_dir)
+    import tensorflow_datasets as tfds  # slow to import, and of use only here
+
+    name = source.removeprefix("tfds:")
+    module = _BUILDER_MODULES.get(name.partition("/")[0])
+    if module:
+        importlib.import_module(module)
+    try:
+        return tfds.builder(name, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError as error:
+        raise FileNotFoundError(
+            f"source {source!r}: TFDS knows no dataset {name!r}, and none is prepared in "
+            f"{data_dir or 'its default data_dir'}; {_SOURCES}"
+        ) from error

@@ -1,0 +1,325 @@
+"""The pictures of a sweep's report."""
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display is needed to write a file
+
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+# noqa: E402
+from lora_jax import analysis  # noqa: E402
+from lora_jax.files import read_safetensors  # noqa: E402
+from lora_jax.sweeps import results
+from lora_jax.sweeps.results import ALPHA, RANK, SEED, Cell, Results, Row
+from lora_jax.training import workdirs  # noqa: E402
+
+_MOST_LINES = 8
+
+
+class Picture(NamedTuple):
+    """A figure as a PNG, with the sentences that go below it."""
+
+    name: str
+    title: str
+    caption: str
+    png: bytes
+
+
+def all_of(found: Results) -> list[Picture]:
+    """Every picture for which the sweep has the data."""
+    made = [against(found), heat_map(found), curves(found), similarity(found)]
+    return [picture for picture in made if picture is not None]
+
+
+def _figure(columns: int, *, width: float = 4.2, height: float = 3.4) -> tuple[Figure, list[Axes]]:
+    figure, panels = plt.subplots(
+        1, columns, figsize=(width * columns, height), layout="constrained", squeeze=False
+    )
+    for panel in panels[0]:
+        panel.grid(alpha=0.25)
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right"]].set_visible(False)
+    return figure, list(panels[0])
+
+
+def _picture(figure: Figure, name: str, title: str, caption: str) -> Picture:
+    image = io.BytesIO()
+    figure.savefig(image, dpi=150)
+    plt.close(figure)
+    return Picture(name, title, caption, image.getvalue())
+
+
+def _numeric(found: Results) -> list[str]:
+    """The fields that are varied and have numbers as values, rank first and the seed left out."""
+    fields = [
+        field
+        for field in results.without_seed(found)
+        if all(isinstance(row.values[field], int | float) for row in found.rows)
+    ]
+    return sorted(fields, key=lambda field: (field != RANK, field != ALPHA))
+
+
+def _scale(panel: Axes, values: Sequence[float]) -> None:
+    """A logarithmic axis with a tick for each value, where they are all positive."""
+    if min(values) > 0 and max(values) >= 4 * min(values):
+        panel.set_xscale("log", base=2)
+    panel.set_xticks(values, [results.number(v) for v in values], minor=False)
+    panel.set_xticks([], minor=True)
+
+
+# Accuracy against rank (or what is varied instead).
+
+
+def against(found: Results) -> Picture | None:
+    """Score against the rank, with the spread over seeds."""
+    fields = _numeric(found)
+    if not fields:
+        return None
+    x = fields[0]
+    lines = _lines(found, x)
+    figure, (panel,) = _figure(1, width=6.4, height=3.8)
+    _scale(panel, sorted({row.values[x] for row in found.rows}))
+    for k, (label, cells) in enumerate(lines):
+        # A little to the side of each other, so that no bar hides another.
+        beside = _beside(panel, k - (len(lines) - 1) / 2)
+        _spread_line(panel, beside, {c.values[x]: c for c in cells}, label=label, color=f"C{k}")
+    panel.set(xlabel=results.name(x), ylabel=f"validation {found.score_name}")
+    if len(lines) > 1:
+        panel.legend(frameon=False, fontsize=9)
+    return _picture(
+        figure,
+        "against",
+        f"{found.score_name.capitalize()} against {results.name(x)}",
+        "Means over seeds; a bar is one standard deviation, a dot one run.",
+    )
+
+
+def _beside(panel: Axes, places: float) -> Callable[[float], float]:
+    if panel.get_xscale() == "log":
+        return lambda x: x * 1.05**places
+    low, high = min(panel.get_xticks()), max(panel.get_xticks())
+    return lambda x: x + 0.01 * (high - low) * places
+
+
+def _spread_line(
+    panel: Axes,
+    beside: Callable[[float], float],
+    by_x: dict[Any, Cell],
+    *,
+    label: str,
+    color: str,
+) -> None:
+    done = [(x, by_x[x]) for x in sorted(by_x) if by_x[x].mean is not None]
+    at, cells = [beside(x) for x, _ in done], [cell for _, cell in done]
+    panel.errorbar(
+        at, [c.mean for c in cells], [c.spread or 0.0 for c in cells], fmt="o-", label=label,
+        color=color, capsize=2, elinewidth=1, markersize=5,
+    )  # fmt: skip
+    for place, cell in zip(at, cells, strict=True):
+        n = len(cell.scores)
+        panel.plot([place] * n, cell.scores, ".", color=color, alpha=0.35, markersize=5)
+
+
+def _lines(found: Results, x: str) -> list[tuple[str, list[Cell]]]:
+    """What to draw a line for: the values of the other fields, or a rule that alpha follows."""
+    others = [field for field in results.without_seed(found) if field != x]
+    cells = results.cells(found)
+    if others == [ALPHA] and x == RANK and (rules := _rules(cells)):
+        return rules
+    by_rest: dict[str, list[Cell]] = {}
+    for cell in cells:
+        rest = (f"{results.name(f)} {results.number(cell.values[f])}" for f in others)
+        by_rest.setdefault(", ".join(rest), []).append(cell)
+    # Where there are too many, those that reach the highest accuracy.
+    top = lambda item: max((c.mean for c in item[1] if c.mean is not None), default=-1.0)
+    kept = sorted(by_rest.items(), key=top, reverse=True)[:_MOST_LINES]
+    return [item for item in by_rest.items() if item in kept]
+
+
+def _rules(cells: Sequence[Cell]) -> list[tuple[str, list[Cell]]]:
+    """Alphas that grow with the rank, and alphas that stay, each if it is there for all ranks.
+
+    None if all ranks have the same alphas: then each alpha simply has its line.
+    """
+    ranks = {c.values[RANK] for c in cells}
+    alphas = {r: {c.values[ALPHA] for c in cells if c.values[RANK] == r} for r in ranks}
+    if len({frozenset(values) for values in alphas.values()}) == 1:
+        return []
+    kinds: dict[str, list[Cell]] = {}
+    for cell in cells:
+        rank, alpha = cell.values[RANK], cell.values[ALPHA]
+        times = alpha / rank
+        rule = "alpha = rank" if times == 1 else f"alpha = {results.number(times)} × rank"
+        kinds.setdefault(rule, []).append(cell)
+        kinds.setdefault(f"alpha = {results.number(alpha)}", []).append(cell)
+    return [(rule, group) for rule, group in kinds.items() if len(group) == len(ranks)]
+
+
+# The heat map.
+
+
+def heat_map(found: Results) -> Picture | None:
+    """Mean score for each rank and alpha, or for two other fields that are varied."""
+    fields = _numeric(found)[:2]
+    if len(fields) < 2:
+        return None
+    y, x = fields
+    rows, columns = ([*sorted({r.values[f] for r in found.rows})] for f in (y, x))
+    means = np.full((len(rows), len(columns)), np.nan)
+    for cell in results.cells(found):
+        if cell.mean is not None:  # the best of what else is varied
+            place = rows.index(cell.values[y]), columns.index(cell.values[x])
+            means[place] = np.nanmax([means[place], cell.mean])
+    figure, (panel,) = _figure(
+        1, width=max(3.6, 0.75 * len(columns) + 1.8), height=max(2.6, 0.5 * len(rows) + 1.2)
+    )
+    _draw_map(figure, panel, means, f"validation {found.score_name}")
+    panel.set_xticks(range(len(columns)), [results.number(v) for v in columns])
+    panel.set_yticks(range(len(rows)), [results.number(v) for v in rows])
+    panel.set(xlabel=results.name(x), ylabel=results.name(y))
+    others = len(results.without_seed(found)) > 2
+    caption = "Means over seeds" + (", at the best of what else is varied." if others else ".")
+    title = f"{results.name(y).capitalize()} and {results.name(x)}"
+    return _picture(figure, "heat_map", title, caption + " Blank: not run, or not finished.")
+
+
+def _draw_map(figure: Figure, panel: Axes, values: np.ndarray, label: str) -> None:
+    panel.grid(False)
+    panel.spines[:].set_visible(False)
+    image = panel.imshow(values, aspect="auto", origin="lower", cmap="viridis")
+    figure.colorbar(image, ax=panel, label=label)
+    middle = (np.nanmin(values) + np.nanmax(values)) / 2
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            color = "white" if value < middle else "black"
+            panel.text(column, row, f"{value:.3f}", ha="center", va="center", color=color, size=8)
+
+
+# Learning curves.
+
+
+def curves(found: Results) -> Picture | None:
+    """Training loss and validation score against the epoch, coloured by rank."""
+    fields = _numeric(found)
+    color_of, values = _colors(found, fields[0]) if fields else (lambda row: "C0", [])
+    figure, (left, right) = _figure(2)
+    for row in found.rows:
+        for panel, key in ((left, "loss"), (right, f"eval_{found.score_name}")):
+            at = [(line["epoch"], line[key]) for line in row.curve if key in line]
+            if at:
+                style = "-" if key == "loss" and len(at) > 3 else "o-"
+                panel.plot(
+                    *zip(*at, strict=True), style, color=color_of(row), alpha=0.6, linewidth=1.1,
+                    markersize=3,
+                )  # fmt: skip
+    left.set(xlabel="epoch", ylabel="training loss", xlim=(0, None), ylim=(0, None))
+    right.set(xlabel="epoch", ylabel=f"validation {found.score_name}", xlim=(0, None))
+    for value, color in values:
+        right.plot([], [], color=color, label=results.number(value))
+    if values:
+        title = results.name(fields[0])
+        right.legend(title=title, frameon=False, fontsize=8, title_fontsize=9, loc="best")
+    return _picture(figure, "curves", "Learning curves", "One line for each run.")
+
+
+def _colors(found: Results, field: str) -> tuple[Callable[[Row], Any], list[tuple[Any, Any]]]:
+    values = sorted({row.values[field] for row in found.rows})
+    shades = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(values)))
+    by_value = dict(zip(values, shades, strict=True))
+    return lambda row: by_value[row.values[field]], list(by_value.items())
+
+
+# Subspaces.
+
+
+def similarity(found: Results) -> Picture | None:
+    """Subspace similarity of the learned A, between ranks and between seeds."""
+    pairs = [pair for pair in (_two_ranks(found), _two_seeds(found)) if pair]
+    if not pairs:
+        return None
+    kernel = _middle_kernel(pairs[0][1][0])
+    maps = [(text, _similarity(*rows, kernel)) for text, rows in pairs]
+    highest = max(values.max() for _, values in maps)  # of a few steps they are far below 1
+    figure, panels = _figure(len(maps), width=4.4, height=3.6)
+    for panel, (text, values) in zip(panels, maps, strict=True):
+        panel.grid(False)
+        image = panel.imshow(
+            values, origin="lower", cmap="viridis", vmin=0, vmax=highest, aspect="auto",
+            extent=(0.5, values.shape[1] + 0.5, 0.5, values.shape[0] + 0.5),
+        )  # fmt: skip
+        panel.set(title=text[0], ylabel=text[1], xlabel=text[2])
+        panel.title.set_size(10)
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.get_major_locator().set_params(integer=True)
+    figure.colorbar(image, ax=panels, label="subspace similarity φ(i, j)")
+    last = _factor(pairs[-1][1][0], kernel)
+    inputs = last.size // last.shape[-1]
+    chance = analysis.random_similarity(inputs, min(values.shape))
+    caption = (
+        f"Hu et al. 2021, section 7.2, equation 4, for A of {kernel}: the share of the i leading "
+        f"directions that lies in the space of the j leading ones. Two random subspaces of "
+        f"{min(values.shape)} dimensions have {chance:.3f}."
+    )
+    return _picture(figure, "similarity", "Subspaces of the learned A", caption)
+
+
+def _with_adapter(found: Results) -> list[Row]:
+    return [row for row in found.rows if row.score is not None]
+
+
+def _two_ranks(found: Results) -> tuple[tuple[str, str, str], tuple[Row, Row]] | None:
+    """Two runs with the smallest rank above 1, if there is one, and the largest, of one seed."""
+    rows = _with_adapter(found)
+    ranks = sorted({row.values[RANK] for row in rows})
+    if len(ranks) < 2:
+        return None
+    low = next((r for r in ranks if 1 < r < ranks[-1]), ranks[0])
+    small, large = (next(row for row in rows if row.values[RANK] == r) for r in (low, ranks[-1]))
+    return (
+        (f"rank {low} and rank {ranks[-1]}", f"i, of rank {low}", f"j, of rank {ranks[-1]}"),
+        (small, large),
+    )
+
+
+def _two_seeds(found: Results) -> tuple[tuple[str, str, str], tuple[Row, Row]] | None:
+    """Two runs of the largest rank that differ in their seed alone."""
+    if SEED not in found.swept:
+        return None
+    many = [c for c in results.cells(found) if len(c.scores) > 1]
+    if not many:
+        return None
+    cell = max(many, key=lambda c: c.rows[0].values[RANK])
+    first, second = [row for row in cell.rows if row.score is not None][:2]
+    rank, seeds = first.values[RANK], (first.values[SEED], second.values[SEED])
+    return (
+        (f"rank {rank}, two seeds", f"i, seed {seeds[0]}", f"j, seed {seeds[1]}"),
+        (first, second),
+    )
+
+
+def _similarity(one: Row, other: Row, kernel: str) -> np.ndarray:
+    return np.asarray(analysis.subspace_similarity(_factor(one, kernel), _factor(other, kernel)))
+
+
+def _tensors(row: Row) -> dict[str, np.ndarray]:
+    folder = row.directory / workdirs.ADAPTER
+    about = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
+    return read_safetensors((folder / about["weights"]["file"]).read_bytes())
+
+
+def _factor(row: Row, kernel: str) -> np.ndarray:
+    return _tensors(row)[f"{kernel}/a"]
+
+
+def _middle_kernel(row: Row) -> str:
+    """The kernel in the middle of the network, as the paper has it."""
+    names = [name.removesuffix("/a") for name in _tensors(row) if name.endswith("/a")]
+    return sorted(names)[len(names) // 2]

@@ -1,0 +1,123 @@
+"""What a sweep leaves in its directory: ``sweep.json``, and a directory for each run.
+
+``runs/ID/`` holds ``config.json``, ``metrics.jsonl``, ``adapter/`` (the best so far) and, when all
+is done, ``result.json``. It is written last and in one piece: a run is finished if and only if it
+is there. Until then ``checkpoints/`` holds the state to go on from.
+"""
+
+import json
+import shutil
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from lora_jax.files import write_atomically
+from lora_jax.sweeps.trials import Point
+from lora_jax.training import workdirs
+
+RUNS, RESULT = "runs", "result.json"
+FINISHED, DIVERGED, DROPPED = "finished", "diverged", "dropped"
+
+
+def check(workdir: Path, base: ConfigDict, halving: int) -> None:
+    """Finds out, without a change to it, whether this sweep may use the directory.
+
+    Raises:
+      ValueError: it holds another sweep (the message shows the differences) or a single run, or is
+        a file.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"The workdir {workdir} is a file; give a directory.")
+    single = (workdirs.CONFIG, workdirs.CHECKPOINTS, workdirs.ADAPTER)
+    if any((workdir / name).exists() for name in single):
+        raise ValueError(f"The workdir {workdir} holds a single run; use a new one for a sweep.")
+    workdirs.check_links(workdir)
+    path = workdir / workdirs.SWEEP
+    if not path.exists():
+        return
+    changes = list(workdirs.differences(_read(path), _about(base, halving)))
+    if changes:
+        changes = [change.removeprefix("config.") for change in changes]
+        raise ValueError(
+            f"The workdir {workdir} holds a sweep of another kind: {'; '.join(changes)}. Points "
+            "may be added to a sweep, but its base config and halving stay: use a new workdir."
+        )
+
+
+def claim(workdir: Path, base: ConfigDict, halving: int) -> None:
+    """Takes the directory for this sweep, or finds that it already has it.
+
+    Raises:
+      ValueError: as :func:`check`.
+      OSError: it can't be written.
+    """
+    check(workdir, base, halving)
+    path = workdir / workdirs.SWEEP
+    if not path.exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, (json.dumps(_about(base, halving), indent=2) + "\n").encode())
+
+
+def _about(base: ConfigDict, halving: int) -> dict[str, Any]:
+    return {"config": workdirs.plain(base), "halving": halving}
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); remove it, or use a new workdir."
+        ) from error
+
+
+def locked(workdir: Path, shard: str) -> AbstractContextManager[None]:
+    """Keeps a second process from working on the same shard; see :func:`workdirs.locked`."""
+    hint = "wait for it, or share the runs of the sweep with --shard=1/2 and --shard=2/2"
+    return workdirs.locked(workdir, f".lock-{shard.replace('/', '-of-')}", hint)
+
+
+def run_dir(workdir: Path, point: Point) -> Path:
+    """The directory of a run."""
+    return workdir / RUNS / point.id
+
+
+def result(workdir: Path, point: Point) -> dict[str, Any] | None:
+    """The result of a finished run, or None."""
+    path = run_dir(workdir, point) / RESULT
+    return _read(path) if path.exists() else None
+
+
+def best(found: dict[str, Any]) -> tuple[str, float | None]:
+    """The name of the score that selects among runs, and the best that a run has reached."""
+    name = found.get("score", "accuracy")
+    return name, found[f"best_{name}"]
+
+
+def finish(workdir: Path, point: Point, values: dict[str, Any]) -> None:
+    """Writes the result of a run, and removes the checkpoints that it no longer needs."""
+    directory = run_dir(workdir, point)
+    about = {"id": point.id, **values}
+    text = json.dumps(about, indent=2, allow_nan=False) + "\n"
+    write_atomically(directory / RESULT, text.encode())
+    shutil.rmtree(directory / workdirs.CHECKPOINTS, ignore_errors=True)
+
+
+def finished_runs(workdir: Path) -> list[tuple[Path, dict[str, Any], ConfigDict]]:
+    """Directory, result and config of every run that has a result, by id.
+
+    Raises:
+      ValueError: it is no sweep's directory, or a file in it is damaged.
+    """
+    if not (workdir / workdirs.SWEEP).exists():
+        raise ValueError(
+            f"{workdir} is not the directory of a sweep: it has no {workdirs.SWEEP}. Give the "
+            "--workdir of experiments.sweep."
+        )
+    found = sorted((workdir / RUNS).glob(f"*/{RESULT}"))
+    return [
+        (path.parent, _read(path), ConfigDict(_read(path.parent / workdirs.CONFIG)))
+        for path in found
+    ]

@@ -1,0 +1,181 @@
+"""The task of learning what the assistant says: model, conversations and metrics, from a config."""
+
+import dataclasses
+import datetime
+import functools
+import inspect
+from typing import Any
+
+import jax
+import tokenizers
+from ml_collections import ConfigDict
+
+import lora_jax as lora
+from lora_jax.data import batches, chat_template, conversations, packing
+from lora_jax.data.conversations import Conversation
+from lora_jax.data.order import permutation
+from lora_jax.data.packing import Packed
+from lora_jax.models import checkpoints
+from lora_jax.models.families import CAUSAL_LM
+from lora_jax.tasks import adapter_files, from_config, language_modeling
+from lora_jax.training import mesh, optimizer, training_config
+from lora_jax.training.task import Score, Task
+
+_LEAST = {
+    "batch_size": 1,
+    "eval_batch_size": 1,
+    "epochs": 1,
+    "log_every": 1,
+    "checkpoint_keep": 1,
+    "data.max_length": 2,
+    "data.holdout": 0,
+    "data.seed": 0,
+}
+
+
+def check(config: ConfigDict) -> None:
+    """Finds mistakes in a config before anything is loaded or written.
+
+    Raises:
+      ValueError: all but those of ``lora`` and ``optimizer`` in one message.
+    """
+    from_config.lora_config(config)
+    optimizer.check(config.optimizer)
+    from_config.dtypes(config.model)
+    values = config.to_dict() | {f"data.{name}": value for name, value in config.data.items()}
+    problems = [
+        f"{field} must be at least {low}, got {values[field]}"
+        for field, low in _LEAST.items()
+        if values[field] < low
+    ]
+    if not config.model.name:
+        problems.append("model.name must name a model: a directory, or one of the Hub")
+    if not config.data.train:
+        problems.append("data.train must be a file of conversations, one a line")
+    if bool(config.data.validation) == bool(config.data.holdout):
+        problems.append("either data.validation (a file) or data.holdout (a number) must be set")
+    try:
+        datetime.date.fromisoformat(config.data.date)
+    except ValueError:
+        problems.append(f"data.date must be a date like 2024-07-26, got {config.data.date!r}")
+    problems += mesh.problems(config)
+    if problems:
+        raise ValueError(f"The config is wrong: {'; '.join(problems)}.")
+    training_config.check(config)
+
+
+def make_task(config: ConfigDict) -> tuple[Task, lora.LoRAConfig]:
+    """Loads model and conversations, and an adapter to go on from, whose settings then hold."""
+    loaded = checkpoints.load(
+        config.model.name,
+        head=CAUSAL_LM,
+        scan_layers=config.model.scan_layers,
+        **from_config.load_options(config),
+    )
+    _check_model(config, loaded)
+    tokenizer = checkpoints.load_tokenizer(loaded.checkpoint)
+    training, evaluation = (
+        packed(config, some, loaded.checkpoint, tokenizer) for some in load_conversations(config)
+    )
+    settings, start, note = from_config.lora_config(config), None, ""
+    if config.adapter:
+        start, theirs, note = adapter_files.start(config.adapter, loaded)
+        settings = dataclasses.replace(theirs, dropout=config.lora.dropout)
+    task = Task(
+        apply=functools.partial(language_modeling.apply, loaded.model),
+        metrics=language_modeling.token_loss,
+        train_batch=functools.partial(
+            packing.train_batch, training[0], seed=config.data.seed, batch_size=config.batch_size
+        ),
+        eval_batches=functools.partial(
+            packing.eval_batches, evaluation[0], batch_size=config.eval_batch_size
+        ),
+        steps_per_epoch=batches.steps_per_epoch(len(training[0].rows), config.batch_size),
+        base=loaded.params,
+        base_id=loaded.base_id,
+        metadata=language_modeling.metadata(config),
+        notes=(*_notes(config, loaded, training, evaluation), *([note] if note else [])),
+        adapter=start,
+        score=Score("loss", higher_is_better=False),
+    )
+    return task, settings
+
+
+def _check_model(config: ConfigDict, loaded: checkpoints.Loaded) -> None:
+    name, c = loaded.checkpoint.name, loaded.model.config
+    positions = getattr(c, "positions", None) or getattr(c, "max_position_embeddings", None)
+    if positions and config.data.max_length > positions:
+        raise ValueError(
+            f"data.max_length {config.data.max_length} goes beyond the {positions} positions that "
+            f"{name} was made for; lower it."
+        )
+    takes = inspect.signature(type(loaded.model).__call__).parameters
+    if config.data.packing and "segment_ids" not in takes:
+        raise ValueError(
+            f"{name} is a {type(loaded.model).__name__}, which can't keep several texts in a row "
+            "apart: set data.packing to False."
+        )
+
+
+def load_conversations(config: ConfigDict) -> tuple[list[Conversation], list[Conversation]]:
+    """Those to train on, and those to evaluate on.
+
+    With ``data.holdout`` the latter are so many of the former's file, chosen by ``data.seed``.
+    """
+    c = config.data
+    everything = conversations.read(c.train)
+    if not c.holdout:
+        return everything, conversations.read(c.validation)
+    if c.holdout >= len(everything):
+        raise ValueError(
+            f"data.holdout {c.holdout} leaves nothing of the {len(everything)} conversations in "
+            f"{c.train} to train on."
+        )
+    order = permutation(len(everything), c.seed, stream=2**64 - 1)
+    chosen = set(order[: c.holdout].tolist())
+    part = lambda held: [x for k, x in enumerate(everything) if (k in chosen) == held]
+    return part(False), part(True)
+
+
+def packed(
+    config: ConfigDict,
+    some: list[Conversation],
+    checkpoint: checkpoints.Checkpoint,
+    tokenizer: tokenizers.Tokenizer,
+) -> tuple[Packed, conversations.Fit]:
+    """Conversations as rows of tokens, and how many were too long."""
+    c = config.data
+    texts, fit = conversations.tokenize(
+        some,
+        chat_template.find(checkpoint),
+        tokenizer,
+        max_length=c.max_length,
+        # The same whenever a run goes on; templates may write it into the text.
+        now=datetime.datetime.fromisoformat(c.date),
+    )
+    return packing.pack(texts, c.max_length) if c.packing else packing.one_by_one(texts), fit
+
+
+def _notes(config: ConfigDict, loaded: checkpoints.Loaded, *parts: tuple) -> tuple[str, ...]:
+    """The report at the start: where everything comes from, and what is made of it."""
+    start = (f"going on from: {config.adapter}, with its settings",) if config.adapter else ()
+    device = jax.devices()[0]
+    return (
+        *start,
+        f"model: {loaded.checkpoint.name} from {loaded.checkpoint.origin}",
+        *(_about(name, *x) for name, x in zip(("training", "evaluation"), parts, strict=True)),
+        f"device: {jax.device_count()} x {device.device_kind} ({device.platform})",
+    )
+
+
+def _about(name: str, rows: Packed, fit: conversations.Fit) -> str:
+    texts = rows.texts
+    learned, total = int(texts.counts.sum()), len(texts.ids)
+    full = total / (len(rows.rows) * rows.length)
+    long: list[Any] = [f"{fit.cut} cut to {rows.length}"] if fit.cut else []
+    long += [f"{fit.left_out} left out, as nothing to learn remained"] if fit.left_out else []
+    return (
+        f"{name}: {len(texts.offsets) - 1} conversations, {total:,} tokens ({learned:,} to learn) "
+        f"in {len(rows.rows)} rows of {rows.length} ({full:.0%} full)"
+        + (f"; {', '.join(long)}" if long else "")
+    )

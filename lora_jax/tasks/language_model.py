@@ -1,0 +1,65 @@
+"""A trained language model, rebuilt from an adapter directory alone."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lora_jax as lora
+from lora_jax import peft, serialize
+from lora_jax.models import checkpoints
+from lora_jax.models.families import CAUSAL_LM
+from lora_jax.tasks import adapter_files, from_config
+
+TASK = "language-modelling"
+
+
+class LanguageModel(NamedTuple):
+    """A base model with an adapter; ``notes`` say what was assumed where a file is silent."""
+
+    loaded: checkpoints.Loaded
+    adapter: Any
+    config: lora.LoRAConfig
+    notes: tuple[str, ...] = ()
+
+
+def is_language(directory: str | Path, *, model: str | None = None) -> bool:
+    """Whether an adapter, of either format, is for a causal language model.
+
+    Raises:
+      FileNotFoundError, ValueError: the adapter is missing or damaged.
+    """
+    if not peft.is_peft(directory):
+        return serialize.read_metadata(directory).get("task") == TASK
+    words = peft.read_words(directory)
+    if words["task_type"]:
+        return words["task_type"] == "CAUSAL_LM"
+    name = model or words["base_model_name_or_path"]
+    heads = checkpoints.resolve(name).config.get("architectures") if name else None
+    return any(str(head).endswith(("LMHeadModel", "ForCausalLM")) for head in heads or [])
+
+
+def load(directory: str | Path, *, model: str | None = None) -> LanguageModel:
+    """Loads an adapter and the base that it was made for.
+
+    Args:
+      directory: of the adapter, as training leaves it or in PEFT's format.
+      model: name or directory of the base, where it is no longer found under its old name.
+
+    Raises:
+      FileNotFoundError, ValueError: adapter or base is missing, damaged, or they do not belong
+        together.
+    """
+    options: dict[str, Any] = {}
+    if peft.is_peft(directory):
+        name = model or peft.read_words(directory)["base_model_name_or_path"]
+    else:
+        about = serialize.read_metadata(directory).get("model", {})
+        name = model or about.get("name")
+        options |= from_config.dtypes(about)
+        options["scan_layers"] = about.get("scan_layers", False)
+    if not name:
+        raise ValueError(
+            f"The adapter in {directory} does not name its base; give it with --model."
+        )
+    loaded = adapter_files.widened(checkpoints.load(name, head=CAUSAL_LM, **options))
+    notes = (f"base {name}, from {loaded.checkpoint.origin}",) if peft.is_peft(directory) else ()
+    return LanguageModel(loaded, *adapter_files.load(directory, loaded), notes)

@@ -1,0 +1,127 @@
+"""Language modelling: texts as batches, the loss of the tokens that count, and a task of them.
+
+A text is a row of tokens, of which some count: those of a reply, say, and not those of the question
+before it.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+import lora_jax as lora
+from lora_jax.data.batches import Batch, steps_per_epoch
+from lora_jax.data.texts import Texts, eval_batches, train_batch
+from lora_jax.models import checkpoints
+from lora_jax.tasks import adapter_files, from_config
+from lora_jax.tasks.language_model import TASK
+from lora_jax.training import metrics
+from lora_jax.training.task import Score, Task
+
+
+def token_loss(logits: jax.Array, batch: Batch, *, smoothing: float = 0.0) -> metrics.Sums:
+    """Sums over the tokens that count: of the loss, of right guesses, and of the tokens.
+
+    A token is guessed by the logits one place before it. With smoothing ``ε`` its target is the
+    token by ``1 - ε`` and every token alike by ``ε`` (Szegedy et al. 2016, section 7).
+
+    Args:
+      logits: ``(B, L, vocab)``.
+      batch: ``input_ids`` and ``counts`` ``(B, L)``, ``weights`` ``(B,)``.
+      smoothing: ``ε``.
+
+    >>> batch = {"input_ids": jnp.array([[1, 2, 3]]), "counts": jnp.array([[0, 1, 1]])}
+    >>> sums = token_loss(jnp.zeros((1, 3, 4)), batch | {"weights": jnp.ones(1)})
+    >>> [round(float(x), 3) for x in sums]
+    [2.773, 0.0, 2.0]
+    """
+    flat = logits[:, :-1].reshape(-1, logits.shape[-1])
+    labels = jnp.asarray(batch["input_ids"])[:, 1:].reshape(-1)
+    counts = jnp.asarray(batch["counts"])[:, 1:] * jnp.asarray(batch["weights"])[:, None]
+    weights = counts.reshape(-1)
+    sums = metrics.cross_entropy(flat, labels, weights)
+    if not smoothing:
+        return sums
+    real = jnp.where(weights[:, None] > 0, flat.astype(sums.loss.dtype), 0.0)
+    uniform = jnp.sum(weights * -jax.nn.log_softmax(real, axis=-1).mean(axis=-1))
+    return sums._replace(loss=(1 - smoothing) * sums.loss + smoothing * uniform)
+
+
+_INPUTS = ("input_ids", "attention_mask", "positions", "segment_ids")
+
+
+def apply(model: Any, params: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
+    """Logits of a batch; with a key, the model's own dropout is on."""
+    rngs = None if key is None else {"dropout": key}
+    given = {name: batch[name] for name in _INPUTS if name in batch}
+    return model.apply(params, **given, deterministic=key is None, rngs=rngs)
+
+
+def make_task(
+    config: ConfigDict, loaded: checkpoints.Loaded, training: Texts, evaluation: Texts
+) -> tuple[Task, lora.LoRAConfig]:
+    """A task of learning texts, and the settings of the adapter, of one to go on from if any.
+
+    The best adapter is the one with the lowest loss. The accuracy is that of the guessed tokens.
+
+    Raises:
+      ValueError: a text is longer than the model has positions for, or than the buckets.
+    """
+    c, buckets = config.data, tuple(config.data.buckets)
+    _check_positions(config, loaded)
+    start, settings, note = None, from_config.lora_config(config), ""
+    if config.adapter:
+        start, theirs, note = adapter_files.start(config.adapter, loaded)
+        settings = dataclasses.replace(theirs, dropout=config.lora.dropout)
+    batches = {"seed": c.seed, "batch_size": config.batch_size, "buckets": buckets}
+    task = Task(
+        apply=functools.partial(apply, loaded.model),
+        metrics=functools.partial(token_loss, smoothing=config.label_smoothing),
+        train_batch=lambda step, **rows: train_batch(
+            training, step, alike=c.alike, **batches, **rows
+        ),
+        eval_batches=lambda **rows: eval_batches(
+            evaluation, batch_size=config.eval_batch_size, buckets=buckets, **rows
+        ),
+        steps_per_epoch=steps_per_epoch(len(training.offsets) - 1, config.batch_size),
+        base=loaded.params,
+        base_id=loaded.base_id,
+        metadata=metadata(config),
+        notes=(*_notes(config, loaded, training, evaluation), *([note] if note else [])),
+        adapter=start,
+        score=Score("loss", higher_is_better=False),
+    )
+    return task, settings
+
+
+def metadata(config: ConfigDict) -> dict[str, Any]:
+    """What using the adapter takes, besides the adapter."""
+    return {"task": TASK, "model": config.model.to_dict(), "seed": config.seed}
+
+
+def _check_positions(config: ConfigDict, loaded: checkpoints.Loaded) -> None:
+    positions = getattr(loaded.model.config, "positions", None)
+    if positions is not None and config.data.buckets[-1] > positions:
+        raise ValueError(
+            f"data.buckets {tuple(config.data.buckets)} go beyond the {positions} positions that "
+            f"{loaded.checkpoint.name} has; lower them."
+        )
+
+
+def _notes(
+    config: ConfigDict, loaded: checkpoints.Loaded, training: Texts, evaluation: Texts
+) -> tuple[str, ...]:
+    """The report at the start."""
+    start = (f"going on from: {config.adapter}, with its settings",) if config.adapter else ()
+    size = lambda t: f"{len(t.offsets) - 1} ({int(t.counts.sum()):,} tokens to learn)"
+    device = jax.devices()[0]
+    return (
+        *start,
+        f"model: {loaded.checkpoint.name} from {loaded.checkpoint.origin}",
+        f"data: {config.data.source}, texts for training {size(training)}, for evaluation "
+        f"{size(evaluation)}",
+        f"device: {jax.device_count()} x {device.device_kind} ({device.platform})",
+    )

@@ -1,0 +1,48 @@
+"""The evaluation of an adapter on a task's examples, each counted once."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+import lora_jax as lora
+from lora_jax.training import metrics, partitioning
+from lora_jax.training.mesh import ONE, Devices
+from lora_jax.training.task import Batch, Task
+
+PyTree = Any
+
+
+def eval_step(task: Task) -> Callable:
+    """``(adapter, base, batch) -> (sums, logits if the task wants them)``, a pure function."""
+
+    def step(adapter: PyTree, base: PyTree, batch: Batch) -> tuple:
+        logits = lora.lift(task.apply, dropout=0.0)(lora.bind(base, adapter), batch, None)
+        return task.metrics(logits, batch), None if task.scores is None else logits
+
+    return step
+
+
+def make_eval_step(task: Task, on: Devices = ONE) -> Callable:
+    """:func:`eval_step`, compiled."""
+    return partitioning.eval_step(on, eval_step(task))
+
+
+def evaluate(eval_step: Callable, adapter: PyTree, task: Task) -> dict[str, float]:
+    """Loss and scores over all evaluation examples, each counted once."""
+    batches = task.eval_batches()
+    return gathered(task, [(batch, *eval_step(adapter, task.base, batch)) for batch in batches])
+
+
+def gathered(task: Task, results: list[tuple[Batch, Any, Any]]) -> dict[str, float]:
+    """Loss and scores from each batch of an evaluation with its sums and logits."""
+    values = metrics.combine([sums for _, sums, _ in results])
+    values.pop("examples")
+    if task.scores is not None:
+        logits = {
+            int(index): row
+            for batch, _, rows in results
+            for index, row in zip(batch["index"], np.asarray(rows), strict=True)
+        }
+        values |= task.scores(np.stack([logits[k] for k in range(len(logits))]))
+    return values

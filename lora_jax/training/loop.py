@@ -1,0 +1,208 @@
+"""The loop of a run: its steps, and what happens between them."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from ml_collections import ConfigDict
+
+import lora_jax as lora
+from lora_jax.training import (
+    checkpointing,
+    curves,
+    distributed,
+    durations,
+    early_stopping,
+    mesh,
+    metric_writer,
+    nan_guard,
+    partitioning,
+    preemption,
+    workdirs,
+)
+from lora_jax.training.evaluation import evaluate
+from lora_jax.training.metric_logger import Meter
+from lora_jax.training.state import TrainState, storable
+from lora_jax.training.task import Score, Task
+
+PyTree = Any
+
+
+class Progress(NamedTuple):
+    """How far a run is, apart from its state.
+
+    Attributes:
+      best_step: of the best evaluation so far; -1 for none.
+      best_score: its score.
+      best_loss: its loss.
+      seconds: that the run has taken.
+      evaluated: the step of the last evaluation; 0 for none.
+      pending: sums of the steps since the last line of the log.
+      reference: the score that early stopping wants to see improved, if there is one.
+      waited: evaluations since it was found.
+      ended: why the run is over before its last step, if it is.
+    """
+
+    best_step: int = -1
+    best_score: float = -math.inf
+    best_loss: float = math.inf
+    seconds: float = 0.0
+    evaluated: int = 0
+    pending: Sequence[Sequence[float]] = ()
+    reference: float | None = None
+    waited: int = 0
+    ended: str = ""
+
+
+def stored_progress(stored: dict) -> Progress:
+    """The progress that a checkpoint notes.
+
+    Raises:
+      ValueError: it has more to say than this version knows.
+    """
+    if unknown := sorted(stored.keys() - set(Progress._fields)):
+        raise ValueError(
+            f"The checkpoint notes {', '.join(unknown)}, which this version does not know: go on "
+            "with the version that wrote it, or use a new workdir."
+        )
+    return Progress(**stored)
+
+
+class Run(NamedTuple):
+    """What one run is, where it takes place, and where it writes."""
+
+    task: Task
+    config: ConfigDict
+    lora_config: lora.LoRAConfig
+    workdir: Path
+    log: metric_writer.MetricWriter | metric_writer.NullWriter
+    on: mesh.Devices = mesh.ONE
+
+
+class Evaluation(NamedTuple):
+    """Loss and scores on the evaluation examples after ``step`` steps."""
+
+    step: int
+    values: dict[str, float]
+
+
+class Steps(NamedTuple):
+    """The compiled functions, of :mod:`step`."""
+
+    train: Callable
+    evaluate: Callable
+
+
+def loop(
+    run: Run, steps: Steps, checkpoints: Any, state: TrainState, progress: Progress
+) -> tuple[int, Progress]:
+    """Runs the steps that are left, with evaluations and checkpoints between them.
+
+    It starts with the evaluation that is still to be made after the step before, if there is one.
+
+    Returns:
+      The last step, and the progress.
+
+    Raises:
+      Stopped, FloatingPointError, OSError: as :func:`train.train`.
+    """
+    start, per_epoch = int(partitioning.on_host(run.on, state.step)), run.task.steps_per_epoch
+    plan, policy = (
+        durations.plan(run.config, per_epoch),
+        nan_guard.policy(run.config, state.adapter),
+    )
+    begun, done = time.perf_counter() - progress.seconds, start
+    with Meter(
+        run.log, start=start, total=plan.total, per_epoch=per_epoch,
+        log_every=run.config.log_every, policy=policy, pending=progress.pending,
+    ) as meter:  # fmt: skip
+        for done in range(start, plan.total + 1):
+            if done > start:
+                batch = run.task.train_batch(done - 1)
+                state, told = steps.train(state, run.task.base, batch)
+                meter.add(done, *told)
+            stop = preemption.requested(done)
+            due = durations.evaluates(plan, done) and done > progress.evaluated
+            if due and done > start:
+                meter.flush()
+            if due and not stop:
+                found = _evaluated(run, steps, state.adapter, done)
+                stop = found is None
+                progress = progress if stop else _noted(run, state.adapter, found, progress, meter)
+            if done > start and (due or stop or durations.saves(plan, done)):
+                seconds = time.perf_counter() - begun
+                progress = progress._replace(seconds=seconds, pending=meter.pending())
+                _save(run, checkpoints, state, progress)
+            if progress.ended:
+                break
+            if stop and (due or done < plan.total):
+                _stop(run, checkpoints, done)
+    return done, progress
+
+
+def _evaluated(run: Run, steps: Steps, adapter: PyTree, step: int) -> Evaluation | None:
+    """An evaluation, or None if it was left since the run is to stop."""
+    batches = lambda: preemption.unless_requested(run.task.eval_batches())
+    task = run.task._replace(eval_batches=batches)
+    try:
+        return Evaluation(step, evaluate(steps.evaluate, adapter, task))
+    except preemption.Interrupted:
+        return None
+
+
+def _noted(
+    run: Run, adapter: PyTree, found: Evaluation, progress: Progress, meter: Meter
+) -> Progress:
+    """Puts an evaluation where it is looked for: files, curves, bar."""
+    task = run.task
+    progress = recorded(run, partitioning.on_host(run.on, adapter), found, progress)
+    score = found.values[task.score.name]
+    progress = early_stopping.noted(progress, task.score, score, run.config.early_stopping)
+    if distributed.first():
+        curves.plot_curves(run.workdir, task.score.name)
+    meter.evaluated(task.score.name, progress.best_score)
+    return progress
+
+
+def _save(run: Run, checkpoints: Any, state: TrainState, progress: Progress) -> None:
+    run.log.sync()
+    stored = partitioning.on_host(run.on, storable(state))
+    checkpointing.save(checkpoints, int(stored.step), stored, progress._asdict())
+
+
+def _stop(run: Run, checkpoints: Any, step: int) -> NoReturn:
+    checkpointing.wait(checkpoints)  # what is not on disk is no reason to end well
+    raise preemption.Stopped(
+        f"Stopped after step {step}, as asked, with a checkpoint in {run.workdir}. To go on:\n"
+        f"  {preemption.command()}"
+    )
+
+
+def recorded(run: Run, adapter: PyTree, found: Evaluation, progress: Progress) -> Progress:
+    """Logs an evaluation, and keeps the adapter if it is the best so far.
+
+    Raises:
+      FloatingPointError: the loss is NaN or infinite.
+    """
+    step, values = found
+    loss, score = values["loss"], values[run.task.score.name]
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"The validation loss is {loss} at step {step}")
+    epoch = step / run.task.steps_per_epoch
+    run.log.write(step, epoch=epoch, **{f"eval_{name}": x for name, x in values.items()})
+    progress = progress._replace(evaluated=step)
+    if progress.best_step >= 0 and not _is_better(run.task.score, score, progress.best_score):
+        return progress
+    metadata = {**run.task.metadata, "step": step, **values}
+    if distributed.first():
+        lora.save(
+            run.workdir / workdirs.ADAPTER, adapter, run.lora_config,
+            base=run.task.base_id, metadata=metadata,
+        )  # fmt: skip
+    return progress._replace(best_step=step, best_score=score, best_loss=loss)
+
+
+def _is_better(score: Score, value: float, than: float) -> bool:
+    return value > than if score.higher_is_better else value < than

@@ -1,0 +1,145 @@
+"""Training: one way for every task, and for every kind of adapter.
+
+A task brings a function of (params, batch, key), batches by step, and metrics.
+"""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+import lora_jax as lora
+from lora_jax import adapter as adapters
+from lora_jax import lowrank, paths
+from lora_jax.training import (
+    checkpointing,
+    distributed,
+    durations,
+    mesh,
+    metric_writer,
+    partitioning,
+    preemption,
+    workdirs,
+)
+from lora_jax.training.evaluation import make_eval_step
+from lora_jax.training.loop import Progress, Run, Steps, loop, stored_progress
+from lora_jax.training.state import TrainState, initial_state, storable, usable
+from lora_jax.training.step import make_train_step, step_options
+from lora_jax.training.task import Task
+
+PyTree = Any
+
+
+def train(task: Task, config: ConfigDict, lora_config: lora.LoRAConfig, workdir: Path) -> Progress:
+    """Trains to the end, or goes on from the last checkpoint in ``workdir``.
+
+    Writes ``config.json``, ``adapter/`` (the best so far), ``checkpoints/``, ``metrics.jsonl``,
+    TensorBoard events and ``curves.png``.
+
+    Raises:
+      Stopped: SIGTERM came; it has stopped at a checkpoint, and goes on if called again.
+      FloatingPointError: a loss or gradient is NaN or infinite, or the loss too large, and the
+        config's guard says stop; the best adapter so far and the checkpoints are kept.
+      ValueError: the config and the model do not fit; or the workdir is another run's, or in use.
+      OSError: the workdir can't be written; what was there is intact.
+    """
+    on = mesh.find(config)
+    task = partitioning.settled(on, partitioning.local(on, task, config))
+    state, tx = initial_state(task, config, lora_config)
+    workdirs.check(workdir, config)  # before the claim: a mistake claims nothing
+    with contextlib.ExitStack() as stack:
+        _claim(stack, workdir, config)
+        stack.enter_context(preemption.on_sigterm())
+        lines = [*task.notes, *partitioning.notes(on, task.base), *report(task.base, state.adapter)]
+        print("\n".join(lines), flush=True)
+        checkpoints = stack.enter_context(
+            checkpointing.manager(workdir / workdirs.CHECKPOINTS, keep=config.checkpoint_keep)
+        )
+        state, progress = _resumed(workdir, checkpoints, state)
+        start, total = int(state.step), durations.plan(config, task.steps_per_epoch).total
+        distributed.agree(start)
+        if start == total == progress.evaluated or progress.ended:
+            print(f"This run is finished: {_end(progress, start, total)}.", flush=True)
+            return progress
+        state = usable(partitioning.place(on, storable(state), task.base))
+        task = partitioning.with_copies(on, task)
+        options = step_options(config)
+        steps = Steps(
+            make_train_step(task, tx, lora_config.dropout, options, on=on, like=state),
+            make_eval_step(task, on),
+        )
+        log = stack.enter_context(
+            (metric_writer.MetricWriter if distributed.first() else metric_writer.NullWriter)(
+                workdir, start, progress.evaluated
+            )
+        )
+        run = Run(task, config, lora_config, workdir, log, on)
+        try:
+            step, progress = loop(run, steps, checkpoints, state, progress)
+        except FloatingPointError as error:
+            newest = checkpoints.latest_step()
+            raise FloatingPointError(_diverged(error, workdir, newest)) from error
+        print(f"Training ended: {_end(progress, step, total)}.", flush=True)
+        return progress
+
+
+def _claim(stack: contextlib.ExitStack, workdir: Path, config: ConfigDict) -> None:
+    """Takes the directory; of several processes the first does, and the others wait for it."""
+    if distributed.first():
+        stack.enter_context(workdirs.locked(workdir))
+        workdirs.claim(workdir, config)
+    distributed.barrier("the workdir is claimed")
+
+
+def _end(progress: Progress, step: int, total: int) -> str:
+    """Why a run is over."""
+    if progress.ended:
+        return f"{progress.ended}, at step {step} of {total}"
+    return f"all {total} steps are done"
+
+
+def report(base: PyTree, adapter: PyTree) -> list[str]:
+    """Lines that say what is trained."""
+    nodes = adapters.nodes(adapter)
+    kernels = {name: node for name, node in nodes.items() if isinstance(node, lowrank.LowRank)}
+    lines = []
+    if kernels:
+        ranks = sorted({node.a.shape[-1] for node in kernels.values()})
+        lines.append(
+            f"adapted with rank {', '.join(map(str, ranks))}, {len(kernels)} kernels: "
+            f"{paths.listing(kernels)}"
+        )
+    if full := [name for name in nodes if name not in kernels]:
+        lines.append(f"trained in full, {len(full)} leaves: {paths.listing(full)}")
+    return [*lines, lora.summary(base, adapter)]
+
+
+def _resumed(workdir: Path, checkpoints: Any, state: TrainState) -> tuple[TrainState, Progress]:
+    found = checkpointing.restore(checkpoints, storable(state))
+    if found is None:
+        return state, Progress()
+    stored, progress = found[0], stored_progress(found[1])
+    if progress.best_step >= 0 and not (workdir / workdirs.ADAPTER).is_dir():
+        raise FileNotFoundError(
+            f"The run in {workdir} has its best adapter from step {progress.best_step}, and its "
+            f"folder {workdirs.ADAPTER} is gone: put it back, or use a new workdir."
+        )
+    print(f"Going on from the checkpoint of step {int(stored.step)}.", flush=True)
+    return usable(stored), progress
+
+
+def _diverged(error: FloatingPointError, workdir: Path, newest: int | None) -> str:
+    said, *more = error.args
+    folder = workdir / workdirs.ADAPTER
+    kept = f"the best adapter so far is kept in {folder}"
+    if not folder.exists():
+        kept = "there was no evaluation before, so no adapter is kept"
+    checkpoint = "there is no checkpoint yet"
+    if newest is not None:
+        checkpoint = f"the newest checkpoint, of step {newest}, in {workdir / workdirs.CHECKPOINTS}"
+    return (
+        f"{said}: training stopped{''.join(more)}; {kept}; {checkpoint}. Lower "
+        "optimizer.learning_rate or lora.alpha, or set optimizer.clip_norm, in a new "
+        'workdir; or go on in this one without such steps: set guard.action to "skip".'
+    )
