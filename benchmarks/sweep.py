@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import common, quickstart_sweep
+from experiments import recipes
 from lora_jax.models import bert
 from lora_jax.sweeps import trials, vmapped_step
 from lora_jax.tasks import classification, from_config
@@ -77,7 +78,7 @@ def measured(arguments: list[str]) -> dict:
 def processes(args: argparse.Namespace) -> None:
     """Prints each way of doing the runs, with its share of the time of separate processes."""
     flags = flags_for(args.steps, args.targets)
-    found = trials.points(quickstart_sweep.get_config(), quickstart_sweep.sweep)
+    found = trials.points(quickstart_sweep.get_config(), quickstart_sweep.sweep, recipes.GLUE)
     found = trials.only(found, args.only)
     only = [f"--only={text}" for text in args.only]
     sweeps: dict[str, dict] = {}

@@ -46,6 +46,11 @@ def run(main: Callable[[list[str]], None]) -> None:
     app.run(guarded, flags_parser=_parse)
 
 
+def say(text: str) -> None:
+    """Prints a line of a report at once, also into a file or a pipe."""
+    print(text, flush=True)
+
+
 def _parse(argv: Sequence[str]) -> list[str]:
     """Parses flags; a wrong config field gets the same treatment as any other mistake."""
     try:

@@ -11,8 +11,8 @@ With --eval_only nothing is trained or written: the loss of the run's best adapt
 --adapter, on the validation texts.
 """
 
+import functools
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import cli, evaluating, finetuning
+from experiments import cli, finetuning, recipes
 from lora_jax.files import write_atomically
-from lora_jax.tasks import adapter_files, e2e, from_config
+from lora_jax.tasks import adapter_files, e2e
 from lora_jax.tasks.e2e import Writer, Written
-from lora_jax.training import train, workdirs
+from lora_jax.training import workdirs
 
 _EVALUATE = flags.DEFINE_bool("evaluate", False, "Train nothing; score the model as it is.")
 
@@ -33,19 +33,24 @@ SCORES, TEXTS = "scores.json", "texts.jsonl"
 
 def main(argv: list[str]) -> None:
     """Trains, writes and scores."""
-    config, workdir = finetuning.command_line(argv, e2e.resolved)
-    logging.getLogger("lora_jax").setLevel(logging.ERROR)
-    e2e.check(config)
+    config, workdir = finetuning.prepare(argv, recipes.E2E)
     if finetuning.eval_only() and _EVALUATE.value:
         raise ValueError("--eval_only is the validation loss alone; leave it out with --evaluate.")
     if _EVALUATE.value and jax.process_count() > 1:
         raise ValueError("Texts are written by one process: leave out what tells of others.")
-    if not config.adapter and not _EVALUATE.value:  # whose settings are not known yet
+    if not config.adapter and not _EVALUATE.value:  # a mistake is found before the model is loaded
         workdirs.check(workdir, config)
-    writer = e2e.load(config)
-    if finetuning.eval_only():
-        return evaluating.report(e2e.make_task(config, writer)[0], config, workdir)
-    directory = config.adapter if _EVALUATE.value else _trained(config, writer, workdir)
+    writer, directory = e2e.load(config), config.adapter
+    if not _EVALUATE.value:
+        recipe = recipes.E2E._replace(make_task=functools.partial(e2e.make_task, writer=writer))
+        best = finetuning.fit(config, workdir, recipe)
+        if best is None:
+            return
+        directory = workdir / workdirs.ADAPTER
+        cli.say(
+            f"best validation loss {best.best_loss:.4f} at step {best.best_step}; "
+            f"{best.seconds / 60:.1f} minutes; curves in {workdir / workdirs.CURVES}"
+        )
     if jax.process_count() > 1:
         print(f"Next: let one process score it, with --evaluate --adapter={directory}")
         return
@@ -61,21 +66,6 @@ def main(argv: list[str]) -> None:
             f"Next:\n  python -m experiments.export --adapter={directory} "
             f"--out={workdir / 'merged'} --merged"
         )
-
-
-def _trained(config: ConfigDict, writer: Writer, workdir: Path) -> Path:
-    """Trains, and says where the best adapter is."""
-    task, lora_config = e2e.make_task(config, writer)
-    if config.adapter:
-        with config.unlocked():
-            config.lora = from_config.to_config(lora_config)
-    best = train.train(task, config, lora_config, workdir)
-    print(
-        f"best validation loss {best.best_loss:.4f} at step {best.best_step}; "
-        f"{best.seconds / 60:.1f} minutes; curves in {workdir / workdirs.CURVES}",
-        flush=True,
-    )
-    return workdir / workdirs.ADAPTER
 
 
 def _scored(name: str, config: ConfigDict, writer: Writer, adapter: Any = None) -> Written:

@@ -7,10 +7,12 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from experiments import evaluating
-from lora_jax.tasks import classification, from_config, glue_config
+from experiments import cli, evaluating, recipes
+from lora_jax.tasks import from_config
 from lora_jax.tasks.glue import find
 from lora_jax.training import train, workdirs
+from lora_jax.training.loop import Progress
+from lora_jax.training.task import Recipe
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
@@ -26,24 +28,17 @@ flags.mark_flag_as_required("config")
 
 def main(argv: list[str]) -> None:
     """Trains, and says what to do next."""
-    config, workdir = command_line(argv, glue_config.resolved)
-    logging.getLogger("lora_jax").setLevel(logging.ERROR)  # the report says what is fresh
-    glue_config.check(config)
-    if not config.adapter:  # whose settings are not known yet
-        workdirs.check(workdir, config)
-    task, lora_config = classification.make_task(config)
-    if eval_only():
-        return evaluating.report(task, config, workdir)
-    if config.adapter:
-        with config.unlocked():
-            config.lora = from_config.to_config(lora_config)
-    best = train.train(task, config, lora_config, workdir)
+    config, workdir = prepare(argv, recipes.GLUE)
+    best = fit(config, workdir, recipes.GLUE)
+    if best is None:
+        return
     example = "The movie was absolutely wonderful!"
     if find(config.task).pairs:
         example = "A man is eating.\\tSomebody eats."
     quoted = f'$"{example}"' if "\\" in example else f'"{example}"'
+    score, value = find(config.task).score, best.best_score
     print(
-        f"best validation {task.score.name} {best.best_score:.4f} (loss {best.best_loss:.4f}) at "
+        f"best validation {score} {value:.4f} (loss {best.best_loss:.4f}) at "
         f"step {best.best_step}; {best.seconds / 60:.1f} minutes; "
         f"curves in {workdir / workdirs.CURVES}\n"
         "Next:\n"
@@ -51,6 +46,37 @@ def main(argv: list[str]) -> None:
         f"  python -m experiments.export --adapter={workdir / workdirs.ADAPTER} "
         f"--out={workdir / 'merged'} --merged"
     )
+
+
+def prepare(argv: list[str], recipe: Recipe) -> tuple[ConfigDict, Path]:
+    """The config and the directory that the command line gives, checked.
+
+    Raises:
+      ValueError: as :func:`command_line`, or the config is wrong.
+      FileNotFoundError: as :func:`command_line`.
+    """
+    config, workdir = command_line(argv, recipe.resolve)
+    logging.getLogger("lora_jax").setLevel(logging.ERROR)  # the report says what is fresh
+    recipe.check(config)
+    return config, workdir
+
+
+def fit(config: ConfigDict, workdir: Path, recipe: Recipe) -> Progress | None:
+    """Trains; or only evaluates, if the command line says so, and gives None.
+
+    Raises:
+      As :func:`train.train` and :func:`evaluating.report`.
+    """
+    if not config.adapter:  # whose settings are not known yet
+        workdirs.check(workdir, config)
+    task, lora_config = recipe.make_task(config)
+    if eval_only():
+        evaluating.report(task, config, workdir)
+        return None
+    if config.adapter:
+        with config.unlocked():
+            config.lora = from_config.to_config(lora_config)
+    return train.train(task, config, lora_config, workdir, say=cli.say)
 
 
 def eval_only() -> bool:

@@ -10,27 +10,16 @@ Resuming, --adapter and --eval_only are as in experiments.sst2; experiments.chat
 out.
 """
 
-import logging
-
-from experiments import cli, evaluating, finetuning
-from lora_jax.tasks import from_config, instruction_tuning
-from lora_jax.training import train, workdirs
+from experiments import cli, finetuning, recipes
+from lora_jax.training import workdirs
 
 
 def main(argv: list[str]) -> None:
     """Trains, and says what to do next."""
-    config, workdir = finetuning.command_line(argv, lambda c: c.copy_and_resolve_references())
-    logging.getLogger("lora_jax").setLevel(logging.ERROR)  # the report says what is fresh
-    instruction_tuning.check(config)
-    if not config.adapter:  # whose settings are not known yet
-        workdirs.check(workdir, config)
-    task, lora_config = instruction_tuning.make_task(config)
-    if finetuning.eval_only():
-        return evaluating.report(task, config, workdir)
-    if config.adapter:
-        with config.unlocked():
-            config.lora = from_config.to_config(lora_config)
-    best = train.train(task, config, lora_config, workdir)
+    config, workdir = finetuning.prepare(argv, recipes.INSTRUCT)
+    best = finetuning.fit(config, workdir, recipes.INSTRUCT)
+    if best is None:
+        return
     adapter = workdir / workdirs.ADAPTER
     print(
         f"best validation loss {best.best_loss:.4f} nats a token at step {best.best_step}; "

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 import lora_jax as lora
 from experiments import cli, finetuning
 from lora_jax.data import e2e_nlg
-from lora_jax.data.order import permutation
+from lora_jax.data.order import LINES, permutation
 from lora_jax.data.texts import Texts, texts
 from lora_jax.files import write_atomically
 from lora_jax.models import checkpoints, gpt2, hub
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
     loaded = make_model(workdir / START, config, tokenizer)
     texts = [packed(lines, tokenizer, config.data) for lines in (training, evaluation)]
     task, settings = language_modeling.make_task(config, loaded, *texts)
-    best = train.train(task, config, settings, workdir)
+    best = train.train(task, config, settings, workdir, say=cli.say)
     adapter, _ = lora.load(workdir / workdirs.ADAPTER, loaded.params, base=loaded.base_id)
     merged = lora.merge(loaded.params, adapter)
     checkpoints.save_hf(workdir / MODEL, merged, loaded.checkpoint, head=CAUSAL_LM)
@@ -83,7 +83,7 @@ def packed(lines: list[str], tokenizer: tokenizers.Tokenizer, c: ConfigDict) -> 
     """All lines in random order, each after the token that ends one, cut to ``c.length`` tokens."""
     end = tokenizer.token_to_id(_END)
     rows = tokenizer.encode_batch_fast(lines)
-    stream = [t for k in permutation(len(rows), c.seed, stream=0) for t in (end, *rows[k].ids)]
+    stream = [t for k in permutation(len(rows), c.seed, stream=LINES) for t in (end, *rows[k].ids)]
     pieces = [stream[k : k + c.length] for k in range(0, len(stream), c.length)]
     return texts([(p[:1], p[1:]) for p in pieces if len(p) > 1], pad_id=end)
 

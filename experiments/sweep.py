@@ -13,7 +13,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from experiments import cli
+from experiments import cli, recipes
 from lora_jax.sweeps import scheduler, sweep_dirs, trials
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
@@ -21,11 +21,22 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the sweep.", requi
 _PARALLEL = flags.DEFINE_string("parallel", "auto", "Runs at a time, or auto to find out.")
 _SHARD = flags.DEFINE_string("shard", "1/1", "i/n: only the i-th of n parts, for n machines.")
 _ONLY = flags.DEFINE_multi_string("only", [], "FIELD=V1,V2: only runs with these values.")
+_PROGRAM = flags.DEFINE_enum(
+    "program", "glue", sorted(recipes.RECIPES), "Whose runs these are: glue stands for sst2 too."
+)
 _HALVING = flags.DEFINE_integer(
     "halving", 0, "Go on with one of so many runs at each rung; 0 to train all to the end."
 )
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Say what would be run, and stop.")
 flags.mark_flag_as_required("config")
+
+
+# What is done with the best adapter of each program.
+_NEXT = {
+    "glue": 'experiments.predict --adapter={adapter} "The movie was wonderful!"',
+    "e2e_nlg": "experiments.export --adapter={adapter} --out=merged --merged",
+    "instruct": 'experiments.chat --adapter={adapter} "Who are you?"',
+}
 
 
 def main(argv: list[str]) -> None:
@@ -40,14 +51,15 @@ def main(argv: list[str]) -> None:
     if _DRY_RUN.value:
         return
     begin = time.perf_counter()
-    compiled = scheduler.run(sweep, base, lambda text: print(text, flush=True))
+    compiled = scheduler.run(sweep, base)
     times = ", ".join(f"{name} {count}" for name, count in compiled.items()) or "nothing"
     print(f"{time.perf_counter() - begin:.1f} s; compiled: {times}\n{_outcome(sweep)}")
 
 
 def _asked_for(base: ConfigDict, workdir: Path) -> scheduler.Sweep:
     path = config_flags.get_config_filename(flags.FLAGS["config"])
-    everything = trials.points(base, trials.load_sweep(path))
+    recipe = recipes.RECIPES[_PROGRAM.value]
+    everything = trials.points(base, trials.load_sweep(path), recipe)
     everything = trials.only(everything, _ONLY.value)
     if _HALVING.value and (_HALVING.value < 2 or _SHARD.value != "1/1"):
         raise ValueError(
@@ -57,10 +69,12 @@ def _asked_for(base: ConfigDict, workdir: Path) -> scheduler.Sweep:
     return scheduler.Sweep(
         points=everything,
         mine=trials.shard(everything, _SHARD.value),
+        recipe=recipe,
         workdir=workdir,
         parallel=_parallel(_PARALLEL.value),
         halving=_HALVING.value,
         shard=_SHARD.value,
+        say=cli.say,
     )
 
 
@@ -94,13 +108,13 @@ def _outcome(sweep: scheduler.Sweep) -> str:
     lines = [", ".join(f"{count} runs {status}" for status, count in counts.items())]
     good = [(*sweep_dirs.best(r), p) for r, p in results if sweep_dirs.best(r)[1] is not None]
     if good:
-        name, score, point = max(good, key=lambda found: found[1])
+        score, value, point = max(good, key=lambda found: found[0].merit(found[1]))
         run = trials.label(point, trials.swept([p.config for p in sweep.points]))
         adapter = sweep_dirs.run_dir(sweep.workdir, point) / "adapter"
         lines += [
-            f"best validation {name} {score:.4f}: {run}",
+            f"best validation {score.name} {value:.4f}: {run}",
             "Next:",
-            f'  python -m experiments.predict --adapter={adapter} "The movie was wonderful!"',
+            f"  python -m {_NEXT[_PROGRAM.value].format(adapter=adapter)}",
         ]
     return "\n".join([*lines, f"  python -m experiments.report {sweep.workdir}"])
 

@@ -55,7 +55,7 @@ def config(**changes):
 
 
 def run(workdir, some_task=None, **changes):
-    return train.train(some_task or task(), config(**changes), LORA, workdir)
+    return train.train(some_task or task(), config(**changes), LORA, workdir, say=print)
 
 
 def lines(workdir):

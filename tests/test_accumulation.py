@@ -13,6 +13,7 @@ import test_lockstep
 
 import lora_jax as lora
 from configs import common
+from lora_jax.data import texts
 from lora_jax.models import gpt2
 from lora_jax.sweeps import parallelism, trial_loop, vmapped_step
 from lora_jax.sweeps.trials import Point

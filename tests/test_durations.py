@@ -12,6 +12,7 @@ import pytest
 import test_train
 
 from configs import common
+from experiments import recipes
 from lora_jax.sweeps import scheduler, sweep_dirs, trials
 from lora_jax.tasks import classification, glue_config
 from lora_jax.training import durations, metric_writer, optimizer, train, training_config, workdirs
@@ -225,9 +226,11 @@ def test_a_run_of_a_sweep_pauses_as_it_does_alone(config, tmp_path):
     """Evaluations where the config wants them, and at the end; the same lines of the log."""
     base = changed(config, steps=13, eval_every="0.5 epochs", checkpoint_every=5, log_every=50)
     values = [{"lora.rank": 1, "optimizer.warmup": "2 steps"}, {"lora.rank": 2, "seed": 1}]
-    found = trials.points(base, lambda add: [add(**v) for v in values])
-    sweep = scheduler.Sweep(found, found, tmp_path / "sweep", 2, 0, "1/1")
-    scheduler.run(sweep, base, lambda text: None)
+    found = trials.points(base, lambda add: [add(**v) for v in values], recipes.GLUE)
+    sweep = scheduler.Sweep(
+        points=found, mine=found, recipe=recipes.GLUE, workdir=tmp_path / "sweep", parallel=2
+    )
+    scheduler.run(sweep, base)
     for point in found:
         task, lora_config = classification.make_task(point.config)
         alone = tmp_path / point.id
@@ -251,11 +254,11 @@ def test_the_sweep_refuses_what_only_a_run_alone_can_do():
         {"early_stopping.patience": 2}, {"guard.action": "skip"}, {"guard.spike": 4.0, "seed": 1},
     ]  # fmt: skip
     with pytest.raises(ValueError) as error:
-        trials.points(base, lambda add: [add(**v) for v in values])
+        trials.points(base, lambda add: [add(**v) for v in values], recipes.GLUE)
     assert "3 of the sweep's 3 runs are wrong" in str(error.value)
     assert "early_stopping.patience is 2" in str(error.value)
     assert str(error.value).count("leave guard.action at stop") == 2
     good = [{"optimizer.warmup": x, "optimizer.decay": d}
             for x in (0.1, "5 steps") for d in optimizer.DECAYS]  # fmt: skip
-    found = trials.points(base, lambda add: [add(**v) for v in good])
+    found = trials.points(base, lambda add: [add(**v) for v in good], recipes.GLUE)
     assert len(trials.groups(found)) == 3  # the warm-up is a number of a run, the decay is not

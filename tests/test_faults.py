@@ -48,8 +48,8 @@ def at(step, act):
 HOLDS = """
 import sys, time
 from pathlib import Path
-from experiments import enclosure
-with enclosure.locked(Path(sys.argv[1])):
+from lora_jax.training import workdirs
+with workdirs.locked(Path(sys.argv[1])):
     print("locked", flush=True)
     time.sleep(1000)
 """

@@ -34,7 +34,7 @@ config, task = test_train.config, test_train.task  # the same tiny model and dat
 
 
 def run(task, config, workdir):
-    return train.train(task, config, from_config.lora_config(config), workdir)
+    return train.train(task, config, from_config.lora_config(config), workdir, say=print)
 
 
 def poisoned(task, steps):

@@ -11,6 +11,7 @@ import pytest
 import tiny
 
 from configs import sst2_minilm
+from experiments import recipes
 from lora_jax.sweeps import trials, vmapped_step
 from lora_jax.tasks import classification, from_config
 from lora_jax.training import metrics
@@ -51,7 +52,7 @@ def base_config(root, **changes):
 
 def add_points(root, values, **changes):
     add_all = lambda add: [add(**v) for v in values]
-    return trials.points(base_config(root, **changes), add_all)
+    return trials.points(base_config(root, **changes), add_all, recipes.GLUE)
 
 
 def alone(task, config, steps):

@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from configs import common, quickstart_sweep, sst2_alpha_lr_sweep, sst2_rank_sweep
+from experiments import recipes
 from lora_jax.sweeps import scheduler, sweep_dirs, trials
 from lora_jax.training import workdirs
 
@@ -12,7 +13,7 @@ BASE = quickstart_sweep.get_config()
 
 
 def made(*values, base=BASE):
-    return trials.points(base, lambda add: [add(**v) for v in values])
+    return trials.points(base, lambda add: [add(**v) for v in values], recipes.GLUE)
 
 
 def test_a_point_is_the_base_with_some_fields_set():
@@ -37,13 +38,13 @@ def test_the_id_is_that_of_the_whole_config():
     [(quickstart_sweep, 12), (sst2_rank_sweep, (4 * 3 + 2 + 2) * 3), (sst2_alpha_lr_sweep, 75)],
 )
 def test_sweeps_of_this_project(config, runs):
-    found = trials.points(config.get_config(), config.sweep)
+    found = trials.points(config.get_config(), config.sweep, recipes.GLUE)
     assert len(found) == len({p.id for p in found}) == runs
     assert len(trials.groups(found)) == 1
 
 
 def test_the_small_rank_sweep():
-    found = trials.points(sst2_rank_sweep.get_config(), sst2_rank_sweep.sweep)
+    found = trials.points(sst2_rank_sweep.get_config(), sst2_rank_sweep.sweep, recipes.GLUE)
     small = trials.only(found, ["lora.rank=1,4,16", "lora.alpha=2,8,16,32", "seed=0,1"])
     pairs = {(p.config.lora.rank, p.config.lora.alpha) for p in small}
     assert pairs == {(1, 2), (1, 16), (4, 8), (4, 16), (16, 16), (16, 32)} and len(small) == 12
@@ -151,9 +152,8 @@ def test_two_processes_do_not_do_the_same_runs(tmp_path):
 @pytest.mark.parametrize("halving, runs", [(2, 8), (3, 12), (3, 27), (4, 5), (3, 2)])
 def test_rungs(halving, runs):
     """One run is left at the end, and each rung comes later than the one before."""
-    sweep = scheduler.Sweep(
-        made(*common.product({"seed": range(runs)})), [], None, None, halving, "1/1"
-    )
+    found = made(*common.product({"seed": range(runs)}))
+    sweep = scheduler.Sweep(points=found, mine=[], recipe=None, workdir=None, halving=halving)
     rungs = scheduler.rung_count(sweep)
     left = [runs, *(scheduler.survivors(runs, halving, r) for r in range(1, rungs + 1))]
     assert left[-1] == 1 and all(b < a <= b * halving for a, b in itertools.pairwise(left))

@@ -5,6 +5,7 @@ import pytest
 import test_lockstep
 
 from configs import common
+from experiments import recipes
 from lora_jax.sweeps import parallelism, scheduler, sweep_dirs, vmapped_step
 from lora_jax.sweeps.parallelism import Programs
 
@@ -40,7 +41,7 @@ def test_out_of_memory_halves_the_width():
 
 def test_the_width_is_measured(found):
     """With all the time in the world a second width is tried; with little, one is compiled."""
-    group = scheduler.prepare(found, found)
+    group = scheduler.prepare(recipes.GLUE, found, found)
     made = Programs(None)
     assert made.width(group, "short", found, steps=4) == 1
     assert made.compilations() == {"train": 1}
@@ -61,8 +62,10 @@ def test_a_sweep_goes_on_when_memory_runs_out(found, tmp_path, monkeypatch):
         return call(on, name, members, base, batch)
 
     monkeypatch.setattr(vmapped_step, "call", limited)
-    sweep = scheduler.Sweep(found, found, tmp_path / "sweep", 4, 0, "1/1")
-    compiled = scheduler.run(sweep, found[0].config, lambda text: None)
+    sweep = scheduler.Sweep(
+        points=found, mine=found, recipe=recipes.GLUE, workdir=tmp_path / "sweep", parallel=4
+    )
+    compiled = scheduler.run(sweep, found[0].config)
     assert steps == {"full": 4, "fits": 4 * 4}  # four, then two at a time; then each its four steps
     assert compiled["train"] == 2  # two at a time was refused before it was compiled
     results = [sweep_dirs.result(tmp_path / "sweep", p) for p in found]

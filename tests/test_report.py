@@ -9,9 +9,9 @@ import pytest
 
 import lora_jax as lora
 from configs import common, quickstart_sweep
-from experiments import report
+from experiments import recipes
 from lora_jax.lowrank import LowRank
-from lora_jax.sweeps import plots, results, sweep_dirs, trials
+from lora_jax.sweeps import plots, report, results, sweep_dirs, trials
 from lora_jax.training import workdirs
 
 ACCURACY = {(1, 0): 0.5, (1, 1): 0.7, (4, 0): 0.8, (4, 1): 0.9, (16, 0): 0.6, (16, 1): None}
@@ -28,7 +28,7 @@ def workdir(tmp_path):
     """Ranks 1, 4, 16 by two seeds; the last one diverged; alpha 16, or as the rank, or twice."""
     base = quickstart_sweep.get_config()
     sweep_dirs.claim(tmp_path, base, 0)
-    for point in trials.points(base, lambda add: [add(**v) for v in grid()]):
+    for point in trials.points(base, lambda add: [add(**v) for v in grid()], recipes.GLUE):
         config, folder = point.config, sweep_dirs.run_dir(tmp_path, point)
         workdirs.claim(folder, config)
         rank, seed = config.lora.rank, config.seed

@@ -37,7 +37,7 @@ MODULES = {
 }
 CALLS = {"eval", "exec", "compile", "__import__", "system", "popen"}
 # Config files are Python programs that a user names on the command line; nothing else is loaded so.
-ALLOWED = {("experiments/points.py", "exec_module")}
+ALLOWED = {("lora_jax/sweeps/trials.py", "exec_module")}
 
 
 def suspicious(path):
@@ -106,7 +106,7 @@ import sys
 from pathlib import Path
 import jax
 import small
-from experiments import checkpointing
+from lora_jax.training import checkpointing
 from absl import logging
 logging.set_verbosity(logging.FATAL)
 like, seen = small.state(), []

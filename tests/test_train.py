@@ -41,7 +41,7 @@ PER_EPOCH = 8  # 64 examples, 8 a batch
 
 
 def run(task, config, workdir):
-    return train.train(task, config, from_config.lora_config(config), workdir)
+    return train.train(task, config, from_config.lora_config(config), workdir, say=print)
 
 
 def poisoned(task, step):

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_jax.data.order import permutation
+from lora_jax.data.order import MEANINGS, permutation
 
 _MARK = "||"
 
@@ -70,7 +70,7 @@ def split(pairs: Pairs, count: int, seed: int) -> tuple[Pairs, Pairs]:
             f"data.holdout is {count}, and there are {len(meanings)} meaning representations: at "
             "least one must be held out, and one left."
         )
-    chosen = {meanings[k] for k in permutation(len(meanings), seed, stream=0)[:count]}
+    chosen = {meanings[k] for k in permutation(len(meanings), seed, stream=MEANINGS)[:count]}
     lines = list(zip(pairs.meanings, pairs.texts, strict=True))
     return _pairs(x for x in lines if x[0] not in chosen), _pairs(
         x for x in lines if x[0] in chosen

@@ -72,14 +72,12 @@ def joined(parts: Sequence[Examples]) -> Examples:
     )
 
 
-# Files in the GLUE layout.
-
-
 def read_tsv(path: str | Path, *, labelled: bool, num_labels: int = 2) -> Examples:
     """Reads a file with the columns ``sentence`` and ``label``; see :func:`tsv.read`."""
-    return _examples(tsv.read(path, SENTENCES, labelled=labelled, num_labels=num_labels))
+    return from_table(tsv.read(path, SENTENCES, labelled=labelled, num_labels=num_labels))
 
 
-def _examples(table: tsv.Table) -> Examples:
+def from_table(table: tsv.Table) -> Examples:
+    """The rows of a file as examples."""
     pairs = table.texts[1] if len(table.texts) > 1 else None
     return Examples(table.texts[0], table.labels, pairs, (table.note,) if table.note else ())

@@ -4,7 +4,6 @@ A text sees itself alone: its tokens have a segment number of their own, and pos
 """
 
 import bisect
-import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ import numpy as np
 
 from lora_jax.data import batches
 from lora_jax.data.batches import Batch
-from lora_jax.data.order import permutation
+from lora_jax.data.order import epoch_order
 from lora_jax.data.texts import Texts
 
 
@@ -98,13 +97,8 @@ def train_batch(
       ``segment_ids`` as well.
     """
     epoch, place = divmod(step, batches.steps_per_epoch(len(packed.rows), batch_size))
-    order = _order(len(packed.rows), seed, epoch)
+    order = epoch_order(len(packed.rows), seed, epoch)
     return _batch(packed, order[place * batch_size : (place + 1) * batch_size], batch_size, rows)
-
-
-@functools.lru_cache(maxsize=1)
-def _order(n: int, seed: int, epoch: int) -> np.ndarray:
-    return permutation(n, seed, stream=epoch)
 
 
 def eval_batches(

@@ -10,12 +10,12 @@ import numpy as np
 from lora_jax.data.examples import Examples
 from lora_jax.data.tsv import SPLIT_FILES, Layout
 
-_REVIEWS = ("reviews", "tfds:lora_reviews")
+REVIEWS = ("reviews", "tfds:lora_reviews")
 
 # Builders that TFDS ships but does not list until their module has been imported.
 _BUILDER_MODULES = {"glue": "tensorflow_datasets.text.glue"}
 
-_SOURCES = (
+SOURCES = (
     "a source is 'tfds:NAME' (such as 'tfds:glue/sst2'), 'reviews', "
     f"or a directory with {', '.join(file for _, file in SPLIT_FILES)}"
 )
@@ -24,9 +24,21 @@ _SOURCES = (
 # TensorFlow Datasets, read without TensorFlow.
 
 
-def _tfds_rows(
+def read(
     source: str, split: str, *, data_dir: str | None, text: Sequence[str]
 ) -> Sequence[dict[str, Any]]:
+    """The rows of a split, as TFDS has them; prepares the data set first if need be.
+
+    Args:
+      source: ``"tfds:NAME"`` or ``"reviews"``.
+      split: such as ``"train"``.
+      data_dir: where TFDS keeps prepared data; None for its own default.
+      text: the features that must be there, besides the label.
+
+    Raises:
+      FileNotFoundError: there is no such data set, or it can't be prepared here.
+      ValueError: it lacks the split or a feature, or is stored in another form.
+    """
     builder = _builder(source, data_dir)
     missing = {*text, "label"} - set(builder.info.features or ())
     if missing:
@@ -51,9 +63,14 @@ def _tfds_rows(
     return rows.__getitems__(list(range(len(rows))))
 
 
-def _from_rows(
+def from_rows(
     source: str, rows: Sequence[dict[str, Any]], num_labels: int, layout: Layout
 ) -> Examples:
+    """Examples from the rows of a split, in the order of the original file.
+
+    Raises:
+      ValueError: there are no rows, or a label is not as it should be.
+    """
     if not rows:
         raise ValueError(f"source {source!r} has no examples in this split")
     # TFDS shuffles when it writes; idx gives back the order of the original file.
@@ -98,24 +115,24 @@ def _tfds_numbers(
 
 def _prepare(builder: Any, source: str, data_dir: str | None) -> Any:
     """Downloads and writes the data of ``builder``; returns a builder that reads them."""
-    if source not in _REVIEWS and importlib.util.find_spec("tensorflow") is None:
+    if source not in REVIEWS and importlib.util.find_spec("tensorflow") is None:
         raise FileNotFoundError(
             f"source {source!r} is not prepared: looked in {builder.data_path}. To prepare it, "
             f"TFDS needs TensorFlow once: pip install 'lora_jax[tfds-prepare]' and run this "
-            f"again. If it is prepared elsewhere, give its data_dir; {_SOURCES}"
+            f"again. If it is prepared elsewhere, give its data_dir; {SOURCES}"
         )
     try:
         builder.download_and_prepare(file_format="array_record")
     except Exception as error:
         # Another process may have prepared the same data meanwhile: the rename then fails.
         if not builder.is_prepared():
-            error.add_note(f"source {source!r} could not be prepared here; {_SOURCES}")
+            error.add_note(f"source {source!r} could not be prepared here; {SOURCES}")
             raise
     return _builder(source, data_dir)
 
 
 def _builder(source: str, data_dir: str | None) -> Any:
-    if source in _REVIEWS:
+    if source in REVIEWS:
         return importlib.import_module("lora_jax.data.reviews").builder(data_dir=data_dir)
     import tensorflow_datasets as tfds  # slow to import, and of use only here
 
@@ -128,5 +145,5 @@ def _builder(source: str, data_dir: str | None) -> Any:
     except tfds.core.DatasetNotFoundError as error:
         raise FileNotFoundError(
             f"source {source!r}: TFDS knows no dataset {name!r}, and none is prepared in "
-            f"{data_dir or 'its default data_dir'}; {_SOURCES}"
+            f"{data_dir or 'its default data_dir'}; {SOURCES}"
         ) from error

@@ -150,5 +150,5 @@ def _number(path: str | Path, number: int, field: str, scale: tuple[float, float
     return float(field)
 
 
-_FILES = (("train", "train.tsv"), ("validation", "dev.tsv"), ("test", "test.tsv"))
-SENTENCES = Layout(files=_FILES, folder="SST-2")
+SPLIT_FILES = (("train", "train.tsv"), ("validation", "dev.tsv"), ("test", "test.tsv"))
+SENTENCES = Layout(files=SPLIT_FILES, folder="SST-2")

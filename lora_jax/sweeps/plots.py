@@ -5,21 +5,16 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import matplotlib
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")  # no display is needed to write a file
-
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-
-# noqa: E402
-from lora_jax import analysis  # noqa: E402
-from lora_jax.files import read_safetensors  # noqa: E402
+from lora_jax import analysis
+from lora_jax.files import read_safetensors
 from lora_jax.sweeps import results
 from lora_jax.sweeps.results import ALPHA, RANK, SEED, Cell, Results, Row
-from lora_jax.training import workdirs  # noqa: E402
+from lora_jax.training import workdirs
 
 _MOST_LINES = 8
 
@@ -40,9 +35,9 @@ def all_of(found: Results) -> list[Picture]:
 
 
 def _figure(columns: int, *, width: float = 4.2, height: float = 3.4) -> tuple[Figure, list[Axes]]:
-    figure, panels = plt.subplots(
-        1, columns, figsize=(width * columns, height), layout="constrained", squeeze=False
-    )
+    # pyplot would choose a window system for the whole process.
+    figure = Figure(figsize=(width * columns, height), layout="constrained")
+    panels = figure.subplots(1, columns, squeeze=False)
     for panel in panels[0]:
         panel.grid(alpha=0.25)
         panel.set_axisbelow(True)
@@ -53,7 +48,6 @@ def _figure(columns: int, *, width: float = 4.2, height: float = 3.4) -> tuple[F
 def _picture(figure: Figure, name: str, title: str, caption: str) -> Picture:
     image = io.BytesIO()
     figure.savefig(image, dpi=150)
-    plt.close(figure)
     return Picture(name, title, caption, image.getvalue())
 
 
@@ -138,8 +132,8 @@ def _lines(found: Results, x: str) -> list[tuple[str, list[Cell]]]:
     for cell in cells:
         rest = (f"{results.name(f)} {results.number(cell.values[f])}" for f in others)
         by_rest.setdefault(", ".join(rest), []).append(cell)
-    # Where there are too many, those that reach the highest accuracy.
-    top = lambda item: max((c.mean for c in item[1] if c.mean is not None), default=-1.0)
+    # Where there are too many, those that reach the best score.
+    top = lambda item: max(map(results.merit(found), item[1]))
     kept = sorted(by_rest.items(), key=top, reverse=True)[:_MOST_LINES]
     return [item for item in by_rest.items() if item in kept]
 
@@ -174,10 +168,10 @@ def heat_map(found: Results) -> Picture | None:
     y, x = fields
     rows, columns = ([*sorted({r.values[f] for r in found.rows})] for f in (y, x))
     means = np.full((len(rows), len(columns)), np.nan)
-    for cell in results.cells(found):
-        if cell.mean is not None:  # the best of what else is varied
-            place = rows.index(cell.values[y]), columns.index(cell.values[x])
-            means[place] = np.nanmax([means[place], cell.mean])
+    # The best of what else is varied comes last, and stays.
+    for cell in sorted(results.cells(found), key=results.merit(found)):
+        if cell.mean is not None:
+            means[rows.index(cell.values[y]), columns.index(cell.values[x])] = cell.mean
     figure, (panel,) = _figure(
         1, width=max(3.6, 0.75 * len(columns) + 1.8), height=max(2.6, 0.5 * len(rows) + 1.2)
     )
@@ -232,7 +226,7 @@ def curves(found: Results) -> Picture | None:
 
 def _colors(found: Results, field: str) -> tuple[Callable[[Row], Any], list[tuple[Any, Any]]]:
     values = sorted({row.values[field] for row in found.rows})
-    shades = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(values)))
+    shades = colormaps["viridis"](np.linspace(0, 0.9, len(values)))
     by_value = dict(zip(values, shades, strict=True))
     return lambda row: by_value[row.values[field]], list(by_value.items())
 

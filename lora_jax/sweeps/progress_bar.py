@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from lora_jax.sweeps import trials
 from lora_jax.sweeps.trials import Point
+from lora_jax.training.task import Score
 
 _PARTS = 10_000  # of a run: whole numbers add up
 _FORMAT = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
@@ -39,9 +40,9 @@ class Bar:
         self._bar.update(parts - self._at[point.id])
         self._at[point.id] = parts
 
-    def found(self, point: Point, name: str, score: float | None) -> None:
-        """A run has reached a score."""
-        if score is not None and score > self._best:
-            self._best = score
+    def found(self, point: Point, score: Score, value: float | None) -> None:
+        """Takes the best value that a run has reached, None if there is none yet."""
+        if value is not None and score.merit(value) > self._best:
+            self._best = score.merit(value)
             run = trials.label(point, self._swept)
-            self._bar.set_description(f"best {name} {score:.4f} ({run})", refresh=False)
+            self._bar.set_description(f"best {score.name} {value:.4f} ({run})", refresh=False)

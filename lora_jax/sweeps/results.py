@@ -2,13 +2,15 @@
 
 import csv
 import io
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_jax.sweeps import sweep_dirs, trials
 from lora_jax.training import metric_writer, workdirs
+from lora_jax.training.task import Score
 
 SEED, RANK, ALPHA = "seed", "lora.rank", "lora.alpha"
 
@@ -49,9 +51,14 @@ class Results(NamedTuple):
     unfinished: int
 
     @property
-    def score_name(self) -> str:
-        """What selects among runs: accuracy, or another name."""
+    def score(self) -> Score:
+        """What selects among runs: accuracy, or another score."""
         return sweep_dirs.best(self.rows[0].result)[0]
+
+    @property
+    def score_name(self) -> str:
+        """The score's name."""
+        return self.score.name
 
 
 class Cell(NamedTuple):
@@ -143,8 +150,14 @@ def table(results: Results) -> tuple[list[str], list[list[str]]]:
     fields = without_seed(results)
     header = [name(f) for f in fields]
     header += ["runs", f"validation {results.score_name}", "trainable parameters", "seconds a run"]
-    best_first = sorted(cells(results), key=lambda c: -1.0 if c.mean is None else c.mean)[::-1]
-    return header, [_line(cell, fields) for cell in best_first]
+    return header, [
+        _line(cell, fields) for cell in sorted(cells(results), key=merit(results))[::-1]
+    ]
+
+
+def merit(results: Results) -> Callable[[Cell], float]:
+    """What cells are compared by: the largest is the best; those without a score come last."""
+    return lambda cell: -math.inf if cell.mean is None else results.score.merit(cell.mean)
 
 
 def _line(cell: Cell, fields: Sequence[str]) -> list[str]:

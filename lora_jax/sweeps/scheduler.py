@@ -4,11 +4,13 @@ Nothing is remembered but what is on disk, so that going on after a kill, after 
 memory and after points were added is all the same: look at what each run lacks, and do that.
 """
 
+import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,44 +22,51 @@ from lora_jax.sweeps.progress_bar import Bar
 from lora_jax.sweeps.trial_loop import Group, Stop
 from lora_jax.sweeps.trials import Point
 from lora_jax.sweeps.vmapped_step import Member
-from lora_jax.tasks import classification, from_config
+from lora_jax.tasks import from_config
 from lora_jax.training import durations, preemption
-from lora_jax.training.task import Task
+from lora_jax.training.task import Recipe, Task
 
+_LOGGER = logging.getLogger("lora_jax.sweeps")
 _CACHE_BYTES = 2**30  # of runs at step 0 that are kept
 
 
-class Sweep(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sweep:
     """A sweep as it was asked for.
 
     Attributes:
       points: all of its runs.
       mine: those that this process is to do.
-      workdir: of the sweep.
-      parallel: runs at a time; None to find out.
-      halving: of each so many runs one goes on after a rung; 0 for no halving.
+      recipe: how the config of a run becomes its task.
+      workdir: directory of the sweep.
+      parallel: number of runs at a time; None to find out.
+      halving: number of runs of which one goes on after a rung; 0 for no halving.
       shard: which part this process does, i/n.
+      say: takes what there is to tell, by default the logger ``lora_jax.sweeps``.
     """
 
     points: list[Point]
     mine: list[Point]
+    recipe: Recipe
     workdir: Path
-    parallel: int | None
-    halving: int
-    shard: str
+    parallel: int | None = None
+    halving: int = 0
+    shard: str = "1/1"
+    say: Callable[[str], None] = _LOGGER.info
 
 
-def prepare(members: Sequence[Point], pending: Sequence[Point]) -> Group:
+def prepare(recipe: Recipe, members: Sequence[Point], pending: Sequence[Point]) -> Group:
     """Loads what the runs of a group share, and sees that each that is pending can start.
 
     Args:
+      recipe: makes the task.
       members: all runs of the group, whose ranks decide its shapes whether or not they are pending.
       pending: those of them that are to be run.
 
     Raises:
       ValueError: runs and model do not fit; all such runs are in one message.
     """
-    task, _ = classification.make_task(pending[0].config)
+    task, _ = recipe.make_task(pending[0].config)
     by_id = {point.id: point for point in members}
     member = lambda name: _member(task, by_id[name])
     size = sum(x.nbytes for x in jax.tree.leaves(_checked(member, pending[:1])[0]))
@@ -95,7 +104,7 @@ def _member(task: Task, point: Point) -> Member:
     return vmapped_step.member(task, point.config, from_config.lora_config(point.config))
 
 
-def run(sweep: Sweep, base: ConfigDict, say: Callable[[str], None]) -> dict[str, int]:
+def run(sweep: Sweep, base: ConfigDict) -> dict[str, int]:
     """Does all that is left to do, and returns how often each step was compiled.
 
     Raises:
@@ -106,7 +115,7 @@ def run(sweep: Sweep, base: ConfigDict, say: Callable[[str], None]) -> dict[str,
     made = Programs(sweep.parallel)
     parts = trials.groups(sweep.points)
     # A sweep of one group, the usual kind, keeps it through all rungs.
-    ready = functools.lru_cache(maxsize=1)(functools.partial(_ready, sweep, parts, say))
+    ready = functools.lru_cache(maxsize=1)(functools.partial(_ready, sweep, parts))
     first = next((n for n, part in enumerate(parts) if unfinished(sweep, part)), None)
     if first is None:
         return {}
@@ -124,7 +133,7 @@ def run(sweep: Sweep, base: ConfigDict, say: Callable[[str], None]) -> dict[str,
                 if pending := unfinished(sweep, part):
                     _train(sweep, ready(number), pending, made=made, rung=rung, bar=bar)
             if rung:
-                _drop(sweep, rung, say=say, bar=bar)
+                _drop(sweep, rung, bar)
                 made.forget()
     return made.compilations()
 
@@ -135,13 +144,11 @@ def unfinished(sweep: Sweep, among: Sequence[Point]) -> list[Point]:
     return [p for p in among if p.id in mine and sweep_dirs.result(sweep.workdir, p) is None]
 
 
-def _ready(
-    sweep: Sweep, parts: list[list[Point]], say: Callable[[str], None], number: int
-) -> Group:
+def _ready(sweep: Sweep, parts: list[list[Point]], number: int) -> Group:
     pending = unfinished(sweep, parts[number])
-    group = prepare(parts[number], pending)
+    group = prepare(sweep.recipe, parts[number], pending)
     ranks = [point.config.lora.rank for point in parts[number]]
-    say(
+    sweep.say(
         f"group {number + 1} of {len(parts)}: {len(pending)} runs of {len(parts[number])} to do, "
         f"rank {min(ranks)} to {max(ranks)} in one shape\n" + "\n".join(group.task.notes)
     )
@@ -204,13 +211,16 @@ def _train(
         chosen = [p for p in chosen if trial_loop.saved_step(sweep.workdir, p) == same][:count]
         try:
             on = made.get(group, key, count)
-            trial_loop.advance(group, chosen, on=on, workdir=sweep.workdir, to=stop, bar=bar)
+            trial_loop.advance(
+                group, chosen, on=on, workdir=sweep.workdir, to=stop, bar=bar, say=sweep.say
+            )
         except jax.errors.JaxRuntimeError as error:
             parallelism.check_memory(error)
             made.narrow(key, count, error)
     if not rung:
         settled = [
-            trial_loop.settle(group, point, sweep.workdir) for point in unfinished(sweep, pending)
+            trial_loop.settle(group, point, sweep.workdir, sweep.say)
+            for point in unfinished(sweep, pending)
         ]
         if not all(settled):  # those whose last checkpoint is damaged have some way to go again
             _train(sweep, group, pending, made=made, rung=rung, bar=bar)
@@ -223,13 +233,18 @@ def _next(sweep: Sweep, pending: list[Point], stop: Stop) -> list[Point]:
     return sorted(late, key=lambda p: -at[p.id])
 
 
-def _drop(sweep: Sweep, rung: int, *, say: Callable[[str], None], bar: Bar) -> None:
+def _rank(entry: dict[str, Any]) -> tuple[float, float]:
+    """What runs are sorted by at a rung: the score, the best first, then the loss."""
+    score, _ = sweep_dirs.best(entry["summary"])
+    return -score.merit(entry[score.name]), entry["loss"]
+
+
+def _drop(sweep: Sweep, rung: int, bar: Bar) -> None:
     """Finishes the runs that are not among the best at a rung."""
     folder = functools.partial(sweep_dirs.run_dir, sweep.workdir)
     seen = {p.id: trial_loop.rungs(folder(p)).get(str(rung)) for p in sweep.points}
     ranked = [p for p in sweep.points if seen[p.id]]
-    score = lambda entry: entry[entry["summary"]["score"]]
-    ranked.sort(key=lambda p: (-score(seen[p.id]), seen[p.id]["loss"]))
+    ranked.sort(key=lambda p: _rank(seen[p.id]))
     keep = survivors(len(sweep.points), sweep.halving, rung)
     losers = unfinished(sweep, ranked[keep:])
     for point in losers:
@@ -238,4 +253,4 @@ def _drop(sweep: Sweep, rung: int, *, say: Callable[[str], None], bar: Bar) -> N
         sweep_dirs.finish(sweep.workdir, point, values)
         bar.at(point, 1.0)
     if losers:
-        say(f"rung {rung}: {len(losers)} runs dropped, {min(keep, len(ranked))} go on")
+        sweep.say(f"rung {rung}: {len(losers)} runs dropped, {min(keep, len(ranked))} go on")

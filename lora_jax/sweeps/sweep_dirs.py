@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from lora_jax.files import write_atomically
 from lora_jax.sweeps.trials import Point
 from lora_jax.training import workdirs
+from lora_jax.training.task import Score
 
 RUNS, RESULT = "runs", "result.json"
 FINISHED, DIVERGED, DROPPED = "finished", "diverged", "dropped"
@@ -90,10 +91,10 @@ def result(workdir: Path, point: Point) -> dict[str, Any] | None:
     return _read(path) if path.exists() else None
 
 
-def best(found: dict[str, Any]) -> tuple[str, float | None]:
-    """The name of the score that selects among runs, and the best that a run has reached."""
-    name = found.get("score", "accuracy")
-    return name, found[f"best_{name}"]
+def best(found: dict[str, Any]) -> tuple[Score, float | None]:
+    """The score that selects among runs, and the best value of it that a run has reached."""
+    score = Score(found.get("score", "accuracy"), found.get("higher_is_better", True))
+    return score, found[f"best_{score.name}"]
 
 
 def finish(workdir: Path, point: Point, values: dict[str, Any]) -> None:

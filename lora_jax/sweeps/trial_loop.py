@@ -32,7 +32,7 @@ from lora_jax.training import (
 )
 from lora_jax.training.evaluation import combine
 from lora_jax.training.state import TrainState
-from lora_jax.training.task import Task
+from lora_jax.training.task import Score, Task
 
 PyTree = Any
 RUNGS = "rungs.json"  # evaluations for halving, in the directory of a run
@@ -84,7 +84,14 @@ def saved_step(workdir: Path, point: Point) -> int:
 
 
 def advance(
-    group: Group, points: list[Point], *, on: Program, workdir: Path, to: Stop, bar: Bar
+    group: Group,
+    points: list[Point],
+    *,
+    on: Program,
+    workdir: Path,
+    to: Stop,
+    bar: Bar,
+    say: Callable[[str], None],
 ) -> None:
     """Takes runs that stand at one step on to another, and finishes those that are done.
 
@@ -94,7 +101,7 @@ def advance(
       Stopped: SIGTERM came; each run has a checkpoint to go on from.
     """
     with contextlib.ExitStack() as stack:
-        found = [_open(stack, group, point, workdir) for point in points]
+        found = [_open(stack, group, point, workdir, say) for point in points]
         jobs, states = [job for job, _ in found], [state for _, state in found]
         if len({int(state.step) for state in states}) > 1:
             return
@@ -108,14 +115,14 @@ def advance(
             bar.at(job.point, 1.0)
 
 
-def settle(group: Group, point: Point, workdir: Path) -> bool:
+def settle(group: Group, point: Point, workdir: Path, say: Callable[[str], None]) -> bool:
     """Finishes a run whose newest checkpoint is its last: it was killed just before its result.
 
     Returns:
       Whether it was: it is not if that checkpoint is damaged.
     """
     with contextlib.ExitStack() as stack:
-        job, state = _open(stack, group, point, workdir)
+        job, state = _open(stack, group, point, workdir, say)
     if last := int(state.step) == _total(group.task, job):
         _finish(workdir, job, int(state.step))
     return last
@@ -127,15 +134,16 @@ def _finish(workdir: Path, job: Job, steps: int) -> None:
     sweep_dirs.finish(workdir, job.point, values)
 
 
-def summary(progress: loop.Progress, member: Member, score: str) -> dict[str, Any]:
+def summary(progress: loop.Progress, member: Member, score: Score) -> dict[str, Any]:
     """What a result says of any run; None where there was no evaluation."""
     seen = progress.best_step >= 0
     adapter = member.state.adapter
     sizes = jax.tree.map(lambda x, trained: x.size if trained else 0, adapter, lora.mask(adapter))
     return {
         "best_step": progress.best_step if seen else None,
-        "score": score,
-        f"best_{score}": progress.best_score if seen else None,
+        "score": score.name,
+        "higher_is_better": score.higher_is_better,
+        f"best_{score.name}": progress.best_score if seen else None,
         "best_loss": progress.best_loss if seen else None,
         "trainable_parameters": sum(jax.tree.leaves(sizes)),
         "seconds": round(progress.seconds, 3),
@@ -143,7 +151,7 @@ def summary(progress: loop.Progress, member: Member, score: str) -> dict[str, An
 
 
 def _summary(job: Job) -> dict[str, Any]:
-    return summary(job.progress, job.initial, job.run.task.score.name)
+    return summary(job.progress, job.initial, job.run.task.score)
 
 
 def rungs(directory: Path) -> dict[str, dict[str, Any]]:
@@ -157,7 +165,11 @@ def _total(task: Task, job: Job) -> int:
 
 
 def _open(
-    stack: contextlib.ExitStack, group: Group, point: Point, workdir: Path
+    stack: contextlib.ExitStack,
+    group: Group,
+    point: Point,
+    workdir: Path,
+    say: Callable[[str], None],
 ) -> tuple[Job, PyTree]:
     """Opens the directory of a run, and finds where it stands."""
     initial, directory = group.member(point.id), sweep_dirs.run_dir(workdir, point)
@@ -166,7 +178,7 @@ def _open(
     checkpoints = stack.enter_context(
         checkpointing.manager(folder, keep=point.config.checkpoint_keep)
     )
-    found = checkpointing.restore(checkpoints, initial.state)
+    found = checkpointing.restore(checkpoints, initial.state, say)
     state, progress = found or (initial.state, {})
     state = jax.tree.map(np.asarray, state)
     log = stack.enter_context(metric_writer.MetricWriter(directory, int(state.step)))
@@ -209,7 +221,8 @@ def _loop(
         jobs = _recorded(jobs, states.adapter, found, noted=evaluates, rung=rung)
         for k, job in enumerate(jobs):
             _save(job, states, k)
-            bar.found(job.point, task.score.name, job.progress.best_score)
+            best = job.progress.best_score if job.progress.best_step >= 0 else None
+            bar.found(job.point, task.score, best)
         if all(job.diverged for job in jobs):
             break
         if stop and done < to.step:

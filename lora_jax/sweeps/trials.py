@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from lora_jax.tasks import glue_config
 from lora_jax.training import workdirs
+from lora_jax.training.task import Recipe
 
 # Fields whose values are data to the compiled step: runs that differ in nothing else share it.
 DATA_FIELDS = (
@@ -64,7 +64,7 @@ def load_sweep(path: str | Path) -> Callable:
     return module.sweep
 
 
-def points(base: ConfigDict, sweep: Callable) -> list[Point]:
+def points(base: ConfigDict, sweep: Callable, recipe: Recipe) -> list[Point]:
     """The runs that ``sweep`` adds to ``base``, in its order; what is added twice is one run.
 
     Raises:
@@ -75,7 +75,7 @@ def points(base: ConfigDict, sweep: Callable) -> list[Point]:
     found, problems = {}, []
     for values in added:
         try:
-            point = _point(base, values)
+            point = _point(base, values, recipe)
             found.setdefault(point.id, point)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             problems.append(f"add({_shown(values)}): {error}")
@@ -90,7 +90,7 @@ def points(base: ConfigDict, sweep: Callable) -> list[Point]:
     return list(found.values())
 
 
-def _point(base: ConfigDict, values: dict[str, Any]) -> Point:
+def _point(base: ConfigDict, values: dict[str, Any], recipe: Recipe) -> Point:
     config = copy.deepcopy(base)
     known = fields(config)
     for field, value in values.items():
@@ -102,8 +102,8 @@ def _point(base: ConfigDict, values: dict[str, Any]) -> Point:
                 "between section and name"
             )
         _set(config, field, value.item() if isinstance(value, np.generic) else value)
-    config = glue_config.resolved(config)
-    glue_config.check(config)
+    config = recipe.resolve(config)
+    recipe.check(config)
     _check_alone(config)
     if config.adapter:
         raise ValueError(

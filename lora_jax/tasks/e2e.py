@@ -102,13 +102,17 @@ def load(config: ConfigDict) -> Writer:
     return Writer(loaded, tokenizer, generation.decoding(config, stop))
 
 
-def make_task(config: ConfigDict, writer: Writer) -> tuple[Task, lora.LoRAConfig]:
+def make_task(config: ConfigDict, writer: Writer | None = None) -> tuple[Task, lora.LoRAConfig]:
     """The task of learning to write, from the training lines.
+
+    Args:
+      config: gives model and data.
+      writer: the model, where it is loaded already.
 
     Raises:
       FileNotFoundError, ValueError: data that are missing or damaged, or do not fit the model.
     """
-    c = config.data
+    c, writer = config.data, writer or load(config)
     training = e2e_nlg.read(c.source, c.train)
     if c.holdout:
         training, evaluation = e2e_nlg.split(training, c.holdout, c.seed)

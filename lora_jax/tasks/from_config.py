@@ -17,7 +17,7 @@ def lora_config(config: ConfigDict) -> lora.LoRAConfig:
     return lora.LoRAConfig.from_dict(config.lora.to_dict())
 
 
-def settings(config: lora.LoRAConfig) -> ConfigDict:
+def to_config(config: lora.LoRAConfig) -> ConfigDict:
     """The inverse of :func:`lora_config`: for the run's directory, what holds in the run."""
     fields = {n: x for n, x in config.to_dict().items() if n != "origin"}
     return ConfigDict({n: tuple(x) if isinstance(x, list) else x for n, x in fields.items()})

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 import lora_jax as lora
 from lora_jax.data import batches, chat_template, conversations, packing
 from lora_jax.data.conversations import Conversation
-from lora_jax.data.order import permutation
+from lora_jax.data.order import SUBSET, permutation
 from lora_jax.data.packing import Packed
 from lora_jax.models import checkpoints
 from lora_jax.models.families import CAUSAL_LM
@@ -31,6 +31,11 @@ _LEAST = {
     "data.holdout": 0,
     "data.seed": 0,
 }
+
+
+def resolved(config: ConfigDict) -> ConfigDict:
+    """A copy of the config; it leaves nothing open."""
+    return config.copy_and_resolve_references()
 
 
 def check(config: ConfigDict) -> None:
@@ -131,7 +136,7 @@ def load_conversations(config: ConfigDict) -> tuple[list[Conversation], list[Con
             f"data.holdout {c.holdout} leaves nothing of the {len(everything)} conversations in "
             f"{c.train} to train on."
         )
-    order = permutation(len(everything), c.seed, stream=2**64 - 1)
+    order = permutation(len(everything), c.seed, stream=SUBSET)
     chosen = set(order[: c.holdout].tolist())
     part = lambda held: [x for k, x in enumerate(everything) if (k in chosen) == held]
     return part(False), part(True)

@@ -10,6 +10,7 @@ Orbax writes in the background, into a temporary folder that gets its name when 
 import contextlib
 import hashlib
 import json
+import logging
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +25,7 @@ from jax.experimental import multihost_utils
 
 PyTree = Any
 FORMAT_VERSION = 2
+_LOGGER = logging.getLogger("lora_jax.training")
 _TEMPORARY = "*.orbax-checkpoint-tmp*"
 _PATIENCE, _LONG = 20 * 60, 10 * 365 * 24 * 3600  # seconds
 
@@ -126,7 +128,7 @@ def _failed(checkpoints: ocp.CheckpointManager, step: int | None, error: Excepti
 
 
 def restore(
-    checkpoints: ocp.CheckpointManager, like: PyTree, say: Callable[[str], None] = print
+    checkpoints: ocp.CheckpointManager, like: PyTree, say: Callable[[str], None] = _LOGGER.warning
 ) -> tuple[PyTree, dict] | None:
     """The newest checkpoint that can be read, as a state like the one given; None for none at all.
 

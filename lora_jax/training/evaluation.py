@@ -31,10 +31,10 @@ def make_eval_step(task: Task, on: Devices = ONE) -> Callable:
 def evaluate(eval_step: Callable, adapter: PyTree, task: Task) -> dict[str, float]:
     """Loss and scores over all evaluation examples, each counted once."""
     batches = task.eval_batches()
-    return gathered(task, [(batch, *eval_step(adapter, task.base, batch)) for batch in batches])
+    return combine(task, [(batch, *eval_step(adapter, task.base, batch)) for batch in batches])
 
 
-def gathered(task: Task, results: list[tuple[Batch, Any, Any]]) -> dict[str, float]:
+def combine(task: Task, results: list[tuple[Batch, Any, Any]]) -> dict[str, float]:
     """Loss and scores from each batch of an evaluation with its sums and logits."""
     values = metrics.combine([sums for _, sums, _ in results])
     values.pop("examples")

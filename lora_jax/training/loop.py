@@ -25,7 +25,7 @@ from lora_jax.training import (
 from lora_jax.training.evaluation import evaluate
 from lora_jax.training.metric_logger import Meter
 from lora_jax.training.state import TrainState, storable
-from lora_jax.training.task import Score, Task
+from lora_jax.training.task import Task
 
 PyTree = Any
 
@@ -193,7 +193,8 @@ def recorded(run: Run, adapter: PyTree, found: Evaluation, progress: Progress) -
     epoch = step / run.task.steps_per_epoch
     run.log.write(step, epoch=epoch, **{f"eval_{name}": x for name, x in values.items()})
     progress = progress._replace(evaluated=step)
-    if progress.best_step >= 0 and not _is_better(run.task.score, score, progress.best_score):
+    merit = run.task.score.merit
+    if progress.best_step >= 0 and not merit(score) > merit(progress.best_score):
         return progress
     metadata = {**run.task.metadata, "step": step, **values}
     if distributed.first():
@@ -202,7 +203,3 @@ def recorded(run: Run, adapter: PyTree, found: Evaluation, progress: Progress) -
             base=run.task.base_id, metadata=metadata,
         )  # fmt: skip
     return progress._replace(best_step=step, best_score=score, best_loss=loss)
-
-
-def _is_better(score: Score, value: float, than: float) -> bool:
-    return value > than if score.higher_is_better else value < than

@@ -22,7 +22,7 @@ from lora_jax.training.task import Batch, Task
 PyTree = Any
 
 
-class Options(NamedTuple):
+class StepOptions(NamedTuple):
     """What a step is compiled with, besides task and optimiser.
 
     Attributes:
@@ -36,19 +36,19 @@ class Options(NamedTuple):
     spike: float = 0.0
 
 
-PLAIN = Options()
+PLAIN = StepOptions()
 
 
-def options(config: ConfigDict) -> Options:
+def step_options(config: ConfigDict) -> StepOptions:
     """Those of a config, guarded."""
-    return Options(config.accumulate, guarded=True, spike=config.guard.spike)
+    return StepOptions(config.accumulate, guarded=True, spike=config.guard.spike)
 
 
 def train_step(
     task: Task,
     tx: optax.GradientTransformation,
     dropout: Any,
-    options: Options = PLAIN,
+    options: StepOptions = PLAIN,
     *,
     axis: str | None = None,
 ) -> Callable:
@@ -90,7 +90,7 @@ def make_train_step(
     task: Task,
     tx: optax.GradientTransformation,
     dropout: float,
-    options: Options = PLAIN,
+    options: StepOptions = PLAIN,
     *,
     on: Devices = ONE,
     like: TrainState | None = None,

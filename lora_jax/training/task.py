@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 
+from lora_jax.config import LoRAConfig
 from lora_jax.data.batches import Batch
 
 PyTree = Any
@@ -20,6 +22,10 @@ class Score(NamedTuple):
 
     name: str = "accuracy"
     higher_is_better: bool = True
+
+    def merit(self, value: float) -> float:
+        """The value with the sign with which the largest is the best."""
+        return value if self.higher_is_better else -value
 
 
 class Task(NamedTuple):
@@ -58,3 +64,17 @@ class Task(NamedTuple):
     base_of: Callable[[int], PyTree] | None = None
     score: Score = Score()
     scores: Callable[[np.ndarray], dict[str, float]] | None = None
+
+
+class Recipe(NamedTuple):
+    """How a config becomes a task: what the runs of one program have in common.
+
+    Attributes:
+      resolve: gives a copy of a config that leaves nothing open.
+      check: raises ValueError for the mistakes of a config, before anything is loaded.
+      make_task: loads model and data; gives the task and the settings of the adapter.
+    """
+
+    resolve: Callable[[ConfigDict], ConfigDict]
+    check: Callable[[ConfigDict], None]
+    make_task: Callable[[ConfigDict], tuple[Task, LoRAConfig]]

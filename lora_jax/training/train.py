@@ -4,6 +4,8 @@ A task brings a function of (params, batch, key), batches by step, and metrics.
 """
 
 import contextlib
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +31,28 @@ from lora_jax.training.step import make_train_step, step_options
 from lora_jax.training.task import Task
 
 PyTree = Any
+_LOGGER = logging.getLogger("lora_jax.training")
 
 
-def train(task: Task, config: ConfigDict, lora_config: lora.LoRAConfig, workdir: Path) -> Progress:
+def train(
+    task: Task,
+    config: ConfigDict,
+    lora_config: lora.LoRAConfig,
+    workdir: Path,
+    *,
+    say: Callable[[str], None] = _LOGGER.info,
+) -> Progress:
     """Trains to the end, or goes on from the last checkpoint in ``workdir``.
 
     Writes ``config.json``, ``adapter/`` (the best so far), ``checkpoints/``, ``metrics.jsonl``,
     TensorBoard events and ``curves.png``.
+
+    Args:
+      task: what is trained on.
+      config: its fields are those of ``configs/common.py``.
+      lora_config: the settings of the adapter.
+      workdir: a new directory, or that of this run.
+      say: takes each line of the report; by default the logger ``lora_jax.training``.
 
     Raises:
       Stopped: SIGTERM came; it has stopped at a checkpoint, and goes on if called again.
@@ -52,15 +69,15 @@ def train(task: Task, config: ConfigDict, lora_config: lora.LoRAConfig, workdir:
         _claim(stack, workdir, config)
         stack.enter_context(preemption.on_sigterm())
         lines = [*task.notes, *partitioning.notes(on, task.base), *report(task.base, state.adapter)]
-        print("\n".join(lines), flush=True)
+        say("\n".join(lines))
         checkpoints = stack.enter_context(
             checkpointing.manager(workdir / workdirs.CHECKPOINTS, keep=config.checkpoint_keep)
         )
-        state, progress = _resumed(workdir, checkpoints, state)
+        state, progress = _resumed(workdir, checkpoints, state, say)
         start, total = int(state.step), durations.plan(config, task.steps_per_epoch).total
         distributed.agree(start)
         if start == total == progress.evaluated or progress.ended:
-            print(f"This run is finished: {_end(progress, start, total)}.", flush=True)
+            say(f"This run is finished: {_end(progress, start, total)}.")
             return progress
         state = usable(partitioning.place(on, storable(state), task.base))
         task = partitioning.with_copies(on, task)
@@ -80,7 +97,7 @@ def train(task: Task, config: ConfigDict, lora_config: lora.LoRAConfig, workdir:
         except FloatingPointError as error:
             newest = checkpoints.latest_step()
             raise FloatingPointError(_diverged(error, workdir, newest)) from error
-        print(f"Training ended: {_end(progress, step, total)}.", flush=True)
+        say(f"Training ended: {_end(progress, step, total)}.")
         return progress
 
 
@@ -115,8 +132,10 @@ def report(base: PyTree, adapter: PyTree) -> list[str]:
     return [*lines, lora.summary(base, adapter)]
 
 
-def _resumed(workdir: Path, checkpoints: Any, state: TrainState) -> tuple[TrainState, Progress]:
-    found = checkpointing.restore(checkpoints, storable(state))
+def _resumed(
+    workdir: Path, checkpoints: Any, state: TrainState, say: Callable[[str], None]
+) -> tuple[TrainState, Progress]:
+    found = checkpointing.restore(checkpoints, storable(state), say)
     if found is None:
         return state, Progress()
     stored, progress = found[0], stored_progress(found[1])
@@ -125,7 +144,7 @@ def _resumed(workdir: Path, checkpoints: Any, state: TrainState) -> tuple[TrainS
             f"The run in {workdir} has its best adapter from step {progress.best_step}, and its "
             f"folder {workdirs.ADAPTER} is gone: put it back, or use a new workdir."
         )
-    print(f"Going on from the checkpoint of step {int(stored.step)}.", flush=True)
+    say(f"Going on from the checkpoint of step {int(stored.step)}.")
     return usable(stored), progress
 
 
