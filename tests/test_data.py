@@ -226,7 +226,7 @@ def test_tfds_errors(monkeypatch):
 
 
 def test_unprepared_without_tensorflow(monkeypatch):
-    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(tfds.importlib.util, "find_spec", lambda name: None)
     message = r"looked in /where.*pip install 'lora_jax\[tfds-prepare\]' and run this again"
     with pytest.raises(FileNotFoundError, match=message):
         load_fake(monkeypatch, fake_builder([], prepared=False))
@@ -236,7 +236,7 @@ def test_failure_to_prepare_says_what_else_serves(monkeypatch):
     def fail(**_):
         raise OSError("no network")
 
-    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(tfds.importlib.util, "find_spec", lambda name: object())
     builder = fake_builder([], prepared=False)
     builder.download_and_prepare = fail
     with pytest.raises(OSError, match="no network") as caught:
@@ -249,7 +249,7 @@ def test_another_process_prepared_the_data_meanwhile(monkeypatch):
         builder.is_prepared = lambda: True
         raise OSError("Directory not empty")
 
-    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(tfds.importlib.util, "find_spec", lambda name: object())
     builder = fake_builder([{"sentence": b"a", "label": 1}], prepared=False)
     builder.download_and_prepare = lose
     assert load_fake(monkeypatch, builder).sentences == ("a",)
@@ -263,7 +263,7 @@ def test_reviews_come_from_their_own_builder_and_need_no_tensorflow(monkeypatch,
     unprepared.download_and_prepare = lambda file_format: asked.append(file_format)
     reviews = types.SimpleNamespace(builder=lambda data_dir: unprepared)
     monkeypatch.setitem(sys.modules, "lora_jax.data.reviews", reviews)
-    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(tfds.importlib.util, "find_spec", lambda name: None)
     assert sources.load(source, "train").sentences == ("a",)
     assert asked == ["array_record"]
 
