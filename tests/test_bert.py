@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from lora_jax import paths
-from lora_jax.models import bert, blocks, checkpoints, registry, tables
+from lora_jax.models import bert, checkpoints, layers, registry, tables
+from lora_jax.models.layers import ACTIVATIONS
 
 # Made by scripts/make_bert_goldens.py.
 GOLDENS = Path(__file__).parent / "goldens" / "bert"
@@ -63,7 +64,7 @@ def golden(case):
     return args, values
 
 
-@pytest.mark.parametrize("module", [bert, blocks, registry, tables])
+@pytest.mark.parametrize("module", [bert, layers, registry, tables])
 def test_doctests(module):
     assert doctest.testmod(module).failed == 0
 
@@ -226,7 +227,7 @@ def phi(x):
 def test_gelu_is_the_exact_one(dtype, tolerance):
     with jax.enable_x64(dtype == "float64"):
         x = jnp.linspace(-6, 6, 97, dtype=dtype)
-        y, back = jax.vjp(blocks.ACTIVATIONS["gelu"], x)
+        y, back = jax.vjp(ACTIVATIONS["gelu"], x)
         (slope,) = back(jnp.ones_like(y))
         assert y.dtype == slope.dtype == jnp.dtype(dtype)
         x, y, slope = (np.asarray(v, np.float64) for v in (x, y, slope))

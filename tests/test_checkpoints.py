@@ -18,7 +18,7 @@ from huggingface_hub import constants
 
 import lora_jax as lora
 from lora_jax import files, paths
-from lora_jax.models import bert, checkpoints, families, hub, reading
+from lora_jax.models import bert, checkpoints, families, hub, load_weights
 from lora_jax.names import Name
 
 GOLDEN = Path(__file__).parent / "goldens" / "bert" / "gelu"  # scripts/make_bert_goldens.py
@@ -148,7 +148,9 @@ def test_an_encoder_alone_loads_by_its_own_table():
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     shapes = jax.eval_shape(bert.BertModel(config).init, jax.random.key(0), ids, ids)["params"]
     rows = bert.names(config, head="encoder")
-    leaves, fresh = reading.load_params(checkpoint, paths.named_leaves(shapes), rows, bert.FAMILY)
+    leaves, fresh = load_weights.load_params(
+        checkpoint, paths.named_leaves(shapes), rows, bert.FAMILY
+    )
     assert fresh == ()
     query = leaves["encoder/layer_1/attention/query/kernel"]
     expected = tensors_of(GOLDEN)["bert.encoder.layer.1.attention.self.query.weight"]
@@ -192,7 +194,7 @@ def tied(tmp_path, tensors, ignored=()):
     safetensors.numpy.save_file(tensors, tmp_path / hub.WEIGHTS)
     family = families.Family(("x",), object, None, {}, {}, "model.", ignored)
     where = hub.Checkpoint("x", tmp_path, {}, (tmp_path / hub.WEIGHTS,), "directory")
-    return reading.load_params(where, TIED_SHAPES, TIED, family)
+    return load_weights.load_params(where, TIED_SHAPES, TIED, family)
 
 
 @pytest.mark.parametrize(
@@ -234,10 +236,10 @@ def test_host_memory_holds_about_one_tensor_above_the_result(tmp_path):
     family = families.Family(("x",), object, None, {}, {}, "x.")
     where = hub.Checkpoint("x", tmp_path, {}, (tmp_path / hub.WEIGHTS,), "directory")
     del tensors
-    reading.load_params(where, shapes, rows, family)  # what is imported or compiled is so now
+    load_weights.load_params(where, shapes, rows, family)  # what is imported or compiled is so now
     tracemalloc.start()  # numpy tells it of its arrays, those that JAX has taken over included
     try:
-        leaves, _ = reading.load_params(where, shapes, rows, family)
+        leaves, _ = load_weights.load_params(where, shapes, rows, family)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

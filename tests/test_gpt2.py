@@ -14,7 +14,7 @@ import safetensors.numpy
 import lora_jax as lora
 from lora_jax import adapter as adapters
 from lora_jax import names, paths
-from lora_jax.models import caches, checkpoints, gpt2
+from lora_jax.models import checkpoints, gpt2, kv_cache
 
 # Made by scripts/make_gpt2_goldens.py.
 GOLDENS = Path(__file__).parent / "goldens" / "gpt2"
@@ -92,7 +92,7 @@ def test_with_a_cache_the_logits_are_the_same(scan_layers, pieces):
         logits, cache = run(model, params, ids[:, done : done + n], slots, cache=cache)
         parts.append(logits)
         done += n
-    assert int(cache.index) == 9 and caches.slots(cache) == 11
+    assert int(cache.index) == 9 and kv_cache.slots(cache) == 11
     real = mask > 0
     # Sums over more keys may be taken in another order.
     whole = run(model, params, ids, mask)

@@ -17,7 +17,7 @@ from lora_jax import adapter as adapters
 from lora_jax import names, paths
 from lora_jax.lowrank import LowRank, scale_array
 from lora_jax.names import Name
-from lora_jax.peft import is_peft, load_peft, matching, save_peft
+from lora_jax.peft import is_peft, load_peft, save_peft, target_modules
 
 GOLDENS = Path(__file__).parent / "goldens" / "peft"
 VARIANTS = {
@@ -341,7 +341,7 @@ def test_words_are_refused_by_name(bert, words, message, tmp_path):
 
 def test_expressions_have_a_time_limit(bert, tmp_path, monkeypatch):
     _, table, params, _ = bert
-    monkeypatch.setattr(matching, "_MOST_SECONDS", 0.0)
+    monkeypatch.setattr(target_modules, "_MOST_SECONDS", 0.0)
     with pytest.raises(ValueError, match="target_modules: its regular expressions take too long"):
         load_peft(copy(tmp_path, target_modules=".*e.*e.*e.*query"), params, names=table)
 
@@ -354,7 +354,7 @@ def test_expressions_have_a_time_limit(bert, tmp_path, monkeypatch):
     (r"(?:x*y){2,}", True), (r"(a{1,9}){1,9}", True),
 ])  # fmt: skip
 def test_which_expressions_could_explode(pattern, explosive):
-    assert matching._is_explosive(pattern) == explosive
+    assert target_modules._is_explosive(pattern) == explosive
 
 
 def test_all_unsupported_words_at_once(bert, tmp_path):

@@ -12,8 +12,9 @@ import tiny
 import lora_jax as lora
 from configs import common, sst2_minilm
 from lora_jax import paths
-from lora_jax.models import bert, blocks, checkpoints, generate, gpt2, llama, llama_config
+from lora_jax.models import bert, checkpoints, generate, gpt2, llama, llama_config
 from lora_jax.models.decoding import Decoding
+from lora_jax.models.layers import POLICIES
 from lora_jax.tasks import classification, from_config, language_modeling
 from lora_jax.training import metrics, training_config
 from lora_jax.training.state import initial_state
@@ -192,9 +193,9 @@ def test_policies_are_those_of_jax():
     names = [
         n for n in dir(jax.checkpoint_policies) if n[0].islower()
     ]  # classes make policies, too
-    assert set(blocks.POLICIES) <= set(names)
+    assert set(POLICIES) <= set(names)
     made = {n for n in names if n.startswith(("save_", "offload", "checkpoint_name"))}
-    assert set(names) - set(blocks.POLICIES) <= made
+    assert set(names) - set(POLICIES) <= made
 
 
 def test_mistakes_list_the_names():

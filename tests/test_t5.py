@@ -13,7 +13,7 @@ import safetensors.numpy
 
 import lora_jax as lora
 from lora_jax import names, paths, peft
-from lora_jax.models import checkpoints, generate, hub, relative, t5, t5_config
+from lora_jax.models import checkpoints, generate, hub, relative_positions, t5, t5_config
 from lora_jax.models.decoding import Decoding
 
 # Made by scripts/make_t5_goldens.py.
@@ -54,7 +54,7 @@ def run(model, params, *args, **options):
 
 
 def test_doctests():
-    assert not any(doctest.testmod(module).failed for module in (t5, t5_config, relative))
+    assert not any(doctest.testmod(module).failed for module in (t5, t5_config, relative_positions))
 
 
 def test_goldens_cover_both_versions():
@@ -81,7 +81,7 @@ def test_buckets_equal_transformers():
     with np.load(GOLDENS / "buckets.npz") as file:
         for name, expected in file.items():
             count, furthest, both = map(int, name.split("_"))
-            found = relative.relative_buckets(
+            found = relative_positions.relative_buckets(
                 jnp.arange(-600, 601), bidirectional=bool(both), buckets=count, furthest=furthest
             )
             np.testing.assert_array_equal(found, expected, err_msg=name)

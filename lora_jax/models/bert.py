@@ -12,9 +12,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lora_jax.models import blocks, encoder, settings, tables
+from lora_jax.models import config_checks, encoder, tables
 from lora_jax.models.encoder import Embeddings, Encoder, EncoderConfig, Part, Pooler
 from lora_jax.models.families import CLASSIFIER, ENCODER, Family
+from lora_jax.models.layers import Dropout, check_inputs
 from lora_jax.names import Name
 
 Array = jax.Array
@@ -38,7 +39,7 @@ class BertConfig(EncoderConfig):
         >>> BertConfig.from_hf({"model_type": "bert", "hidden_size": 384}).hidden_size
         384
         """
-        return settings.read(cls, config, model_type=["bert"], built=encoder.BUILT)
+        return config_checks.read(cls, config, model_type=["bert"], built=encoder.BUILT)
 
     def to_hf(self) -> dict[str, Any]:
         """The same as the content of a ``config.json``.
@@ -56,7 +57,7 @@ class BertModel(Part):
       config: the shape.
       dtype: of the activations, float32 or bfloat16; parameters are float32.
       scan_layers: whether the layers are stacked, and one is compiled for all.
-      remat: what the backward pass computes again; see :func:`blocks.rematted`.
+      remat: what the backward pass computes again; see :func:`layers.rematted`.
     """
 
     scan_layers: bool = False
@@ -84,7 +85,7 @@ class BertModel(Part):
         """
         if token_type_ids is None:
             token_type_ids = jnp.zeros_like(input_ids)
-        blocks.check_inputs(
+        check_inputs(
             self.config.positions,
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -129,7 +130,7 @@ class BertForSequenceClassification(nn.Module):
         stack = {"scan_layers": self.scan_layers, "remat": self.remat}
         model = BertModel(c, self.dtype, **stack, name="bert")
         _, pooled = model(input_ids, attention_mask, token_type_ids, deterministic=deterministic)
-        pooled = blocks.Dropout(c.head_dropout)(pooled, deterministic=deterministic)
+        pooled = Dropout(c.head_dropout)(pooled, deterministic=deterministic)
         init = nn.initializers.normal(c.initializer_range)
         head = nn.Dense(self.num_labels, kernel_init=init, dtype=self.dtype, name="classifier")
         return head(pooled).astype(jnp.promote_types(self.dtype, jnp.float32))

@@ -15,10 +15,11 @@ from jax.sharding import Mesh, NamedSharding
 from lora_jax import names as tables
 from lora_jax import paths, sharding
 from lora_jax.files import safetensors_pieces, write_atomically
-from lora_jax.models import blocks, hub, registry
+from lora_jax.models import hub, registry
 from lora_jax.models.families import CLASSIFIER, Family
 from lora_jax.models.hub import Checkpoint, base_id, resolve
-from lora_jax.models.reading import load_params, open_tensors, shown
+from lora_jax.models.layers import check_remat
+from lora_jax.models.load_weights import load_params, open_tensors, shown
 from lora_jax.models.tokenizer import load_tokenizer
 from lora_jax.names import Name
 
@@ -89,7 +90,7 @@ def load(
       mesh: of the devices that the parameters are split over; None for JAX's default device.
       rules: how they are split, as for :func:`lora_jax.sharding.specs`; None for the family's own.
       remat: what training computes again to save memory: "none", "full", or the name of a policy
-        in ``jax.checkpoint_policies``; see :func:`lora_jax.models.blocks.rematted`.
+        in ``jax.checkpoint_policies``; see :func:`lora_jax.models.layers.rematted`.
 
     Raises:
       FileNotFoundError: there is no such checkpoint.
@@ -100,7 +101,7 @@ def load(
         raise ValueError(f"num_labels must be a whole number of at least 1, got {num_labels!r}.")
     checkpoint = resolve(name)
     family, config = _family(checkpoint)
-    blocks.check_remat(remat)
+    check_remat(remat)
     labels = {"num_labels": num_labels} if head == CLASSIFIER else {}
     kind = _model(family, head, checkpoint)
     _check_layers(config, checkpoint)

@@ -12,9 +12,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lora_jax.models import blocks, settings, tables
+from lora_jax.models import config_checks, tables
 from lora_jax.models.attention import attention
 from lora_jax.models.families import CLASSIFIER, ENCODER, Family, column, embedding, row
+from lora_jax.models.layers import (
+    ACTIVATIONS,
+    Dropout,
+    Layers,
+    check_inputs,
+    layer_norm,
+    mask_bias,
+    repeat,
+)
 from lora_jax.names import Name
 from lora_jax.sharding import split_lookup, split_rows
 
@@ -45,11 +54,11 @@ class DistilBertConfig:
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "dim", "n_layers", "n_heads", "hidden_dim")
-        settings.check_sizes(self, (*sizes, "max_position_embeddings"))
-        settings.check_rates(self, ("dropout", "attention_dropout", "seq_classif_dropout"))
-        settings.check_positive(self, ("initializer_range",))
-        settings.check_one_of(self, "activation", blocks.ACTIVATIONS)
-        settings.check_divides(self, "dim", "n_heads")
+        config_checks.check_sizes(self, (*sizes, "max_position_embeddings"))
+        config_checks.check_rates(self, ("dropout", "attention_dropout", "seq_classif_dropout"))
+        config_checks.check_positive(self, ("initializer_range",))
+        config_checks.check_one_of(self, "activation", ACTIVATIONS)
+        config_checks.check_divides(self, "dim", "n_heads")
 
     @property
     def positions(self) -> int:
@@ -68,7 +77,7 @@ class DistilBertConfig:
         >>> DistilBertConfig.from_hf({"model_type": "distilbert", "dim": 384}).dim
         384
         """
-        return settings.read(cls, config, model_type=["distilbert"], built={})
+        return config_checks.read(cls, config, model_type=["distilbert"], built={})
 
     def to_hf(self) -> dict[str, Any]:
         """The same as the content of a ``config.json``.
@@ -90,7 +99,7 @@ class _Part(nn.Module):
         return nn.Dense(features, kernel_init=init, dtype=self.dtype, name=name)
 
     def _norm(self, name: str) -> nn.LayerNorm:
-        return blocks.layer_norm(_EPSILON, self.dtype, name)
+        return layer_norm(_EPSILON, self.dtype, name)
 
     def _part(self, kind: type["_Part"], name: str) -> "_Part":
         return kind(self.config, dtype=self.dtype, name=name)
@@ -108,7 +117,7 @@ class Embeddings(_Part):
         positions = jnp.arange(input_ids.shape[-1])[None, :]
         x = split_lookup(embed(c.vocab_size, name="word_embeddings")(input_ids))
         x = x + embed(c.max_position_embeddings, name="position_embeddings")(positions)
-        x = blocks.Dropout(c.dropout)(self._norm("LayerNorm")(x), deterministic=deterministic)
+        x = Dropout(c.dropout)(self._norm("LayerNorm")(x), deterministic=deterministic)
         return split_rows(x)
 
 
@@ -121,7 +130,7 @@ class MultiHeadSelfAttention(_Part):
         c = self.config
         split = lambda y: y.reshape(*y.shape[:-1], c.n_heads, c.dim // c.n_heads)
         query, key, value = (split(self._dense(c.dim, f"{n}_lin")(x)) for n in "qkv")
-        drop = blocks.Dropout(c.attention_dropout, deterministic=deterministic)
+        drop = Dropout(c.attention_dropout, deterministic=deterministic)
         y = attention(query, key, value, bias, drop=drop).reshape(x.shape)
         return self._dense(c.dim, "out_lin")(y)
 
@@ -133,8 +142,8 @@ class FFN(_Part):
     def __call__(self, x: Array, *, deterministic: bool) -> Array:
         """``(..., dim)`` to ``(..., dim)``."""
         c = self.config
-        x = blocks.ACTIVATIONS[c.activation](self._dense(c.hidden_dim, "lin1")(x))
-        return blocks.Dropout(c.dropout)(self._dense(c.dim, "lin2")(x), deterministic=deterministic)
+        x = ACTIVATIONS[c.activation](self._dense(c.hidden_dim, "lin1")(x))
+        return Dropout(c.dropout)(self._dense(c.dim, "lin2")(x), deterministic=deterministic)
 
 
 class TransformerBlock(_Part):
@@ -158,11 +167,11 @@ class Transformer(_Part):
     @nn.compact
     def __call__(self, x: Array, attention_mask: Array, *, deterministic: bool) -> Array:
         """``x`` is ``(batch, length, dim)``, the mask ``(batch, length)``."""
-        return blocks.repeat(
+        return repeat(
             functools.partial(self._part, TransformerBlock),
-            blocks.Layers(self.config.n_layers, self.scan_layers, self.remat),
+            Layers(self.config.n_layers, self.scan_layers, self.remat),
             x,
-            blocks.mask_bias(attention_mask),
+            mask_bias(attention_mask),
             deterministic=deterministic,
         )
 
@@ -174,7 +183,7 @@ class DistilBertModel(_Part):
       config: the shape.
       dtype: of the activations, float32 or bfloat16; parameters are float32.
       scan_layers: whether the layers are stacked, and one is compiled for all.
-      remat: what the backward pass computes again; see :func:`blocks.rematted`.
+      remat: what the backward pass computes again; see :func:`layers.rematted`.
     """
 
     scan_layers: bool = False
@@ -194,9 +203,7 @@ class DistilBertModel(_Part):
         Raises:
           ValueError: too many tokens, or shapes that differ.
         """
-        blocks.check_inputs(
-            self.config.positions, input_ids=input_ids, attention_mask=attention_mask
-        )
+        check_inputs(self.config.positions, input_ids=input_ids, attention_mask=attention_mask)
         x = self._part(Embeddings, "embeddings")(input_ids, deterministic=deterministic)
         stack = {"scan_layers": self.scan_layers, "remat": self.remat}
         layers = Transformer(self.config, self.dtype, **stack, name="transformer")
@@ -227,7 +234,7 @@ class DistilBertForSequenceClassification(_Part):
         model = DistilBertModel(c, self.dtype, **stack, name="distilbert")
         x = model(input_ids, attention_mask, deterministic=deterministic)
         x = nn.relu(self._dense(c.dim, "pre_classifier")(x[:, 0]))
-        x = blocks.Dropout(c.seq_classif_dropout)(x, deterministic=deterministic)
+        x = Dropout(c.seq_classif_dropout)(x, deterministic=deterministic)
         logits = self._dense(self.num_labels, "classifier")(x)
         return logits.astype(jnp.promote_types(self.dtype, jnp.float32))
 

@@ -12,9 +12,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lora_jax.models import blocks, settings, tables
+from lora_jax.models import config_checks, tables
 from lora_jax.models.attention import attention
 from lora_jax.models.families import column, embedding, row
+from lora_jax.models.layers import ACTIVATIONS, Dropout, Layers, layer_norm, mask_bias, repeat
 from lora_jax.names import Name
 from lora_jax.sharding import split_lookup, split_rows
 
@@ -52,11 +53,11 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         rates = ("hidden_dropout_prob", "attention_probs_dropout_prob")
-        settings.check_sizes(self, _SIZES)
-        settings.check_rates(self, rates, optional=("classifier_dropout",))
-        settings.check_positive(self, ("layer_norm_eps", "initializer_range"))
-        settings.check_one_of(self, "hidden_act", blocks.ACTIVATIONS)
-        settings.check_divides(self, "hidden_size", "num_attention_heads")
+        config_checks.check_sizes(self, _SIZES)
+        config_checks.check_rates(self, rates, optional=("classifier_dropout",))
+        config_checks.check_positive(self, ("layer_norm_eps", "initializer_range"))
+        config_checks.check_one_of(self, "hidden_act", ACTIVATIONS)
+        config_checks.check_divides(self, "hidden_size", "num_attention_heads")
 
     @property
     def positions(self) -> int:
@@ -81,7 +82,7 @@ class Part(nn.Module):
         return nn.Dense(features, kernel_init=init, dtype=self.dtype, name=name)
 
     def _norm(self) -> nn.LayerNorm:
-        return blocks.layer_norm(self.config.layer_norm_eps, self.dtype, "LayerNorm")
+        return layer_norm(self.config.layer_norm_eps, self.dtype, "LayerNorm")
 
     def _part(self, kind: type["Part"], name: str) -> "Part":
         return kind(self.config, dtype=self.dtype, name=name)
@@ -107,7 +108,7 @@ class Embeddings(Part):
         kinds = embed(c.type_vocab_size, name="token_type_embeddings")(token_type_ids)
         places = embed(c.max_position_embeddings, name="position_embeddings")(positions)
         x = x + split_lookup(kinds) + split_lookup(places)
-        x = blocks.Dropout(c.hidden_dropout_prob)(self._norm()(x), deterministic=deterministic)
+        x = Dropout(c.hidden_dropout_prob)(self._norm()(x), deterministic=deterministic)
         return split_rows(x)
 
 
@@ -118,7 +119,7 @@ class Output(Part):
     def __call__(self, x: Array, residual: Array, *, deterministic: bool) -> Array:
         """``LayerNorm(residual + dropout(dense(x)))``."""
         x = self._dense(self.config.hidden_size)(x)
-        x = blocks.Dropout(self.config.hidden_dropout_prob)(x, deterministic=deterministic)
+        x = Dropout(self.config.hidden_dropout_prob)(x, deterministic=deterministic)
         return split_rows(self._norm()(x + residual))
 
 
@@ -134,7 +135,7 @@ class Attention(Part):
         query, key, value = (
             split(self._dense(c.hidden_size, name)(x)) for name in ("query", "key", "value")
         )
-        drop = blocks.Dropout(c.attention_probs_dropout_prob, deterministic=deterministic)
+        drop = Dropout(c.attention_probs_dropout_prob, deterministic=deterministic)
         y = attention(query, key, value, bias, drop=drop).reshape(x.shape)
         return self._part(Output, "output")(y, x, deterministic=deterministic)
 
@@ -145,7 +146,7 @@ class Intermediate(Part):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """``(..., hidden)`` to ``(..., intermediate)``."""
-        activation = blocks.ACTIVATIONS[self.config.hidden_act]
+        activation = ACTIVATIONS[self.config.hidden_act]
         return activation(self._dense(self.config.intermediate_size)(x))
 
 
@@ -169,11 +170,11 @@ class Encoder(Part):
     @nn.compact
     def __call__(self, x: Array, attention_mask: Array, *, deterministic: bool) -> Array:
         """``x`` is ``(batch, length, hidden)``, the mask ``(batch, length)``."""
-        return blocks.repeat(
+        return repeat(
             functools.partial(self._part, Layer),
-            blocks.Layers(self.config.num_hidden_layers, self.scan_layers, self.remat),
+            Layers(self.config.num_hidden_layers, self.scan_layers, self.remat),
             x,
-            blocks.mask_bias(attention_mask),
+            mask_bias(attention_mask),
             deterministic=deterministic,
         )
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lora_jax.models import beams, caches
+from lora_jax.models import beam_search, kv_cache
 from lora_jax.models.decoding import Decoding, filtered, is_stop, no_repeat
 
 Array = jax.Array
@@ -139,7 +139,7 @@ def generator(begin: Callable, step: Callable, decoding: Decoding) -> Callable:
         room = decoding.max_new_tokens
         ids, mask, cache = begin(params, inputs, room)
         mask = jnp.pad(mask, ((0, 0), (0, room)), constant_values=1)
-        positions = caches.positions(mask, 0, mask.shape[1])
+        positions = kv_cache.positions(mask, 0, mask.shape[1])
         n = ids.shape[1]
         logits, cache = step(params, ids, mask, positions[:, :n], cache)
 
@@ -227,7 +227,7 @@ def _one_by_one(
 def _beam_search(
     more: Callable, logits: Array, cache: PyTree, *, decoding: Decoding, axes: PyTree
 ) -> Generated:
-    tokens = beams.search(more, logits, cache, decoding=decoding, axes=axes)
+    tokens = beam_search.search(more, logits, cache, decoding=decoding, axes=axes)
     ends = is_stop(tokens, decoding.stop)
     first = jnp.argmax(ends, axis=-1).astype(jnp.int32) + 1
     return Generated(tokens, jnp.where(ends.any(axis=-1), first, decoding.max_new_tokens))

@@ -13,10 +13,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lora_jax.models import blocks, caches, settings, tables
+from lora_jax.models import config_checks, kv_cache, tables
 from lora_jax.models.attention import attention
-from lora_jax.models.caches import Cache
 from lora_jax.models.families import CAUSAL_LM, Family, column, embedding, row
+from lora_jax.models.kv_cache import Cache
+from lora_jax.models.layers import ACTIVATIONS, Dropout, layer_norm, rematted
 from lora_jax.names import Name
 from lora_jax.sharding import split_lookup, split_rows
 
@@ -56,11 +57,11 @@ class GPT2Config:
 
     def __post_init__(self) -> None:
         sizes = ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head"]
-        settings.check_sizes(self, sizes + ([] if self.n_inner is None else ["n_inner"]))
-        settings.check_rates(self, ("resid_pdrop", "embd_pdrop", "attn_pdrop"))
-        settings.check_positive(self, ("layer_norm_epsilon", "initializer_range"))
-        settings.check_one_of(self, "activation_function", blocks.ACTIVATIONS)
-        settings.check_divides(self, "n_embd", "n_head")
+        config_checks.check_sizes(self, sizes + ([] if self.n_inner is None else ["n_inner"]))
+        config_checks.check_rates(self, ("resid_pdrop", "embd_pdrop", "attn_pdrop"))
+        config_checks.check_positive(self, ("layer_norm_epsilon", "initializer_range"))
+        config_checks.check_one_of(self, "activation_function", ACTIVATIONS)
+        config_checks.check_divides(self, "n_embd", "n_head")
 
     @property
     def head_dim(self) -> int:
@@ -82,7 +83,7 @@ class GPT2Config:
         >>> GPT2Config.from_hf({"model_type": "gpt2", "n_embd": 1024, "n_head": 16}).head_dim
         64
         """
-        return settings.read(cls, config, model_type=["gpt2"], built=_BUILT)
+        return config_checks.read(cls, config, model_type=["gpt2"], built=_BUILT)
 
     def to_hf(self) -> dict[str, Any]:
         """The same as the content of a ``config.json``.
@@ -107,7 +108,7 @@ def init_cache(
     (3, 5, 12, 64)
     """
     shape = (batch, length, config.n_head, config.head_dim)
-    return caches.empty(shape, dtype, count=config.n_layer, stacked=scan_layers)
+    return kv_cache.empty(shape, dtype, count=config.n_layer, stacked=scan_layers)
 
 
 class _Part(nn.Module):
@@ -124,7 +125,7 @@ class _Part(nn.Module):
         return nn.Dense(features, kernel_init=init, dtype=self.dtype, name=name)
 
     def _norm(self, name: str | None = None) -> nn.LayerNorm:
-        return blocks.layer_norm(self.config.layer_norm_epsilon, self.dtype, name)
+        return layer_norm(self.config.layer_norm_epsilon, self.dtype, name)
 
 
 class GPT2Attention(_Part):
@@ -143,17 +144,17 @@ class GPT2Attention(_Part):
             query = query / jnp.asarray(number + 1, query.dtype)
         keys = {"k": key, "v": value}
         if cache is not None:
-            cache = keys = caches.write(cache, keys, index)
+            cache = keys = kv_cache.write(cache, keys, index)
         y = attention(
             query,
             keys["k"].astype(query.dtype),
             keys["v"].astype(query.dtype),
             bias,
             scale=None if c.scale_attn_weights else 1.0,
-            drop=blocks.Dropout(c.attn_pdrop, deterministic=deterministic),
+            drop=Dropout(c.attn_pdrop, deterministic=deterministic),
         )
         y = self._dense(c.n_embd, "c_proj")(y.reshape(x.shape))
-        return blocks.Dropout(c.resid_pdrop)(y, deterministic=deterministic), cache
+        return Dropout(c.resid_pdrop)(y, deterministic=deterministic), cache
 
 
 class GPT2MLP(_Part):
@@ -164,8 +165,8 @@ class GPT2MLP(_Part):
         """``(..., n_embd)`` to the same."""
         c = self.config
         wide = self._dense(c.n_inner or 4 * c.n_embd, "c_fc")(x)
-        y = self._dense(c.n_embd, "c_proj")(blocks.ACTIVATIONS[c.activation_function](wide))
-        return blocks.Dropout(c.resid_pdrop)(y, deterministic=deterministic)
+        y = self._dense(c.n_embd, "c_proj")(ACTIVATIONS[c.activation_function](wide))
+        return Dropout(c.resid_pdrop)(y, deterministic=deterministic)
 
 
 class GPT2Block(_Part):
@@ -202,10 +203,10 @@ class GPT2Model(_Part):
         if self.scan_layers:
             self.h = _scanned(c.n_layer, self.remat)(c, dtype=self.dtype)
         else:
-            block = blocks.rematted(GPT2Block, self.remat, static=_STATIC)
+            block = rematted(GPT2Block, self.remat, static=_STATIC)
             self.h = [block(c, dtype=self.dtype) for _ in range(c.n_layer)]
         self.ln_f = self._norm()
-        self.drop = blocks.Dropout(c.embd_pdrop)
+        self.drop = Dropout(c.embd_pdrop)
 
     def __call__(
         self,
@@ -218,10 +219,10 @@ class GPT2Model(_Part):
         """Token ids ``(batch, n)`` to states ``(batch, n, n_embd)``, and the cache with them."""
         n, start = input_ids.shape[1], 0 if cache is None else cache.index
         if positions is None:
-            positions = caches.positions(attention_mask, start, n)
+            positions = kv_cache.positions(attention_mask, start, n)
         x = split_lookup(self.wte(input_ids)) + split_lookup(self.wpe(positions))
         x = self.drop(x, deterministic=deterministic)
-        shared = (caches.causal_bias(attention_mask, start, n), start)
+        shared = (kv_cache.causal_bias(attention_mask, start, n), start)
         x, layers = self._run(x, None if cache is None else cache.layers, shared, deterministic)
         return self.ln_f(x), None if cache is None else Cache(layers, start + jnp.int32(n))
 
@@ -244,7 +245,7 @@ _STATIC = (4,)  # "deterministic", where the layer itself is 0
 def _scanned(count: int, remat: str) -> type[nn.Module]:
     """:class:`GPT2Block` with the parameters of all layers stacked, compiled once."""
     return nn.scan(
-        blocks.rematted(GPT2Block, remat, scan=True, static=_STATIC),
+        rematted(GPT2Block, remat, scan=True, static=_STATIC),
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=(0, nn.broadcast, nn.broadcast),
@@ -259,7 +260,7 @@ class GPT2LMHeadModel(nn.Module):
       config: the model's shape.
       dtype: of the activations, float32 or bfloat16; parameters are float32.
       scan_layers: the layers in one array a parameter, compiled once.
-      remat: what the backward pass computes again; see :func:`blocks.rematted`.
+      remat: what the backward pass computes again; see :func:`layers.rematted`.
     """
 
     config: GPT2Config
@@ -300,10 +301,10 @@ class GPT2LMHeadModel(nn.Module):
         Raises:
           ValueError: shapes that do not fit, or more tokens than there are positions.
         """
-        slots = input_ids.shape[-1] if cache is None else caches.slots(cache)
+        slots = input_ids.shape[-1] if cache is None else kv_cache.slots(cache)
         if attention_mask is None:
             attention_mask = jnp.ones((input_ids.shape[0], slots), jnp.int32)
-        caches.check(input_ids, attention_mask, positions, slots)
+        kv_cache.check(input_ids, attention_mask, positions, slots)
         if slots > self.config.n_positions:
             raise ValueError(
                 f"{slots} tokens, and the model has positions for {self.config.n_positions}; "

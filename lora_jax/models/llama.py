@@ -13,11 +13,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lora_jax.models import blocks, caches, rope
+from lora_jax.models import kv_cache, rope
 from lora_jax.models.attention import grouped_attention
-from lora_jax.models.blocks import ACTIVATIONS, Dropout, RMSNorm
-from lora_jax.models.caches import Cache
 from lora_jax.models.families import CAUSAL_LM, Family, column, embedding, row
+from lora_jax.models.kv_cache import Cache
+from lora_jax.models.layers import ACTIVATIONS, Dropout, RMSNorm, rematted
 from lora_jax.models.llama_config import FULL, SLIDING, VARIANTS, LlamaConfig, names
 from lora_jax.sharding import split_lookup, split_rows
 
@@ -40,7 +40,7 @@ def init_cache(
     (3, 5, 2, 8)
     """
     shape = (batch, length, config.num_key_value_heads, config.head_dim)
-    return caches.empty(shape, dtype, count=config.num_hidden_layers, stacked=scan_layers)
+    return kv_cache.empty(shape, dtype, count=config.num_hidden_layers, stacked=scan_layers)
 
 
 class _View(NamedTuple):
@@ -85,7 +85,7 @@ class LlamaAttention(_Part):
         query, key = (rope.rotate(y, view.cos, view.sin) for y in (query, key))
         keys = {"k": key, "v": value}
         if cache is not None:
-            cache = keys = caches.write(cache, keys, index)
+            cache = keys = kv_cache.write(cache, keys, index)
         y = grouped_attention(
             query,
             keys["k"].astype(query.dtype),
@@ -164,7 +164,7 @@ class LlamaModel(_Part):
         if self.scan_layers:
             self.layers = _scanned(c.num_hidden_layers, self.remat)(c, dtype=self.dtype)
         else:
-            layer = blocks.rematted(LlamaLayer, self.remat, static=_STATIC)
+            layer = rematted(LlamaLayer, self.remat, static=_STATIC)
             self.layers = [layer(c, dtype=self.dtype) for _ in range(c.num_hidden_layers)]
         self.norm = self._norm()
 
@@ -199,7 +199,7 @@ _STATIC = (4,)  # "deterministic", where the layer itself is 0
 def _scanned(count: int, remat: str) -> type[nn.Module]:
     """:class:`LlamaLayer` with the parameters of all layers stacked, compiled once."""
     return nn.scan(
-        blocks.rematted(LlamaLayer, remat, scan=True, static=_STATIC),
+        rematted(LlamaLayer, remat, scan=True, static=_STATIC),
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=(0, nn.broadcast, nn.broadcast),
@@ -214,7 +214,7 @@ class LlamaForCausalLM(nn.Module):
       config: the model's shape, and which of the family it is.
       dtype: of the activations, float32 or bfloat16; parameters are float32.
       scan_layers: the layers in one array a parameter, compiled once.
-      remat: what the backward pass computes again; see :func:`blocks.rematted`.
+      remat: what the backward pass computes again; see :func:`layers.rematted`.
     """
 
     config: LlamaConfig
@@ -259,14 +259,14 @@ class LlamaForCausalLM(nn.Module):
           ValueError: shapes that do not fit.
         """
         c = self.config
-        slots = input_ids.shape[-1] if cache is None else caches.slots(cache)
+        slots = input_ids.shape[-1] if cache is None else kv_cache.slots(cache)
         if attention_mask is None:
             attention_mask = jnp.ones((input_ids.shape[0], slots), jnp.int32)
-        caches.check(input_ids, attention_mask, positions, slots)
+        kv_cache.check(input_ids, attention_mask, positions, slots)
         _check(input_ids, segment_ids, cache)
         start, n = 0 if cache is None else cache.index, input_ids.shape[1]
         if positions is None:
-            positions = caches.positions(attention_mask, start, n)
+            positions = kv_cache.positions(attention_mask, start, n)
         queries = start + jnp.arange(n)
         allowed = _allowed(queries, attention_mask, segment_ids)
         views = [_view(c, kind, queries, positions, allowed) for kind in _kinds(c)]

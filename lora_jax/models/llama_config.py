@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from lora_jax.models import rope, settings, tables
-from lora_jax.models.blocks import ACTIVATIONS
+from lora_jax.models import config_checks, rope, tables
 from lora_jax.models.families import CAUSAL_LM
+from lora_jax.models.layers import ACTIVATIONS
 from lora_jax.models.rope import Rope
 from lora_jax.names import Name
 
@@ -160,9 +160,9 @@ class LlamaConfig:
     final_logit_softcapping: float | None = None
 
     def __post_init__(self) -> None:
-        settings.check_one_of(self, "model_type", VARIANTS)
-        settings.check_sizes(self, ("hidden_size", "num_attention_heads", "num_hidden_layers"))
-        settings.check_at_most(self, "num_hidden_layers", 10_000)
+        config_checks.check_one_of(self, "model_type", VARIANTS)
+        config_checks.check_sizes(self, ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+        config_checks.check_at_most(self, "num_hidden_layers", 10_000)
         kind = SLIDING if self.sliding_window else FULL
         for name, value in {
             "num_key_value_heads": self.num_attention_heads,
@@ -193,7 +193,9 @@ class LlamaConfig:
         """
         kind = config.get("model_type")
         if kind not in VARIANTS:
-            return settings.read(cls, config, model_type=VARIANTS, built=_BUILT)  # which raises
+            return config_checks.read(
+                cls, config, model_type=VARIANTS, built=_BUILT
+            )  # which raises
         variant = VARIANTS[kind]
         said = {**variant.defaults, **config}
         fields = {n: said[n] for n in ("model_type", *_PLAIN, *variant.words) if n in said}
@@ -203,7 +205,7 @@ class LlamaConfig:
             fields |= _windows(said, variant, fields)
         fields |= _ropes(said, variant)
         left = {name: config.get(name) for name in _BUILT}
-        return settings.read(cls, fields | left, model_type=VARIANTS, built=_BUILT)
+        return config_checks.read(cls, fields | left, model_type=VARIANTS, built=_BUILT)
 
     def to_hf(self) -> dict[str, Any]:
         """The same as the content of a ``config.json``, in the words of transformers 4 and of 5.
@@ -230,16 +232,18 @@ class LlamaConfig:
 
 
 def _check(config: LlamaConfig) -> None:
-    settings.check_sizes(config, _SIZES)
-    settings.check_rates(config, ("attention_dropout",))
-    settings.check_positive(config, ("initializer_range", "rms_norm_eps", "query_pre_attn_scalar"))
-    settings.check_one_of(config, "hidden_act", ACTIVATIONS)
-    settings.check_divides(config, "num_attention_heads", "num_key_value_heads")
+    config_checks.check_sizes(config, _SIZES)
+    config_checks.check_rates(config, ("attention_dropout",))
+    config_checks.check_positive(
+        config, ("initializer_range", "rms_norm_eps", "query_pre_attn_scalar")
+    )
+    config_checks.check_one_of(config, "hidden_act", ACTIVATIONS)
+    config_checks.check_divides(config, "num_attention_heads", "num_key_value_heads")
     if config.head_dim % 2:
         raise ValueError(f"head_dim must be even, since pairs are rotated; got {config.head_dim}.")
     for name in ("attn_logit_softcapping", "final_logit_softcapping", "sliding_window"):
         if getattr(config, name) is not None:
-            settings.check_positive(config, (name,))
+            config_checks.check_positive(config, (name,))
     plain = {"attention_bias": False, "mlp_bias": False, "attn_logit_softcapping": None}
     plain |= {"final_logit_softcapping": None, "sliding_window": None}
     plain |= {"query_pre_attn_scalar": config.head_dim}

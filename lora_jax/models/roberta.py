@@ -13,9 +13,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lora_jax.models import blocks, encoder, settings, tables
+from lora_jax.models import config_checks, encoder, tables
 from lora_jax.models.encoder import Embeddings, Encoder, EncoderConfig, Part, Pooler
 from lora_jax.models.families import CLASSIFIER, ENCODER, Family
+from lora_jax.models.layers import Dropout, check_inputs
 from lora_jax.names import Name
 
 Array = jax.Array
@@ -40,7 +41,7 @@ class RobertaConfig(EncoderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        settings.check_one_of(self, "model_type", _KINDS)
+        config_checks.check_one_of(self, "model_type", _KINDS)
         pad = self.pad_token_id
         if not isinstance(pad, int) or not 0 <= pad < self.vocab_size or self.positions < 1:
             raise ValueError(
@@ -63,7 +64,7 @@ class RobertaConfig(EncoderConfig):
         >>> RobertaConfig.from_hf({"model_type": "xlm-roberta", "vocab_size": 250002}).positions
         512
         """
-        return settings.read(cls, config, model_type=_KINDS, built=encoder.BUILT)
+        return config_checks.read(cls, config, model_type=_KINDS, built=encoder.BUILT)
 
     def to_hf(self) -> dict[str, Any]:
         """The same as the content of a ``config.json``.
@@ -92,7 +93,7 @@ class RobertaModel(Part):
       dtype: of the activations, float32 or bfloat16; parameters are float32.
       pooler: whether there is a pooler; a classifier has none.
       scan_layers: whether the layers are stacked, and one is compiled for all.
-      remat: what the backward pass computes again; see :func:`blocks.rematted`.
+      remat: what the backward pass computes again; see :func:`layers.rematted`.
     """
 
     pooler: bool = True
@@ -121,7 +122,7 @@ class RobertaModel(Part):
         """
         if token_type_ids is None:
             token_type_ids = jnp.zeros_like(input_ids)
-        blocks.check_inputs(
+        check_inputs(
             self.config.positions,
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -144,7 +145,7 @@ class RobertaClassificationHead(Part):
     @nn.compact
     def __call__(self, x: Array, *, deterministic: bool) -> Array:
         """``(batch, length, hidden)`` to ``(batch, num_labels)``."""
-        drop = blocks.Dropout(self.config.head_dropout, deterministic=deterministic)
+        drop = Dropout(self.config.head_dropout, deterministic=deterministic)
         x = nn.tanh(self._dense(self.config.hidden_size)(drop(x[:, 0])))
         return self._dense(self.num_labels, "out_proj")(drop(x))
 

@@ -13,11 +13,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lora_jax.models import blocks, caches
+from lora_jax.models import kv_cache
 from lora_jax.models.attention import attention
-from lora_jax.models.caches import Cache
 from lora_jax.models.families import SEQ2SEQ_LM, TOKENS, Family, column, embedding, row
-from lora_jax.models.relative import relative_buckets
+from lora_jax.models.kv_cache import Cache
+from lora_jax.models.layers import ACTIVATIONS, Dropout, RMSNorm, rematted
+from lora_jax.models.relative_positions import relative_buckets
 from lora_jax.models.t5_config import T5Config, names
 from lora_jax.sharding import split_lookup, split_rows
 
@@ -52,7 +53,7 @@ def init_cache(
     (3, 5, 2, 8)
     """
     shape = (batch, length, config.num_heads, config.d_kv)
-    return caches.empty(shape, dtype, count=config.num_decoder_layers, stacked=scan_layers)
+    return kv_cache.empty(shape, dtype, count=config.num_decoder_layers, stacked=scan_layers)
 
 
 class _Part(nn.Module):
@@ -65,11 +66,11 @@ class _Part(nn.Module):
         init = nn.initializers.normal(self.config.initializer_factor * stddev)
         return nn.Dense(features, use_bias=False, kernel_init=init, dtype=self.dtype, name=name)
 
-    def _norm(self) -> blocks.RMSNorm:
-        return blocks.RMSNorm(self.config.layer_norm_epsilon, self.dtype)
+    def _norm(self) -> RMSNorm:
+        return RMSNorm(self.config.layer_norm_epsilon, self.dtype)
 
-    def _dropout(self) -> blocks.Dropout:
-        return blocks.Dropout(self.config.dropout_rate)
+    def _dropout(self) -> Dropout:
+        return Dropout(self.config.dropout_rate)
 
 
 class T5Attention(_Part):
@@ -113,7 +114,7 @@ class T5Dense(_Part):
         gated, _, activation = c.feed_forward_proj.rpartition("-")
         wide = lambda name: self._dense(c.d_ff, c.d_model**-0.5, name)(x)
         # The name "gated-gelu" has always stood for the approximation by tanh.
-        activate = blocks.ACTIVATIONS["gelu_new" if gated and activation == "gelu" else activation]
+        activate = ACTIVATIONS["gelu_new" if gated and activation == "gelu" else activation]
         y = activate(wide("wi_0")) * wide("wi_1") if gated else activate(wide("wi"))
         y = self._dropout()(y, deterministic=deterministic)
         return self._dense(c.d_model, c.d_ff**-0.5, "wo")(y)
@@ -146,7 +147,7 @@ class T5Block(_Part):
         y = self.self_norm(x)
         keys = self.SelfAttention.keys(y)
         if cache is not None:
-            cache = keys = caches.write(cache, keys, index)
+            cache = keys = kv_cache.write(cache, keys, index)
         x = add(x, self.SelfAttention(y, keys, bias, deterministic))
         if memory is not None:
             x = add(x, self.EncDecAttention(self.cross_norm(x), memory, cross_bias, deterministic))
@@ -175,7 +176,7 @@ class T5Stack(_Part):
         if self.scan_layers:
             self.block = block(_scanned(count, self.remat))
         else:
-            kind = blocks.rematted(T5Block, self.remat, static=_STATIC)
+            kind = rematted(T5Block, self.remat, static=_STATIC)
             self.block = [block(kind) for _ in range(count)]
         self.final_layer_norm = self._norm()
         self.dropout = self._dropout()
@@ -250,7 +251,7 @@ def _scanned(count: int, remat: str) -> type[nn.Module]:
         "length": count,
     }
     return nn.scan(
-        blocks.rematted(T5Block, remat, scan=True, static=_STATIC),
+        rematted(T5Block, remat, scan=True, static=_STATIC),
         methods={
             "__call__": {**rules, "in_axes": (0, nn.broadcast, nn.broadcast)},
             "memory": {**rules, "in_axes": 0},
@@ -265,7 +266,7 @@ class T5ForConditionalGeneration(nn.Module):
       config: the model's shape.
       dtype: of the activations, float32 or bfloat16; parameters are float32.
       scan_layers: the layers of each stack in one array a parameter, compiled once.
-      remat: what the backward pass computes again; see :func:`blocks.rematted`.
+      remat: what the backward pass computes again; see :func:`layers.rematted`.
     """
 
     config: T5Config
@@ -352,7 +353,7 @@ class T5ForConditionalGeneration(nn.Module):
         """
         slots = decoder_input_ids.shape[1:]
         if cache is not None:
-            slots = (caches.slots(cache),)
+            slots = (kv_cache.slots(cache),)
         if decoder_attention_mask is None:
             decoder_attention_mask = jnp.ones((decoder_input_ids.shape[0], *slots), jnp.int32)
         _check(decoder_input_ids, decoder_attention_mask, slots)

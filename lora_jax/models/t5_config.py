@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.models import settings, tables
-from lora_jax.models.blocks import ACTIVATIONS
+from lora_jax.models import config_checks, tables
 from lora_jax.models.families import SEQ2SEQ_LM
+from lora_jax.models.layers import ACTIVATIONS
 from lora_jax.names import Name
 
 _SIZES = (
@@ -53,12 +53,12 @@ class T5Config:
         for name, other in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(self, other))
-        settings.check_sizes(self, _SIZES)
-        settings.check_at_most(self, "relative_attention_max_distance", 2**20)
-        settings.check_rates(self, ("dropout_rate",))
-        settings.check_positive(self, ("layer_norm_epsilon", "initializer_factor"))
+        config_checks.check_sizes(self, _SIZES)
+        config_checks.check_at_most(self, "relative_attention_max_distance", 2**20)
+        config_checks.check_rates(self, ("dropout_rate",))
+        config_checks.check_positive(self, ("layer_norm_epsilon", "initializer_factor"))
         known = [f"{gate}{name}" for gate in ("", "gated-") for name in ACTIVATIONS]
-        settings.check_one_of(self, "feed_forward_proj", known)
+        config_checks.check_one_of(self, "feed_forward_proj", known)
         for name in ("pad_token_id", "eos_token_id", "decoder_start_token_id"):
             value = getattr(self, name)
             if not isinstance(value, int) or not 0 <= value < self.vocab_size:
@@ -87,7 +87,9 @@ class T5Config:
         # transformers 5 calls every T5 tied, and says here what version 1.1 is known by.
         tied = config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))
         config = {**config, "tie_word_embeddings": tied is not False}
-        return settings.read(cls, config, model_type=["t5"], built={"is_encoder_decoder": True})
+        return config_checks.read(
+            cls, config, model_type=["t5"], built={"is_encoder_decoder": True}
+        )
 
     def to_hf(self) -> dict[str, Any]:
         """The same as the content of a ``config.json``.

@@ -5,8 +5,8 @@ package is the only place with PEFT's words. What PEFT has and this library has 
 refused by name; nothing is left out in silence.
 """
 
-from lora_jax.peft.reading import is_peft, load_peft, tensor_shapes
-from lora_jax.peft.words import read_words
-from lora_jax.peft.writing import save_peft
+from lora_jax.peft.config import read_words
+from lora_jax.peft.load import is_peft, load_peft, tensor_shapes
+from lora_jax.peft.save import save_peft
 
 __all__ = ["is_peft", "load_peft", "read_words", "save_peft", "tensor_shapes"]

@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from lora_jax.models import blocks
+from lora_jax.models.layers import check_remat
 from lora_jax.training import durations
 
 ACTIONS = ("stop", "skip")
@@ -50,7 +50,7 @@ def _batch_problems(config: ConfigDict) -> Iterator[str]:
             f"{', '.join(map(str, fits))} do"
         )
     try:
-        blocks.check_remat(config.model.remat)
+        check_remat(config.model.remat)
     except ValueError as error:
         yield f"model.{error}"
 

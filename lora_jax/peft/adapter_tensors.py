@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from lora_jax import names
 from lora_jax.names import Weight
-from lora_jax.peft import matching
-from lora_jax.peft.matching import Model
-from lora_jax.peft.words import HEADS
+from lora_jax.peft import target_modules
+from lora_jax.peft.config import HEADS
+from lora_jax.peft.target_modules import Model
 
 PREFIX = "base_model.model."
 # Targeted by these names, PEFT's file holds the frozen weight of the module beside its factors.
@@ -60,8 +60,8 @@ def make(words: Mapping[str, Any], model: Model) -> Plan:
     Raises:
       ValueError: a regular expression among the words can't be used.
     """
-    chosen = matching.adapted(words, model)
-    trained = matching.saved(words["modules_to_save"] or [], model)
+    chosen = target_modules.adapted(words, model)
+    trained = target_modules.saved(words["modules_to_save"] or [], model)
     problems = _unused(words, model, chosen) + _unfit(chosen, trained, model)
     kernels = [m for m in chosen if m in model.kernels and _is_plain(model.kernels[m])]
     ranks, alphas = _values(words, kernels, "rank"), _values(words, kernels, "alpha")
@@ -79,9 +79,9 @@ def scale(alpha: float, rank: int, *, root: bool) -> float:
 
 
 def _values(words: Mapping[str, Any], kernels: list[str], what: str) -> dict[str, Any]:
-    patterns = matching.patterns(words[f"{what}_pattern"], f"{what}_pattern")
+    patterns = target_modules.patterns(words[f"{what}_pattern"], f"{what}_pattern")
     default = words[{"rank": "r", "alpha": "lora_alpha"}[what]]
-    return {m: matching.value_of(m, patterns, default)[0] for m in kernels}
+    return {m: target_modules.value_of(m, patterns, default)[0] for m in kernels}
 
 
 def _unused(words: Mapping[str, Any], model: Model, chosen: list[str]) -> list[str]:
@@ -93,11 +93,11 @@ def _unused(words: Mapping[str, Any], model: Model, chosen: list[str]) -> list[s
         problems += _no_hits("target_modules", words["target_modules"], model.modules)
     heads = HEADS.get(words["task_type"], ())
     for entry in dict.fromkeys(words["modules_to_save"] or []):
-        if entry not in heads and not matching.saved([entry], model):
+        if entry not in heads and not target_modules.saved([entry], model):
             problems.append(f"modules_to_save entry {entry!r} selects no module")
     for what in ("rank_pattern", "alpha_pattern"):
-        patterns = matching.patterns(words[what], what)
-        used = {matching.value_of(m, patterns, None)[1] for m in chosen}
+        patterns = target_modules.patterns(words[what], what)
+        used = {target_modules.value_of(m, patterns, None)[1] for m in chosen}
         for k, (key, (match, _)) in enumerate(zip(words[what] or {}, patterns, strict=True)):
             if k not in used and not any(map(match, chosen)):
                 problems.append(f"{what} key {key!r} matches no adapted module")
@@ -106,7 +106,7 @@ def _unused(words: Mapping[str, Any], model: Model, chosen: list[str]) -> list[s
 
 def _no_hits(what: str, entries: list[str], modules: list[str]) -> list[str]:
     """Entries that fit no module, not even one that other words then take out."""
-    endings = {s for m in modules for s in matching.suffixes(m)}
+    endings = {s for m in modules for s in target_modules.suffixes(m)}
     missing = [entry for entry in dict.fromkeys(entries) if entry not in endings]
     return [f"{what} entry {entry!r} selects no module" for entry in missing[:20]]
 

@@ -17,11 +17,11 @@ from lora_jax.config import LoRAConfig
 from lora_jax.files import write_atomically
 from lora_jax.lowrank import LowRank, scale_array
 from lora_jax.names import Name, Weight
-from lora_jax.peft import layouts, matching, plan
-from lora_jax.peft.matching import Model
-from lora_jax.peft.plan import Part, Plan
-from lora_jax.peft.reading import WEIGHTS, base_tensor, holds
-from lora_jax.peft.words import ABOUT, CONFIG, DEFAULTS, HEADS, TASKS, problems_of, to_bytes
+from lora_jax.peft import adapter_tensors, layouts, target_modules
+from lora_jax.peft.adapter_tensors import Part, Plan
+from lora_jax.peft.config import ABOUT, CONFIG, DEFAULTS, HEADS, TASKS, problems_of, to_bytes
+from lora_jax.peft.load import WEIGHTS, base_tensor, holds
+from lora_jax.peft.target_modules import Model
 
 PyTree = Any
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
@@ -80,7 +80,7 @@ def save_peft(
     if problems:
         raise _refusal(problems)
     older = bool(config.origin.get("older", False))
-    model = matching.model(_weights(names, leaves, older=older))
+    model = target_modules.model(_weights(names, leaves, older=older))
     content, problems = _content(nodes, model, config)
     if problems:
         raise _refusal(problems)
@@ -173,7 +173,7 @@ def _alpha(node: LowRank, config: LoRAConfig) -> float:
         config.alpha, *config.alpha_pattern.values(), float(round(exact)), round(exact, 4), exact,
         *nearby,
     ]  # fmt: skip
-    same = lambda alpha: scale.dtype.type(plan.scale(alpha, rank, root=root)) == scale
+    same = lambda alpha: scale.dtype.type(adapter_tensors.scale(alpha, rank, root=root)) == scale
     alpha = next((alpha for alpha in candidates if alpha > 0 and same(alpha)), exact)
     return int(alpha) if float(alpha).is_integer() else alpha
 
@@ -186,14 +186,14 @@ def _words(
     old = config.origin.get("words", {})
     if old and not problems_of(old):
         kept = _canonical(DEFAULTS | _deduplicated(old) | told, old)
-        wanted = plan.make(kept, model)
+        wanted = adapter_tensors.make(kept, model)
         if not _differences(content, wanted, config.rank_stabilized):
             return kept, wanted
         # The adapter has changed since; what says something of it as a whole still holds.
         told = {name: old.get(name) for name in ABOUT} | told
     words = DEFAULTS | told
     words = _canonical(words | _fresh(content, model, words, config), {})
-    wanted = plan.make(words, model)
+    wanted = adapter_tensors.make(words, model)
     differences = _differences(content, wanted, config.rank_stabilized)
     if differences:
         raise _refusal(differences)
@@ -230,7 +230,7 @@ def _fresh(
         )
     entries = [e for e in _saved_entries(saved, model) if e not in heads]
     inside = [m for m in model.modules if any(f"{m}.".startswith(f"{s}.") for s in saved)]
-    targets = matching.shortest(content.kernels, model, inside)
+    targets = target_modules.shortest(content.kernels, model, inside)
     rank, alpha = _usual(content.ranks, config.rank), _usual(content.alphas, config.alpha)
     fresh = {
         "modules_to_save": [*entries, *heads] or None,
@@ -241,11 +241,11 @@ def _fresh(
         "bias": _bias(rest, content, model),
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": matching.shortest_patterns(content.ranks, model, rank),
-        "alpha_pattern": matching.shortest_patterns(content.alphas, model, alpha),
+        "rank_pattern": target_modules.shortest_patterns(content.ranks, model, rank),
+        "alpha_pattern": target_modules.shortest_patterns(content.alphas, model, alpha),
         "fan_in_fan_out": any(names.is_conv1d(w) for w in content.kernels.values()),
     }
-    if set(matching.adapted(dict(words) | fresh, model)) != set(content.kernels):
+    if set(target_modules.adapted(dict(words) | fresh, model)) != set(content.kernels):
         # No list can: one name is the ending of another.
         fresh["target_modules"] = "|".join(re.escape(m) for m in sorted(content.kernels))
     return fresh
@@ -261,7 +261,7 @@ def _whole_modules(content: _Content, model: Model) -> tuple[list[str], dict[str
     """Modules all of whose weights are trained, the largest such, and the weights left over."""
     whole: list[str] = []
     for m in model.modules:  # parents first
-        inner = plan.weights_in(m, model)
+        inner = adapter_tensors.weights_in(m, model)
         covered = any(m.startswith(f"{other}.") for other in whole)
         if inner and not covered and all(w.hf in content.trained for w in inner):
             whole.append(m)
@@ -272,17 +272,17 @@ def _whole_modules(content: _Content, model: Model) -> tuple[list[str], dict[str
 
 def _untrained_heads(heads: Iterable[str], saved: Sequence[str], model: Model) -> list[str]:
     inside = lambda m: any(f"{m}.".startswith(f"{other}.") for other in saved)
-    return [m for m in matching.saved(heads, model) if not inside(m)]
+    return [m for m in target_modules.saved(heads, model) if not inside(m)]
 
 
 def _saved_entries(saved: Sequence[str], model: Model) -> list[str]:
     """For modules_to_save, where a name also selects all names that end in it, dot or no dot."""
     entries = {}
     for m in saved:
-        fits = lambda e: set(matching.saved([e], model)) <= set(saved)
-        entry = next((e for e in matching.suffixes(m) if fits(e)), None)
+        fits = lambda e: set(target_modules.saved([e], model)) <= set(saved)
+        entry = next((e for e in target_modules.suffixes(m) if fits(e)), None)
         if entry is None:
-            also = [x for x in matching.saved([m], model) if x not in saved]
+            also = [x for x in target_modules.saved([m], model) if x not in saved]
             raise _refusal(
                 [
                     f"{m} is trained in full, and PEFT would train {', '.join(also)} with it, "
@@ -315,7 +315,7 @@ def _differences(content: _Content, wanted: Plan, root: bool) -> list[str]:
     """Says where words do not stand for exactly the adapter."""
     problems = list(wanted.problems)
     theirs, ours = set(wanted.ranks), set(content.kernels)
-    trained = {p.weight.hf for p in wanted.parts.values() if p.role == plan.TRAINED}
+    trained = {p.weight.hf for p in wanted.parts.values() if p.role == adapter_tensors.TRAINED}
     for what, more in (
         ("would adapt", theirs - ours),
         ("would not adapt", ours - theirs),
@@ -326,7 +326,10 @@ def _differences(content: _Content, wanted: Plan, root: bool) -> list[str]:
             problems.append(f"PEFT {what} {paths.listing(sorted(more))}")
     for m in sorted(theirs & ours):
         node = content.nodes[content.kernels[m].leaf]
-        scale, exact = plan.scale(wanted.alphas[m], wanted.ranks[m], root=root), scale_array(node)
+        scale, exact = (
+            adapter_tensors.scale(wanted.alphas[m], wanted.ranks[m], root=root),
+            scale_array(node),
+        )
         if wanted.ranks[m] != content.ranks[m]:
             problems.append(f"PEFT would give {m} rank {wanted.ranks[m]}")
         elif exact.dtype.type(scale) != exact:
@@ -335,14 +338,14 @@ def _differences(content: _Content, wanted: Plan, root: bool) -> list[str]:
 
 
 def _tensor(part: Part, nodes: Mapping[str, Any], leaves: Mapping[str, Any]) -> np.ndarray:
-    if part.role == plan.BASE:
+    if part.role == adapter_tensors.BASE:
         return base_tensor(part, leaves)
     node, layer = nodes[part.weight.leaf], part.weight.layer
     pick = lambda x: np.asarray(x) if layer is None else np.asarray(x)[layer]
-    if part.role == plan.TRAINED:
+    if part.role == adapter_tensors.TRAINED:
         return names.to_tensor(part.weight, pick(node))
     a, b = layouts.to_file(part.weight, pick(node.a), pick(node.b))
-    return a if part.role == plan.A else b
+    return a if part.role == adapter_tensors.A else b
 
 
 def _stored(value: np.ndarray, dtype: str | None) -> np.ndarray:

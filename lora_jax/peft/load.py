@@ -17,9 +17,9 @@ from lora_jax.config import LoRAConfig
 from lora_jax.files import read_safetensors
 from lora_jax.lowrank import LowRank
 from lora_jax.names import Name
-from lora_jax.peft import layouts, matching, plan
-from lora_jax.peft.plan import Part, Plan
-from lora_jax.peft.words import CONFIG, read_words
+from lora_jax.peft import adapter_tensors, layouts, target_modules
+from lora_jax.peft.adapter_tensors import Part, Plan
+from lora_jax.peft.config import CONFIG, read_words
 
 PyTree = Any
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
@@ -48,7 +48,7 @@ def tensor_shapes(directory: str | Path) -> dict[str, tuple[int, ...]]:
             shapes = {n: tuple(x["shape"]) for n, x in header.items() if n != "__metadata__"}
         except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"The header of {path} is damaged: {error}.") from error
-    return {n.removeprefix(plan.PREFIX): shape for n, shape in shapes.items()}
+    return {n.removeprefix(adapter_tensors.PREFIX): shape for n, shape in shapes.items()}
 
 
 def load_peft(
@@ -150,8 +150,8 @@ def _best_plan(
     """The plan with the generation of names that the file fits better."""
     candidates = []
     for older in (False, True)[: 1 + any(row.older for row in table)]:
-        model = matching.model(names.weights(table, leaves, older=older))
-        wanted = plan.make(words, model)
+        model = target_modules.model(names.weights(table, leaves, older=older))
+        wanted = adapter_tensors.make(words, model)
         differ = len(set(tensors) ^ set(wanted.parts))
         candidates.append((differ, older, wanted))
     return min(candidates, key=lambda c: c[:2])[1:]
@@ -170,8 +170,8 @@ def _misfits(
 
 
 def _hint(name: str) -> str:
-    if not name.startswith(plan.PREFIX):
-        return f" (all names start with {plan.PREFIX!r})"
+    if not name.startswith(adapter_tensors.PREFIX):
+        return f" (all names start with {adapter_tensors.PREFIX!r})"
     for word, what in (("magnitude", "DoRA"), ("lora_diag", "KaSA"), ("token_adapter", "tokens")):
         if word in name:
             return f" (of {what}, which is not supported)"
@@ -188,13 +188,17 @@ def _misfit(name: str, part: Part, value: np.ndarray, leaves: Mapping[str, Any])
         problems.append(f"NaN or infinity in tensor {name}")
     elif jax.dtypes.canonicalize_dtype(value.dtype) != value.dtype:
         problems.append(f"tensor {name} is 64 bits wide; set jax_enable_x64 to load it exactly")
-    if problems or part.role not in (plan.BASE, plan.TRAINED):
+    if problems or part.role not in (adapter_tensors.BASE, adapter_tensors.TRAINED):
         return problems
     leaf = leaves[part.weight.leaf]
-    if part.role == plan.TRAINED and not holds(value, leaf.dtype):
+    if part.role == adapter_tensors.TRAINED and not holds(value, leaf.dtype):
         return [f"tensor {name} has dtype {value.dtype}, and {part.weight.leaf} has {leaf.dtype}"]
     known = not isinstance(leaf, jax.ShapeDtypeStruct)
-    if part.role == plan.BASE and known and not np.array_equal(value, base_tensor(part, leaves)):
+    if (
+        part.role == adapter_tensors.BASE
+        and known
+        and not np.array_equal(value, base_tensor(part, leaves))
+    ):
         return [f"it was made for another base: its copy of the frozen {name} differs from it"]
     return []
 
@@ -226,15 +230,18 @@ def _nodes(
     numbers = _numbers(wanted)
     nodes = {}
     for leaf, roles in by_leaf.items():
-        roles.pop(plan.BASE, None)
+        roles.pop(adapter_tensors.BASE, None)
         problem = _uneven(leaf, roles, leaves[leaf], numbers.get(leaf, set()), weight[leaf])
         if problem:
             problems.append(problem)
-        elif plan.A in roles:
+        elif adapter_tensors.A in roles:
             ((rank, alpha),) = numbers[leaf]
-            nodes[leaf] = _node(weight[leaf], roles, plan.scale(alpha, rank, root=root))
-        elif plan.TRAINED in roles:
-            whole = {k: names.from_tensor(weight[leaf], x) for k, x in roles[plan.TRAINED].items()}
+            nodes[leaf] = _node(weight[leaf], roles, adapter_tensors.scale(alpha, rank, root=root))
+        elif adapter_tensors.TRAINED in roles:
+            whole = {
+                k: names.from_tensor(weight[leaf], x)
+                for k, x in roles[adapter_tensors.TRAINED].items()
+            }
             nodes[leaf] = _stacked(whole).astype(leaves[leaf].dtype)
     return nodes, problems
 
@@ -265,7 +272,8 @@ def _uneven(leaf: str, roles: dict, value: Any, numbers: set, weight: names.Weig
 
 def _node(weight: names.Weight, roles: dict, scale: float) -> LowRank:
     pairs = {
-        k: layouts.from_file(weight, roles[plan.A][k], roles[plan.B][k]) for k in roles[plan.A]
+        k: layouts.from_file(weight, roles[adapter_tensors.A][k], roles[adapter_tensors.B][k])
+        for k in roles[adapter_tensors.A]
     }
     a, b = (_stacked({k: pair[i] for k, pair in pairs.items()}) for i in (0, 1))
     return LowRank(a, b, scale, axes=layouts.node_axes(weight))
@@ -282,7 +290,7 @@ def _dtypes(
     return {
         name: str(tensors[name].dtype)
         for name, part in wanted.parts.items()
-        if part.role in (plan.TRAINED, plan.BASE)
+        if part.role in (adapter_tensors.TRAINED, adapter_tensors.BASE)
         and tensors[name].dtype != leaves[part.weight.leaf].dtype
     }
 
@@ -295,7 +303,7 @@ def _config(
 ) -> LoRAConfig:
     """The same selection and hyperparameters as a config of this library."""
     numbers = {leaf: next(iter(found)) for leaf, found in _numbers(wanted).items()}
-    full = {p.weight.leaf for p in wanted.parts.values() if p.role == plan.TRAINED}
+    full = {p.weight.leaf for p in wanted.parts.values() if p.role == adapter_tensors.TRAINED}
     # A pattern of targets may also match what is no kernel, as long as it is not trained either.
     others = [n for n, x in leaves.items() if np.ndim(x) > 1 or n in full]
     return LoRAConfig(
