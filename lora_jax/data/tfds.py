@@ -1,8 +1,10 @@
 """TensorFlow Datasets, read without TensorFlow."""
 
+import contextlib
 import importlib
 import importlib.util
-from collections.abc import Sequence
+import io
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -122,13 +124,29 @@ def _prepare(builder: Any, source: str, data_dir: str | None) -> Any:
             f"again. If it is prepared elsewhere, give its data_dir; {SOURCES}"
         )
     try:
-        builder.download_and_prepare(file_format="array_record")
+        with _quietly() if source in REVIEWS else contextlib.nullcontext():
+            builder.download_and_prepare(file_format="array_record")
     except Exception as error:
         # Another process may have prepared the same data meanwhile: the rename then fails.
         if not builder.is_prepared():
             error.add_note(f"source {source!r} could not be prepared here; {SOURCES}")
             raise
     return _builder(source, data_dir)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Hides what TFDS prints, and its progress bars: many lines for a second's work."""
+    import tensorflow_datasets as tfds
+
+    bar = tfds.core.utils.tqdm(disable=True)
+    had_bars = not isinstance(bar, tfds.core.utils.tqdm_utils.EmptyTqdm)
+    tfds.display_progress_bar(enable=False)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tfds.display_progress_bar(enable=had_bars)
 
 
 def _builder(source: str, data_dir: str | None) -> Any:

@@ -1,0 +1,5 @@
+"""Labelled sentences, conversations and texts: where they come from, and batches of them."""
+
+from lora_jax.extras import require
+
+require(__name__, "train", "jinja2", "ml_collections", "tensorflow_datasets", "tokenizers")
