@@ -86,7 +86,8 @@ def _tested_versions():
 
 def _table_of_versions(names):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    admitted = dict(re.match(r"([\w-]+)(.*)", line).groups() for line in project["dependencies"])
+    lines = [*project["dependencies"], *project["optional-dependencies"]["train"]]
+    admitted = dict(re.match(r"([\w-]+)(.*)", line).groups() for line in lines)
     tested = dict(_tested_versions())
     rows = [f"| {n} | `{admitted[n]}` | {tested[n]} |" for n in names]
     head = ["| | admitted | in `constraints.txt` |", "|---|---|---|"]

@@ -25,6 +25,7 @@ from lora_jax.names import Name
 
 __all__ = [
     "Checkpoint",
+    "LoadOptions",
     "Loaded",
     "base_id",
     "load",
@@ -60,19 +61,34 @@ class Loaded(NamedTuple):
     head: str
 
 
-def load(
-    name: str | Path,
-    *,
-    head: str,
-    num_labels: int = 2,
-    key: jax.Array | None = None,
-    dtype: Any = jnp.float32,
-    scan_layers: bool = False,
-    param_dtype: Any = jnp.float32,
-    mesh: Mesh | None = None,
-    rules: sharding.Rules | None = None,
-    remat: str = "none",
-) -> Loaded:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """What :func:`load` takes besides the name of a model and its head.
+
+    Attributes:
+      num_labels: outputs of a classifier. A head in the checkpoint is used if it has as many.
+      key: PRNG key of what the checkpoint lacks (usually a classifier): kernels are drawn from
+        ``N(0, initializer_range²)``, biases are zero. ``jax.random.key(0)`` if None.
+      dtype: of the activations.
+      scan_layers: whether the layers are stacked, and one is compiled for all.
+      param_dtype: of the parameters, float32 or bfloat16; what is drawn here is float32.
+      mesh: of the devices that the parameters are split over; None for JAX's default device.
+      rules: how they are split, as for :func:`lora_jax.sharding.specs`; None for the family's own.
+      remat: what training computes again to save memory: "none", "full", or the name of a policy
+        in ``jax.checkpoint_policies``; see :func:`lora_jax.models.layers.rematted`.
+    """
+
+    num_labels: int = 2
+    key: jax.Array | None = None
+    dtype: Any = jnp.float32
+    scan_layers: bool = False
+    param_dtype: Any = jnp.float32
+    mesh: Mesh | None = None
+    rules: sharding.Rules | None = None
+    remat: str = "none"
+
+
+def load(name: str | Path, *, head: str, **options: Any) -> Loaded:
     """Loads a model of the family that the checkpoint's config names.
 
     One tensor after the other is read, cast and put where it belongs, so that host memory holds
@@ -81,36 +97,32 @@ def load(
     Args:
       name: a directory or a model name; see :func:`lora_jax.models.hub.resolve`.
       head: "classifier", "causal-lm", "seq2seq-lm" or "encoder" (the backbone alone).
-      num_labels: outputs of a classifier. A head in the checkpoint is used if it has as many.
-      key: PRNG key of what the checkpoint lacks (usually a classifier): kernels are drawn from
-        ``N(0, initializer_range²)``, biases are zero. ``jax.random.key(0)`` by default.
-      dtype: of the activations.
-      scan_layers: whether the layers are stacked, and one is compiled for all.
-      param_dtype: of the parameters, float32 or bfloat16; what is drawn here is float32.
-      mesh: of the devices that the parameters are split over; None for JAX's default device.
-      rules: how they are split, as for :func:`lora_jax.sharding.specs`; None for the family's own.
-      remat: what training computes again to save memory: "none", "full", or the name of a policy
-        in ``jax.checkpoint_policies``; see :func:`lora_jax.models.layers.rematted`.
+      **options: the fields of :class:`LoadOptions`.
 
     Raises:
       FileNotFoundError: there is no such checkpoint.
+      TypeError: an option that does not exist.
       ValueError: it can't be read, or does not fit; all mismatches are in one message. Or the rules
         do not fit the mesh.
     """
-    if not isinstance(num_labels, int) or num_labels < 1:
-        raise ValueError(f"num_labels must be a whole number of at least 1, got {num_labels!r}.")
+    given = LoadOptions(**options)
+    if not isinstance(given.num_labels, int) or given.num_labels < 1:
+        raise ValueError(
+            f"num_labels must be a whole number of at least 1, got {given.num_labels!r}."
+        )
     checkpoint = resolve(name)
     family, config = _family(checkpoint)
-    check_remat(remat)
-    labels = {"num_labels": num_labels} if head == CLASSIFIER else {}
+    check_remat(given.remat)
+    labels = {"num_labels": given.num_labels} if head == CLASSIFIER else {}
     kind = _model(family, head, checkpoint)
     _check_layers(config, checkpoint)
-    model = kind(config, dtype=dtype, scan_layers=scan_layers, remat=remat, **labels)
-    table = family.names(config, head=head, scan_layers=scan_layers)
-    shapes = _typed(_shapes(model, family.inputs(head)), param_dtype)
-    places = _places(shapes, mesh, family.sharding if rules is None else rules)
+    built = {"scan_layers": given.scan_layers, "remat": given.remat}
+    model = kind(config, dtype=given.dtype, **built, **labels)
+    table = family.names(config, head=head, scan_layers=given.scan_layers)
+    shapes = _typed(_shapes(model, family.inputs(head)), given.param_dtype)
+    places = _places(shapes, given.mesh, family.sharding if given.rules is None else given.rules)
     params, fresh = load_params(checkpoint, shapes, table, family, places=places)
-    key = jax.random.key(0) if key is None else key
+    key = jax.random.key(0) if given.key is None else given.key
     params = _fill(params, fresh, key=key, stddev=_stddev(config), places=places)
     tree = {"params": paths.nest(params)}
     return Loaded(model, tree, checkpoint, base_id(checkpoint), fresh, family, head)

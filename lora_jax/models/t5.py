@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from lora_jax.models import kv_cache
 from lora_jax.models.attention import attention
 from lora_jax.models.families import SEQ2SEQ_LM, TOKENS, Family, column, embedding, row
-from lora_jax.models.kv_cache import Cache
 from lora_jax.models.layers import ACTIVATIONS, Dropout, RMSNorm, rematted
 from lora_jax.models.relative_positions import relative_buckets
 from lora_jax.models.t5_config import T5Config, names
@@ -46,7 +45,7 @@ def init_cache(
     dtype: Any = jnp.float32,
     *,
     scan_layers: bool = False,
-) -> Cache:
+) -> kv_cache.Cache:
     """An empty cache with ``length`` slots.
 
     >>> init_cache(T5Config(num_heads=2, d_kv=8), 3, 5).layers[0]["k"].shape
@@ -193,9 +192,9 @@ class T5Stack(_Part):
         mask: Array,
         *,
         memory: Memory | None = None,
-        cache: Cache | None = None,
+        cache: kv_cache.Cache | None = None,
         deterministic: bool,
-    ) -> tuple[Array, Cache | None]:
+    ) -> tuple[Array, kv_cache.Cache | None]:
         """``x`` is ``(batch, n, d_model)``, the mask ``(batch, n)`` or as long as the cache."""
         index = None if cache is None else cache.index
         bias = self._bias(x.shape[1], mask, 0 if index is None else index)
@@ -204,7 +203,9 @@ class T5Stack(_Part):
         x = split_rows(self.dropout(x, deterministic=deterministic))
         x, layers = self._run(x, own, (bias, cross_bias, index), deterministic)
         x = self.dropout(self.final_layer_norm(x), deterministic=deterministic)
-        return x, None if cache is None else Cache(layers, index + jnp.int32(bias.shape[2]))
+        return x, None if cache is None else kv_cache.Cache(
+            layers, index + jnp.int32(bias.shape[2])
+        )
 
     def _run(
         self, x: Array, own: list[PyTree], context: tuple, deterministic: bool
@@ -333,9 +334,9 @@ class T5ForConditionalGeneration(nn.Module):
         decoder_attention_mask: Array | None = None,
         *,
         memory: Memory,
-        cache: Cache | None = None,
+        cache: kv_cache.Cache | None = None,
         deterministic: bool = True,
-    ) -> Array | tuple[Array, Cache]:
+    ) -> Array | tuple[Array, kv_cache.Cache]:
         """Logits of the tokens; with a cache, the tokens go on from it, and it comes back longer.
 
         Positions count in slots, and only their differences matter; left padding changes nothing.
