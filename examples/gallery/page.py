@@ -23,8 +23,8 @@ adapts it at the default rank, {rank}.
   model.
 * **kernels**: number of leaves that are adapted. **uses**: number of places where they stay
   factored, and of those where the full kernel is formed (fallbacks), with the reasons below.
-* **step 0**: whether the output of a new adapter has the bits of the base's output, op by op and
-  jitted; if not, the largest relative difference.
+* **step 0**: whether the output of a new adapter has the bits of the base's output, op by op
+  (bodies of loops are compiled nevertheless) and jitted; if not, the largest relative difference.
 * **lift = merge**: the largest differences of the output and of the adapter's gradient, after
   noise was put into the adapter, of each array relative to its largest entry. Where float32
   leaves more than {close32:.0e}, the same in float64 stands behind; that must be below
