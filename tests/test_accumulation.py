@@ -1,5 +1,6 @@
 """Gradient accumulation: the large batch's gradient, from parts of it, in less memory."""
 
+import dataclasses
 import doctest
 import functools
 
@@ -32,7 +33,11 @@ def classes_task(dtype=jnp.float64):
     weights = np.array([1, 0.5, 1, 2, 1, 0, 0, 0], np.float32)
     batch = lambda step: task.train_batch(step) | {"weights": weights}
     apply = lambda params, b, key: task.apply(params, b, None)  # without the dropout that it has
-    return task._replace(train_batch=batch, apply=apply), ("embed", "hidden"), ("classifier",)
+    return (
+        dataclasses.replace(task, train_batch=batch, apply=apply),
+        ("embed", "hidden"),
+        ("classifier",),
+    )
 
 
 def language_task(dtype=jnp.float64, layers=1, rows=ROWS):
@@ -313,7 +318,7 @@ def test_in_a_sweep_a_run_accumulates_as_it_does_alone(tmp_path):
     losses, *_ = test_lockstep.together(task, [p.config for p in found], 8, program)
     for point, loss in zip(found, losses, strict=True):
         state, tx = initial_state(
-            task._replace(base=task.base_of(point.config.seed)), point.config,
+            dataclasses.replace(task, base=task.base_of(point.config.seed)), point.config,
             from_config.lora_config(point.config),
         )  # fmt: skip
         step = make_train_step(task, tx, 0.0, step_options(point.config))

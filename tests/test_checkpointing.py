@@ -1,6 +1,7 @@
 """Checkpoints: what is in them, what a failed save says, and how damage is survived."""
 
 import contextlib
+import dataclasses
 import json
 import shutil
 
@@ -33,7 +34,7 @@ def failing(step, error=RuntimeError):
             raise error(f"step {step}")
         return task.train_batch(number)
 
-    return task._replace(train_batch=batch)
+    return dataclasses.replace(task, train_batch=batch)
 
 
 def steps(workdir):

@@ -192,7 +192,15 @@ WORDS, PROJ = np.arange(12.0, dtype=np.float32).reshape(4, 3), np.ones((2, 3), n
 
 def tied(tmp_path, tensors, ignored=()):
     safetensors.numpy.save_file(tensors, tmp_path / hub.WEIGHTS)
-    family = families.Family(("x",), object, None, {}, {}, "model.", ignored)
+    family = families.Family(
+        model_type=("x",),
+        config=object,
+        names=None,
+        models={},
+        architectures={},
+        prefix="model.",
+        ignored=ignored,
+    )
     where = hub.Checkpoint("x", tmp_path, {}, (tmp_path / hub.WEIGHTS,), "directory")
     return load_weights.load_params(where, TIED_SHAPES, TIED, family)
 
@@ -233,7 +241,9 @@ def test_host_memory_holds_about_one_tensor_above_the_result(tmp_path):
     safetensors.numpy.save_file(tensors, tmp_path / hub.WEIGHTS)
     rows = [Name(f"{k}/kernel", f"{k}.weight", transpose=True) for k in range(count)]
     shapes = {row.flax: jax.ShapeDtypeStruct((side, side), jnp.float32) for row in rows}
-    family = families.Family(("x",), object, None, {}, {}, "x.")
+    family = families.Family(
+        model_type=("x",), config=object, names=None, models={}, architectures={}, prefix="x."
+    )
     where = hub.Checkpoint("x", tmp_path, {}, (tmp_path / hub.WEIGHTS,), "directory")
     del tensors
     load_weights.load_params(where, shapes, rows, family)  # what is imported or compiled is so now

@@ -1,5 +1,6 @@
 """Early stopping: where it stops, that a resumed run stops there too, and what is said of it."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -68,7 +69,8 @@ def scripted(task):
         at[0] = step + 1
         return task.train_batch(step)
 
-    return task._replace(
+    return dataclasses.replace(
+        task,
         train_batch=batch,
         score=Score("made"),
         scores=lambda _: {"made": SCORES[at[0] // 4 - 1]},
@@ -98,12 +100,12 @@ def test_a_resumed_run_stops_where_it_would_have(task, config, tmp_path, capsys)
                 raise Halt
             return made.train_batch(step)
 
-        return made._replace(train_batch=batch)
+        return dataclasses.replace(made, train_batch=batch)
 
     with pytest.raises(Halt):  # between evaluations, of which two have been waited for
         test_train.run(halting(scripted(task), 29), config, tmp_path / "resumed")
     found = test_train.run(scripted(task), config, tmp_path / "resumed")
-    assert found._replace(seconds=0) == whole._replace(seconds=0)
+    assert dataclasses.replace(found, seconds=0) == dataclasses.replace(whole, seconds=0)
     assert evaluated(tmp_path / "resumed") == evaluated(tmp_path / "whole")
     one, other = (lora.load(tmp_path / w / "adapter", task.base)[0] for w in ("whole", "resumed"))
     np.testing.assert_array_equal(

@@ -1,6 +1,7 @@
 """Evaluation alone: the logged score again, to the last digit, and no file touched."""
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
@@ -104,7 +105,7 @@ def test_a_run_under_way(task, config, tmp_path):
             assert traces(tmp_path / "run", but="checkpoints") == before
         return task.train_batch(step)
 
-    test_train.run(task._replace(train_batch=batch), config, tmp_path / "run")
+    test_train.run(dataclasses.replace(task, train_batch=batch), config, tmp_path / "run")
     ((found, line),) = seen
     assert found["step"] == 8 and found["loss"] == line["eval_loss"]
 

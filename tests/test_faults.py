@@ -1,6 +1,7 @@
 """What a machine does to a run: locks, disks, links, clocks."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -40,7 +41,7 @@ def at(step, act):
             act()
         return task.train_batch(number)
 
-    return task._replace(train_batch=batch)
+    return dataclasses.replace(task, train_batch=batch)
 
 
 # Two runs on one directory.

@@ -355,7 +355,16 @@ def test_an_adapter_for_other_labels_goes_on_with_a_fresh_head(inputs, tmp_path)
 
 def test_a_lone_sentence_is_no_pair(inputs):
     loaded = checkpoints.load(inputs / "bert", head="classifier")
-    model = classifier.Classifier(loaded, None, None, None, ("a", "b"), 16, (16,), True)
+    model = classifier.Classifier(
+        loaded=loaded,
+        adapter=None,
+        config=None,
+        tokenizer=None,
+        labels=("a", "b"),
+        max_length=16,
+        buckets=(16,),
+        pairs=True,
+    )
     with pytest.raises(ValueError, match="parted by one tab; 'good' is none"):
         classifier.outputs(model, ["good\tbad", "good"])
 

@@ -1,5 +1,6 @@
 """The guard: what is no number changes nothing, says where it came from, and stops or is skipped."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -39,7 +40,7 @@ def run(task, config, workdir):
 
 def poisoned(task, steps):
     batch = lambda number: test_train.spoilt(task.train_batch(number), number in steps)
-    return task._replace(train_batch=batch)
+    return dataclasses.replace(task, train_batch=batch)
 
 
 @functools.cache
@@ -66,7 +67,7 @@ def poisoned_gradient(task, step, bad=jnp.nan):
         return spoil(float(bad))(logits, batch["bad"][0] > 0)
 
     batch = lambda k: task.train_batch(k) | {"bad": np.full(8, k == step, np.float32)}
-    return task._replace(train_batch=batch, apply=apply)
+    return dataclasses.replace(task, train_batch=batch, apply=apply)
 
 
 def lines(workdir):
@@ -273,7 +274,7 @@ def test_a_spike_in_a_run_and_resuming_from_before_it(task, config, tmp_path):
         task.train_batch(k)
         | ({"labels": 1 - task.train_batch(k)["labels"]} if k in {61, 62} else {})
     )
-    spiky = task._replace(train_batch=batches)
+    spiky = dataclasses.replace(task, train_batch=batches)
     config = changed(config, epochs=9, guard__action="skip", guard__spike=4.0, log_every=100)
     run(spiky, config, tmp_path / "whole")
     skipped = [x["step"] for x in lines(tmp_path / "whole") if "skipped" in x]
@@ -288,7 +289,7 @@ def test_a_spike_in_a_run_and_resuming_from_before_it(task, config, tmp_path):
         return batches(k)
 
     with pytest.raises(Halt):
-        run(task._replace(train_batch=halting), config, tmp_path / "resumed")
+        run(dataclasses.replace(task, train_batch=halting), config, tmp_path / "resumed")
     run(spiky, config, tmp_path / "resumed")
     assert [x["step"] for x in lines(tmp_path / "resumed") if "skipped" in x] == [62, 63]
     same(adapter(tmp_path / "resumed", task), adapter(tmp_path / "whole", task))

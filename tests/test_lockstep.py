@@ -1,5 +1,6 @@
 """Many runs through one compiled step, against each of them alone."""
 
+import dataclasses
 import functools
 import re
 
@@ -59,7 +60,7 @@ def alone(task, config, steps):
     """Losses, each step's, of a run by itself, and its last state."""
     lora_config = from_config.lora_config(config)
     base = task.base if task.base_of is None else task.base_of(config.seed)
-    task = task._replace(base=base)
+    task = dataclasses.replace(task, base=base)
     state, tx = initial_state(task, config, lora_config)
     step = make_train_step(task, tx, lora_config.dropout)
     losses = []

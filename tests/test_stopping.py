@@ -1,6 +1,7 @@
 """SIGTERM: the run stops at a checkpoint, soon, and goes on as if nothing had been."""
 
 import contextlib
+import dataclasses
 import os
 import signal
 import threading
@@ -27,7 +28,7 @@ def terminated(step, times=1):
             terminate(times)
         return task.train_batch(number)
 
-    return task._replace(train_batch=batch)
+    return dataclasses.replace(task, train_batch=batch)
 
 
 def newest(workdir):
@@ -58,7 +59,7 @@ def test_an_evaluation_is_left_and_made_again(left_alone, tmp_path, epoch, which
             yield batch
 
     with pytest.raises(preemption.Stopped, match=f"after step {8 * epoch}"):
-        small.run(tmp_path, task._replace(eval_batches=batches))
+        small.run(tmp_path, dataclasses.replace(task, eval_batches=batches))
     assert seen[-1] == (epoch, which)  # no further batch was made
     assert newest(tmp_path) == 8 * epoch
     assert "eval_loss" not in small.lines(tmp_path)[-1]
@@ -83,7 +84,7 @@ def broken(step):
         except ZeroDivisionError as error:
             raise RuntimeError("killed") from error
 
-    return task._replace(train_batch=raising)
+    return dataclasses.replace(task, train_batch=raising)
 
 
 def test_a_signal_before_the_first_step_that_is_left(left_alone, tmp_path):
@@ -175,4 +176,4 @@ def test_a_stop_whose_checkpoint_fails_is_an_error(tmp_path):
             return task.train_batch(number)
 
         with pytest.raises(OSError, match="Could not write the checkpoint of step 3"):
-            small.run(tmp_path, task._replace(train_batch=batch), log_every=100)
+            small.run(tmp_path, dataclasses.replace(task, train_batch=batch), log_every=100)

@@ -1,5 +1,6 @@
 """T5 as a classifier: its words' tokens, their likelihoods, and the programs on the one loop."""
 
+import dataclasses
 import doctest
 import json
 import os
@@ -136,5 +137,5 @@ def test_training_predicting_and_exporting(inputs, tmp_path):
     done = run("export", f"--adapter={adapter}", f"--out={tmp_path / 'merged'}", "--merged")
     assert done.returncode == 0 and "AutoModelForSeq2SeqLM" in done.stdout, done.stderr
     merged = classification.load_model(tmp_path / "merged")
-    plain = again._replace(loaded=merged, adapter={})
+    plain = dataclasses.replace(again, loaded=merged, adapter={})
     np.testing.assert_allclose(classifier.outputs(plain, sentences), expected, atol=1e-6)

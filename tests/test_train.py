@@ -1,6 +1,7 @@
 """The loop when something goes wrong on the way: numbers that are no numbers, disks that say no."""
 
 import ast
+import dataclasses
 import gc
 import itertools
 import json
@@ -47,7 +48,7 @@ def run(task, config, workdir):
 def poisoned(task, step):
     """The same task, but for one batch whose loss is infinite."""
     batch = lambda number: spoilt(task.train_batch(number), number == step)
-    return task._replace(train_batch=batch)
+    return dataclasses.replace(task, train_batch=batch)
 
 
 def spoilt(batch, really=True):
@@ -84,8 +85,8 @@ def test_infinity_before_any_evaluation_keeps_nothing(task, config, tmp_path):
 
 def test_nan_in_evaluation_stops_and_keeps_the_best_adapter(task, config, tmp_path):
     good, calls = list(task.eval_batches()), itertools.count()
-    faulty = task._replace(
-        eval_batches=lambda: [spoilt(batch) for batch in good] if next(calls) == 1 else good
+    faulty = dataclasses.replace(
+        task, eval_batches=lambda: [spoilt(batch) for batch in good] if next(calls) == 1 else good
     )
     with pytest.raises(FloatingPointError, match=r"validation loss is nan at step 16: .* kept in"):
         run(faulty, config, tmp_path)
@@ -109,7 +110,7 @@ def test_disk_full_loses_nothing(task, config, tmp_path):
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error, rather than the end
     try:
         with pytest.raises(OSError) as error:
-            run(task._replace(train_batch=batch), config, tmp_path / "run")
+            run(dataclasses.replace(task, train_batch=batch), config, tmp_path / "run")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, ignored)

@@ -3,6 +3,7 @@ r"""Files in the GLUE layout: one example a line, fields parted by tabs.
 A quote character is a character like any other, and a line ends at ``\n`` (or ``\r\n``) only.
 """
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,8 @@ import numpy as np
 _MOST = 10  # lines that a note names
 
 
-class Layout(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
     """Where a task's examples stand: its fields in TFDS, and its columns in GLUE's files.
 
     Attributes:

@@ -5,7 +5,7 @@ import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,8 @@ __all__ = [
 PyTree = Any
 
 
-class Loaded(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loaded:
     """A model with pretrained parameters.
 
     Attributes:
@@ -125,7 +126,15 @@ def load(name: str | Path, *, head: str, **options: Any) -> Loaded:
     key = jax.random.key(0) if given.key is None else given.key
     params = _fill(params, fresh, key=key, stddev=_stddev(config), places=places)
     tree = {"params": paths.nest(params)}
-    return Loaded(model, tree, checkpoint, base_id(checkpoint), fresh, family, head)
+    return Loaded(
+        model=model,
+        params=tree,
+        checkpoint=checkpoint,
+        base_id=base_id(checkpoint),
+        fresh=fresh,
+        family=family,
+        head=head,
+    )
 
 
 def names(loaded: Loaded) -> list[Name]:

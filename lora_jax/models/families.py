@@ -1,7 +1,7 @@
 """What a model family says of itself, so that checkpoints of every family load and save alike."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,8 @@ from lora_jax.sharding import FSDP, TENSOR
 CLASSIFIER, CAUSAL_LM, SEQ2SEQ_LM, ENCODER = "classifier", "causal-lm", "seq2seq-lm", "encoder"
 
 
-class Family(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
     """One model family; its file ends with ``FAMILY = Family(...)``.
 
     Attributes:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from lora_jax.models import config_checks, rope, tables
 from lora_jax.models.families import CAUSAL_LM
@@ -20,7 +20,8 @@ _PLAIN = (*_SIZES, "initializer_range", "rms_norm_eps", "tie_word_embeddings", "
 _BUILT = {"partial_rotary_factor": 1.0, "use_bidirectional_attention": False}
 
 
-class Variant(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Variant:
     """What a model type has that its ``config.json`` does not say.
 
     Attributes:
@@ -40,7 +41,7 @@ class Variant(NamedTuple):
 
     architecture: str
     words: tuple[str, ...] = ()
-    defaults: Mapping[str, Any] = {}
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     slides: Callable[[int, Mapping[str, Any]], bool] = lambda layer, config: False
     qkv_bias: bool = False
     qk_norm: bool = False
@@ -66,41 +67,45 @@ _SCALED = {"norm_offset": 1.0, "scaled_embedding": True, "post_norms": True}
 _WINDOW = ("sliding_window", "layer_types")
 
 VARIANTS: dict[str, Variant] = {
-    "llama": Variant("LlamaForCausalLM", ("attention_bias", "mlp_bias")),
+    "llama": Variant(architecture="LlamaForCausalLM", words=("attention_bias", "mlp_bias")),
     "mistral": Variant(
-        "MistralForCausalLM",
-        ("sliding_window",),
-        {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072}
-        | {"sliding_window": 4096},
+        architecture="MistralForCausalLM",
+        words=("sliding_window",),
+        defaults={
+            "intermediate_size": 14336,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "sliding_window": 4096,
+        },
         slides=lambda layer, config: True,
     ),
     "qwen2": Variant(
-        "Qwen2ForCausalLM",
-        _WINDOW,
-        _QWEN,
+        architecture="Qwen2ForCausalLM",
+        words=_WINDOW,
+        defaults=_QWEN,
         slides=lambda layer, config: layer >= config["max_window_layers"],
         qkv_bias=True,
     ),
     "qwen3": Variant(
-        "Qwen3ForCausalLM",
-        ("attention_bias", *_WINDOW),
-        _QWEN | {"head_dim": 128},
+        architecture="Qwen3ForCausalLM",
+        words=("attention_bias", *_WINDOW),
+        defaults=_QWEN | {"head_dim": 128},
         slides=lambda layer, config: layer >= config["max_window_layers"],
         qk_norm=True,
     ),
     "gemma2": Variant(
-        "Gemma2ForCausalLM",
-        ("attention_bias", "query_pre_attn_scalar", "attn_logit_softcapping")
+        architecture="Gemma2ForCausalLM",
+        words=("attention_bias", "query_pre_attn_scalar", "attn_logit_softcapping")
         + ("final_logit_softcapping", *_WINDOW),
-        _GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        defaults=_GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
         slides=lambda layer, config: layer % 2 == 0,
         activation="hidden_activation",
         **_SCALED,
     ),
     "gemma3_text": Variant(
-        "Gemma3ForCausalLM",
-        ("attention_bias", "query_pre_attn_scalar", "final_logit_softcapping", *_WINDOW),
-        _GEMMA | {"vocab_size": 262208, "max_position_embeddings": 131072}
+        architecture="Gemma3ForCausalLM",
+        words=("attention_bias", "query_pre_attn_scalar", "final_logit_softcapping", *_WINDOW),
+        defaults=_GEMMA | {"vocab_size": 262208, "max_position_embeddings": 131072}
         | {"sliding_window_pattern": 6, "rope_theta": 1e6},
         slides=lambda layer, config: (layer + 1) % config["sliding_window_pattern"] != 0,
         qk_norm=True,

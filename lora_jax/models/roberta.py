@@ -226,7 +226,8 @@ FAMILY = Family(
     trained=("classifier",),
     sharding=encoder.SHARDING,
 )  # fmt: skip
-XLM = FAMILY._replace(
+XLM = dataclasses.replace(
+    FAMILY,
     model_type=("xlm-roberta",),
     architectures={CLASSIFIER: "XLMRobertaForSequenceClassification", ENCODER: "XLMRobertaModel"},
 )

@@ -203,9 +203,8 @@ class T5Stack(_Part):
         x = split_rows(self.dropout(x, deterministic=deterministic))
         x, layers = self._run(x, own, (bias, cross_bias, index), deterministic)
         x = self.dropout(self.final_layer_norm(x), deterministic=deterministic)
-        return x, None if cache is None else kv_cache.Cache(
-            layers, index + jnp.int32(bias.shape[2])
-        )
+        cache = cache and kv_cache.Cache(layers, index + jnp.int32(bias.shape[2]))
+        return x, cache
 
     def _run(
         self, x: Array, own: list[PyTree], context: tuple, deterministic: bool
@@ -352,9 +351,7 @@ class T5ForConditionalGeneration(nn.Module):
         Raises:
           ValueError: shapes that do not fit.
         """
-        slots = decoder_input_ids.shape[1:]
-        if cache is not None:
-            slots = (kv_cache.slots(cache),)
+        slots = decoder_input_ids.shape[1:] if cache is None else (kv_cache.slots(cache),)
         if decoder_attention_mask is None:
             decoder_attention_mask = jnp.ones((decoder_input_ids.shape[0], *slots), jnp.int32)
         _check(decoder_input_ids, decoder_attention_mask, slots)

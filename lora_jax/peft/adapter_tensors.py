@@ -3,6 +3,7 @@
 Reading and writing follow the same plan, so that a file is whole exactly if it holds the plan.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -34,7 +35,8 @@ class Part(NamedTuple):
     shape: tuple[int, ...]
 
 
-class Plan(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
     """What the words stand for.
 
     Attributes:
@@ -70,7 +72,9 @@ def make(words: Mapping[str, Any], model: Model) -> Plan:
     parts |= dict(_copies(words, kernels, model))
     parts = {PREFIX + n: part for n, part in parts.items()}
     leaves = {m: model.kernels[m].leaf for m in kernels}
-    return Plan(parts, leaves, ranks, alphas, trained, problems)
+    return Plan(
+        parts=parts, leaves=leaves, ranks=ranks, alphas=alphas, trained=trained, problems=problems
+    )
 
 
 def scale(alpha: float, rank: int, *, root: bool) -> float:

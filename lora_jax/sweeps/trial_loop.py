@@ -6,6 +6,7 @@ go on in any arrangement.
 """
 
 import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -56,7 +57,8 @@ class Group(NamedTuple):
     options: vmapped_step.Options = vmapped_step.PLAIN
 
 
-class Job(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
     """A run under way: what it is, where it stands, and where it writes."""
 
     point: Point
@@ -183,10 +185,16 @@ def _open(
     state = jax.tree.map(np.asarray, state)
     log = stack.enter_context(metric_writer.MetricWriter(directory, int(state.step)))
     config = point.config
-    task = group.task._replace(metadata=group.task.metadata | {"seed": config.seed})
+    task = dataclasses.replace(group.task, metadata=group.task.metadata | {"seed": config.seed})
     lora_config = lora.LoRAConfig.from_dict(config.lora.to_dict())
-    run = loop.Run(task, config, lora_config, directory, log)
-    return Job(point, run, checkpoints, initial, loop.stored_progress(progress)), state
+    run = loop.Run(task=task, config=config, lora_config=lora_config, workdir=directory, log=log)
+    return Job(
+        point=point,
+        run=run,
+        checkpoints=checkpoints,
+        initial=initial,
+        progress=loop.stored_progress(progress),
+    ), state
 
 
 def _loop(
@@ -263,9 +271,11 @@ def _looked_at(jobs: list[Job], done: int, sums: list) -> list[Job]:
     for k, job in enumerate(jobs):
         bad = np.flatnonzero(~np.isfinite(values[:, 0, k]))
         if not job.diverged and bad.size:
-            job = job._replace(diverged=first + int(bad[0]))
+            job = dataclasses.replace(job, diverged=first + int(bad[0]))
         pending = [*job.progress.pending, *values[:, :, k].tolist()]
-        new.append(job._replace(progress=job.progress._replace(pending=pending)))
+        new.append(
+            dataclasses.replace(job, progress=dataclasses.replace(job.progress, pending=pending))
+        )
     return new
 
 
@@ -278,7 +288,7 @@ def _logged(jobs: list[Job], done: int, kind: type, seconds: float) -> list[Job]
                 [kind(*x) for x in job.progress.pending], seconds / len(jobs)
             )
             job.run.log.write(done, epoch=done / job.run.task.steps_per_epoch, **line)
-        new.append(job._replace(progress=job.progress._replace(pending=())))
+        new.append(dataclasses.replace(job, progress=dataclasses.replace(job.progress, pending=())))
     return new
 
 
@@ -307,11 +317,11 @@ def _recorded(
             continue
         adapter = vmapped_step.cut(vmapped_step.unstack(adapters, k), job.initial.state.adapter)
         if not all(np.isfinite(x).all() for x in jax.tree.leaves((adapter, evaluation))):
-            new[k] = job._replace(diverged=evaluation.step)
+            new[k] = dataclasses.replace(job, diverged=evaluation.step)
             continue
         if noted:
             progress = loop.recorded(job.run, adapter, evaluation, job.progress)
-            new[k] = job._replace(progress=progress)
+            new[k] = dataclasses.replace(job, progress=progress)
         if rung:
             _write_rung(new[k], rung, evaluation)
     return new
@@ -319,8 +329,10 @@ def _recorded(
 
 def _timed(jobs: list[Job], seconds: float) -> list[Job]:
     """Adds each run's share of the time since the last pause."""
-    add = lambda progress: progress._replace(seconds=progress.seconds + seconds / len(jobs))
-    return [job._replace(progress=add(job.progress)) for job in jobs]
+    add = lambda progress: dataclasses.replace(
+        progress, seconds=progress.seconds + seconds / len(jobs)
+    )
+    return [dataclasses.replace(job, progress=add(job.progress)) for job in jobs]
 
 
 def _write_rung(job: Job, rung: str, found: loop.Evaluation) -> None:
@@ -334,6 +346,6 @@ def _save(job: Job, states: TrainState, index: int) -> None:
     """Saves a checkpoint of a run, unless it has diverged."""
     if not job.diverged:
         state = vmapped_step.cut(vmapped_step.unstack(states, index), job.initial.state)
-        progress = job.progress._asdict()
+        progress = dataclasses.asdict(job.progress)
         job.run.log.sync()
         checkpointing.save(job.checkpoints, int(state.step), state, progress)

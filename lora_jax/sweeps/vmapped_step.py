@@ -6,6 +6,7 @@ moments and weight decay of zero, and stay zero. They add nothing to a norm. The
 run.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -75,7 +76,7 @@ def member(task: Task, config: ConfigDict, lora_config: lora.LoRAConfig) -> Memb
       ValueError: the config and the model do not fit.
     """
     base = task.base if task.base_of is None else task.base_of(config.seed)
-    state, _ = initial_state(task._replace(base=base), config, lora_config)
+    state, _ = initial_state(dataclasses.replace(task, base=base), config, lora_config)
     total = durations.plan(config, task.steps_per_epoch).total
     own = _own_leaves(task.base, base, state.adapter)
     found = Member(
@@ -206,7 +207,7 @@ def replicate(on: Program, tree: PyTree) -> PyTree:
 def program(task: Task, count: int, *, dropout: bool, options: Options = PLAIN) -> Program:
     """A program for ``count`` runs at a time, over as many devices as divide them evenly."""
     # Nothing of the data is held on to.
-    task = task._replace(base=None, train_batch=None, eval_batches=None, base_of=None)
+    task = dataclasses.replace(task, base=None, train_batch=None, eval_batches=None, base_of=None)
     devices = jax.devices()
     used = max(d for d in range(1, len(devices) + 1) if count % d == 0)
     mesh = Mesh(np.array(devices[:used]), (_AXIS,))

@@ -1,5 +1,6 @@
 """Adapter directories of either format, for the programs: this library's own, and PEFT's."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def widened(loaded: checkpoints.Loaded) -> checkpoints.Loaded:
 
     An adapter merged into bfloat16 kernels would be rounded with them, where training did not.
     """
-    return loaded._replace(params=_wide_params(loaded.params))
+    return dataclasses.replace(loaded, params=_wide_params(loaded.params))
 
 
 def _wide_params(params: PyTree) -> PyTree:

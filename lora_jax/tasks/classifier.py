@@ -1,7 +1,8 @@
 """A trained classifier, rebuilt from an adapter directory alone."""
 
+import dataclasses
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,7 +19,8 @@ from lora_jax.tasks.glue import find
 PyTree = Any
 
 
-class Classifier(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Classifier:
     """A base model with an adapter.
 
     Attributes:
@@ -71,15 +73,15 @@ def load(directory: str | Path, *, model: str | None = None) -> Classifier:
     loaded = adapter_files.widened(loaded)
     adapter, config = adapter_files.load(directory, loaded)
     return Classifier(
-        loaded,
-        adapter,
-        config,
-        checkpoints.load_tokenizer(loaded.checkpoint),
-        tuple(kind["labels"]),
-        about["max_length"],
-        tuple(about["buckets"]),
-        about.get("pairs", False),
-        about.get("glue", "sst2"),
+        loaded=loaded,
+        adapter=adapter,
+        config=config,
+        tokenizer=checkpoints.load_tokenizer(loaded.checkpoint),
+        labels=tuple(kind["labels"]),
+        max_length=about["max_length"],
+        buckets=tuple(about["buckets"]),
+        pairs=about.get("pairs", False),
+        glue=about.get("glue", "sst2"),
     )
 
 
@@ -117,7 +119,15 @@ def _load_peft(directory: str | Path, model: str | None) -> Classifier:
         inputs,
     )
     return Classifier(
-        loaded, adapter, config, tokenizer, labels, longest, buckets, pairs, notes=notes
+        loaded=loaded,
+        adapter=adapter,
+        config=config,
+        tokenizer=tokenizer,
+        labels=labels,
+        max_length=longest,
+        buckets=buckets,
+        pairs=pairs,
+        notes=notes,
     )
 
 

@@ -50,27 +50,27 @@ TASKS = {
     ),
     "sst2": GlueTask(SENTENCES, ("negative", "positive")),
     "mrpc": GlueTask(
-        Layout(_PAIR, ("#1 String", "#2 String"), "Quality", folder="MRPC"),
+        Layout(text=_PAIR, columns=("#1 String", "#2 String"), label="Quality", folder="MRPC"),
         ("not_equivalent", "equivalent"),
         scores=("f1",),
     ),
     "qqp": GlueTask(
-        Layout(_QQP, _QQP, "is_duplicate", folder="QQP", gaps=True),
+        Layout(text=_QQP, columns=_QQP, label="is_duplicate", folder="QQP", gaps=True),
         ("not_duplicate", "duplicate"),
         scores=("f1",),
     ),
     "stsb": GlueTask(
-        Layout(_PAIR, _PAIR, "score", folder="STS-B", scale=(0.0, 5.0)),
+        Layout(text=_PAIR, columns=_PAIR, label="score", folder="STS-B", scale=(0.0, 5.0)),
         ("similarity",),
         "pearson",
         ("pearson", "spearman"),
     ),
     "mnli": GlueTask(
         Layout(
-            ("premise", "hypothesis"),
-            _PAIR,
-            "gold_label",
-            ("entailment", "neutral", "contradiction"),
+            text=("premise", "hypothesis"),
+            columns=_PAIR,
+            label="gold_label",
+            words=("entailment", "neutral", "contradiction"),
             files=(
                 ("train", "train.tsv"),
                 *((split, f"dev_{split.partition('_')[2]}.tsv") for split in _MNLI),
@@ -81,11 +81,15 @@ TASKS = {
         validation=_MNLI,
     ),
     "qnli": GlueTask(
-        Layout(_QNLI, _QNLI, words=_ENTAILMENT, folder="QNLI"),
+        Layout(text=_QNLI, columns=_QNLI, words=_ENTAILMENT, folder="QNLI"),
         _ENTAILMENT,
     ),
-    "rte": GlueTask(Layout(_PAIR, _PAIR, words=_ENTAILMENT, folder="RTE"), _ENTAILMENT),
-    "wnli": GlueTask(Layout(_PAIR, _PAIR, folder="WNLI"), ("not_entailment", "entailment")),
+    "rte": GlueTask(
+        Layout(text=_PAIR, columns=_PAIR, words=_ENTAILMENT, folder="RTE"), _ENTAILMENT
+    ),
+    "wnli": GlueTask(
+        Layout(text=_PAIR, columns=_PAIR, folder="WNLI"), ("not_entailment", "entailment")
+    ),
 }
 
 

@@ -35,9 +35,9 @@ class Words(NamedTuple):
 def prompts(examples: Examples, *, task: str) -> Examples:
     """The examples as the model is asked about them.
 
-    >>> prompts(data.Examples(("Fine.",), None), task="sst2").sentences
+    >>> prompts(Examples(("Fine.",), None), task="sst2").sentences
     ('sst2 sentence: Fine.',)
-    >>> prompts(data.Examples(("A.",), None, ("B.",)), task="mnli").sentences
+    >>> prompts(Examples(("A.",), None, ("B.",)), task="mnli").sentences
     ('mnli premise: A. hypothesis: B.',)
     """
     columns = [x for x in (examples.sentences, examples.pairs) if x is not None]

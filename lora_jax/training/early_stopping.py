@@ -1,5 +1,6 @@
 """When a run ends before its last step, since its score has stopped getting better."""
 
+import dataclasses
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -25,12 +26,13 @@ def noted(progress: Any, score: Score, value: float, config: ConfigDict) -> Any:
     if progress.reference is not None:
         gain = (value - progress.reference) * (1 if score.higher_is_better else -1)
     if gain is None or gain > config.min_delta:
-        return progress._replace(reference=value, waited=0)
-    progress = progress._replace(waited=progress.waited + 1)
+        return dataclasses.replace(progress, reference=value, waited=0)
+    progress = dataclasses.replace(progress, waited=progress.waited + 1)
     if progress.waited < config.patience:
         return progress
     margin = f" by more than {config.min_delta:g}" if config.min_delta else ""
-    return progress._replace(
+    return dataclasses.replace(
+        progress,
         ended=f"{score.name} has not been better than {progress.reference:.4f}{margin} in "
-        f"{progress.waited} evaluation{'s' * (progress.waited > 1)} (early_stopping)"
+        f"{progress.waited} evaluation{'s' * (progress.waited > 1)} (early_stopping)",
     )

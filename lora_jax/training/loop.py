@@ -1,5 +1,6 @@
 """The loop of a run: its steps, and what happens between them."""
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -30,7 +31,8 @@ from lora_jax.training.task import Task
 PyTree = Any
 
 
-class Progress(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Progress:
     """How far a run is, apart from its state.
 
     Attributes:
@@ -62,7 +64,7 @@ def stored_progress(stored: dict) -> Progress:
     Raises:
       ValueError: it has more to say than this version knows.
     """
-    if unknown := sorted(stored.keys() - set(Progress._fields)):
+    if unknown := sorted(stored.keys() - {field.name for field in dataclasses.fields(Progress)}):
         raise ValueError(
             f"The checkpoint notes {', '.join(unknown)}, which this version does not know: go on "
             "with the version that wrote it, or use a new workdir."
@@ -70,7 +72,8 @@ def stored_progress(stored: dict) -> Progress:
     return Progress(**stored)
 
 
-class Run(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
     """What one run is, where it takes place, and where it writes."""
 
     task: Task
@@ -133,7 +136,7 @@ def loop(
                 progress = progress if stop else _noted(run, state.adapter, found, progress, meter)
             if done > start and (due or stop or durations.saves(plan, done)):
                 seconds = time.perf_counter() - begun
-                progress = progress._replace(seconds=seconds, pending=meter.pending())
+                progress = dataclasses.replace(progress, seconds=seconds, pending=meter.pending())
                 _save(run, checkpoints, state, progress)
             if progress.ended:
                 break
@@ -145,7 +148,7 @@ def loop(
 def _evaluated(run: Run, steps: Steps, adapter: PyTree, step: int) -> Evaluation | None:
     """An evaluation, or None if it was left since the run is to stop."""
     batches = lambda: preemption.unless_requested(run.task.eval_batches())
-    task = run.task._replace(eval_batches=batches)
+    task = dataclasses.replace(run.task, eval_batches=batches)
     try:
         return Evaluation(step, evaluate(steps.evaluate, adapter, task))
     except preemption.Interrupted:
@@ -169,7 +172,7 @@ def _noted(
 def _save(run: Run, checkpoints: Any, state: TrainState, progress: Progress) -> None:
     run.log.sync()
     stored = partitioning.on_host(run.on, storable(state))
-    checkpointing.save(checkpoints, int(stored.step), stored, progress._asdict())
+    checkpointing.save(checkpoints, int(stored.step), stored, dataclasses.asdict(progress))
 
 
 def _stop(run: Run, checkpoints: Any, step: int) -> NoReturn:
@@ -192,7 +195,7 @@ def recorded(run: Run, adapter: PyTree, found: Evaluation, progress: Progress) -
         raise FloatingPointError(f"The validation loss is {loss} at step {step}")
     epoch = step / run.task.steps_per_epoch
     run.log.write(step, epoch=epoch, **{f"eval_{name}": x for name, x in values.items()})
-    progress = progress._replace(evaluated=step)
+    progress = dataclasses.replace(progress, evaluated=step)
     merit = run.task.score.merit
     if progress.best_step >= 0 and not merit(score) > merit(progress.best_score):
         return progress
@@ -202,4 +205,4 @@ def recorded(run: Run, adapter: PyTree, found: Evaluation, progress: Progress) -
             run.workdir / workdirs.ADAPTER, adapter, run.lora_config,
             base=run.task.base_id, metadata=metadata,
         )  # fmt: skip
-    return progress._replace(best_step=step, best_score=score, best_loss=loss)
+    return dataclasses.replace(progress, best_step=step, best_score=score, best_loss=loss)

@@ -1,6 +1,7 @@
 """What lies where on a mesh: base, state and batches; and the steps compiled for it."""
 
 import contextlib
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -23,12 +24,12 @@ def settled(on: Devices, task: Task) -> Task:
     if on.mesh is None or on.pmap or all(map(is_there, jax.tree.leaves(task.base))):
         return task
     specs = sharding.specs(task.base, (), on.mesh)
-    return task._replace(base=sharding.place(task.base, specs, on.mesh))
+    return dataclasses.replace(task, base=sharding.place(task.base, specs, on.mesh))
 
 
 def with_copies(on: Devices, task: Task) -> Task:
     """The task with a copy of its base on each device, for a pmap."""
-    return task._replace(base=stacked(on, task.base)) if on.pmap else task
+    return dataclasses.replace(task, base=stacked(on, task.base)) if on.pmap else task
 
 
 def _specs(base: PyTree) -> PyTree:
@@ -97,7 +98,8 @@ def local(on: Devices, task: Task, config: ConfigDict) -> Task:
     if jax.process_count() == 1:
         return task
     mine = functools.partial(rows, on)
-    return task._replace(
+    return dataclasses.replace(
+        task,
         train_batch=functools.partial(task.train_batch, rows=mine(config.batch_size)),
         eval_batches=functools.partial(task.eval_batches, rows=mine(config.eval_batch_size)),
     )

@@ -1,5 +1,6 @@
 """What the training loop needs to know of a task."""
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -28,7 +29,8 @@ class Score(NamedTuple):
         return value if self.higher_is_better else -value
 
 
-class Task(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
     """What the loop needs to know of a task.
 
     Attributes:

@@ -91,7 +91,9 @@ def train(
                 workdir, start, progress.evaluated
             )
         )
-        run = Run(task, config, lora_config, workdir, log, on)
+        run = Run(
+            task=task, config=config, lora_config=lora_config, workdir=workdir, log=log, on=on
+        )
         try:
             step, progress = loop(run, steps, checkpoints, state, progress)
         except FloatingPointError as error:

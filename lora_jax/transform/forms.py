@@ -6,6 +6,7 @@ reads of control flow is read here, and checked: an equation of a form that is n
 ``explain`` to say. Forms of jax 0.8 to 0.11 are known.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -65,7 +66,8 @@ class Checkpoint(NamedTuple):
     is_recomputation: bool
 
 
-class ShardMap(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShardMap:
     """``jax.shard_map``, with the specs of each operand and result."""
 
     body: Body
@@ -248,7 +250,14 @@ def shard_map(eqn: Any) -> ShardMap:
     if len(in_specs) != len(eqn.invars) or len(out_specs) != len(eqn.outvars):
         raise UnknownForm(unknown(eqn, "its specs are not one for each operand and result"))
     body = _checked(eqn, body_of(jaxpr), len(eqn.invars), len(eqn.outvars))
-    return ShardMap(body, mesh, in_specs, out_specs, axes, check_vma)
+    return ShardMap(
+        body=body,
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names=axes,
+        check_vma=check_vma,
+    )
 
 
 def linear_solve(eqn: Any) -> list[tuple[Body | None, int]]:
