@@ -29,7 +29,7 @@ from lora_jax import paths, sharding
 from lora_jax.models import checkpoints, gpt2, llama, t5
 from lora_jax.tasks import classification, language_modeling
 from lora_jax.training import partitioning
-from lora_jax.training.evaluation import make_eval_step
+from lora_jax.training.evaluation import evaluate, make_eval_step
 from lora_jax.training.mesh import find
 from lora_jax.training.state import initial_state, storable, usable
 from lora_jax.training.step import make_train_step, step_options
@@ -77,8 +77,7 @@ def train(c, *, scores=False):
     )
     about |= {"losses": losses, "stays": all(jax.tree.leaves(stays))}
     if scores:
-        evaluate = make_eval_step(task, on)
-        about["scores"] = evaluate(evaluate, state.adapter, task)
+        about["scores"] = evaluate(make_eval_step(task, on), state.adapter, task)
     return about
 
 

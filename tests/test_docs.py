@@ -35,7 +35,7 @@ def test_docstrings(name):
 
 def test_docstrings_of_programs():
     names = list(_modules(experiments, configs))
-    assert len(names) > 60
+    assert {"experiments.sst2", "experiments.sweep", "configs.common"} <= set(names)
     done = subprocess.run(
         [sys.executable, "tests/docstrings.py", *names],
         cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},

@@ -35,7 +35,7 @@ PREPARE = """
 import sys
 from tensorflow_datasets.core.download import checksums
 from tensorflow_datasets.text import glue
-from lora_jax.data.batches import load
+from lora_jax.data.sources import load
 url, digest, size, data_dir, file_format = sys.argv[1:]
 config, = (c for c in glue.Glue.BUILDER_CONFIGS if c.name == "sst2")
 config.data_url = url
@@ -49,7 +49,7 @@ load("tfds:glue/sst2", "train", data_dir=data_dir)
 
 READ = """
 import json, sys
-from lora_jax.data.batches import SPLITS, load
+from lora_jax.data.sources import SPLITS, load
 splits = {s: load("tfds:glue/sst2", s, data_dir=sys.argv[1]) for s in SPLITS}
 out = {s: [x.sentences, None if x.labels is None else x.labels.tolist()] for s, x in splits.items()}
 foreign = sorted({m.partition(".")[0] for m in sys.modules} & {"tensorflow", "keras", "torch"})
