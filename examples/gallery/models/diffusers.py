@@ -23,6 +23,7 @@ def unet(batch: int) -> Model:
         layers_per_block=1,
         attention_head_dim=2,
         cross_attention_dim=24,
+        dtype=None,  # that of the inputs, so that it can be computed in float64 too
     )
     params = model.init_weights(jax.random.key(0))
     fn = lambda params, *args: model.apply({"params": params}, *args).sample
