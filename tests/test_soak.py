@@ -17,7 +17,7 @@ WARM = 6_000  # steps until buffers, caches and arenas have their size
 GROWTH = 6e6  # bytes of resident memory from there to the end: a third of a kilobyte a step
 
 SOAK = f"""
-import gc, json, os, resource, sys, threading, time
+import dataclasses, gc, json, os, resource, sys, threading, time
 from pathlib import Path
 import jax
 import small
@@ -40,8 +40,8 @@ def batch(number):
     return task.train_batch(number)
 
 progress = small.run(
-    Path(sys.argv[1]), task._replace(train_batch=batch), epochs={STEPS // PER_EPOCH}, log_every=50,
-    checkpoint_every=250,
+    Path(sys.argv[1]), dataclasses.replace(task, train_batch=batch),
+    epochs={STEPS // PER_EPOCH}, log_every=50, checkpoint_every=250,
 )
 batch({STEPS})
 print(json.dumps(samples))

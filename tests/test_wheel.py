@@ -70,7 +70,7 @@ def test_the_readmes_example_beside_folders_of_the_users_own(python, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "part, extra", [("models", "models"), ("data", "train"), ("training", "train"), ("tasks", "train"), ("sweeps", "train")]
+    "part, extra", [("models.hub", "models"), ("models.tokenizer", "models"), ("data", "train"), ("training", "train"), ("tasks", "train"), ("sweeps", "train")]
 )  # fmt: skip
 def test_a_part_that_needs_more_says_what_to_install(python, tmp_path, part, extra):
     done = subprocess.run(

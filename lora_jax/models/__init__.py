@@ -2,7 +2,3 @@
 
 Nothing here knows of adapters, and nothing in the transform knows of these models.
 """
-
-from lora_jax.extras import require
-
-require(__name__, "models", "huggingface_hub", "tokenizers")

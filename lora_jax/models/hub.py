@@ -7,8 +7,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import huggingface_hub
-from huggingface_hub import constants, errors
+from lora_jax.extras import require
+
+require(__name__, "models", "huggingface_hub")
+
+import huggingface_hub  # noqa: E402
+from huggingface_hub import constants, errors  # noqa: E402
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -4,10 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-from tokenizers import implementations, processors
+from lora_jax.extras import require
 
-from lora_jax.models.hub import Checkpoint
+require(__name__, "models", "tokenizers")
+
+import tokenizers  # noqa: E402
+from tokenizers import implementations, processors  # noqa: E402
+
+from lora_jax.models.hub import Checkpoint  # noqa: E402
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> tokenizers.Tokenizer:
