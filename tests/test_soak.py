@@ -73,7 +73,8 @@ def test_a_long_run_takes_no_more_memory_than_a_short_one(tmp_path):
     print(json.dumps(figures))
     assert slope * (STEPS - WARM) < GROWTH, figures
     assert {s["compiled"] for s in late} == {late[0]["compiled"]}, figures
-    assert max(s["threads"] for s in late) <= late[0]["threads"] + 2, figures
+    # A save under way has threads of its own; those that never end would be in every sample.
+    assert min(s["threads"] for s in late[-8:]) <= late[0]["threads"] + 2, figures
     assert max(s["files"] for s in late) <= late[0]["files"] + 8, figures
     lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert sum("eval_loss" in x for x in lines) == STEPS // PER_EPOCH

@@ -48,6 +48,7 @@ def _figure(columns: int, *, width: float = 4.2, height: float = 3.4) -> tuple[F
 def _picture(figure: Figure, name: str, title: str, caption: str) -> Picture:
     image = io.BytesIO()
     figure.savefig(image, dpi=150)
+    figure.clear()  # its parts refer to each other, and would wait for the garbage collector
     return Picture(name, title, caption, image.getvalue())
 
 

@@ -27,4 +27,5 @@ def plot_curves(workdir: Path, score: str = "accuracy") -> None:
     panels[1].legend(frameon=False)
     image = io.BytesIO()
     figure.savefig(image, dpi=150)
+    figure.clear()  # its parts refer to each other, and would wait for the garbage collector
     write_atomically(workdir / CURVES, image.getvalue())
