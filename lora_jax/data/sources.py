@@ -6,7 +6,7 @@ A source is a string, so that a config can name it:
 - ``"reviews"``, the small set that comes with the package;
 - the path of a directory that holds ``train.tsv``, ``dev.tsv`` and ``test.tsv``.
 
-Other tasks of GLUE have other features and columns: their layouts are in ``glue_tasks``.
+Other tasks of GLUE have other features and columns: their layouts are in ``lora_jax.tasks.glue``.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The devices of a run: the mesh that its config describes, and what lies where on it.
+"""The devices of a run: the mesh that its config describes.
 
 Rows of a batch are split over the axes ``data`` and ``fsdp``; the base by its family's table; the
 adapter and the optimiser's state as the base. The compiler (GSPMD) makes of the step for one device

@@ -1,4 +1,4 @@
-"""Pure step functions: one for training, one for evaluation, for every task and kind of adapter.
+"""The training step: a pure function, for every task and kind of adapter.
 
 The base parameters are an argument of the compiled step: neither donated nor closed over, and never
 changed.

@@ -1,4 +1,4 @@
-"""What a run leaves in its directory: its config, metrics by line, TensorBoard events, curves."""
+"""The directory of a run: the names in it, its config, and what keeps others out of it."""
 
 import contextlib
 import fcntl
