@@ -329,3 +329,30 @@ def test_real_lines_and_real_tokens():
     assert tokenizer.encode("Hello world<|endoftext|>").ids == [15496, 995, 50256]
     for text in pairs.texts[:50]:
         assert tokenizer.decode(tokenizer.encode(f" {text}").ids) == f" {text}"
+
+
+def test_a_sweep_selects_the_lowest_loss(finished, source, tmp_path):
+    root, *_ = finished
+    fields = ADAPTED | {"data.source": str(source), "model.name": str(root / "base" / "model")}
+    fields |= {"epochs": 2, "data.buckets": (48,)}
+    (tmp_path / "config.py").write_text(
+        "from configs import e2e_tiny\n\n"
+        "def get_config():\n"
+        "    config = e2e_tiny.get_config()\n"
+        f"    config.update_from_flattened_dict({fields!r})\n"
+        "    return config\n\n"
+        "def sweep(add):\n"
+        "    for rate in (0.00001, 0.02):\n"
+        "        add(**{'optimizer.learning_rate': rate})\n"
+    )
+    done = run(
+        "sweep",
+        "--program=e2e_nlg",
+        f"--config={tmp_path}/config.py",
+        f"--workdir={tmp_path}/sweep",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(p.read_text()) for p in (tmp_path / "sweep").glob("runs/*/result.json")]
+    low, high = sorted(result["best_loss"] for result in found)
+    assert low < high
+    assert f"best validation loss {low:.4f}: learning_rate 0.02" in done.stdout

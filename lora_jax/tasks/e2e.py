@@ -24,11 +24,7 @@ from lora_jax.tasks.text_metrics import bleu_and_chrf
 from lora_jax.training import mesh, optimizer, training_config
 from lora_jax.training.task import Task
 
-_LEAST = {
-    "batch_size": 1, "eval_batch_size": 1, "epochs": 1, "log_every": 1, "checkpoint_keep": 1,
-    "data.holdout": 0, "data.test_meanings": 0, "data.seed": 0, "data.alike": 0,
-    "decode.batch_size": 1,
-}  # fmt: skip
+_LEAST = {"data.test_meanings": 0, "data.alike": 0, "decode.batch_size": 1}
 
 
 class Writer(NamedTuple):

@@ -10,18 +10,7 @@ from lora_jax.tasks import from_config, glue
 from lora_jax.training import mesh, optimizer, training_config
 
 DEFAULT = "default"  # among lora.targets and lora.train: what PEFT has for the model's family
-_LEAST = {
-    "batch_size": 1,
-    "eval_batch_size": 1,
-    "epochs": 1,
-    "log_every": 1,
-    "checkpoint_keep": 1,
-    "data.train_examples": 0,
-    "data.holdout": 0,
-    "data.max_length": 1,
-    "data.seed": 0,
-    "data.alike": 0,
-}
+_LEAST = {"data.train_examples": 0, "data.max_length": 1, "data.alike": 0}
 
 
 def resolved(config: ConfigDict) -> ConfigDict:
@@ -59,10 +48,7 @@ def check(config: ConfigDict) -> None:
     from_config.lora_config(config)
     from_config.dtypes(config.model)
     optimizer.check(config.optimizer)
-    values = config.to_dict() | {f"data.{name}": value for name, value in config.data.items()}
-    for field, low in _LEAST.items():
-        if values[field] < low:
-            raise ValueError(f"{field} must be at least {low}, got {values[field]}.")
+    training_config.check_sizes(config, _LEAST)
     training_config.check(config)
     _check_buckets(config)
     _check_labels(config)
@@ -88,8 +74,6 @@ def _check_labels(config: ConfigDict) -> None:
 
 def _check_buckets(config: ConfigDict) -> None:
     buckets = tuple(config.data.buckets)
-    if not buckets or any(low >= high for low, high in zip((0, *buckets), buckets, strict=False)):
-        raise ValueError(f"data.buckets must be positive lengths that ascend, got {buckets}.")
     if buckets[-1] < config.data.max_length:
         raise ValueError(
             f"data.buckets {buckets} end below data.max_length {config.data.max_length}: lower the "

@@ -21,17 +21,6 @@ from lora_jax.tasks import adapter_files, from_config, language_modeling
 from lora_jax.training import mesh, optimizer, training_config
 from lora_jax.training.task import Score, Task
 
-_LEAST = {
-    "batch_size": 1,
-    "eval_batch_size": 1,
-    "epochs": 1,
-    "log_every": 1,
-    "checkpoint_keep": 1,
-    "data.max_length": 2,
-    "data.holdout": 0,
-    "data.seed": 0,
-}
-
 
 def resolved(config: ConfigDict) -> ConfigDict:
     """A copy of the config; it leaves nothing open."""
@@ -47,12 +36,7 @@ def check(config: ConfigDict) -> None:
     from_config.lora_config(config)
     optimizer.check(config.optimizer)
     from_config.dtypes(config.model)
-    values = config.to_dict() | {f"data.{name}": value for name, value in config.data.items()}
-    problems = [
-        f"{field} must be at least {low}, got {values[field]}"
-        for field, low in _LEAST.items()
-        if values[field] < low
-    ]
+    problems = training_config.size_problems(config, {"data.max_length": 2})
     if not config.model.name:
         problems.append("model.name must name a model: a directory, or one of the Hub")
     if not config.data.train:

@@ -10,6 +10,16 @@ from lora_jax.models.layers import check_remat
 from lora_jax.training import durations
 
 ACTIONS = ("stop", "skip")
+# The least value of fields that every task has, for :func:`check_sizes`.
+LEAST = {
+    "batch_size": 1,
+    "eval_batch_size": 1,
+    "epochs": 1,
+    "log_every": 1,
+    "checkpoint_keep": 1,
+    "data.holdout": 0,
+    "data.seed": 0,
+}
 
 
 def check(config: ConfigDict) -> None:
@@ -68,13 +78,25 @@ def _duration_problems(config: ConfigDict) -> Iterator[str]:
             yield "eval_every must not be 0; there is an evaluation at the end in any case"
 
 
-def check_sizes(config: ConfigDict, least: Mapping[str, int]) -> None:
-    """Raises ValueError if a field ("data.seed") is below the least value that it may have."""
-    for field, low in least.items():
+def size_problems(config: ConfigDict, least: Mapping[str, int]) -> list[str]:
+    """What is wrong with fields ("data.seed") that are below the least value that they may have."""
+    problems = []
+    for field, low in (LEAST | least).items():
         part, _, name = field.rpartition(".")
         value = (config[part] if part else config)[name]
         if value < low:
-            raise ValueError(f"{field} must be at least {low}, got {value}.")
+            problems.append(f"{field} must be at least {low}, got {value}")
+    return problems
+
+
+def check_sizes(config: ConfigDict, least: Mapping[str, int]) -> None:
+    """Finds sizes that are too small, and buckets that do not ascend.
+
+    Raises:
+      ValueError: names them.
+    """
+    if problems := size_problems(config, least):
+        raise ValueError(f"{'; '.join(problems)}.")
     buckets = tuple(config.data.buckets)
     if not buckets or any(low >= high for low, high in zip((0, *buckets), buckets, strict=False)):
         raise ValueError(f"data.buckets must be positive lengths that ascend, got {buckets}.")
