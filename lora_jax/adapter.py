@@ -1,9 +1,10 @@
 """Adapters: small trees that overlay a parameter tree.
 
-At the path of a leaf an adapter holds a :class:`~lora_jax.lowrank.LowRank` node, which is added to
-the kernel there, or a plain array, which replaces the leaf. An adapter is a nested dictionary with
-the path components as keys, whatever containers the parameters use. LoRA, LoRA with a trained
-head, BitFit, a linear probe and full fine-tuning are all values of this one type.
+At the path of a leaf an adapter holds the node of a method (see :mod:`lora_jax.nodes`), such as
+:class:`~lora_jax.lowrank.LowRank`, which changes the kernel there, or a plain array, which replaces
+the leaf. An adapter is a nested dictionary with the path components as keys, whatever containers
+the parameters use. LoRA, LoRA with a trained head, BitFit, a linear probe and full fine-tuning are
+all values of this one type.
 """
 
 import dataclasses
@@ -14,8 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import lowrank, paths
-from lora_jax.lowrank import LowRank, Trained
+from lora_jax import fields, paths
+from lora_jax.nodes import (
+    Field,
+    as_node,
+    is_adapted,
+    is_bound,
+    is_node,
+    is_static,
+    with_array_scale,
+)
 
 PyTree = Any
 Array = jax.Array
@@ -23,12 +32,12 @@ TRAINABLE, FROZEN = "trainable", "frozen"
 
 
 def nodes(adapter: PyTree) -> dict[str, Any]:
-    """The nodes of an adapter by path: ``LowRank`` or a plain array.
+    """The entries of an adapter by path: the node of a method, or a plain array.
 
     Raises:
       ValueError: this is a bound tree.
     """
-    entries = paths.named_leaves(adapter, is_leaf=lowrank.is_node)
+    entries = paths.named_leaves(adapter, is_leaf=is_node)
     if bound := [name for name, node in entries.items() if is_bound(node)]:
         raise ValueError(
             f"Got a bound tree where an adapter is expected: {paths.listing(bound)} is already "
@@ -42,17 +51,12 @@ def _unboxed(node: Any) -> Any:
 
     :func:`lora_jax.paths.named_leaves` looks into the boxes of leaves that are trained in full.
     """
-    if not isinstance(node, LowRank):
+    if not is_adapted(node):
         return node
-    boxes = {"a": node.a, "b": node.b, "scale": node.scale}
+    boxes = {name: getattr(node, name) for name in node.table if not is_static(node, name)}
     inner = {name: jax.tree.leaves(box) for name, box in boxes.items()}
     changed = {n: x[0] for n, x in inner.items() if len(x) == 1 and x[0] is not boxes[n]}
     return dataclasses.replace(node, **changed) if changed else node
-
-
-def is_bound(node: Any) -> bool:
-    """Whether ``node`` is one that :func:`bind` has put into a tree."""
-    return isinstance(node, Trained) or (isinstance(node, LowRank) and node.w is not None)
 
 
 def base_leaves(params: PyTree) -> dict[str, Any]:
@@ -61,8 +65,8 @@ def base_leaves(params: PyTree) -> dict[str, Any]:
     Raises:
       ValueError: an adapter is bound to it; or as :func:`lora_jax.paths.named_leaves`.
     """
-    leaves = paths.named_leaves(params, is_leaf=lowrank.is_node)
-    if bound := [name for name, node in leaves.items() if lowrank.is_node(node)]:
+    leaves = paths.named_leaves(params, is_leaf=is_node)
+    if bound := [name for name, node in leaves.items() if is_node(node)]:
         raise ValueError(
             f"The parameters are already bound to an adapter, at {paths.listing(bound)}, and a "
             "tree takes one. Pass the parameters themselves; for a second adapter on top of the "
@@ -74,14 +78,14 @@ def base_leaves(params: PyTree) -> dict[str, Any]:
 def bind(params: PyTree, adapter: PyTree) -> PyTree:
     """Puts the adapter into the tree: kernels become unevaluated sums ``W_frozen + s·BA``.
 
-    The result has the containers of ``params``, with a ``LowRank`` or ``Trained`` node where the
-    adapter has an entry. Call it through :func:`lora_jax.lift`.
+    The result has the containers of ``params``, with a node, such as ``LowRank`` or ``Trained``,
+    where the adapter has an entry. Call it through :func:`lora_jax.lift`.
 
     Raises:
       ValueError: the adapter has a path that ``params`` lacks, or a shape that does not fit; or
         ``params`` are already bound, or ``adapter`` is.
     """
-    return _overlay(params, adapter, _bound)
+    return _overlay(params, adapter, lambda name, leaf, x: as_node(x).bind(leaf, name))
 
 
 def merge(params: PyTree, adapter: PyTree) -> PyTree:
@@ -93,17 +97,7 @@ def merge(params: PyTree, adapter: PyTree) -> PyTree:
     Raises:
       ValueError: as :func:`bind`.
     """
-    return _overlay(params, adapter, _merged)
-
-
-def _bound(name: str, leaf: Array, node: Any) -> Any:
-    if isinstance(node, LowRank):
-        return dataclasses.replace(node, w=leaf, name=name)
-    return Trained(node)
-
-
-def _merged(name: str, leaf: Array, node: Any) -> Array:
-    return lowrank.merged(leaf, node) if isinstance(node, LowRank) else node
+    return _overlay(params, adapter, lambda name, leaf, x: as_node(x).merge(leaf))
 
 
 def _overlay(params: PyTree, adapter: PyTree, put: Callable) -> PyTree:
@@ -144,35 +138,32 @@ def misfits(
 def leading_axes(entries: Mapping[str, Any]) -> tuple[int, ...]:
     """The axes that every factor has before its own: those of a stack of adapters.
 
+    >>> from lora_jax.lowrank import LowRank
     >>> node = LowRank(jnp.zeros((5, 3, 1)), jnp.zeros((5, 1, 2)), 2.0)
     >>> leading_axes({"kernel": node})
     (5,)
     """
-    found = {_leading(x) for x in entries.values() if isinstance(x, LowRank)}
+    found = {fields.leading_axes(x) for x in entries.values() if is_adapted(x)}
     return found.pop() if len(found) == 1 else ()
 
 
-def _leading(node: LowRank) -> tuple[int, ...]:
-    shape, own = jnp.shape(node.a), len(lowrank.positions(node.axes, "bi")) + 1
-    return shape[: max(len(shape) - own, 0)]
-
-
-def _misfit(name: str, leaf: Any, node: Any, stacked: tuple[int, ...]) -> str:
-    shape = jnp.shape(leaf)
-    if not isinstance(node, LowRank):
-        want, have = (*stacked, *shape), jnp.shape(node)
-        return "" if want == have else f"{name} has shape {want}, not {have}"
-    if len(node.axes) != len(shape):
+def _misfit(name: str, leaf: Any, x: Any, stacked: tuple[int, ...]) -> str:
+    node, shape = as_node(x), jnp.shape(leaf)
+    if is_adapted(node) and len(node.axes) != len(shape):
         return (
             f"{name} has shape {shape}, but its adapter is for {len(node.axes)} axes {node.axes!r}"
         )
-    rank = (jnp.shape(node.a) or (0,))[-1]
-    want = tuple((*stacked, *x) for x in lowrank.factor_shapes(shape, node.axes, rank))
-    have, scale = (jnp.shape(node.a), jnp.shape(node.b)), jnp.shape(node.scale)
-    if want == have and scale in ((), stacked):
+    want = {n: (*stacked, *own) for n, own in fields.shapes(node, shape).items()}
+    have = {n: jnp.shape(getattr(node, n)) for n in want}
+    number = lambda n: have[n] == () and node.table[n].scales
+    if all(have[n] == want[n] or number(n) for n in want):
         return ""
+    if not is_adapted(node):
+        return f"{name} has shape {want['value']}, not {have['value']}"
+    *names, last = want
     return (
-        f"{name} of shape {shape} needs a, b and scale of {(*want, stacked)}, not {(*have, scale)}"
+        f"{name} of shape {shape} needs {', '.join(names)} and {last} of {(*want.values(),)}, not "
+        f"{(*have.values(),)}"
     )
 
 
@@ -183,18 +174,14 @@ def as_data(adapter: PyTree) -> PyTree:
     and mapped over in one compiled program; rates are an argument of :func:`lora_jax.lift`. The
     scales are leaves now, which :func:`labels` calls frozen.
 
+    >>> from lora_jax.lowrank import LowRank
     >>> node = LowRank(jnp.zeros((3, 1)), jnp.zeros((1, 2)), 2.0, dropout=0.1)
     >>> made = as_data({"kernel": node})["kernel"]
     >>> made.scale, made.dropout
     (Array(2., dtype=float32), 0.0)
     """
-
-    def change(node: Any) -> Any:
-        if not isinstance(node, LowRank):
-            return node
-        return dataclasses.replace(lowrank.with_array_scale(node), dropout=0.0)
-
-    return jax.tree.map(change, adapter, is_leaf=lowrank.is_node)
+    data = lambda x: dataclasses.replace(with_array_scale(x), dropout=0.0) if is_adapted(x) else x
+    return jax.tree.map(data, adapter, is_leaf=is_node)
 
 
 def labels(tree: PyTree) -> PyTree:
@@ -204,27 +191,31 @@ def labels(tree: PyTree) -> PyTree:
     full are trainable; in a bound tree the base is frozen, and so are scales that are arrays. An
     adapter as :func:`lora_jax.init` makes it has no frozen leaf, and needs no labels.
 
+    >>> from lora_jax.lowrank import LowRank
     >>> node = LowRank(jnp.zeros((3, 1)), jnp.zeros((1, 2)), 2.0)
     >>> jax.tree.leaves(labels({"kernel": node, "bias": jnp.zeros(2)}))
     ['trainable', 'trainable', 'trainable']
     >>> jax.tree.leaves(labels(bind({"kernel": jnp.zeros((3, 2))}, {"kernel": node})))
     ['trainable', 'trainable', 'frozen']
     """
-    bound = any(map(is_bound, jax.tree.leaves(tree, is_leaf=lowrank.is_node)))
+    bound = any(map(is_bound, jax.tree.leaves(tree, is_leaf=is_node)))
 
-    # The array may be in a box, and the frozen kernel be None.
-    all_of = lambda x, label: jax.tree.map(lambda _: label, x)
+    def label(x: Any) -> Any:
+        if bound and not is_node(x):
+            return FROZEN
+        made = fields.map_fields(_label, x)
+        return dataclasses.replace(made, w=_all_of(x.w, FROZEN)) if is_adapted(x) else made
 
-    def label(node: Any) -> Any:
-        if isinstance(node, LowRank):
-            put = {"a": all_of(node.a, TRAINABLE), "b": all_of(node.b, TRAINABLE)}
-            put |= {} if lowrank.has_static_scale(node) else {"scale": all_of(node.scale, FROZEN)}
-            return dataclasses.replace(node, **put, w=all_of(node.w, FROZEN))
-        if isinstance(node, Trained):
-            return Trained(all_of(node.value, TRAINABLE))
-        return FROZEN if bound else TRAINABLE
+    return jax.tree.map(label, tree, is_leaf=is_node)
 
-    return jax.tree.map(label, tree, is_leaf=lowrank.is_node)
+
+def _label(name: str, field: Field, value: Any) -> Any:
+    return _all_of(value, TRAINABLE if field.is_trained else FROZEN)
+
+
+def _all_of(value: Any, label: str) -> Any:
+    """The label in place of an array, which may be in a box; of the frozen kernel None stays."""
+    return jax.tree.map(lambda _: label, value)
 
 
 def mask(tree: PyTree) -> PyTree:
@@ -241,16 +232,16 @@ def summary(params: PyTree, adapter: PyTree) -> str:
     Raises:
       ValueError: ``params`` or ``adapter`` are a bound tree.
 
+    >>> from lora_jax.lowrank import LowRank
     >>> params = {"kernel": jnp.zeros((1024, 1024))}
     >>> node = LowRank(jnp.zeros((1024, 8)), jnp.zeros((8, 1024)), 2.0)
     >>> summary(params, {"kernel": node})
     'trainable params: 16,384 || all params: 1,064,960 || trainable%: 1.5385'
     """
-    entries, leaves = nodes(adapter).values(), base_leaves(params).values()
-    added = sum(_size(x.a) + _size(x.b) for x in entries if isinstance(x, LowRank))
-    trained = added + sum(_size(x) for x in entries if not isinstance(x, LowRank))
+    counts = [fields.count(x) for x in nodes(adapter).values()]
+    trained, added = (sum(numbers) for numbers in zip(*counts, strict=True)) if counts else (0, 0)
     # Modules of some libraries hold functions and flags beside their arrays.
-    total = added + sum(_size(x) for x in leaves if hasattr(x, "shape"))
+    total = added + sum(_size(x) for x in base_leaves(params).values() if hasattr(x, "shape"))
     return (
         f"trainable params: {trained:,d} || all params: {total:,d} || "
         f"trainable%: {100 * trained / max(total, 1):.4f}"

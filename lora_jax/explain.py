@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lora_jax.adapter import bind, nodes
-from lora_jax.lowrank import LowRank
+from lora_jax.nodes import is_adapted
 from lora_jax.transform import interpreter
 from lora_jax.transform.lift import trace
 
@@ -46,7 +46,7 @@ def explain(
     Raises:
       ValueError: as :func:`lora_jax.bind`.
     """
-    names = [n for n, node in nodes(adapter).items() if isinstance(node, LowRank)]
+    names = [n for n, node in nodes(adapter).items() if is_adapted(node)]
     events = trace(fn, (bind(params, adapter), *args), kwargs)
     uses = {name: [e for e in events if name in e.names] for name in names}
     return Explanation({name: _kernel_use(found) for name, found in uses.items()})

@@ -10,11 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax import kernels, lowrank, paths
+from lora_jax import kernels, paths
 from lora_jax.adapter import base_leaves
 from lora_jax.config import ALL_LINEAR, LoRAConfig
+from lora_jax.factors import factor_shapes, wide_dtype
 from lora_jax.kernels import Kernels, Leaf, find_kernels
-from lora_jax.lowrank import LowRank
+from lora_jax.lowrank import LowRank, init_a
 
 PyTree = Any
 Array = jax.Array
@@ -293,19 +294,19 @@ def _warn(choice: Choice) -> None:
 
 def _is_wide(leaf: Leaf, rank: int) -> bool:
     """Whether the factors hold as many numbers as the kernel, at a rank that was not lowered."""
-    shapes = lowrank.factor_shapes(leaf.shape or (), leaf.axes, rank)
+    shapes = factor_shapes(leaf.shape or (), leaf.axes, rank)
     size = sum(math.prod(shape) for shape in shapes)
     return size >= math.prod(leaf.shape or ()) and rank < kernels.max_rank(leaf)
 
 
 def _init_node(key: Array, name: str, choice: Choice, config: LoRAConfig) -> LowRank:
     leaf, rank = choice.kernels.leaves[name], choice.ranks[name]
-    dtype = lowrank.wide_dtype(leaf.dtype)
+    dtype = wide_dtype(leaf.dtype)
     # crc32 of the path: the same number in every process, unlike `hash`.
     key = jax.random.fold_in(key, zlib.crc32(name.encode()))
     return LowRank(
-        a=lowrank.init_a(key, leaf.shape, leaf.axes, rank, dtype),
-        b=jnp.zeros(lowrank.factor_shapes(leaf.shape, leaf.axes, rank)[1], dtype),
+        a=init_a(key, leaf.shape, leaf.axes, rank, dtype),
+        b=jnp.zeros(factor_shapes(leaf.shape, leaf.axes, rank)[1], dtype),
         scale=_checked_scale(name, config.kernel_scale(name, rank), dtype),
         axes=leaf.axes,
         dropout=config.dropout,

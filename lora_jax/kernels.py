@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax import lowrank, paths
+from lora_jax import factors, paths
 from lora_jax.config import ALL_LINEAR, LoRAConfig
 from lora_jax.transform.findings import LOOKUP, Findings, Use, has_two_sides
 from lora_jax.transform.lift import trace_roles
@@ -27,7 +27,7 @@ class Leaf:
       dtype: likewise.
       kind: "kernel" if it is contracted or convolved with what depends on the inputs, "lookup" if
         rows of it are looked up and nothing else, "other" if it can't be adapted.
-      axes: the role of each axis, as in :mod:`lora_jax.lowrank`; empty for the kind "other".
+      axes: the role of each axis, as in :mod:`lora_jax.factors`; empty for the kind "other".
       is_weight: whether "all-linear" may choose it. Variables of other collections than "params",
         and of other types than ``nnx.Param``, are adapted only if a target names them.
       reason: why it can't be adapted, or why "all-linear" leaves it out.
@@ -260,4 +260,4 @@ def _line(name: str, row: Row) -> tuple[str, ...]:
 
 def max_rank(leaf: Leaf) -> int:
     """The largest rank that the change of the kernel can have."""
-    return lowrank.max_rank(leaf.shape or (), leaf.axes)
+    return factors.max_rank(leaf.shape or (), leaf.axes)

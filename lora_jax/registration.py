@@ -1,19 +1,98 @@
-"""What ``jax.export`` and ``flax.serialization`` need to know of the nodes in adapters.
+"""Makes classes of nodes known: to JAX as pytrees, to files by kind, to ``jax.export`` and Flax.
 
-With it an exported function can take an adapter as an argument, and ``flax.serialization`` writes
-and reads adapters, alone or in a state that holds them. Flax, with all that it imports, is not
-imported for that: it is told as soon as it is there and a node is made.
+An exported function can take an adapter as an argument, and ``flax.serialization`` writes and reads
+adapters, alone or in a state that holds them. Flax, with all that it imports, is not imported for
+that: it is told as soon as it is there and a node is made.
 """
 
 import dataclasses
 import json
 import sys
-from typing import Any
+from collections.abc import Container, Sequence
+from typing import Any, TypeVar
 
+import jax
 import jax.export
 
-from lora_jax import lowrank
-from lora_jax.lowrank import LowRank, Trained
+from lora_jax import nodes
+from lora_jax.nodes import Node
+
+N = TypeVar("N", bound=type[Node])
+
+
+def register(cls: N) -> N:
+    """Makes a class of nodes known, as a decorator of the dataclass.
+
+    Raises:
+      ValueError: its fields are not those of its table and of :class:`lora_jax.nodes.Adapted`, or
+        another class has its kind.
+    """
+    have, want = [f.name for f in dataclasses.fields(cls)], [*_leaves(cls, ()), *_structure(cls)]
+    if have != want:
+        raise ValueError(f"{cls.__name__} has the fields {have}, and its table says {want}.")
+    if cls.kind in nodes.KINDS:
+        raise ValueError(
+            f"{cls.__name__} has the kind {cls.kind!r}, which is that of "
+            f"{nodes.KINDS[cls.kind].__name__}; choose another."
+        )
+    nodes.KINDS[cls.kind] = cls
+    jax.tree_util.register_pytree_with_keys(
+        cls, _flatten_with_keys, lambda rest, children: _unflatten(cls, rest, children), _flatten
+    )
+    jax.export.register_pytree_node_serialization(
+        cls,
+        serialized_name=f"lora_jax.{cls.__name__}",
+        serialize_auxdata=_aux_to_bytes,
+        deserialize_auxdata=_aux_from_bytes,
+    )
+    nodes.observe(lambda: _register_with_flax(cls))
+    return cls
+
+
+def _structure(cls: type[Node]) -> tuple[str, ...]:
+    """The fields that belong to the structure of the tree."""
+    return ("axes", "name", "dropout") if issubclass(cls, nodes.Adapted) else ()
+
+
+def _leaves(cls: type[Node], numbers: Container[str]) -> list[str]:
+    """The fields that are leaves, where those of the table in ``numbers`` are none."""
+    kernel = ["w"] if issubclass(cls, nodes.Adapted) else []
+    return [*(name for name in cls.table if name not in numbers), *kernel]
+
+
+# ---- Pytrees -------------------------------------------------------------------------------------
+
+
+def _flatten(node: Node) -> tuple[tuple, tuple]:
+    names, rest = _parts(node)
+    return tuple(getattr(node, name) for name in names), rest
+
+
+def _flatten_with_keys(node: Node) -> tuple[tuple, tuple]:
+    names, rest = _parts(node)
+    return tuple((jax.tree_util.GetAttrKey(n), getattr(node, n)) for n in names), rest
+
+
+def _parts(node: Node) -> tuple[list[str], tuple]:
+    """The names of the leaves, and the values of the structure; None for a scale that is a leaf."""
+    cls, scales = type(node), nodes.scales(type(node))
+    numbers = {name: getattr(node, name) for name in scales if nodes.is_static(node, name)}
+    structure = [getattr(node, name) for name in _structure(cls)]
+    return _leaves(cls, numbers), (*map(numbers.get, scales), *structure)
+
+
+def _unflatten(cls: type[Node], rest: tuple, children: Sequence[Any]) -> Node:
+    """Puts any objects into the places of the leaves: no check, no conversion."""
+    nodes.tell_observers()
+    values = dict(zip([*nodes.scales(cls), *_structure(cls)], rest, strict=True))
+    leaf_scales = tuple(name for name in nodes.scales(cls) if values[name] is None)
+    numbers = set(nodes.scales(cls)).difference(leaf_scales)
+    node = object.__new__(cls)
+    node.__dict__.update(values)  # the dataclass is frozen
+    node.__dict__.update(zip(_leaves(cls, numbers), children, strict=True))
+    if leaf_scales:
+        node.__dict__[nodes.LEAF_SCALES] = leaf_scales
+    return node
 
 
 def _aux_to_bytes(aux: tuple) -> bytes:
@@ -24,64 +103,49 @@ def _aux_from_bytes(data: bytes) -> tuple:
     return tuple(json.loads(data))
 
 
-def register_with_flax() -> bool:
-    """Tells ``flax.serialization`` of the nodes, if it has been imported; says whether it was."""
+# ---- Flax ----------------------------------------------------------------------------------------
+
+
+def _register_with_flax(cls: type[Node]) -> bool:
+    """Tells ``flax.serialization`` of a class, if it has been imported; says whether it was."""
     serialization = sys.modules.get("flax.serialization")
     if not hasattr(serialization, "from_bytes"):  # or is being imported
         return False
-    one = {LowRank: (_to_state_dict, _from_state_dict), Trained: (_of_trained, _to_trained)}
-    for node, (write, read) in one.items():
-        serialization.register_serialization_state(node, write, read, override=True)
+    serialization.register_serialization_state(cls, _to_state_dict, _from_state_dict, override=True)
     return True
 
 
-def _to_state_dict(node: LowRank) -> dict[str, Any]:
+def _state_names(node: Node) -> list[str]:
+    """The fields of the state: all arrays and scales, and the kernel if the node is bound."""
+    return [n for n in _leaves(type(node), ()) if n != "w" or node.w is not None]
+
+
+def _to_state_dict(node: Node) -> dict[str, Any]:
     from flax import serialization
 
-    names = ("a", "b", "scale") if node.w is None else ("a", "b", "scale", "w")
-    return {name: serialization.to_state_dict(getattr(node, name)) for name in names}
+    return {name: serialization.to_state_dict(getattr(node, name)) for name in _state_names(node)}
 
 
-def _from_state_dict(node: LowRank, state: dict[str, Any]) -> LowRank:
-    """The node with the arrays and the scale of the state; shapes must be those of the node.
+def _from_state_dict(node: Node, state: dict[str, Any]) -> Node:
+    """The node with the arrays and scales of the state; shapes must be those of the node.
 
     Raises:
       ValueError: the state is not one of such a node.
     """
     from flax import serialization
 
-    wanted = set(_to_state_dict(node))
-    if set(state) != wanted:
+    wanted = _state_names(node)
+    if set(state) != set(wanted):
         raise ValueError(
-            f"The state of a low-rank term has the entries {sorted(wanted)}, and this one has "
-            f"{sorted(state)}."
+            f"The state of a node of the kind {node.kind!r} has the entries {sorted(wanted)}, and "
+            f"this one has {sorted(state)}."
         )
     new = {
         name: serialization.from_state_dict(getattr(node, name), state[name], name=name)
-        for name in sorted(wanted)
+        for name in wanted
     }
-    if lowrank.has_static_scale(node):
-        new["scale"] = float(new["scale"])
-    return dataclasses.replace(node, **new)
+    static = [name for name in nodes.scales(type(node)) if nodes.is_static(node, name)]
+    return dataclasses.replace(node, **new | {name: float(new[name]) for name in static})
 
 
-def _of_trained(node: Trained) -> dict[str, Any]:
-    from flax import serialization
-
-    return {"value": serialization.to_state_dict(node.value)}
-
-
-def _to_trained(node: Trained, state: dict[str, Any]) -> Trained:
-    from flax import serialization
-
-    return Trained(serialization.from_state_dict(node.value, state["value"]))
-
-
-for _type, _name in ((LowRank, "lora_jax.LowRank"), (Trained, "lora_jax.Trained")):
-    jax.export.register_pytree_node_serialization(
-        _type,
-        serialized_name=_name,
-        serialize_auxdata=_aux_to_bytes,
-        deserialize_auxdata=_aux_from_bytes,
-    )
-lowrank.observe(register_with_flax)
+register(nodes.Trained)

@@ -1,13 +1,15 @@
 """Adapters on disk: a directory with one safetensors file and one JSON file.
 
-``adapter.json`` holds the config, the id of the base model, versions, the role of each kernel's
-axes, and the name and SHA-256 of the weights file; also the leading axes of a stack of adapters,
-and the dtypes of tensors that are stored as bytes since safetensors has no name for their dtype.
+``adapter.json`` holds the config, the id of the base model, versions, the kind of each node with
+the roles of its kernel's axes, and the name and SHA-256 of the weights file; also the leading axes
+of a stack of adapters, and the dtypes of tensors that are stored as bytes since safetensors has no
+name for their dtype (see :mod:`lora_jax.manifest`).
 The weights file is named after its content, and ``adapter.json`` is replaced after it, in one
 rename: whatever happens while saving, the directory holds the previous adapter or the new one,
 whole. Nothing in it is ever executed or unpickled.
 """
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -20,17 +22,15 @@ import numpy as np
 import safetensors.numpy
 
 from lora_jax import adapter as adapters
-from lora_jax import encoding, lowrank, paths
+from lora_jax import encoding, fields, manifest, paths
 from lora_jax.config import LoRAConfig
+from lora_jax.factors import BATCH, IN, OUT, RANK, WHOLE
 from lora_jax.files import read_safetensors, write_atomically
-from lora_jax.lowrank import LowRank
+from lora_jax.manifest import JSON_NAME
+from lora_jax.nodes import Field, Node, Trained, as_node, is_adapted
 from lora_jax.version import __version__
 
 PyTree = Any
-JSON_NAME = "adapter.json"
-FORMAT = "lora_jax.adapter"
-FORMAT_VERSION = 1
-_FACTORS = ("a", "b", "scale")
 
 
 def save(
@@ -72,14 +72,13 @@ def save(
     digest = hashlib.sha256(data).hexdigest()
     weights = f"adapter-{digest[:16]}.safetensors"
     about = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format": manifest.FORMAT,
+        "format_version": manifest.FORMAT_VERSION,
         "library_version": __version__,
         "base": base,
         "config": config.to_dict(),
         "weights": {"file": weights, "sha256": digest},
-        "kernels": {n: x.axes for n, x in nodes.items() if isinstance(x, LowRank)},
-        "trained": [n for n, x in nodes.items() if not isinstance(x, LowRank)],
+        "nodes": {name: manifest.describe(x) for name, x in nodes.items()},
         "metadata": dict(metadata or {}),
     }
     about |= {"stacked": list(stacked)} if stacked else {}
@@ -116,11 +115,11 @@ def load(
         missing, unexpected and misshapen tensors, wrong dtypes, NaN, another base.
     """
     directory = Path(directory)
-    about = read_json(directory)
+    about = manifest.read(directory)
     tensors = _read_tensors(directory, about["weights"])
     config = _config(directory, about["config"])
     tensors, problems = encoding.decode(tensors, about.get("dtypes", {}))
-    nodes, more = _nodes(about, tensors, config)
+    nodes, more = _nodes(manifest.node_classes(directory, about), tensors, config)
     leaves = adapters.base_leaves(params)
     stacked, wrong = _stacked(about, nodes, leaves)
     problems += more + wrong
@@ -140,40 +139,14 @@ def read_metadata(directory: str | Path) -> dict[str, Any]:
     Raises:
       FileNotFoundError, ValueError: as :func:`load`.
     """
-    about = read_json(Path(directory))
+    about = manifest.read(Path(directory))
     base = {} if about.get("base") is None else {"base": about["base"]}
     return about["metadata"] | base
 
 
-def read_json(directory: Path) -> dict[str, Any]:
-    """Reads and checks the form of ``adapter.json``."""
-    path = directory / JSON_NAME
-    if not path.is_file():
-        there = sorted(p.name for p in directory.iterdir()) if directory.is_dir() else None
-        what = "does not exist" if there is None else f"holds {there[:20] or 'nothing'}"
-        raise FileNotFoundError(f"No adapter in {directory}: no {JSON_NAME}; the directory {what}.")
+def _config(directory: Path, values: dict[str, Any]) -> LoRAConfig:
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}.") from error
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
-        raise ValueError(f"{path} is not an adapter of this library: no format {FORMAT!r} in it.")
-    if about.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format version {about.get('format_version')!r}; this is lora_jax "
-            f"{__version__}, which reads version {FORMAT_VERSION}. Use the version that wrote it "
-            f"({about.get('library_version')!r})."
-        )
-    kinds = {"config": dict, "weights": dict, "kernels": dict, "trained": list, "metadata": dict}
-    wrong = [k for k, kind in kinds.items() if not isinstance(about.get(k), kind)]
-    if wrong:
-        raise ValueError(f"{path} is damaged: {', '.join(wrong)} missing or of the wrong type.")
-    return about
-
-
-def _config(directory: Path, fields: dict[str, Any]) -> LoRAConfig:
-    try:
-        return LoRAConfig.from_dict(fields)
+        return LoRAConfig.from_dict(values)
     except (ValueError, TypeError) as error:
         raise ValueError(f"The config in {directory / JSON_NAME} is damaged: {error}") from error
 
@@ -200,44 +173,33 @@ def _read_tensors(directory: Path, weights: Mapping[str, Any]) -> dict[str, np.n
 
 def _tensors(nodes: Mapping[str, Any]) -> dict[str, Any]:
     """Names the arrays of an adapter: ``path`` of a leaf, ``path/a`` and so on of a factor."""
-    return {tensor: x for node in nodes.items() for tensor, x in _parts(*node)}
-
-
-def _parts(name: str, node: Any) -> list[tuple[str, Any]]:
-    if not isinstance(node, LowRank):
-        return [(name, node)]
-    values = (node.a, node.b, lowrank.scale_array(node))
-    return [(f"{name}/{part}", x) for part, x in zip(_FACTORS, values, strict=True)]
+    return {n: x for path, node in nodes.items() for n, x in fields.tensors(path, node).items()}
 
 
 def _malformed(nodes: Mapping[str, Any], stacked: tuple[int, ...]) -> list[str]:
     """Says which shapes do not belong together; those of the parameters are not known here."""
     problems = []
     for name, node in nodes.items():
-        if not isinstance(node, LowRank):
+        if not is_adapted(node):
             if np.shape(node)[: len(stacked)] != stacked:
                 problems.append(
                     f"{name} has shape {np.shape(node)}, without the leading axes {stacked} that "
                     "the factors have"
                 )
-            continue
-        a, b, scale = np.shape(node.a), np.shape(node.b), np.shape(node.scale)
-        sizes = lambda role, axes=node.axes: len(lowrank.positions(axes, role))
-        lead, batch = len(stacked), sizes(lowrank.BATCH)
-        ends = len(a) == lead + batch + sizes(lowrank.IN) + 1
-        ends = ends and len(b) == lead + batch + sizes(lowrank.OUT) + 1
-        alike = ends and a[: lead + batch] == b[: lead + batch] and a[-1] == b[lead + batch]
-        if not alike or a[:lead] != stacked or scale not in ((), stacked):
+        elif not fields.is_consistent(node, stacked):
+            *names, last = node.table
+            have = tuple(np.shape(getattr(node, field)) for field in node.table)
             problems.append(
-                f"{name} has a, b and scale of shapes {(a, b, scale)}, which do not belong to "
-                f"axes {node.axes!r}" + (f" with leading axes {stacked}" if stacked else "")
+                f"{name} has {', '.join(names)} and {last} of shapes {have}, which do not belong "
+                f"to axes {node.axes!r}" + (f" with leading axes {stacked}" if stacked else "")
             )
     return problems
 
 
 def _unsaveable(nodes: Mapping[str, Any]) -> list[str]:
     problems, seen = [], set()
-    for name, x in (part for node in nodes.items() for part in _parts(*node)):
+    parts = (part for path, x in nodes.items() for part in fields.tensors(path, x).items())
+    for name, x in parts:
         if problem := encoding.problem(x):
             problems.append(f"{name} {problem}")
         if name in seen:
@@ -251,7 +213,7 @@ def _stacked(
 ) -> tuple[tuple[int, ...], list[str]]:
     """The leading axes of a stack of adapters: of its factors, or else of what is trained."""
     found = adapters.leading_axes(nodes)
-    if not any(isinstance(x, LowRank) for x in nodes.values()):
+    if not any(map(is_adapted, nodes.values())):
         extra = {
             np.shape(x)[: max(np.ndim(x) - np.ndim(leaves[n]), 0)]
             for n, x in nodes.items()
@@ -265,34 +227,39 @@ def _stacked(
 
 
 def _nodes(
-    about: dict, tensors: dict[str, np.ndarray], config: LoRAConfig
+    known: Mapping[str, tuple[type[Node], Any]],
+    tensors: dict[str, np.ndarray],
+    config: LoRAConfig,
 ) -> tuple[dict[str, Any], list[str]]:
     """Puts the tensors back into nodes, and says which are missing or left over."""
-    kernels = {n: x for n, x in about["kernels"].items() if _are_roles(x)}
-    problems = [
-        f"axes {about['kernels'][n]!r} of {n} are no roles"
-        for n in about["kernels"]
-        if n not in kernels
-    ]
-    wanted = {n: [f"{n}/{part}" for part in _FACTORS] for n in kernels}
-    wanted |= {str(n): [str(n)] for n in about["trained"]}
-    expected = {key for keys in wanted.values() for key in keys}
+    wrong = [n for n, (cls, axes) in known.items() if cls is not Trained and not _are_roles(axes)]
+    problems = [f"axes {known[n][1]!r} of {n} are no roles" for n in wrong]
+    wanted = {
+        n: {field: fields.tensor_name(n, cls, field) for field in cls.table}
+        for n, (cls, _) in known.items()
+        if n not in wrong
+    }
+    expected = {key for keys in wanted.values() for key in keys.values()}
     problems += [f"tensor {key} is missing" for key in sorted(expected - set(tensors))]
     problems += [f"tensor {key} is unexpected" for key in sorted(set(tensors) - expected)]
     nodes = {}
     for name, keys in wanted.items():
-        parts = [tensors[key] for key in keys if key in tensors]
-        if len(parts) == len(keys):
-            nodes[name] = parts[0]
-        if len(parts) == len(keys) and name in kernels:
-            scale = _scale(parts[2], config.kernel_scale(name, _rank(parts[0])))
-            nodes[name] = LowRank(*parts[:2], scale, axes=kernels[name])
+        if expected.intersection(keys.values()) <= set(tensors):
+            values = {field: tensors[key] for field, key in keys.items()}
+            nodes[name] = _node(name, *known[name], values, config)
     return nodes, problems
 
 
-def _rank(a: np.ndarray) -> int:
-    """The rank of a factor: lower than the config's where the kernel allows no more."""
-    return max(a.shape[-1] if a.ndim else 1, 1)  # of a damaged file, which is told
+def _node(
+    name: str, cls: type[Node], axes: Any, values: dict[str, np.ndarray], config: LoRAConfig
+) -> Any:
+    if cls is Trained:
+        return values["value"]
+    node = cls(**values, axes=axes)
+    rank = max(fields.sizes(node).get(RANK, 1), 1)  # 0 in a damaged file, which is told
+    wanted = config.kernel_scale(name, rank)
+    numbers = {n: _scale(values[n], wanted) for n, field in cls.table.items() if field.scales}
+    return dataclasses.replace(node, **numbers)
 
 
 def _scale(stored: np.ndarray, wanted: float) -> Any:
@@ -304,21 +271,16 @@ def _scale(stored: np.ndarray, wanted: float) -> Any:
 
 
 def _are_roles(axes: Any) -> bool:
-    return isinstance(axes, str) and set(axes) <= {lowrank.IN, lowrank.OUT, lowrank.BATCH}
+    return isinstance(axes, str) and set(axes) <= {IN, OUT, BATCH}
 
 
 def _wrong_dtypes(leaves: Mapping[str, Any], nodes: Mapping[str, Any]) -> list[str]:
     problems = []
-    for name, node in nodes.items():
-        factors = [x for _, x in _parts(name, node)] if isinstance(node, LowRank) else ()
-        for part in factors:
-            if not jnp.issubdtype(part.dtype, jnp.floating):
-                problems.append(
-                    f"{name} has factors of dtype {part.dtype}, which are not real numbers"
-                )
-        full = not isinstance(node, LowRank) and name in leaves
-        if full and node.dtype != leaves[name].dtype:
-            problems.append(f"{name} has dtype {leaves[name].dtype}, not {node.dtype}")
+    for name, x in nodes.items():
+        node = as_node(x)
+        for field, row in node.table.items():
+            problem = _wrong_dtype(name, row, getattr(node, field), leaves)
+            problems += [problem] if problem else []
     wide = {
         n for n, x in _tensors(nodes).items() if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype
     }
@@ -327,6 +289,17 @@ def _wrong_dtypes(leaves: Mapping[str, Any], nodes: Mapping[str, Any]) -> list[s
             f"{paths.listing(wide)} is 64 bits wide; set jax_enable_x64 to load it exactly"
         )
     return problems
+
+
+def _wrong_dtype(name: str, field: Field, x: Any, leaves: Mapping[str, Any]) -> str:
+    if field.axes == WHOLE:
+        wrong = name in leaves and x.dtype != leaves[name].dtype
+        return f"{name} has dtype {leaves[name].dtype}, not {x.dtype}" if wrong else ""
+    # Of what is not trained, numbers of rows may be integers.
+    real = jnp.issubdtype(getattr(x, "dtype", float), jnp.floating)
+    if real or not (field.is_trained or field.scales):
+        return ""
+    return f"{name} has factors of dtype {x.dtype}, which are not real numbers"
 
 
 def _non_finite(tensors: Mapping[str, np.ndarray]) -> list[str]:

@@ -9,7 +9,6 @@ of a batch), ``fsdp`` (rows of a batch, and each parameter in pieces) and ``tens
 of a pair of layers: Shoeybi et al. 2019, section 3).
 """
 
-import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -18,8 +17,9 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from lora_jax import lowrank, paths
+from lora_jax import fields, paths
 from lora_jax.adapter import nodes
+from lora_jax.nodes import is_adapted, is_node
 
 PyTree = Any
 Rules = Sequence[tuple[str, Sequence[Any]]]
@@ -156,9 +156,9 @@ def _fill(
 def adapter_specs(param_specs: PyTree, adapter: PyTree) -> PyTree:
     """The specs of an adapter, derived from those of the parameters that it is for.
 
-    An axis of ``a`` or ``b`` is split as the kernel's axis that it belongs to, by ``node.axes``;
-    the rank axis, and a scale that is an array, are on every device. A leaf that is replaced in
-    full is split as it is in the base.
+    An axis of a factor is split as the kernel's axis that it belongs to, by ``node.axes``; axes of
+    its own, such as the rank, and a scale that is an array, are on every device. A leaf that is
+    replaced in full is split as it is in the base.
 
     Args:
       param_specs: the parameters' tree with ``PartitionSpec`` or ``NamedSharding``, whoever made
@@ -172,7 +172,8 @@ def adapter_specs(param_specs: PyTree, adapter: PyTree) -> PyTree:
       ValueError: the adapter has a path that the specs lack, or a kernel has fewer axes than its
         spec has entries.
 
-    >>> node = lowrank.LowRank(np.zeros((16, 2)), np.zeros((2, 64)), 2.0)
+    >>> from lora_jax.lowrank import LowRank
+    >>> node = LowRank(np.zeros((16, 2)), np.zeros((2, 64)), 2.0)
     >>> kernels = {"up": PartitionSpec("fsdp", "tensor")}
     >>> made = adapter_specs(kernels, {"up": node})["up"]
     >>> tuple(made.a), tuple(made.b)
@@ -186,7 +187,7 @@ def adapter_specs(param_specs: PyTree, adapter: PyTree) -> PyTree:
             f"{paths.listing(known)}."
         )
     new = [_node_specs(name, known[name], node) for name, node in entries.items()]
-    return jax.tree.structure(adapter, is_leaf=lowrank.is_node).unflatten(new)
+    return jax.tree.structure(adapter, is_leaf=is_node).unflatten(new)
 
 
 def _plain(x: Any) -> PartitionSpec:
@@ -197,14 +198,9 @@ def _plain(x: Any) -> PartitionSpec:
 
 
 def _node_specs(name: str, spec: PartitionSpec, node: Any) -> Any:
-    if not isinstance(node, lowrank.LowRank):
-        return spec
-    if len(spec) > len(node.axes):
+    if is_adapted(node) and len(spec) > len(node.axes):
         raise ValueError(f"{name} has {len(node.axes)} axes, fewer than its spec {spec}.")
-    a, b = lowrank.factor_specs(node.axes, spec)
-    put = {"a": a, "b": b}
-    put |= {} if lowrank.has_static_scale(node) else {"scale": PartitionSpec()}
-    return dataclasses.replace(node, **put)
+    return fields.specs(node, spec)
 
 
 def state_specs(state: PyTree, adapter: PyTree, specs: PyTree) -> PyTree:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from jax import lax
@@ -321,18 +322,32 @@ def check(chain):
     shapes = factor_shapes(chain.shape, chain.roles, rank=1)
     a, b = (jnp.asarray(rng.uniform(-1, 1, size=shape), jnp.float32) for shape in shapes)
     adapter = {"w": LowRank(a, b, jnp.float32(0.5), axes=chain.roles)}
-    got, want = results(chain, params, adapter, array(2, *chain.example))
+    compare(chain, params, adapter, array(2, *chain.example), lora.merge)
+
+
+def check_with_gain(chain):
+    """The same with a gain for each output, beside a definition that is an einsum."""
+    rng = np.random.default_rng(0)
+    array = lambda *shape: jnp.asarray(rng.uniform(-1, 1, size=shape), chain.dtype)
+    a, b = (jnp.zeros(shape) for shape in factor_shapes(chain.shape, chain.roles, rank=1))
+    adapter = {"w": toy.like(LowRank(a, b, 0.5, axes=chain.roles))}
+    params = {"w": array(*chain.shape)}
+    compare(chain, params, adapter, array(2, *chain.example), toy.merge)
+
+
+def compare(chain, params, adapter, x, merge):
+    got, want = results(chain, params, adapter, x, merge)
     for g, m in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         g, m = np.asarray(g, np.float32), np.asarray(m, np.float32)
         np.testing.assert_allclose(g, m, rtol=0, atol=DTYPES[chain.dtype] * (1 + np.abs(m).max()))
 
 
-def results(chain, params, adapter, x):
+def results(chain, params, adapter, x, merge):
     """Values and gradients, lifted and merged, by one program that XLA does not optimise much."""
 
     def both(adapter, params, x):
         lifted = lambda a: lora.lift(chain.run)(lora.bind(params, a), x)
-        merged = lambda a: chain.run(lora.merge(params, a), x)
+        merged = lambda a: chain.run(merge(params, a), x)
         return [_value_and_grad(f, adapter) for f in (lifted, merged)]
 
     options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -349,7 +364,8 @@ def _value_and_grad(f, adapter):
     if jax.eval_shape(f, adapter).dtype != jnp.float32:
         return [f(adapter)]
     gradient, y = jax.grad(total, has_aux=True)(adapter)
-    return [y, gradient["w"].a, gradient["w"].b]
+    node = gradient["w"]
+    return [y, *(getattr(node, name) for name, field in node.table.items() if field.is_trained)]
 
 
 # Every example compiles a program of its own, so that a search for a smaller one takes an hour.
@@ -366,6 +382,19 @@ quick = functools.partial(
 @given(chains())
 def test_a_random_chain(chain):
     check(chain)
+
+
+@quick(max_examples=30)
+@given(chains(dtypes=("float32",)))
+def test_a_random_chain_with_a_gain(chain):
+    check_with_gain(chain)
+
+
+@pytest.mark.slow
+@quick(max_examples=400)
+@given(chains(dtypes=("float32",)))
+def test_many_random_chains_with_a_gain(chain):
+    check_with_gain(chain)
 
 
 @pytest.mark.slow

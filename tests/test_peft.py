@@ -15,8 +15,9 @@ import torch_like
 import lora_jax as lora
 from lora_jax import adapter as adapters
 from lora_jax import names, paths
-from lora_jax.lowrank import LowRank, scale_array
+from lora_jax.lowrank import LowRank
 from lora_jax.names import Name
+from lora_jax.nodes import scale_array
 from lora_jax.peft import is_peft, load_peft, save_peft, target_modules
 
 GOLDENS = Path(__file__).parent / "goldens" / "peft"

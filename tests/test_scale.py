@@ -12,7 +12,8 @@ from optax import contrib
 import lora_jax as lora
 from lora_jax import sharding
 from lora_jax.adapter import as_data
-from lora_jax.lowrank import LowRank, scale_array, scaled_b, with_array_scale
+from lora_jax.lowrank import LowRank, scaled_b, with_array_scale
+from lora_jax.nodes import scale_array
 
 KEY = jax.random.key(0)
 W = jax.random.normal(jax.random.key(1), (8, 6))

@@ -56,7 +56,7 @@ def test_two_files_and_no_pickle(directory):
     assert names == [".json", ".safetensors"]
     about = json.loads((directory / "adapter.json").read_text())
     assert about["base"] == "base-1" and about["library_version"] == lora.__version__
-    assert about["format_version"] == 1 and about["config"]["rank"] == 2
+    assert about["format_version"] == 2 and about["config"]["rank"] == 2
     assert serialize.read_metadata(directory) == {"note": [1, "two"], "base": "base-1"}
 
 
@@ -140,7 +140,7 @@ def test_another_base(directory, saved):
         (lambda d, w: (d / "adapter.json").write_bytes(b"\xff\xfe"), "is damaged"),
         (lambda d, w: (d / "adapter.json").write_text("[]"), "not an adapter of this library"),
         (lambda d, w: edit(d, lambda a: a.update(format_version=9)), "format version 9"),
-        (lambda d, w: edit(d, lambda a: a.pop("kernels")), "kernels missing"),
+        (lambda d, w: edit(d, lambda a: a.pop("nodes")), "nodes missing"),
         (lambda d, w: edit(d, lambda a: a["config"].update(rank=0)), "config in .* is damaged"),
         (lambda d, w: edit(d, lambda a: a["config"].update(rnk=1)), "Unknown LoRAConfig fields"),
         (
@@ -148,10 +148,10 @@ def test_another_base(directory, saved):
             "no weights file",
         ),
         (
-            lambda d, w: edit(d, lambda a: a["kernels"].update({"params/up/kernel": "xy"})),
+            lambda d, w: edit(d, lambda a: a["nodes"]["params/up/kernel"].update(axes="xy")),
             "are no roles",
         ),
-        (lambda d, w: edit(d, lambda a: a["kernels"].update({"params/up/kernel": "i"})), "1 axes"),
+        (lambda d, w: edit(d, lambda a: a["nodes"]["params/up/kernel"].update(axes="i")), "1 axes"),
     ],
 )
 def test_damaged_directories(directory, saved, damage, says):

@@ -6,7 +6,7 @@ transposed, with the axes of each side joined; a convolution's A has the window 
 
 import numpy as np
 
-from lora_jax import lowrank, names
+from lora_jax import factors, names
 from lora_jax.names import Weight
 
 
@@ -24,10 +24,10 @@ def from_file(weight: Weight, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray,
     rank = a.shape[0]
     if names.kind(weight) == names.CONV:
         return a.transpose(*range(2, a.ndim), 1, 0), b.reshape(-1, rank).T
-    shapes = lowrank.factor_shapes(weight.shape, names.axes(weight), rank)
+    shapes = factors.factor_shapes(weight.shape, names.axes(weight), rank)
     return a.T.reshape(shapes[0]), b.T.reshape(shapes[1])
 
 
 def node_axes(weight: Weight) -> str:
     """Roles of the axes of the leaf, with its axis of layers if it has one."""
-    return ("" if weight.layer is None else lowrank.BATCH) + names.axes(weight)
+    return ("" if weight.layer is None else factors.BATCH) + names.axes(weight)

@@ -12,11 +12,12 @@ import numpy as np
 import safetensors.numpy
 
 from lora_jax import adapter as adapters
-from lora_jax import names, paths
+from lora_jax import fields, names, paths
 from lora_jax.config import LoRAConfig
 from lora_jax.files import write_atomically
-from lora_jax.lowrank import LowRank, scale_array
+from lora_jax.lowrank import LowRank
 from lora_jax.names import Name, Weight
+from lora_jax.nodes import Trained, as_node, is_adapted, scale_array
 from lora_jax.peft import adapter_tensors, layouts, target_modules
 from lora_jax.peft.adapter_tensors import Part, Plan
 from lora_jax.peft.config import ABOUT, CONFIG, DEFAULTS, HEADS, TASKS, problems_of, to_bytes
@@ -125,7 +126,7 @@ def _content(
         problem = _inexpressible(leaf, node, rows)
         if problem:
             problems.append(problem)
-        elif isinstance(node, LowRank):
+        elif is_adapted(node):
             modules = {names.module(w.hf): w for w in rows}
             content.kernels.update(modules)
             content.ranks.update(dict.fromkeys(modules, node.a.shape[-1]))
@@ -145,10 +146,14 @@ def _inexpressible(leaf: str, node: Any, rows: Sequence[Weight]) -> str:
             f"{leaf} is one weight with several uses here ({', '.join(w.hf for w in rows)}), and "
             "PEFT would change one of them alone"
         )
-    parts = (node.a, node.b, node.scale) if isinstance(node, LowRank) else (node,)
-    if not all(np.all(np.isfinite(np.asarray(x))) for x in parts):
+    if as_node(node).kind not in (LowRank.kind, Trained.kind):
+        return (
+            f"{leaf} is adapted by the method {node.kind!r}, which is not written in PEFT's "
+            "format; merge it into the base, or save it with lora_jax.save"
+        )
+    if not all(np.all(np.isfinite(np.asarray(x))) for x in fields.tensors(leaf, node).values()):
         return f"NaN or infinity in {leaf}"
-    if not isinstance(node, LowRank):
+    if not is_adapted(node):
         return ""
     if not rows[0].hf.endswith(".weight") or not names.kind(rows[0]):
         return f"{leaf} is {rows[0].hf} there, which PEFT does not adapt"

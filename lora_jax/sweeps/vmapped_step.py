@@ -19,7 +19,9 @@ from ml_collections import ConfigDict
 
 import lora_jax as lora
 from lora_jax import adapter as adapters
-from lora_jax import lowrank, paths
+from lora_jax import fields, paths
+from lora_jax.factors import RANK
+from lora_jax.nodes import is_adapted
 from lora_jax.training import durations, optimizer
 from lora_jax.training.evaluation import eval_step
 from lora_jax.training.state import TrainState, initial_state, storable, usable
@@ -91,7 +93,7 @@ def member(task: Task, config: ConfigDict, lora_config: lora.LoRAConfig) -> Memb
 
 
 def _own_leaves(shared: PyTree, base: PyTree, adapter: PyTree) -> dict[str, Any]:
-    trained = {n for n, x in adapters.nodes(adapter).items() if not isinstance(x, lowrank.LowRank)}
+    trained = {n for n, x in adapters.nodes(adapter).items() if not is_adapted(x)}
     leaves = paths.named_leaves(shared)
     return {
         name: x
@@ -103,13 +105,29 @@ def _own_leaves(shared: PyTree, base: PyTree, adapter: PyTree) -> dict[str, Any]
 def kernels(run: Member) -> list[str]:
     """The names of the kernels that are adapted."""
     nodes = adapters.nodes(run.state.adapter)
-    return [name for name, x in nodes.items() if isinstance(x, lowrank.LowRank)]
+    return [name for name, x in nodes.items() if is_adapted(x)]
 
 
 def common_shapes(members: Sequence[Member]) -> PyTree:
-    """The smallest shapes that hold every run: those of the largest rank of each kernel."""
+    """The smallest shapes that hold every run: those of the largest rank of each kernel.
+
+    Raises:
+      ValueError: the runs' adapters differ along another axis, which zeros can't fill up.
+    """
+    each = [_sizes_beside_the_rank(m.state.adapter) for m in members]
+    if uneven := [name for name in each[0] if any(x.get(name) != each[0][name] for x in each)]:
+        raise ValueError(
+            f"Runs of one program may differ in their ranks, and these differ in other sizes of "
+            f"{paths.listing(uneven)}: {[x.get(uneven[0]) for x in each]}. Sweep them apart."
+        )
     largest = lambda *xs: tuple(map(max, zip(*(x.shape for x in xs), strict=True)))
     return jax.tree.map(largest, *members)
+
+
+def _sizes_beside_the_rank(adapter: PyTree) -> dict[str, dict[str, int]]:
+    entries = adapters.nodes(adapter).items()
+    sizes = {name: fields.sizes(node) for name, node in entries if is_adapted(node)}
+    return {name: {k: n for k, n in own.items() if k != RANK} for name, own in sizes.items()}
 
 
 def pad(tree: PyTree, shapes: PyTree) -> PyTree:

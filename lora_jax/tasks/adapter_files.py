@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 import lora_jax as lora
 from lora_jax import adapter as adapters
-from lora_jax import paths, peft, serialize
-from lora_jax.lowrank import LowRank
+from lora_jax import fields, paths, peft, serialize
 from lora_jax.models import checkpoints, registry
 from lora_jax.models.families import CAUSAL_LM, SEQ2SEQ_LM
+from lora_jax.nodes import is_adapted
 
 PyTree = Any
 
@@ -41,7 +41,9 @@ def load(
             f"{loaded.checkpoint.name}: they would be random. Give the base that it was trained "
             "on, with --model."
         )
-    return jax.tree.map(_wide, adapter, is_leaf=lambda x: isinstance(x, LowRank)), config
+    # 16-bit files are upcast, as PEFT does, so that training on from them is sound.
+    wide = lambda x: fields.widen(x) if is_adapted(x) else x
+    return jax.tree.map(wide, adapter, is_leaf=is_adapted), config
 
 
 def widened(loaded: checkpoints.Loaded) -> checkpoints.Loaded:
@@ -77,7 +79,7 @@ def start(
     module = f"params/{loaded.family.labelled.partition('/')[0]}/"
     nodes, own = adapters.nodes(adapter), paths.named_leaves(loaded.params)
     head = [name for name in nodes if name.startswith(module)]
-    if any(isinstance(nodes[name], LowRank) for name in head):
+    if any(is_adapted(nodes[name]) for name in head):
         raise ValueError(
             f"The adapter in {directory} has low-rank factors on a head of {theirs} labels, and "
             f"{ours} are wanted here: start from one whose head is trained in full."
@@ -139,17 +141,9 @@ def save_peft(
         )
     about = {} if base is None else {"base_model_name_or_path": base}
     head = adapters.nodes(adapter).get(f"params/{loaded.family.labelled}/kernel")
-    if not config.origin and head is not None and not isinstance(head, LowRank):
+    if not config.origin and head is not None and not is_adapted(head):
         about |= {"task_type": "SEQ_CLS"}
     if not config.origin and loaded.head in _TASK_TYPES:
         about |= {"task_type": _TASK_TYPES[loaded.head]}
     table = checkpoints.names(loaded)
     peft.save_peft(directory, loaded.params, adapter, config, names=table, **about)
-
-
-def _wide(node: Any) -> Any:
-    """16-bit files are upcast, as PEFT does, so that training on from them is sound."""
-    if not isinstance(node, LowRank):
-        return node
-    dtype = jnp.promote_types(node.a.dtype, jnp.float32)
-    return LowRank(node.a.astype(dtype), node.b.astype(dtype), node.scale, axes=node.axes)

@@ -13,7 +13,9 @@ from ml_collections import ConfigDict
 
 import lora_jax as lora
 from lora_jax import adapter as adapters
-from lora_jax import lowrank, paths
+from lora_jax import fields, paths
+from lora_jax.factors import RANK
+from lora_jax.nodes import is_adapted
 from lora_jax.training import (
     checkpointing,
     distributed,
@@ -121,10 +123,10 @@ def _end(progress: Progress, step: int, total: int) -> str:
 def report(base: PyTree, adapter: PyTree) -> list[str]:
     """Lines that say what is trained."""
     nodes = adapters.nodes(adapter)
-    kernels = {name: node for name, node in nodes.items() if isinstance(node, lowrank.LowRank)}
+    kernels = {name: node for name, node in nodes.items() if is_adapted(node)}
     lines = []
     if kernels:
-        ranks = sorted({node.a.shape[-1] for node in kernels.values()})
+        ranks = sorted({fields.sizes(node).get(RANK, 0) for node in kernels.values()})
         lines.append(
             f"adapted with rank {', '.join(map(str, ranks))}, {len(kernels)} kernels: "
             f"{paths.listing(kernels)}"

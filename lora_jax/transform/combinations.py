@@ -9,16 +9,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from lora_jax import lowrank
-from lora_jax.lowrank import BATCH, IN, OUT, positions
+from lora_jax.factors import BATCH, IN, OUT, factor_shapes, positions, swap_sides
 from lora_jax.transform.kernel import (
     SAME,
     Kernel,
     Unfactored,
     alike,
+    carried,
     joint,
+    refuse_gain,
     turned,
     widened,
     with_roles,
@@ -41,13 +43,14 @@ def sub(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
 
 
 def _summed(kernels: Sequence[Kernel], w: Array) -> Kernel:
+    refuse_gain(kernels, "adds to a kernel")
     kernels = alike(kernels)
     first = kernels[0]
     if len(kernels) == 1:
         return dataclasses.replace(first, w=w)
     a = _join([k.a for k in kernels], first.a.ndim - 1)
     b = _join([k.b for k in kernels], first.axes.count(BATCH))
-    return joint(kernels, w, a, b, first.axes)
+    return joint(kernels, w=w, a=a, b=b, axes=first.axes)
 
 
 def _join(parts: Sequence[Array], axis: int) -> Array:
@@ -66,7 +69,36 @@ def select(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
     zero = jax.tree.map(jnp.zeros_like, _padded(kernels[0], rank))
     whole = [next(found) if isinstance(c, Kernel) else zero for c in cases]
     a, b = (_select_n(which, [getattr(k, side) for k in whole]) for side in ("a", "b"))
-    return [joint(kernels, w[0], a, b, kernels[0].axes)]
+    gains, side = _gains(cases, kernels)
+    gain = _select_n(which, gains) if gains else None
+    axes = kernels[0].axes
+    return [joint(kernels, w=w[0], a=a, b=b, axes=axes, gain=gain, gain_side=side)]
+
+
+def _gains(parts: Sequence[Any], kernels: Sequence[Kernel]) -> tuple[list[Array], str]:
+    """A gain for each part, ones where it has none, and their side; no gains if none has any.
+
+    Args:
+      parts: kernels and plain arrays.
+      kernels: those that are kernels, in their order, with the same roles.
+    """
+    sides = {k.gain_side for k in kernels if k.gain is not None}
+    if len(sides) > 1:
+        raise Unfactored("combines kernels with gains on different sides")
+    if not sides:
+        return [], OUT
+    (side,), found = sides, iter(kernels)
+    where = carried(kernels[0].axes, side)
+    dtype = jnp.result_type(*(k.gain for k in kernels if k.gain is not None))
+
+    def gain(part: Kernel | Array) -> Array:
+        kernel = next(found) if isinstance(part, Kernel) else None
+        if kernel is not None and kernel.gain is not None:
+            return kernel.gain
+        shape = np.shape(part if kernel is None else kernel.w)
+        return jnp.ones([shape[k] for k in where], dtype)
+
+    return [gain(part) for part in parts], side
 
 
 def _select_n(which: Array, cases: Sequence[Array]) -> Array:
@@ -122,7 +154,11 @@ def _concatenated(parts: Sequence[Any], w: Array, dimension: int) -> Kernel:
     factors = [_factors(part, kernels[0]) for part in whole]
     sizes = [(p.w if isinstance(p, Kernel) else p).shape[dimension] for p in parts]
     a, b = _side_by_side(factors, sizes, axes, dimension)
-    return joint(kernels, w, a, b, axes)
+    gains, side = _gains(whole, kernels)
+    if gains and axes[dimension] not in (BATCH, side):
+        refuse_gain(kernels, "joins kernels along a side that the gain does not vary over")
+    gain = _join(gains, carried(axes, side).index(dimension)) if gains else None
+    return joint(kernels, w=w, a=a, b=b, axes=axes, gain=gain, gain_side=side)
 
 
 def _factors(part: Kernel | Array, like: Kernel) -> tuple[Array, Array]:
@@ -131,7 +167,7 @@ def _factors(part: Kernel | Array, like: Kernel) -> tuple[Array, Array]:
         return part.a, part.b
     axes = like.axes.replace(SAME, "")
     shape = [n for n, role in zip(part.shape, like.axes, strict=True) if role != SAME]
-    a, b = lowrank.factor_shapes(shape, axes, rank=0)
+    a, b = factor_shapes(shape, axes, rank=0)
     return jnp.zeros(a, like.a.dtype), jnp.zeros(b, like.b.dtype)
 
 
@@ -140,10 +176,10 @@ def _side_by_side(
 ) -> tuple[Array, Array]:
     n, role = axes.count(BATCH), axes[dimension]
     if role == IN:  # the mirror image of an output axis
-        swapped = [lowrank.swap_sides(a, b, axes)[:2] for a, b in factors]
-        mirror = lowrank.swap_sides(*factors[0], axes)[2]
+        swapped = [swap_sides(a, b, axes)[:2] for a, b in factors]
+        mirror = swap_sides(*factors[0], axes)[2]
         a, b = _side_by_side(swapped, sizes, mirror, dimension)
-        return lowrank.swap_sides(a, b, mirror)[:2]
+        return swap_sides(a, b, mirror)[:2]
     if role == BATCH:
         rank = max(a.shape[-1] for a, _ in factors)
         where = positions(axes, BATCH).index(dimension)
@@ -184,7 +220,7 @@ def product(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
     a = a.reshape(*(left.w.shape[k] for k in rows), -1)
     b = b.reshape(-1, *(right.w.shape[k] for k in columns))
     axes = IN * len(rows) + OUT * len(columns)
-    return [joint([left, right], w[0], a, b, axes)]
+    return [joint([left, right], w=w[0], a=a, b=b, axes=axes)]
 
 
 def _size(x: Array, axes: Sequence[int]) -> int:

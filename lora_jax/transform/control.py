@@ -10,12 +10,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from lora_jax import lowrank
-from lora_jax.lowrank import BATCH, IN, OUT
+from lora_jax.factors import BATCH, IN, OUT
 from lora_jax.transform import ahead, forms, interpreter
 from lora_jax.transform.forms import Body, vary, varying_axes
 from lora_jax.transform.interpreter import Event, FallbackError, Scope, formed
-from lora_jax.transform.kernel import Kernel, Unfactored, rank_inside, rank_last
+from lora_jax.transform.kernel import Kernel, Unfactored, factor_specs, rank_inside, rank_last
 
 Array = jax.Array
 
@@ -84,7 +83,7 @@ def _call(scope: Scope, eqn: Any, vals: Sequence) -> list:
 def _renamed(value: Any, number: int) -> Any:
     if not isinstance(value, Kernel):
         return value
-    return Kernel(value.w, value.a, value.b, value.axes, (number,), value.rate)
+    return dataclasses.replace(value, names=(number,))
 
 
 def _inline(scope: Scope, eqn: Any, vals: Sequence) -> list:
@@ -138,21 +137,25 @@ def _slices(x: Any) -> tuple[Any, Callable[[Any], Any]]:
     """What a scan slices of an operand, and how a slice is put together again.
 
     Along a batch axis every entry has its own factors. Along an input axis ``a`` is sliced, along
-    an output axis ``b``, and the other factor is the same in every step.
+    an output axis ``b``, and the other factor is the same in every step; so is the gain, if it does
+    not vary along the axis.
     """
     if not isinstance(x, Kernel):
         return x, lambda part: part
     role, axes = x.axes[0], x.axes[1:]
     if role == BATCH:
         return x, lambda part: dataclasses.replace(part, axes=axes)
-    put = lambda w, **sides: dataclasses.replace(x, w=w, axes=axes, **sides)
-    leading = x.axes.count(BATCH)  # batch axes come first in a factor
-    if role == IN:
-        return (x.w, jnp.moveaxis(x.a, leading, 0)), lambda part: put(part[0], a=part[1])
-    if role == OUT:
-        b = jnp.moveaxis(rank_last(x), leading, 0)
-        return (x.w, b), lambda part: put(part[0], b=rank_inside(part[1], axes))
-    return x.w, put
+    sides = {"a": x.a} if role == IN else {"b": rank_last(x)} if role == OUT else {}
+    sides |= {"gain": x.gain} if x.gain is not None and role == x.gain_side else {}
+    # Batch axes come first in a factor.
+    sides = {name: jnp.moveaxis(side, x.axes.count(BATCH), 0) for name, side in sides.items()}
+
+    def whole(part: tuple) -> Kernel:
+        w, sides = part
+        inside = {"b": rank_inside(sides["b"], axes)} if "b" in sides else {}
+        return dataclasses.replace(x, w=w, axes=axes, **{**sides, **inside})
+
+    return (x.w, sides), whole
 
 
 def _hoisted(
@@ -272,8 +275,7 @@ def _shard_map(scope: Scope, eqn: Any, vals: Sequence) -> list:
 def _specs(value: Any, spec: Any) -> Any:
     if not isinstance(value, Kernel):
         return spec
-    a, b = lowrank.factor_specs(value.axes, spec)
-    return dataclasses.replace(value, w=spec, a=a, b=b)
+    return dataclasses.replace(value, w=spec, **factor_specs(value, spec))
 
 
 def _custom(scope: Scope, eqn: Any, vals: Sequence) -> list:

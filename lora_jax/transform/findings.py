@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lora_jax import lowrank
+from lora_jax import factors
 from lora_jax.transform import forms, origins, uses
 from lora_jax.transform.forms import Body
 from lora_jax.transform.kernel import Unfactored
@@ -146,7 +146,7 @@ def roles_of(axes: origins.Axes, sides: uses.Sides) -> dict[str, str]:
     found: dict[str, list[set[str]]] = {}
     for k, axis in enumerate(axes):
         role = (
-            lowrank.IN if k in sides.inputs else lowrank.BATCH if k in sides.batch else lowrank.OUT
+            factors.IN if k in sides.inputs else factors.BATCH if k in sides.batch else factors.OUT
         )
         for origin in axis:
             known = found.setdefault(origin.name, [set() for _ in range(origin.ndim)])
@@ -154,11 +154,11 @@ def roles_of(axes: origins.Axes, sides: uses.Sides) -> dict[str, str]:
     # An axis that is used in two ways has no role.
     clear = {name: axes for name, axes in found.items() if all(len(roles) < 2 for roles in axes)}
     return {
-        name: "".join(roles.pop() if roles else lowrank.BATCH for roles in axes)
+        name: "".join(roles.pop() if roles else factors.BATCH for roles in axes)
         for name, axes in clear.items()
     }
 
 
 def has_two_sides(roles: str) -> bool:
     """Whether there are inputs and outputs."""
-    return lowrank.IN in roles and lowrank.OUT in roles
+    return factors.IN in roles and factors.OUT in roles

@@ -20,8 +20,17 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.dropout import dropout
-from lora_jax.lowrank import BATCH
-from lora_jax.transform import ahead, combinations, forms, kernel, moves, rearrangements, uses
+from lora_jax.factors import BATCH
+from lora_jax.transform import (
+    ahead,
+    combinations,
+    forms,
+    gains,
+    kernel,
+    moves,
+    rearrangements,
+    uses,
+)
 from lora_jax.transform.ahead import Wanted
 from lora_jax.transform.forms import Body, vary, varying_axes
 from lora_jax.transform.kernel import Kernel, Unfactored
@@ -81,9 +90,10 @@ class Scope:
         )
 
     def record(self, event: Event) -> None:
-        """Notes the use of a kernel at this place."""
-        if self.events is not None:
-            self.events[(*self.place, event.names)] = event
+        """Notes the use of a kernel at this place; of two of one kernel, that which forms it."""
+        place = (*self.place, event.names)
+        if self.events is not None and not getattr(self.events.get(place), "reason", ""):
+            self.events[place] = event
 
 
 Control = Callable[["Scope", Any, Sequence[Any]], list]
@@ -196,7 +206,8 @@ def _use(scope: Scope, eqn: Any, vals: Sequence, wanted: Wanted) -> list:
     if use.branch is None:
         raise Unfactored("no rule keeps a low-rank sum factored here")
     is_product = eqn.primitive.name == "dot_general" and len(kernels) == 2
-    if is_product and set(eqn.outvars) <= wanted.as_kernels:
+    has_gain = any(vals[k].gain is not None for k in kernels)
+    if is_product and not has_gain and set(eqn.outvars) <= wanted.as_kernels:
         return combinations.product(eqn, vals, plain(eqn, _frozen(vals)))
     if len(kernels) > 1:
         # One of them is formed: the smaller, which is an input more often.
@@ -206,12 +217,15 @@ def _use(scope: Scope, eqn: Any, vals: Sequence, wanted: Wanted) -> list:
         return _use(scope, eqn, [array if k == first else v for k, v in enumerate(vals)], wanted)
     if kernels[0] not in use.operands:
         raise Unfactored(f"it is operand {kernels[0]}; the rule wants one of {use.operands}")
-    (base,) = plain(eqn, _frozen(vals))
+    operands = gains.scale_operand(eqn, vals, kernels[0]) if has_gain else _frozen(vals)
+    (base,) = plain(eqn, operands)
     sum_ = vals[kernels[0]]
     sides = use.sides(eqn.params, kernels[0], sum_.w.shape)
     if eqn.primitive.name == "gather" and {sum_.axes[k] for k in sides.inputs} == {BATCH}:
         return rearrangements.picked(eqn, sum_, vals[1], base, sides.inputs)
     factors = uses.oriented(sum_, sides)
+    if has_gain:
+        base = gains.scale_result(eqn, vals, factors, base)
     branch = use.branch(eqn.params, vals, factors, base, functools.partial(_drop, scope, sum_))
     scope.record(Event(sum_.names, eqn.primitive.name, source=forms.source(eqn)))
     return [base + branch.astype(base.dtype)]

@@ -1,4 +1,4 @@
-"""A kernel that is a low-rank sum, as the interpreter carries it from one equation to the next."""
+"""A kernel that is a sum, as the interpreter carries it from one equation to the next."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.sharding import PartitionSpec
 
-from lora_jax import lowrank
-from lora_jax.lowrank import BATCH, IN, OUT, positions
+from lora_jax import factors
+from lora_jax.factors import BATCH, IN, OUT, positions
 
 Array = jax.Array
 SAME = "="  # the role of an axis along which the sum is constant: neither factor carries it
@@ -18,15 +19,17 @@ class Unfactored(Exception):
     """The low-rank sum cannot be kept factored here; the message says why."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Kernel:
-    """A kernel inside the interpreter: ``w + a·b``, rearranged by the moves so far.
+    """A kernel inside the interpreter: ``gain ⊙ w + a·b``, rearranged by the moves so far.
 
     Attributes:
       w: the frozen part.
       a: ``(*batch, *in, rank)``.
       b: ``(*batch, rank, *out)`` with the scale already in it.
+      gain: ``(*batch, *out)``, or ``(*batch, *in)`` if the sides were exchanged; None for one.
       axes: the role of each axis of ``w``: "i", "o", "b", or "=" for one that was added.
+      gain_side: the role of the axes along which the gain varies, beside the batch axes.
       names: the paths of the parameters that it is made of; in a nested call their numbers.
       rate: its own rate of dropout on the input of the branch.
     """
@@ -34,12 +37,16 @@ class Kernel:
     w: Array
     a: Array
     b: Array
+    gain: Array | None = None
     axes: str
+    gain_side: str = OUT
     names: tuple
     rate: float = 0.0
 
 
-jax.tree_util.register_dataclass(Kernel, ["w", "a", "b"], ["axes", "names", "rate"])
+jax.tree_util.register_dataclass(
+    Kernel, ["w", "a", "b", "gain"], ["axes", "gain_side", "names", "rate"]
+)
 
 
 def carried(axes: str, role: str) -> list[int]:
@@ -47,16 +54,31 @@ def carried(axes: str, role: str) -> list[int]:
     return positions(axes, BATCH + role)
 
 
-def map_factors(kernel: Kernel, w: Array, axes: str, change: Callable) -> Kernel:
-    """Applies ``change(factor, old, new)`` to both factors.
+def map_factors(
+    kernel: Kernel, w: Array, axes: str, change: Callable, *, change_gain: Callable | None = None
+) -> Kernel:
+    """Applies ``change(factor, old, new)`` to both factors, and to the gain if there is one.
 
     ``old`` and ``new`` are the kernel axes that the factor carries before and after, in the order
-    of its own axes; the rank is the factor's last axis meanwhile.
+    of its own axes; the rank is the factor's last axis meanwhile. A gain has a rank of one then.
+    ``change_gain`` is for a change that fills up factors with zeros, and a gain with ones.
     """
     sides = lambda role: (carried(kernel.axes, role), carried(axes, role))
     a = change(kernel.a, *sides(IN))
     b = change(rank_last(kernel), *sides(OUT))
-    return dataclasses.replace(kernel, w=w, a=a, b=rank_inside(b, axes), axes=axes)
+    new = {"w": w, "a": a, "b": rank_inside(b, axes), "axes": axes}
+    if kernel.gain is not None:
+        gain = lax.expand_dims(kernel.gain, [kernel.gain.ndim])
+        gain = (change_gain or change)(gain, *sides(kernel.gain_side))
+        new["gain"] = lax.squeeze(gain, [gain.ndim - 1])
+    return dataclasses.replace(kernel, **new)
+
+
+def factor_specs(kernel: Kernel, spec: Sequence[Any]) -> dict[str, PartitionSpec]:
+    """The spec of each factor, and of a gain, where the kernel has the given one: see `spec_of`."""
+    letters = {"a": factors.A_AXES, "b": factors.B_AXES}
+    letters |= {} if kernel.gain is None else {"gain": BATCH + kernel.gain_side}
+    return {name: factors.spec_of(axes, kernel.axes, spec) for name, axes in letters.items()}
 
 
 def rank_last(kernel: Kernel) -> Array:
@@ -108,8 +130,27 @@ def widened(kernel: Kernel, w: Array) -> Kernel:
 def form(kernel: Kernel) -> Array:
     """The plain array that the kernel stands for."""
     if SAME not in kernel.axes:
-        return lowrank.dense(kernel.w, kernel.a, kernel.b, kernel.axes)
+        gain = spread_gain(kernel)
+        return factors.dense(kernel.w, kernel.a, kernel.b, kernel.axes, gain)
     return form(with_roles(kernel, kernel.axes.replace(SAME, OUT)))
+
+
+def spread_gain(kernel: Kernel) -> Array | None:
+    """The gain with an axis for each of the kernel's; those that it does not carry have size 1."""
+    if kernel.gain is None:
+        return None
+    where = carried(kernel.axes, kernel.gain_side)
+    return factors.spread(kernel.gain, where, kernel.w.ndim)
+
+
+def refuse_gain(kernels: Sequence[Kernel], what: str) -> None:
+    """Raises where a rule has no form for kernels with a gain.
+
+    Raises:
+      Unfactored: one has.
+    """
+    if any(k.gain is not None for k in kernels):
+        raise Unfactored(f"{what}, which has a gain")
 
 
 def is_free(kernel: Kernel, axis: int) -> bool:
@@ -144,14 +185,9 @@ def with_roles(kernel: Kernel, axes: str) -> Kernel:
 
 def turned(kernel: Kernel) -> Kernel:
     """The same kernel with inputs and outputs exchanged: ``a·b`` is also ``bᵀ·aᵀ``, transposed."""
-    return dataclasses.replace(
-        kernel,
-        **dict(
-            zip(
-                ("a", "b", "axes"), lowrank.swap_sides(kernel.a, kernel.b, kernel.axes), strict=True
-            )
-        ),
-    )
+    a, b, axes = factors.swap_sides(kernel.a, kernel.b, kernel.axes)
+    side = IN if kernel.gain_side == OUT else OUT
+    return dataclasses.replace(kernel, a=a, b=b, axes=axes, gain_side=side)
 
 
 def alike(kernels: Sequence[Kernel]) -> list[Kernel]:
@@ -175,8 +211,12 @@ def alike(kernels: Sequence[Kernel]) -> list[Kernel]:
     return same
 
 
-def joint(kernels: Sequence[Kernel], w: Array, a: Array, b: Array, axes: str) -> Kernel:
-    """A kernel that is made of several.
+def joint(kernels: Sequence[Kernel], **parts: Any) -> Kernel:
+    """A kernel that is made of several, which have been given the same roles.
+
+    Args:
+      kernels: with their names and rates.
+      **parts: of the result: ``w``, ``a``, ``b``, ``axes``, and a gain if it has one.
 
     Raises:
       Unfactored: they have different rates of dropout.
@@ -184,7 +224,7 @@ def joint(kernels: Sequence[Kernel], w: Array, a: Array, b: Array, axes: str) ->
     names = tuple(dict.fromkeys(name for k in kernels for name in k.names))
     if len({k.rate for k in kernels}) > 1:
         raise Unfactored("combines kernels with different rates of dropout")
-    return Kernel(w, a, b, axes, names, kernels[0].rate)
+    return Kernel(**parts, names=names, rate=kernels[0].rate)
 
 
 def _common_roles(kernels: Sequence[Kernel]) -> str:

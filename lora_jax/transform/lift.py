@@ -1,7 +1,7 @@
 """``lift``: a function of arrays becomes a function of low-rank sums, evaluated factored.
 
-``lift(fn)`` traces ``fn`` to a jaxpr with each :class:`~lora_jax.lowrank.LowRank` node seen as the
-array that it stands for, and hands the jaxpr to :mod:`lora_jax.transform.interpreter`.
+``lift(fn)`` traces ``fn`` to a jaxpr with each node of a method (see :mod:`lora_jax.nodes`) seen as
+the array that it stands for, and hands the jaxpr to :mod:`lora_jax.transform.interpreter`.
 """
 
 import dataclasses
@@ -12,8 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax import lowrank
-from lora_jax.lowrank import LowRank, Trained
+from lora_jax.nodes import Adapted, Trained, is_adapted, is_node, terms
 from lora_jax.transform import origins, roles
 from lora_jax.transform.control import evaluate
 from lora_jax.transform.findings import Findings
@@ -142,9 +141,9 @@ def _jaxpr(fn: Callable, leaves: Sequence, treedef: Any, *, traced: Sequence[int
 
 
 def _run(scope: Scope, fn: Callable, args: tuple, kwargs: dict, *, own_rates: bool = False) -> Any:
-    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=lowrank.is_node)
+    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_node)
     leaves = [leaf.value if isinstance(leaf, Trained) else leaf for leaf in leaves]
-    nodes = {k: leaf for k, leaf in enumerate(leaves) if isinstance(leaf, LowRank)}
+    nodes = {k: leaf for k, leaf in enumerate(leaves) if is_adapted(leaf)}
 
     def call(*kernels: Array) -> Any:
         filled = dict(zip(nodes, kernels, strict=True))
@@ -156,12 +155,18 @@ def _run(scope: Scope, fn: Callable, args: tuple, kwargs: dict, *, own_rates: bo
     # Only the kernels are traced here. Everything else is closed over and so reaches `fn` as it
     # was given: flags stay Python values, concrete arrays stay concrete, outer tracers outer.
     kernels = [_kernel(node, node.dropout if own_rates else 0.0) for node in nodes.values()]
-    varies = any((varying_axes(k.a) | varying_axes(k.b)) - varying_axes(k.w) for k in kernels)
+    varies = any(_vary_over_more(k) for k in kernels)
     scope = dataclasses.replace(_with_key_if_used(scope, kernels), varies=varies)
     closed, shapes = jax.make_jaxpr(call, return_shape=True)(*[k.w for k in kernels])
     outs = evaluate(scope, body_of(closed), kernels)
     outs = [formed(scope, x, OUTPUT, "is returned by the function") for x in outs]
     return jax.tree.unflatten(jax.tree.structure(shapes), outs)
+
+
+def _vary_over_more(kernel: Kernel) -> bool:
+    """Whether, in a ``shard_map``, a factor varies over devices over which the kernel does not."""
+    parts = [x for x in (kernel.a, kernel.b, kernel.gain) if x is not None]
+    return bool(frozenset().union(*map(varying_axes, parts)) - varying_axes(kernel.w))
 
 
 def _with_key_if_used(scope: Scope, kernels: list[Kernel]) -> Scope:
@@ -177,10 +182,11 @@ def _with_key_if_used(scope: Scope, kernels: list[Kernel]) -> Scope:
     return scope
 
 
-def _kernel(node: LowRank, rate: float) -> Kernel:
+def _kernel(node: Adapted, rate: float) -> Kernel:
     if node.w is None:
         raise ValueError(
             "Got an adapter where a bound tree is expected; "
             "call lift(fn)(bind(params, adapter), ...)."
         )
-    return Kernel(node.w, node.a, lowrank.scaled_b(node), node.axes, (node.name,), rate)
+    a, b, gain = terms(node, node.w)
+    return Kernel(w=node.w, a=a, b=b, gain=gain, axes=node.axes, names=(node.name,), rate=rate)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.lowrank import BATCH, OUT
+from lora_jax.factors import BATCH, OUT
 from lora_jax.transform import combinations, placement, rearrangements
 from lora_jax.transform.kernel import (
     Kernel,
@@ -53,7 +53,8 @@ def _reduce_precision(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kern
 def _stop_gradient(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
     kernel = the_kernel(vals)
     a, b = (lax.stop_gradient(x) for x in (kernel.a, kernel.b))
-    return [dataclasses.replace(kernel, w=w[0], a=a, b=b)]
+    gain = None if kernel.gain is None else lax.stop_gradient(kernel.gain)
+    return [dataclasses.replace(kernel, w=w[0], a=a, b=b, gain=gain)]
 
 
 def _negative(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:

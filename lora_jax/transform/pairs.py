@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from lora_jax import lowrank
+from lora_jax import factors
 from lora_jax.transform import forms, origins
 from lora_jax.transform.findings import (
     LOOKUP,
@@ -54,16 +54,16 @@ def resolve(walk: Walk, pair: Pair) -> None:
             _record_side(walk, pair, side, found[0].roles[side], found[0].level)
         return
     side = _kernel_side(walk, pair)
-    _record_side(walk, pair, side, lowrank.OUT, PAIRED)
+    _record_side(walk, pair, side, factors.OUT, PAIRED)
     lose(walk, pair.eqn, [pair.values[1 - side]], "is the input of a product with a parameter")
 
 
 def _record_side(walk: Walk, pair: Pair, side: int, free: str, level: int) -> None:
     """Notes a use of one factor of the pair, whose free axes have the role ``free``."""
-    swap = str.maketrans({lowrank.IN: lowrank.OUT, lowrank.OUT: lowrank.IN})
+    swap = str.maketrans({factors.IN: factors.OUT, factors.OUT: factors.IN})
     value, sides = pair.values[side], sides_of(pair.eqn, side)
     for name, roles in roles_of(value.axes, sides).items():
-        turned = roles.translate(swap) if free == lowrank.IN else roles
+        turned = roles.translate(swap) if free == factors.IN else roles
         use = Use(pair.eqn.primitive.name, turned, level, False, forms.source(pair.eqn))
         walk.uses.setdefault(name, []).append(use)
 

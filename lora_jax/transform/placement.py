@@ -4,20 +4,22 @@ The rules of :mod:`.moves` that let each factor go where the axes that it carrie
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
 
-from lora_jax import lowrank
-from lora_jax.lowrank import BATCH, IN, OUT
+from lora_jax.factors import BATCH, IN, OUT
 from lora_jax.transform import forms
 from lora_jax.transform.kernel import (
     SAME,
     Kernel,
+    factor_specs,
     is_free,
     map_factors,
+    refuse_gain,
     the_kernel,
 )
 
@@ -33,12 +35,10 @@ def factors_untouched(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list:
 def reshard(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
     """``jax.reshard``: an axis of a factor lies where the kernel's does."""
     kernel, target = the_kernel(vals), eqn.params["dst_sharding"]
-    specs = lowrank.factor_specs(kernel.axes, target.spec)
-    a, b = (
-        forms.rebound(eqn, x, dst_sharding=NamedSharding(target.mesh, spec))
-        for x, spec in zip((kernel.a, kernel.b), specs, strict=True)
-    )
-    return [dataclasses.replace(kernel, w=w[0], a=a, b=b)]
+    place = lambda x, spec: forms.rebound(eqn, x, dst_sharding=NamedSharding(target.mesh, spec))
+    specs = factor_specs(kernel, target.spec).items()
+    placed = {name: place(getattr(kernel, name), spec) for name, spec in specs}
+    return [dataclasses.replace(kernel, w=w[0], **placed)]
 
 
 def device_put(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list:
@@ -48,20 +48,23 @@ def device_put(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list:
 
 
 def _put(kernel: Kernel, w: Array, target: Any) -> Kernel:
-    targets = [target, target]
-    if isinstance(target, NamedSharding):
-        specs, kind = lowrank.factor_specs(kernel.axes, target.spec), target.memory_kind
-        targets = [NamedSharding(target.mesh, spec, memory_kind=kind) for spec in specs]
     if target is None:
         return dataclasses.replace(kernel, w=w)
-    a, b = (jax.device_put(x, t) for x, t in zip((kernel.a, kernel.b), targets, strict=True))
-    return dataclasses.replace(kernel, w=w, a=a, b=b)
+    is_split = isinstance(target, NamedSharding)
+    specs = factor_specs(kernel, target.spec if is_split else ())
+    if is_split:
+        place = functools.partial(NamedSharding, target.mesh, memory_kind=target.memory_kind)
+    else:
+        place = lambda spec: target
+    put = {n: jax.device_put(getattr(kernel, n), place(spec)) for n, spec in specs.items()}
+    return dataclasses.replace(kernel, w=w, **put)
 
 
 def all_gather(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
     """``lax.all_gather`` in a ``shard_map``, along an axis of which each device has a part."""
     kernel, axis = the_kernel(vals), eqn.params["all_gather_dimension"]
     if not eqn.params["tiled"]:
+        refuse_gain([kernel], "gathers kernels from devices along a new axis")
         axes = kernel.axes[:axis] + _role_over_devices(eqn, kernel) + kernel.axes[axis:]
     elif is_free(kernel, axis) and kernel.axes[axis] == SAME:
         return [dataclasses.replace(kernel, w=w[0])]

@@ -3,7 +3,8 @@
 The rules of :mod:`.moves` that are called for transposes, reshapes, slices and the like.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lora_jax.lowrank import BATCH, OUT
+from lora_jax.factors import BATCH, OUT
 from lora_jax.transform.kernel import (
     SAME,
     Kernel,
@@ -21,6 +22,7 @@ from lora_jax.transform.kernel import (
     broadcasted,
     is_free,
     map_factors,
+    refuse_gain,
     the_kernel,
     with_roles,
 )
@@ -141,18 +143,32 @@ def reverse(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
 
 
 def pad(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
-    """``lax.pad``: the frozen part is padded with the value, the factors with zeros."""
+    """``lax.pad``: the frozen part is padded with the value, factors with 0 and a gain with 1."""
     kernel, config = the_kernel(vals), eqn.params["padding_config"]
-    padded = lambda k: tuple(config[k]) != (0, 0, 0) and is_free(kernel, k)
+    side = OUT if kernel.gain is None else kernel.gain_side
+    padded = lambda k: tuple(config[k]) != (0, 0, 0)
+    free = [k for k in range(kernel.w.ndim) if padded(k) and is_free(kernel, k)]
     kernel = with_roles(
-        kernel, "".join(OUT if padded(k) else role for k, role in enumerate(kernel.axes))
+        kernel, "".join(side if k in free else role for k, role in enumerate(kernel.axes))
     )
+    grows = [k for k, widths in enumerate(config) if max(widths) > 0]
+    scaled = any(kernel.axes[k] not in (BATCH, side) for k in grows)
+    if scaled and not _is_zero(vals[1]):
+        refuse_gain([kernel], "pads a side of a kernel with a number that may not be zero")
 
-    def change(x: Array, old: list[int], new: list[int]) -> Array:
-        zero = jnp.zeros((), x.dtype)
-        return lax.pad(x, zero, [*(config[k] for k in old), (0, 0, 0)])
+    def fill_with(make: Callable) -> Callable:
+        def change(x: Array, old: list[int], new: list[int]) -> Array:
+            return lax.pad(x, make((), x.dtype), [*(config[k] for k in old), (0, 0, 0)])
 
-    return [map_factors(kernel, w[0], kernel.axes, change)]
+        return change
+
+    zeros, ones = fill_with(jnp.zeros), fill_with(jnp.ones)
+    return [map_factors(kernel, w[0], kernel.axes, zeros, change_gain=ones)]
+
+
+def _is_zero(x: Any) -> bool:
+    """Whether a number is known to be zero while the function is traced."""
+    return not isinstance(x, jax.core.Tracer) and not np.any(x)
 
 
 def tile(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
@@ -207,7 +223,7 @@ def picked(eqn: Any, kernel: Kernel, indices: Array, w: Array, rows: Sequence[in
     role = lambda kind, k: BATCH if kind == "ids" else SAME if k in rows else kernel.axes[k]
     axes = "".join(role(*label) for label in labels)
 
-    def change(x: Array, old: list[int], new: list[int]) -> Array:
+    def change(x: Array, old: list[int], new: list[int], fill: float = 0) -> Array:
         rest = [k for k in old if k not in rows]
         y = lax.gather(
             x,
@@ -221,9 +237,9 @@ def picked(eqn: Any, kernel: Kernel, indices: Array, w: Array, rows: Sequence[in
             indices_are_sorted=eqn.params["indices_are_sorted"],
             unique_indices=eqn.params["unique_indices"],
             mode=eqn.params["mode"],
-            fill_value=0,  # out of bounds the base's own fill value must stand
+            fill_value=fill,  # out of bounds the base's own fill value must stand
         )
         have = [*(("ids", k) for k in range(n_ids)), *(("kernel", k) for k in rest)]
         return lax.transpose(y, [*(have.index(labels[p]) for p in new), len(have)])
 
-    return [map_factors(kernel, w, axes, change)]
+    return [map_factors(kernel, w, axes, change, change_gain=functools.partial(change, fill=1))]

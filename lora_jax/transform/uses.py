@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lora_jax import lowrank
-from lora_jax.lowrank import BATCH, IN, OUT, positions
+from lora_jax import factors
+from lora_jax.factors import BATCH, IN, OUT, positions
 from lora_jax.transform.kernel import Kernel, Unfactored, is_free, turned, with_roles
 
 Array = jax.Array
@@ -28,11 +28,13 @@ class Sides(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """Factors with the kernel's inputs on the side of ``a``."""
+    """Factors with the kernel's inputs on the side of ``a``; the gain varies along either side."""
 
     a: Array
     b: Array
     axes: str
+    gain: Array | None = None
+    gain_side: str = OUT
 
 
 def oriented(kernel: Kernel, sides: Sides) -> Factors:
@@ -46,7 +48,7 @@ def oriented(kernel: Kernel, sides: Sides) -> Factors:
             fitting = with_roles(candidate, _wanted_roles(candidate, sides))
         except Unfactored:
             continue
-        return Factors(fitting.a, fitting.b, fitting.axes)
+        return Factors(fitting.a, fitting.b, fitting.axes, fitting.gain, fitting.gain_side)
     axes = kernel.axes
     if any(axes[k] != BATCH and not is_free(kernel, k) for k in sides.batch):
         raise Unfactored(f"batches over axes {sides.batch} of a kernel with axes {axes!r}")
@@ -80,7 +82,7 @@ def _dot(params: dict, vals: Sequence[Any], f: Factors, base: Array, drop: Calla
     contracting, batch = params["dimension_numbers"]
     pairs = lambda dims: (dims[1 - which], dims[which])
     (x_in, k_in), (x_batch, k_batch) = pairs(contracting), pairs(batch)
-    return lowrank.contract(
+    return factors.contract(
         drop(x.astype(dtype)),
         f.a.astype(dtype),
         f.b.astype(dtype),
@@ -139,29 +141,36 @@ def _gather(params: dict, vals: Sequence[Any], f: Factors, base: Array, drop: Ca
     """Rows of ``a`` at the indices, times ``b``: the lookup is a product with a one-hot input."""
     if BATCH in f.axes:
         raise Unfactored("gather from a stack of tables")
-    dims, indices = params["dimension_numbers"], vals[1]
-    rows, n_ids = positions(f.axes, IN), indices.ndim - 1
+    dims, n_ids = params["dimension_numbers"], vals[1].ndim - 1
+    # Out of bounds the base's own fill value must stand.
+    looked_up = rows_at(params, vals[1], f.a, f.axes, fill=0).astype(base.dtype)
+    looked_up = drop(looked_up, (*looked_up.shape[:-1], 1))  # one draw a row: the input is one-hot
+    y = lax.dot_general(looked_up, f.b.astype(base.dtype), (((n_ids,), (0,)), ((), ())))
+    return as_gathered(y, dims, f.axes, n_ids)
+
+
+def rows_at(params: dict, indices: Array, x: Array, axes: str, *, fill: float) -> Array:
+    """The rows ``(*ids, n)`` of ``x (*in, n)`` that a gather of a kernel looks up."""
+    dims = params["dimension_numbers"]
+    rows, n_ids = positions(axes, IN), indices.ndim - 1
     columns = [k for k, axis in enumerate(dims.start_index_map) if axis in rows]
-    looked_up = lax.gather(
-        f.a,
+    return lax.gather(
+        x,
         indices if len(columns) == indices.shape[-1] else indices[..., np.array(columns)],
         lax.GatherDimensionNumbers(
             offset_dims=(n_ids,),
             collapsed_slice_dims=tuple(range(len(rows))),
             start_index_map=tuple(rows.index(dims.start_index_map[k]) for k in columns),
         ),
-        slice_sizes=(1,) * len(rows) + (f.a.shape[-1],),
+        slice_sizes=(1,) * len(rows) + (x.shape[-1],),
         indices_are_sorted=params["indices_are_sorted"],
         unique_indices=params["unique_indices"],
         mode=params["mode"],
-        fill_value=0,  # out of bounds the base's own fill value must stand
-    ).astype(base.dtype)
-    looked_up = drop(looked_up, (*looked_up.shape[:-1], 1))  # one draw a row: the input is one-hot
-    y = lax.dot_general(looked_up, f.b.astype(base.dtype), (((n_ids,), (0,)), ((), ())))
-    return _as_gathered(y, dims, f.axes, n_ids)
+        fill_value=fill,
+    )
 
 
-def _as_gathered(y: Array, dims: Any, axes: str, n_ids: int) -> Array:
+def as_gathered(y: Array, dims: Any, axes: str, n_ids: int) -> Array:
     """Puts ``(*ids, *out)`` in the order of the gather's result; rows that it keeps have size 1."""
     kept = [k for k in range(len(axes)) if k not in dims.collapsed_slice_dims]
     of_row = [p for p, k in zip(dims.offset_dims, kept, strict=True) if axes[k] == IN]

@@ -1,0 +1,125 @@
+"""What follows from the table of a class of nodes: shapes, names in files, counts, specs, dtypes.
+
+Each function takes an entry of an adapter: the node of a method, or a leaf that is trained in full.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from lora_jax.factors import WHOLE, places, shape_of, spec_of, wide_dtype
+from lora_jax.nodes import (
+    Adapted,
+    Field,
+    Node,
+    as_node,
+    is_adapted,
+    is_node,
+    is_static,
+    scale_array,
+)
+
+
+def map_fields(change: Callable[[str, Field, Any], Any], x: Any) -> Any:
+    """Puts ``change(name, field, value)`` in place of each array of an adapter's entry.
+
+    Numbers of the structure stay as they are. The result is a plain array where ``x`` is one.
+    """
+    node = as_node(x)
+    names = [name for name in node.table if not is_static(node, name)]
+    new = {name: change(name, node.table[name], getattr(node, name)) for name in names}
+    made = dataclasses.replace(node, **new)
+    return made if is_node(x) else made.value
+
+
+def tensors(path: str, x: Any) -> dict[str, Any]:
+    """The arrays of an adapter's entry by the names that they have in a file.
+
+    >>> list(tensors("head/bias", jnp.zeros(2)))
+    ['head/bias']
+    """
+    node = as_node(x)
+    value = lambda name: scale_array(node, name) if node.table[name].scales else getattr(node, name)
+    return {tensor_name(path, type(node), name): value(name) for name in node.table}
+
+
+def tensor_name(path: str, cls: type[Node], name: str) -> str:
+    """The name in a file of a field: the path of the leaf, and what the field is called in it."""
+    return path if cls.table[name].axes == WHOLE else f"{path}/{name}"
+
+
+def _axes(node: Node, ndim: int) -> str:
+    return node.axes if is_adapted(node) else WHOLE * ndim
+
+
+def sizes(node: Node) -> dict[str, int]:
+    """The sizes of the axes that the node's arrays have of their own, by letter.
+
+    Each is read off the first array that has it.
+    """
+    found: dict[str, int] = {}
+    for name, field in node.table.items() if is_adapted(node) else ():
+        where, shape = places(field.axes, node.axes), np.shape(getattr(node, name))
+        for k, place in enumerate(where):
+            back = k - len(where)
+            if isinstance(place, str):
+                found.setdefault(place, shape[back] if len(shape) >= -back else 0)
+    return found
+
+
+def shapes(x: Any, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """The shapes that the arrays of an adapter's entry must have for a leaf of the given shape."""
+    node = as_node(x)
+    axes, own = _axes(node, len(shape)), sizes(node)
+    return {name: shape_of(field.axes, axes, shape, own) for name, field in node.table.items()}
+
+
+def leading_axes(node: Adapted) -> tuple[int, ...]:
+    """The axes that the node's arrays have before their own: those of a stack of adapters."""
+    name, field = next(iter(node.table.items()))
+    shape = np.shape(getattr(node, name))
+    return shape[: max(len(shape) - len(places(field.axes, node.axes)), 0)]
+
+
+def is_consistent(node: Adapted, stacked: tuple[int, ...]) -> bool:
+    """Whether the shapes of a node belong together, after the leading axes of a stack."""
+    known: dict[int | str, int] = {}
+    for name, field in node.table.items():
+        shape, where = np.shape(getattr(node, name)), places(field.axes, node.axes)
+        if field.scales and shape == ():
+            continue
+        lead, rest = shape[: len(stacked)], shape[len(stacked) :]
+        if lead != stacked or len(rest) != len(where):
+            return False
+        if any(known.setdefault(p, n) != n for p, n in zip(where, rest, strict=True)):
+            return False
+    return True
+
+
+def specs(x: Any, spec: PartitionSpec) -> Any:
+    """The specs of the arrays of an adapter's entry, for a leaf with the given spec."""
+    axes = _axes(as_node(x), len(spec))
+    return map_fields(lambda name, field, value: spec_of(field.axes, axes, spec), x)
+
+
+def widen(node: Adapted) -> Adapted:
+    """The same node with its factors in one precision, float32 at least."""
+    is_real = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+    arrays = [getattr(node, name) for name, field in node.table.items() if not field.scales]
+    dtype = wide_dtype(*(x.dtype for x in arrays if is_real(x)))
+    cast = lambda name, field, x: x.astype(dtype) if is_real(x) and not field.scales else x
+    return map_fields(cast, node)
+
+
+def count(x: Any) -> tuple[int, int]:
+    """The numbers of an adapter's entry that are trained, and those that the base does not have."""
+    node = as_node(x)
+    size = lambda name: int(np.prod(np.shape(getattr(node, name)), dtype=np.int64))
+    arrays = {name: field for name, field in node.table.items() if not field.scales}
+    trained = sum(size(name) for name, field in arrays.items() if field.is_trained)
+    added = sum(size(name) for name, field in arrays.items() if field.axes != WHOLE)
+    return trained, added

@@ -1,0 +1,242 @@
+"""The nodes of an adapter: what a method of adaptation is, as a class with a table of its arrays.
+
+A method is a class of nodes derived from :class:`Adapted`. From the fields of a node and the frozen
+kernel it gives the terms of ``W' = gain ⊙ W + a·b``, and nothing else knows how they are made. The
+class says as data, in ``table``, which axes each of its fields carries and which of them are
+trained. From this table follow shapes, names in files, labels, counts, sharding, widening, and the
+padding of ranks in a sweep: see :mod:`lora_jax.fields`. The decorator
+:func:`lora_jax.registration.register` makes the class known by its kind.
+
+A leaf that is trained in full is a plain array in an adapter, so that an adapter is a tree like its
+parameters. :func:`as_node` gives such an array the row that it has in all of this.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lora_jax.factors import GAIN_AXES, WHOLE, dense, positions, spread, wide_dtype
+
+Array = jax.Array
+
+
+class Field(NamedTuple):
+    """What a class of nodes says of one of its arrays.
+
+    Attributes:
+      axes: one letter for each group of axes, in the array's order: "b", "i" and "o" are all axes
+        of the kernel that have this role, other letters are axes of the array's own. "r" is the
+        rank: zeros along it, in every field that has it, change nothing.
+      is_trained: whether it is; if not, no gradient reaches it.
+      scales: the field that this one multiplies, if it is a scale: a number that belongs to the
+        structure of the tree while it is a Python float, and is a leaf if it is an array.
+    """
+
+    axes: str
+    is_trained: bool = True
+    scales: str = ""
+
+
+class Terms(NamedTuple):
+    """The terms of ``W' = gain ⊙ W + a·b``.
+
+    Attributes:
+      a: ``(*batch, *in, rank)``.
+      b: ``(*batch, rank, *out)``, with the scale.
+      gain: ``(*batch, *out)``; None if the frozen kernel stays as it is.
+    """
+
+    a: Array
+    b: Array
+    gain: Array | None = None
+
+
+class Node:
+    """What an adapter has for one leaf.
+
+    Attributes:
+      kind: the name of the class in files.
+      table: its arrays, in the order in which they are leaves and are given to the class.
+    """
+
+    kind: ClassVar[str]
+    table: ClassVar[Mapping[str, Field]]
+
+    def bind(self, w: Array, name: str) -> "Node":
+        """The node as it stands in a bound tree, for the leaf ``w`` called ``name``."""
+        raise NotImplementedError
+
+    def merge(self, w: Array) -> Array:
+        """The plain array that the node makes of the leaf ``w``."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trained(Node):
+    """A leaf that the adapter replaces in full; a plain array until it is bound."""
+
+    kind: ClassVar[str] = "full"
+    table: ClassVar[Mapping[str, Field]] = {"value": Field(WHOLE)}
+
+    value: Array
+
+    def bind(self, w: Array, name: str) -> "Trained":
+        """The node itself, since the frozen leaf is not used."""
+        return self
+
+    def merge(self, w: Array) -> Array:
+        """The trained array."""
+        return self.value
+
+
+class Adapted(Node):
+    """A kernel ``W' = gain ⊙ W + a·b``, alone or with the frozen ``W``: the base of every method.
+
+    A subclass is a frozen dataclass without equality, with a field for each row of its table and
+    the four below, with the defaults None, "io", "" and 0.0.
+
+    Attributes:
+      w: the frozen kernel in a bound tree; None in an adapter.
+      axes: the role of each kernel axis, for example "io"; see :mod:`lora_jax.factors`.
+      name: the kernel's path in a bound tree, for messages.
+      dropout: rate in [0, 1) of the dropout on the input of the branch, for :func:`lora_jax.lift`.
+
+    Raises:
+      ValueError: a scale is NaN or infinite, or the rate of dropout is out of its range.
+    """
+
+    w: Array | None
+    axes: str
+    name: str
+    dropout: float
+
+    def __post_init__(self) -> None:
+        tell_observers()
+        for name in scales(type(self)):
+            object.__setattr__(self, name, _checked_scale(name, getattr(self, name)))
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise ValueError(
+                f"The dropout of a low-rank term must be a number in [0, 1), got {self.dropout!r}; "
+                "a rate that is an array is for lift(fn, dropout=rate)."
+            )
+        object.__setattr__(self, "dropout", float(self.dropout))  # the dataclass is frozen
+
+    def terms(self, w: Array) -> Terms:
+        """The terms of the adapted kernel, made of the fields and the frozen kernel ``w``."""
+        raise NotImplementedError
+
+    def bind(self, w: Array, name: str) -> "Adapted":
+        """The unevaluated sum."""
+        return dataclasses.replace(self, w=w, name=name)
+
+    def merge(self, w: Array) -> Array:
+        """``gain ⊙ W + a·b``, with the shape and dtype of ``w``."""
+        a, b, gain = terms(self, w)
+        if gain is not None:
+            gain = spread(gain, positions(self.axes, GAIN_AXES), w.ndim)
+        return dense(w, a, b, self.axes, gain)
+
+
+KINDS: dict[str, type[Node]] = {}  # filled by `registration.register`
+
+_observers: list[Callable[[], bool]] = []
+
+
+def observe(observer: Callable[[], bool]) -> None:
+    """Has ``observer`` called whenever a node is made, until it returns True.
+
+    So a library that is imported later can still be told of these classes.
+    """
+    _observers.append(observer)
+
+
+def tell_observers() -> None:
+    """Calls those that have not returned True yet."""
+    if _observers:
+        _observers[:] = [observer for observer in _observers if not observer()]
+
+
+def terms(node: Adapted, w: Array) -> Terms:
+    """The terms of an adapted kernel, with no gradient to fields that are not trained."""
+    frozen = [n for n, field in node.table.items() if not field.is_trained and not field.scales]
+    if frozen:
+        node = dataclasses.replace(node, **{n: lax.stop_gradient(getattr(node, n)) for n in frozen})
+    return node.terms(w)
+
+
+def is_node(x: Any) -> bool:
+    """Whether ``x`` is a node that this library puts in place of an array."""
+    return isinstance(x, Node)
+
+
+def is_adapted(x: Any) -> bool:
+    """Whether ``x`` is the node of a method, not a leaf that is trained in full."""
+    return isinstance(x, Adapted)
+
+
+def is_bound(x: Any) -> bool:
+    """Whether ``x`` is a node that :func:`lora_jax.bind` has put into a tree."""
+    return isinstance(x, Trained) or (is_adapted(x) and x.w is not None)
+
+
+def as_node(x: Any) -> Node:
+    """The node that an entry of an adapter stands for; a plain array is trained in full."""
+    return x if is_node(x) else Trained(x)
+
+
+# ---- Scales --------------------------------------------------------------------------------------
+
+LEAF_SCALES = "_leaf_scales"  # those of a node made by a map over leaves, whatever the map gave
+
+
+def _is_number(x: Any) -> bool:
+    # A mask has True and False in place of arrays, and they stay leaves. numpy's scalars are
+    # numbers; its arrays without axes are arrays.
+    return isinstance(x, int | float | np.floating | np.integer) and not isinstance(x, bool)
+
+
+def _checked_scale(name: str, value: Any) -> Any:
+    if not _is_number(value):
+        return value
+    if not math.isfinite(value):
+        raise ValueError(f"The {name} of a low-rank term must be finite, got {float(value)}.")
+    return float(value)
+
+
+def scales(cls: type[Node]) -> list[str]:
+    """The names of the fields that are scales."""
+    return [name for name, field in cls.table.items() if field.scales]
+
+
+def is_static(node: Node, name: str) -> bool:
+    """Whether a field is a number of the structure, not a leaf."""
+    return (
+        bool(node.table[name].scales)
+        and isinstance(getattr(node, name), float)
+        and name not in node.__dict__.get(LEAF_SCALES, ())
+    )
+
+
+def scale_array(node: Node, name: str = "scale") -> np.ndarray:
+    """A scale as it is computed and saved: of the precision of what it scales, or float32."""
+    value = getattr(node, name)
+    if not is_static(node, name):
+        return np.asarray(value)
+    return np.asarray(value, _scale_dtype(node, name))
+
+
+def _scale_dtype(node: Node, name: str) -> Any:
+    return wide_dtype(getattr(node, node.table[name].scales).dtype)
+
+
+def with_array_scale(node: Adapted) -> Adapted:
+    """The same node with its scales as arrays, over which a sweep can map."""
+    static = [name for name in scales(type(node)) if is_static(node, name)]
+    new = {name: jnp.asarray(getattr(node, name), _scale_dtype(node, name)) for name in static}
+    return dataclasses.replace(node, **new) if new else node
