@@ -1,23 +1,26 @@
 """Runs the cases of test_devices.py on 4 virtual devices, in a process of its own.
 
-    python tests/four_devices.py
+    python tests/four_devices.py [toy]
 
 prints a JSON object: for each case how far `lift` is from `merge`, in values and in gradients.
 """
 
 import json
 import os
+import sys
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import toy
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
+from lora_jax.lowrank import LowRank
 
 RNG = np.random.default_rng(0)
 KEY = jax.random.key(0)
@@ -29,8 +32,12 @@ def array(*shape):
 
 
 def stirred(adapter):
-    """Nothing that trains is zero."""
+    """Nothing that trains is zero; with the argument "toy", kernels have a gain as well."""
     rng = np.random.default_rng(0)
+    if "toy" in sys.argv:
+        is_plain = lambda x: isinstance(x, LowRank)
+        adapter = jax.tree.map(toy.like, adapter, is_leaf=is_plain)
+        adapter = jax.tree.map(lambda x: x / 3, adapter)  # as small as plain LoRA's
     new = lambda x: jnp.asarray(x + 0.3 * rng.normal(size=x.shape), x.dtype)
     return jax.tree.map(lambda x, trains: new(x) if trains else x, adapter, lora.mask(adapter))
 

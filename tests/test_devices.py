@@ -5,12 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
-def test_lift_equals_merge_on_several_devices():
+@pytest.mark.parametrize("method", ["lora", "toy"])
+def test_lift_equals_merge_on_several_devices(method):
     """Staying factored (the cases are strict), in values and gradients, with types that agree."""
-    program = [sys.executable, ROOT / "tests" / "four_devices.py"]
+    program = [sys.executable, ROOT / "tests" / "four_devices.py", method]
     run = subprocess.run(program, capture_output=True, text=True, cwd=ROOT, timeout=900)
     assert run.returncode == 0, run.stderr[-4000:]
     found = json.loads(run.stdout)

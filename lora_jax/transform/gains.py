@@ -124,7 +124,7 @@ def _gather(params: dict, vals: Sequence[Any], f: Factors, y: Array) -> Array:
     n_out = f.axes.count(OUT)
 
     def of_rows(x: Array) -> Array:
-        rows = uses.rows_at(params, indices, lax.expand_dims(x, [x.ndim]), f.axes, fill=0)
+        rows = uses.rows_at(params, indices, lax.expand_dims(x, [x.ndim]), f.axes)
         rows = lax.reshape(rows, (*rows.shape[:-1], *[1] * n_out))
         return uses.as_gathered(rows, params["dimension_numbers"], f.axes, n_ids)
 

@@ -16,10 +16,10 @@ from lora_jax.transform import forms
 from lora_jax.transform.kernel import (
     SAME,
     Kernel,
+    Unfactored,
     factor_specs,
     is_free,
     map_factors,
-    refuse_gain,
     the_kernel,
 )
 
@@ -64,7 +64,6 @@ def all_gather(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
     """``lax.all_gather`` in a ``shard_map``, along an axis of which each device has a part."""
     kernel, axis = the_kernel(vals), eqn.params["all_gather_dimension"]
     if not eqn.params["tiled"]:
-        refuse_gain([kernel], "gathers kernels from devices along a new axis")
         axes = kernel.axes[:axis] + _role_over_devices(eqn, kernel) + kernel.axes[axis:]
     elif is_free(kernel, axis) and kernel.axes[axis] == SAME:
         return [dataclasses.replace(kernel, w=w[0])]
@@ -80,10 +79,20 @@ def all_gather(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
 
 
 def _role_over_devices(eqn: Any, kernel: Kernel) -> str:
-    """The role of an axis of devices, of which a factor that varies over them has a part each."""
+    """The role of an axis of devices, of which a factor that varies over them has a part each.
+
+    Raises:
+      Unfactored: the gain varies over devices, and the factor of its side does not, or vice versa.
+    """
     names = eqn.params["axis_name"]
     names = frozenset(names if isinstance(names, tuple | list) else (names,))
-    w, a, b = (bool(names & forms.varying_axes(x)) for x in (kernel.w, kernel.a, kernel.b))
+    varies = lambda x: x is not None and bool(names & forms.varying_axes(x))
+    w, a, b = map(varies, (kernel.w, kernel.a, kernel.b))
     if a == b:  # with check_vma=False nothing is known to vary
-        return SAME if w and not a else BATCH
-    return IN if a else OUT
+        role = SAME if w and not a else BATCH
+    else:
+        role = IN if a else OUT
+    is_split = (a or b) and role in (BATCH, kernel.gain_side)
+    if kernel.gain is not None and varies(kernel.gain) != is_split:
+        raise Unfactored("gathers a kernel from devices of which each has another gain")
+    return role

@@ -142,14 +142,13 @@ def _gather(params: dict, vals: Sequence[Any], f: Factors, base: Array, drop: Ca
     if BATCH in f.axes:
         raise Unfactored("gather from a stack of tables")
     dims, n_ids = params["dimension_numbers"], vals[1].ndim - 1
-    # Out of bounds the base's own fill value must stand.
-    looked_up = rows_at(params, vals[1], f.a, f.axes, fill=0).astype(base.dtype)
+    looked_up = rows_at(params, vals[1], f.a, f.axes).astype(base.dtype)
     looked_up = drop(looked_up, (*looked_up.shape[:-1], 1))  # one draw a row: the input is one-hot
     y = lax.dot_general(looked_up, f.b.astype(base.dtype), (((n_ids,), (0,)), ((), ())))
     return as_gathered(y, dims, f.axes, n_ids)
 
 
-def rows_at(params: dict, indices: Array, x: Array, axes: str, *, fill: float) -> Array:
+def rows_at(params: dict, indices: Array, x: Array, axes: str) -> Array:
     """The rows ``(*ids, n)`` of ``x (*in, n)`` that a gather of a kernel looks up."""
     dims = params["dimension_numbers"]
     rows, n_ids = positions(axes, IN), indices.ndim - 1
@@ -166,7 +165,7 @@ def rows_at(params: dict, indices: Array, x: Array, axes: str, *, fill: float) -
         indices_are_sorted=params["indices_are_sorted"],
         unique_indices=params["unique_indices"],
         mode=params["mode"],
-        fill_value=fill,
+        fill_value=0,  # out of bounds the base's own fill value must stand
     )
 
 
