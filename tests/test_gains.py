@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import toy
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
 from lora_jax.lowrank import LowRank, factor_shapes
@@ -157,19 +158,28 @@ def test_narrow_products_are_scaled_in_the_gains_precision():
     np.testing.assert_allclose(np.asarray(got, np.float32), want, rtol=2**-8)
 
 
-def test_explicit_sharding():
-    """The gain lies where the axis that it scales lies."""
+EXPLICIT = {
+    "as the kernel": (X, (), lambda x, w: x @ w),
+    "on every device": (X, (), lambda x, w: jnp.einsum("zi,io->zo", x, w, out_sharding=P())),
+    "summed": (Y, (None, "m"), lambda y, w: jnp.einsum("zo,io->zi", y, w, out_sharding=P())),
+    "summed, input whole": (Y, (), lambda y, w: jnp.einsum("zo,io->zi", jax.sharding.reshard(y, P(None, "m")), w, out_sharding=P())),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXPLICIT)
+def test_explicit_sharding(name):
+    """The gain lies where the axis that it scales lies, and the result where it would anyway."""
+    x, x_spec, product = EXPLICIT[name]
     mesh = jax.make_mesh((1,), ("m",), axis_types=(AxisType.Explicit,))
-    put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
-    made = node(*IO, seed=4)
+    put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
+    w, made = draw(4, 6), node(*IO, seed=4)
+    split = {"a": put(made.a), "d": put(made.d), "b": put(made.b, None, "m"), "g": put(made.g, "m")}
     with jax.set_mesh(mesh):
-        params = {"w": put(draw(4, 6), None, "m")}
-        adapter = {
-            "w": dataclasses.replace(
-                made, a=put(made.a), d=put(made.d), b=put(made.b, None, "m"), g=put(made.g, "m")
-            )
-        }
-        run = jax.jit(lambda a, p, x: lora.lift(lambda p: x @ p["w"], strict=True)(lora.bind(p, a)))
-        got = run(adapter, params, put(X))
-    want = X @ toy.merge({"w": np.asarray(params["w"])}, {"w": made}, np)["w"]
+        params, adapter = {"w": put(w, None, "m")}, {"w": dataclasses.replace(made, **split)}
+        fn = lambda p, x: product(x, p["w"])
+        run = lambda a, p, x: lora.lift(fn, strict=True)(lora.bind(p, a), x)
+        args = params, put(x, *x_spec)
+        got, base = jax.jit(run)(adapter, *args), jax.jit(fn)(*args)
+        assert jax.typeof(got) == jax.typeof(base)
+        want = jax.jit(fn)({"w": put(toy.merged(w, made), None, "m")}, args[1])
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pickle
+import re
 from pathlib import Path
 
 import jax
@@ -27,7 +28,8 @@ from lora_jax.registration import register
 from lora_jax.sweeps import vmapped_step
 from lora_jax.training.state import TrainState
 
-GOLDENS = Path(__file__).parent / "goldens" / "adapters"
+ROOT = Path(__file__).parent.parent
+GOLDENS = ROOT / "tests" / "goldens" / "adapters"
 # Float32 sums in another order: a few ulps of values of order one, through a few layers.
 CLOSE = dict(rtol=1e-4, atol=1e-4)
 
@@ -365,6 +367,14 @@ def test_in_the_hands_of_others():
     run = lambda a, x: lora.lift(model.fn)(lora.bind(model.params, a), x)
     exported = jax.export.export(jax.jit(run))(adapter, model.x).serialize()
     assert_close(jax.export.deserialize(exported).call(adapter, model.x), run(adapter, model.x))
+
+
+def test_nobody_asks_for_the_class_of_plain_lora():
+    """Whoever did would have to be changed for the next method."""
+    sources = [p for folder in ("lora_jax", "experiments") for p in (ROOT / folder).rglob("*.py")]
+    assert len(sources) > 50
+    asking = re.compile(r"isinstance\([^)]*\bLowRank\b")
+    assert not [p.name for p in sources if asking.search(p.read_text(encoding="utf-8"))]
 
 
 # ---- Registration --------------------------------------------------------------------------------

@@ -82,12 +82,12 @@ def _times(x: Array, gain: Array) -> Array:
 
 def _placed(gain: Array, x: Array) -> Array:
     """The gain with the explicit sharding of the array that it scales."""
-    sharding = getattr(jax.typeof(x), "sharding", None)
-    spec = [*getattr(sharding, "spec", ())]
-    if all(entry is None for entry in spec):
+    shardings = [getattr(jax.typeof(y), "sharding", None) for y in (gain, x)]
+    have, wanted = ([*getattr(sharding, "spec", ())] for sharding in shardings)
+    if all(entry is None for entry in (*have, *wanted)):
         return gain
-    entries = [entry if gain.shape[k] != 1 else None for k, entry in enumerate(spec)]
-    return jax.sharding.reshard(gain, NamedSharding(sharding.mesh, PartitionSpec(*entries)))
+    entries = [entry if gain.shape[k] != 1 else None for k, entry in enumerate(wanted)]
+    return jax.sharding.reshard(gain, NamedSharding(shardings[1].mesh, PartitionSpec(*entries)))
 
 
 def _dot_result(params: dict, vals: Sequence[Any], f: Factors, y: Array) -> Array:
