@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 
+from lora_jax.quantized import is_quantized
+
 PyTree = Any
 
 REGEX = "re:"  # prefix of a pattern that is a regular expression, matched in full
@@ -19,6 +21,8 @@ REGEX = "re:"  # prefix of a pattern that is a regular expression, matched in fu
 
 def named_leaves(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
     """Returns the leaves of ``tree`` by name, in the order of ``jax.tree.leaves``.
+
+    A leaf that is stored in fewer bits is one leaf; see :mod:`lora_jax.quantized`.
 
     Raises:
       ValueError: two leaves have one name (say, the keys ``1`` and ``"1"``, or the key ``"a/b"``
@@ -45,8 +49,9 @@ def named_leaves(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> 
 
 
 def _with_paths(tree: PyTree, is_leaf: Callable[[Any], bool] | None) -> list[tuple]:
+    stops = lambda x: is_quantized(x) or (is_leaf is not None and is_leaf(x))
     try:
-        return jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
+        return jax.tree_util.tree_flatten_with_path(tree, is_leaf=stops)[0]
     except ValueError as error:
         if "sorting pytree dictionary keys" not in str(error):
             raise
