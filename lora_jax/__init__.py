@@ -12,6 +12,7 @@ from lora_jax.config import LoRAConfig
 from lora_jax.explain import explain
 from lora_jax.initial import init, tabulate
 from lora_jax.modules import from_keras, from_nnx, update_keras, update_nnx
+from lora_jax.quantization import quantize
 from lora_jax.serialize import load, save
 from lora_jax.transform.lift import lift
 from lora_jax.version import __version__
@@ -29,6 +30,7 @@ __all__ = [
     "load",
     "mask",
     "merge",
+    "quantize",
     "save",
     "summary",
     "tabulate",

@@ -18,6 +18,7 @@ import numpy as np
 from lora_jax import fields, paths
 from lora_jax.nodes import (
     Field,
+    Node,
     as_node,
     is_adapted,
     is_bound,
@@ -25,6 +26,7 @@ from lora_jax.nodes import (
     is_static,
     with_array_scale,
 )
+from lora_jax.quantized import as_array, is_quantized, numbers
 
 PyTree = Any
 Array = jax.Array
@@ -93,11 +95,19 @@ def merge(params: PyTree, adapter: PyTree) -> PyTree:
 
     This is the definition of what an adapter means. The result has the structure, shapes and
     dtypes of ``params``, which is left as it is; the sum is rounded once to the kernel's dtype.
+    Quantized leaves become plain arrays, adapted or not.
 
     Raises:
       ValueError: as :func:`bind`.
     """
-    return _overlay(params, adapter, lambda name, leaf, x: as_node(x).merge(leaf))
+    merged = _overlay(params, adapter, lambda name, leaf, x: _merged(leaf, as_node(x)))
+    return jax.tree.map(as_array, merged, is_leaf=is_quantized)
+
+
+def _merged(leaf: Any, node: Node) -> Array:
+    if not is_quantized(leaf):
+        return node.merge(leaf)
+    return node.merge(numbers(leaf)).astype(leaf.dtype)  # which alone rounds
 
 
 def _overlay(params: PyTree, adapter: PyTree, put: Callable) -> PyTree:
@@ -107,7 +117,7 @@ def _overlay(params: PyTree, adapter: PyTree, put: Callable) -> PyTree:
     if problems:
         raise ValueError("The adapter does not fit the parameters: " + "; ".join(problems) + ".")
     new = [put(n, x, entries[n]) if n in entries else x for n, x in leaves.items()]
-    return jax.tree.structure(params).unflatten(new)
+    return jax.tree.structure(params, is_leaf=is_quantized).unflatten(new)
 
 
 def misfits(

@@ -16,6 +16,7 @@ from lora_jax.config import ALL_LINEAR, LoRAConfig
 from lora_jax.factors import factor_shapes, wide_dtype
 from lora_jax.kernels import Kernels, Leaf, find_kernels
 from lora_jax.lowrank import LowRank, init_a
+from lora_jax.quantized import as_array
 
 PyTree = Any
 Array = jax.Array
@@ -72,7 +73,7 @@ def init(
         )
     _warn(choice)
     # Copies, so that a step that donates the adapter spares the base.
-    full = {n: jnp.array(leaves[n], copy=True) for n in leaves if n in trained}
+    full = {n: jnp.array(as_array(leaves[n]), copy=True) for n in leaves if n in trained}
     nodes = {n: _init_node(key, n, choice, config) for n in choice.ranks}
     return paths.nest({n: (nodes | full)[n] for n in leaves if n in nodes or n in full})
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from lora_jax import factors, paths
 from lora_jax.config import ALL_LINEAR, LoRAConfig
+from lora_jax.quantized import abstract, is_quantized
 from lora_jax.transform.findings import LOOKUP, Findings, Use, has_two_sides
 from lora_jax.transform.lift import trace_roles
 from lora_jax.transform.origins import DATA, FIXED
@@ -32,6 +33,7 @@ class Leaf:
         and of other types than ``nnx.Param``, are adapted only if a target names them.
       reason: why it can't be adapted, or why "all-linear" leaves it out.
       hidden_in: the primitive that uses it, if that can't be looked into.
+      is_looked_up: whether rows of it are looked up, also if it is contracted elsewhere.
     """
 
     shape: tuple[int, ...] | None
@@ -41,6 +43,7 @@ class Leaf:
     is_weight: bool = True
     reason: str = ""
     hidden_in: str = ""
+    is_looked_up: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,7 +78,8 @@ def find_kernels(
         for k, (name, x) in enumerate(leaves.items())
         if _is_followed(x) and name not in states
     }
-    found = trace_roles(fn, params, args, dict(kwargs), names=followed)
+    plain = jax.tree.map(abstract, params, is_leaf=is_quantized)
+    found = trace_roles(fn, plain, args, dict(kwargs), names=followed)
     result = {
         name: _with_roles(_leaf(name, x, found, states.get(name, "")), given.get(name))
         for name, x in leaves.items()
@@ -138,7 +142,8 @@ def _leaf(name: str, x: Any, found: Findings, state: str) -> Leaf:
             "them in the function (jax.lax.complex)",
         )
     products = [u for u in uses if u.primitive != LOOKUP and has_two_sides(u.roles)]
-    return make(KERNEL if products else TABLE, best.roles, state)
+    leaf = make(KERNEL if products else TABLE, best.roles, state)
+    return dataclasses.replace(leaf, is_looked_up=best.primitive == LOOKUP)
 
 
 def _order(use: Use) -> int:
@@ -203,8 +208,8 @@ def _other_variables(names: list[str], params: PyTree) -> dict[str, str]:
         return {}
     is_variable = lambda x: isinstance(x, nnx.Variable)
     kinds: list[str] = []
-    for x in jax.tree.leaves(params, is_leaf=is_variable):
-        n = len(jax.tree.leaves(x)) if is_variable(x) else 1
+    for x in jax.tree.leaves(params, is_leaf=lambda x: is_variable(x) or is_quantized(x)):
+        n = len(jax.tree.leaves(x, is_leaf=is_quantized)) if is_variable(x) else 1
         state = is_variable(x) and not isinstance(x, nnx.Param)
         kinds += [type(x).__name__ if state else ""] * n
     pairs = zip(names, kinds, strict=True)

@@ -44,6 +44,7 @@ class LowRank(Adapted):
     """
 
     kind: ClassVar[str] = "lora"
+    reads_kernel: ClassVar[bool] = False
     table: ClassVar[Mapping[str, Field]] = {
         "a": Field(A_AXES),
         "b": Field(B_AXES),

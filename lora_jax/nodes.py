@@ -22,6 +22,7 @@ import numpy as np
 from jax import lax
 
 from lora_jax.factors import GAIN_AXES, WHOLE, dense, positions, spread, wide_dtype
+from lora_jax.quantized import as_array
 
 Array = jax.Array
 
@@ -102,6 +103,7 @@ class Adapted(Node):
     the four below, with the defaults None, "io", "" and 0.0.
 
     Attributes:
+      reads_kernel: whether ``terms`` makes use of the frozen kernel, which may be quantized.
       w: the frozen kernel in a bound tree; None in an adapter.
       axes: the role of each kernel axis, for example "io"; see :mod:`lora_jax.factors`.
       name: the kernel's path in a bound tree, for messages.
@@ -110,6 +112,8 @@ class Adapted(Node):
     Raises:
       ValueError: a scale is NaN or infinite, or the rate of dropout is out of its range.
     """
+
+    reads_kernel: ClassVar[bool] = True
 
     w: Array | None
     axes: str
@@ -167,7 +171,7 @@ def terms(node: Adapted, w: Array) -> Terms:
     frozen = [n for n, field in node.table.items() if not field.is_trained and not field.scales]
     if frozen:
         node = dataclasses.replace(node, **{n: lax.stop_gradient(getattr(node, n)) for n in frozen})
-    return node.terms(w)
+    return node.terms(as_array(w) if node.reads_kernel else w)
 
 
 def is_node(x: Any) -> bool:

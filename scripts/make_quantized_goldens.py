@@ -14,13 +14,8 @@ pass of bitsandbytes itself rounds them to bfloat16, the forward pass does not.
 """
 
 import json
-import os
 import shutil
-import warnings
 from pathlib import Path
-
-os.environ["OMP_NUM_THREADS"] = "1"
-warnings.filterwarnings("ignore")
 
 import bitsandbytes as bnb
 import numpy as np
@@ -31,16 +26,16 @@ from bitsandbytes import functional
 
 OUT = Path(__file__).parent.parent / "tests" / "goldens" / "quantized"
 CONFIGS = {
-    "nf4_double": dict(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
-    ),
-    "fp4": dict(load_in_4bit=True, bnb_4bit_quant_type="fp4"),
-    "int8": dict(load_in_8bit=True),
-}
-SIZES = dict(
-    vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32,
-)  # fmt: skip
+    "nf4_double": {
+        "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+    },
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    "int8": {"load_in_8bit": True},
+}  # fmt: skip
+SIZES = {
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32,
+}  # fmt: skip
 
 
 def unpacked(data):
@@ -150,6 +145,7 @@ def gradients(model, ids, labels, directory):
 
 
 def main(out=OUT):
+    torch.set_num_threads(1)
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     np.savez_compressed(out / "cases.npz", **cases())

@@ -12,9 +12,17 @@ from jax.sharding import PartitionSpec
 
 from lora_jax.factors import BATCH, IN, OUT
 from lora_jax.transform import ahead, forms, interpreter
+from lora_jax.transform.deferred import Deferred
 from lora_jax.transform.forms import Body, vary, varying_axes
 from lora_jax.transform.interpreter import Event, FallbackError, Scope, formed
-from lora_jax.transform.kernel import Kernel, Unfactored, factor_specs, rank_inside, rank_last
+from lora_jax.transform.kernel import (
+    Kernel,
+    Unfactored,
+    factor_specs,
+    rank_inside,
+    rank_last,
+    with_numbers,
+)
 
 Array = jax.Array
 
@@ -59,12 +67,13 @@ def _call(scope: Scope, eqn: Any, vals: Sequence) -> list:
     args = [_renamed(v, k) for k, v in enumerate(vals)]
     kinds = _CALLS.setdefault(body.jaxpr, {})
     is_recorded = scope.events is not None
-    kernels = tuple(isinstance(v, Kernel) for v in vals)
+    kernels = tuple(isinstance(v, Kernel | Deferred) for v in vals)
     # Where no kernel can come out, it makes no difference what the results are used for.
     pairs = zip(scope.keeps, ahead.may_be_kernels(body.jaxpr, kernels), strict=True)
-    kind = (is_recorded, scope.strict, scope.depth + 1, scope.varies, tuple(map(all, pairs)))
+    flags = (scope.strict, scope.varies, scope.in_scan)
+    kind = (is_recorded, scope.depth + 1, tuple(map(all, pairs)), *flags)
     if kind not in kinds:
-        names = ("is_recorded", "strict", "depth", "varies", "keeps")
+        names = ("is_recorded", "depth", "keeps", "strict", "varies", "in_scan")
         kinds[kind] = _jitted(body, **dict(zip(names, kind, strict=True)))
     run, events = kinds[kind]
     real = lambda names: tuple(dict.fromkeys(n for k in names for n in vals[k].names))
@@ -116,7 +125,7 @@ def _scan(scope: Scope, eqn: Any, vals: Sequence) -> list:
     def body(carry: list, slices: tuple) -> tuple[list, list]:
         step, xs = slices
         xs = [f(x) for f, x in zip(whole, xs, strict=True)]
-        inner = scope.at(step, keeps=results)
+        inner = dataclasses.replace(scope.at(step, keeps=results), in_scan=True)
         outs = evaluate(inner, form.body, [*consts, *_refill(carry, kept), *xs])
         reason = "is changed by the loop body"
         carry = [
@@ -140,6 +149,9 @@ def _slices(x: Any) -> tuple[Any, Callable[[Any], Any]]:
     an output axis ``b``, and the other factor is the same in every step; so is the gain, if it does
     not vary along the axis.
     """
+    w = x.w if isinstance(x, Kernel) else x
+    if isinstance(w, Deferred) and not w.lead:
+        return _slices(with_numbers(x))
     if not isinstance(x, Kernel):
         return x, lambda part: part
     role, axes = x.axes[0], x.axes[1:]
@@ -164,7 +176,7 @@ def _hoisted(
     """Splits the carry of a loop: kernels that the body hands on unchanged become constants."""
     kept, rest = {}, []
     for k, value in enumerate(carry):
-        if isinstance(value, Kernel) and body.outvars[k] is body.invars[offset + k]:
+        if isinstance(value, Kernel | Deferred) and body.outvars[k] is body.invars[offset + k]:
             kept[k] = value
         else:
             reason = "is changed by the loop body"
@@ -240,7 +252,9 @@ def _handed_on(jaxprs: Sequence, vals: Sequence) -> dict[int, Kernel]:
     kernels = {}
     for k in range(len(jaxprs[0].outvars)):
         for n, value in enumerate(vals):
-            if isinstance(value, Kernel) and all(j.outvars[k] is j.invars[n] for j in jaxprs):
+            if isinstance(value, Kernel | Deferred) and all(
+                j.outvars[k] is j.invars[n] for j in jaxprs
+            ):
                 kernels[k] = value
     return kernels
 
@@ -251,6 +265,7 @@ def _handed_on(jaxprs: Sequence, vals: Sequence) -> dict[int, Kernel]:
 def _shard_map(scope: Scope, eqn: Any, vals: Sequence) -> list:
     """``jax.shard_map``: an axis of a factor is split as the kernel's is."""
     form = forms.shard_map(eqn)
+    vals = [with_numbers(v) for v in vals]  # a spec is for axes that the parts do not have
     specs = [_specs(v, spec) for v, spec in zip(vals, form.in_specs, strict=True)]
     extra = [x for x in (scope.rate, scope.key) if x is not None]
 

@@ -94,7 +94,15 @@ def source(eqn: Any) -> str:
 
 def varying_axes(x: Any) -> frozenset:
     """The axes of a ``shard_map``'s mesh over which a value varies, as far as its type says."""
-    return varying_axes_of(jax.typeof(x))
+    return frozenset().union(*(varying_axes_of(jax.typeof(part)) for part in jax.tree.leaves(x)))
+
+
+def has_places(x: Any) -> bool:
+    """Whether types in a tree of arrays say where these lie: over which axes of a mesh."""
+    specs = [
+        getattr(getattr(jax.typeof(y), "sharding", None), "spec", ()) for y in jax.tree.leaves(x)
+    ]
+    return bool(varying_axes(x)) or any(entry is not None for spec in specs for entry in spec)
 
 
 def vary(x: Any, axes: frozenset) -> Any:

@@ -24,6 +24,7 @@ from lora_jax.factors import BATCH
 from lora_jax.transform import (
     ahead,
     combinations,
+    deferred,
     forms,
     gains,
     kernel,
@@ -32,6 +33,7 @@ from lora_jax.transform import (
     uses,
 )
 from lora_jax.transform.ahead import Wanted
+from lora_jax.transform.deferred import Deferred
 from lora_jax.transform.forms import Body, vary, varying_axes
 from lora_jax.transform.kernel import Kernel, Unfactored
 
@@ -69,6 +71,7 @@ class Scope:
       keeps: of each result of this equation, whether whatever uses it takes kernels.
       varies: in a ``shard_map``, factors vary over devices over which their kernels do not, and so
         do values that the user's equations were made for as constant.
+      in_scan: this is the body of a loop, of which the gradient is a loop of its own.
     """
 
     strict: bool = False
@@ -79,6 +82,7 @@ class Scope:
     depth: int = 0
     keeps: tuple[bool, ...] = ()
     varies: bool = False
+    in_scan: bool = False
 
     def at(self, index: Any, place: Any = None, keeps: tuple[bool, ...] = ()) -> "Scope":
         """The scope of the equation (or loop iteration) number ``index``."""
@@ -86,7 +90,15 @@ class Scope:
         places = (*self.place, place)
         # Once for each equation: `dataclasses.replace` takes three times as long.
         return Scope(
-            self.strict, self.rate, key, self.events, places, self.depth, keeps, self.varies
+            self.strict,
+            self.rate,
+            key,
+            self.events,
+            places,
+            self.depth,
+            keeps,
+            self.varies,
+            self.in_scan,
         )
 
     def record(self, event: Event) -> None:
@@ -117,7 +129,7 @@ def evaluate(scope: Scope, body: Body, args: Sequence[Any], control: Mapping[str
         # Not counted, so that dropout is the same on a mesh, where a model may have them.
         index += eqn.primitive.name != "sharding_constraint"
         vals = [read(atom) for atom in eqn.invars]
-        has_kernel = any(isinstance(v, Kernel) for v in vals)
+        has_kernel = any(isinstance(v, Kernel | Deferred) for v in vals)
         in_control = scope.varies and forms.name_of(eqn) in control
         if has_kernel or (in_control and _vary_anew(eqn, vals)):
             inner = scope.at(index, id(eqn), wanted.keeps(eqn.outvars))
@@ -174,6 +186,8 @@ def _factored(
         if rule:
             return rule(scope, eqn, vals)
         with eqn.ctx.manager:
+            if not any(isinstance(v, Kernel) for v in vals):
+                return _quantized(scope, eqn, vals, wanted)
             if name in moves.MOVES:
                 return _move(eqn, vals, wanted)
             if name in uses.USES:
@@ -190,16 +204,38 @@ def _frozen(vals: Sequence) -> list:
     return [v.w if isinstance(v, Kernel) else v for v in vals]
 
 
+def _quantized(scope: Scope, eqn: Any, vals: Sequence, wanted: Wanted) -> list:
+    """An equation that has quantized operands, none of which is adapted."""
+    if (moved := deferred.move(eqn, vals)) is not None:
+        return moved
+    if eqn.primitive.name in uses.USES:
+        return _plain_at_use(scope, eqn, vals, wanted.used)
+    return plain(eqn, [deferred.form(v) for v in vals], wanted.used)
+
+
+def _plain_at_use(scope: Scope, eqn: Any, vals: Sequence, used: set | None = None) -> list:
+    """Hands a product to JAX; the numbers of a quantized operand are made for it, in each pass."""
+    run = lambda vals: plain(eqn, vals, used)
+    # In a loop the passes are apart anyway, and what the backward pass computes again for other
+    # reasons is the same.
+    return deferred.evaluate(run, vals, prevent_cse=not scope.in_scan)
+
+
 def _move(eqn: Any, vals: Sequence, wanted: Wanted) -> list:
     if eqn.primitive.name in moves.WITH_AN_ARRAY:
         arrays = [v for v in vals if isinstance(v, Kernel) or jnp.ndim(v)]
         if len(arrays) > 1 and not set(eqn.outvars) <= wanted.as_kernels:
             raise Unfactored("the result is used as an activation, or changed entry by entry")
-    return moves.MOVES[forms.name_of(eqn)](eqn, vals, plain(eqn, _frozen(vals)))
+    w = deferred.move(eqn, _frozen(vals))
+    if w is None:
+        vals = [kernel.with_numbers(v) for v in vals]
+        w = plain(eqn, _frozen(vals))
+    return moves.MOVES[forms.name_of(eqn)](eqn, vals, w)
 
 
 def _use(scope: Scope, eqn: Any, vals: Sequence, wanted: Wanted) -> list:
     use = uses.USES[eqn.primitive.name]
+    vals = [deferred.form(v) for v in vals]  # of what is not adapted
     if scope.varies:
         vals = _kernels_vary_alike(eqn, vals)
     kernels = [k for k, v in enumerate(vals) if isinstance(v, Kernel)]
@@ -208,6 +244,7 @@ def _use(scope: Scope, eqn: Any, vals: Sequence, wanted: Wanted) -> list:
     is_product = eqn.primitive.name == "dot_general" and len(kernels) == 2
     has_gain = any(vals[k].gain is not None for k in kernels)
     if is_product and not has_gain and set(eqn.outvars) <= wanted.as_kernels:
+        vals = [kernel.with_numbers(v) for v in vals]
         return combinations.product(eqn, vals, plain(eqn, _frozen(vals)))
     if len(kernels) > 1:
         # One of them is formed: the smaller, which is an input more often.
@@ -218,11 +255,12 @@ def _use(scope: Scope, eqn: Any, vals: Sequence, wanted: Wanted) -> list:
     if kernels[0] not in use.operands:
         raise Unfactored(f"it is operand {kernels[0]}; the rule wants one of {use.operands}")
     operands = gains.scale_operand(eqn, vals, kernels[0]) if has_gain else _frozen(vals)
-    (base,) = plain(eqn, operands)
     sum_ = vals[kernels[0]]
     sides = use.sides(eqn.params, kernels[0], sum_.w.shape)
     if eqn.primitive.name == "gather" and {sum_.axes[k] for k in sides.inputs} == {BATCH}:
+        (base,) = deferred.move(eqn, operands) or _plain_at_use(scope, eqn, operands)
         return rearrangements.picked(eqn, sum_, vals[1], base, sides.inputs)
+    (base,) = _plain_at_use(scope, eqn, operands)
     factors = uses.oriented(sum_, sides)
     if has_gain:
         base = gains.scale_result(eqn, vals, factors, base)
@@ -252,9 +290,9 @@ def _drop(scope: Scope, sum_: Kernel, x: Array, shape: Sequence[int] | None = No
 
 
 def formed(scope: Scope, value: Any, primitive: str, reason: str, eqn: Any = None) -> Any:
-    """Falls back to ``W + s·BA`` if ``value`` is a kernel."""
+    """Falls back to ``W + s·BA`` if ``value`` is a kernel; makes numbers of one that is frozen."""
     if not isinstance(value, Kernel):
-        return value
+        return deferred.form(value)
     source = "" if eqn is None else forms.source(eqn)
     scope.record(Event(value.names, primitive, reason=reason, source=source))
     # What the function returns is no product: its sum has no input to drop anything of.

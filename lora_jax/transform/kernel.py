@@ -10,6 +10,8 @@ from jax.sharding import PartitionSpec
 
 from lora_jax import factors
 from lora_jax.factors import BATCH, IN, OUT, positions
+from lora_jax.transform import deferred
+from lora_jax.transform.deferred import Deferred
 
 Array = jax.Array
 SAME = "="  # the role of an axis along which the sum is constant: neither factor carries it
@@ -24,7 +26,7 @@ class Kernel:
     """A kernel inside the interpreter: ``gain ⊙ w + a·b``, rearranged by the moves so far.
 
     Attributes:
-      w: the frozen part.
+      w: the frozen part, which may be quantized.
       a: ``(*batch, *in, rank)``.
       b: ``(*batch, rank, *out)`` with the scale already in it.
       gain: ``(*batch, *out)``, or ``(*batch, *in)`` if the sides were exchanged; None for one.
@@ -34,7 +36,7 @@ class Kernel:
       rate: its own rate of dropout on the input of the branch.
     """
 
-    w: Array
+    w: Array | Deferred
     a: Array
     b: Array
     gain: Array | None = None
@@ -127,8 +129,16 @@ def widened(kernel: Kernel, w: Array) -> Kernel:
     return broadcasted(kernel, wide, range(w.ndim))
 
 
+def with_numbers(value: Any) -> Any:
+    """The value with numbers in place of what is quantized: a kernel's frozen part, or itself."""
+    if not isinstance(value, Kernel):
+        return deferred.form(value)
+    return dataclasses.replace(value, w=deferred.form(value.w))
+
+
 def form(kernel: Kernel) -> Array:
     """The plain array that the kernel stands for."""
+    kernel = with_numbers(kernel)
     if SAME not in kernel.axes:
         gain = spread_gain(kernel)
         return factors.dense(kernel.w, kernel.a, kernel.b, kernel.axes, gain)

@@ -13,10 +13,12 @@ import jax
 import numpy as np
 
 from lora_jax.nodes import Adapted, Trained, is_adapted, is_node, terms
+from lora_jax.quantized import is_quantized
 from lora_jax.transform import origins, roles
 from lora_jax.transform.control import evaluate
+from lora_jax.transform.deferred import Deferred, form
 from lora_jax.transform.findings import Findings
-from lora_jax.transform.forms import body_of, varying_axes
+from lora_jax.transform.forms import body_of, has_places, varying_axes
 from lora_jax.transform.interpreter import OUTPUT, Event, Scope, formed
 from lora_jax.transform.kernel import Kernel
 
@@ -141,9 +143,10 @@ def _jaxpr(fn: Callable, leaves: Sequence, treedef: Any, *, traced: Sequence[int
 
 
 def _run(scope: Scope, fn: Callable, args: tuple, kwargs: dict, *, own_rates: bool = False) -> Any:
-    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_node)
+    is_leaf = lambda x: is_node(x) or is_quantized(x)
+    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_leaf)
     leaves = [leaf.value if isinstance(leaf, Trained) else leaf for leaf in leaves]
-    nodes = {k: leaf for k, leaf in enumerate(leaves) if is_adapted(leaf)}
+    nodes = {k: leaf for k, leaf in enumerate(leaves) if is_adapted(leaf) or is_quantized(leaf)}
 
     def call(*kernels: Array) -> Any:
         filled = dict(zip(nodes, kernels, strict=True))
@@ -154,13 +157,38 @@ def _run(scope: Scope, fn: Callable, args: tuple, kwargs: dict, *, own_rates: bo
         return call()
     # Only the kernels are traced here. Everything else is closed over and so reaches `fn` as it
     # was given: flags stay Python values, concrete arrays stay concrete, outer tracers outer.
-    kernels = [_kernel(node, node.dropout if own_rates else 0.0) for node in nodes.values()]
+    values = [_value(node, own_rates) for node in nodes.values()]
+    kernels = [v for v in values if isinstance(v, Kernel)]
     varies = any(_vary_over_more(k) for k in kernels)
     scope = dataclasses.replace(_with_key_if_used(scope, kernels), varies=varies)
-    closed, shapes = jax.make_jaxpr(call, return_shape=True)(*[k.w for k in kernels])
-    outs = evaluate(scope, body_of(closed), kernels)
+    closed, shapes = jax.make_jaxpr(call, return_shape=True)(*map(_type, values))
+    outs = evaluate(scope, body_of(closed), values)
     outs = [formed(scope, x, OUTPUT, "is returned by the function") for x in outs]
     return jax.tree.unflatten(jax.tree.structure(shapes), outs)
+
+
+def _value(leaf: Any, own_rates: bool) -> Kernel | Deferred | Array:
+    if is_quantized(leaf):
+        return _frozen(leaf)
+    return _kernel(leaf, leaf.dropout if own_rates else 0.0)
+
+
+def _frozen(w: Any) -> Any:
+    """A frozen kernel as the interpreter carries it: one that is quantized stays so.
+
+    Where its type would say more than shape and dtype, as in a ``shard_map`` or with explicit
+    sharding, it becomes an array at once.
+    """
+    if not is_quantized(w):
+        return w
+    value = Deferred(w)
+    return form(value) if has_places(value) else value
+
+
+def _type(value: Any) -> Any:
+    """What a function is traced with in place of a kernel."""
+    w = value.w if isinstance(value, Kernel) else value
+    return w.aval if isinstance(w, Deferred) else w
 
 
 def _vary_over_more(kernel: Kernel) -> bool:
@@ -189,4 +217,6 @@ def _kernel(node: Adapted, rate: float) -> Kernel:
             "call lift(fn)(bind(params, adapter), ...)."
         )
     a, b, gain = terms(node, node.w)
-    return Kernel(w=node.w, a=a, b=b, gain=gain, axes=node.axes, names=(node.name,), rate=rate)
+    return Kernel(
+        w=_frozen(node.w), a=a, b=b, gain=gain, axes=node.axes, names=(node.name,), rate=rate
+    )
