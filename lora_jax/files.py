@@ -26,7 +26,7 @@ _DTYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
-# Not read where a model's weights are, for which they would need scales of their own.
+# Where a model's weights are they need scales, which the caller has to look for.
 _FLOAT8 = {
     "F8_E4M3": jnp.float8_e4m3fn,
     "F8_E5M2": jnp.float8_e5m2,
@@ -85,13 +85,14 @@ def open_safetensors(path: str | Path) -> dict[str, Stored]:
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"no safetensors file: {error}") from error
     header.pop("__metadata__", None)
-    unknown = sorted({entry["dtype"] for entry in header.values()} - set(_DTYPES))
+    dtypes = _DTYPES | _FLOAT8
+    unknown = sorted({entry["dtype"] for entry in header.values()} - set(dtypes))
     if unknown:
-        raise ValueError(f"tensors of dtype {unknown}, where {sorted(_DTYPES)} are read")
+        raise ValueError(f"tensors of dtype {unknown}, where {sorted(dtypes)} are read")
     return {
         name: Stored(
             path,
-            np.dtype(_DTYPES[entry["dtype"]]),
+            np.dtype(dtypes[entry["dtype"]]),
             tuple(entry["shape"]),
             8 + size + entry["data_offsets"][0],
         )

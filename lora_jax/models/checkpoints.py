@@ -22,6 +22,8 @@ from lora_jax.models.layers import check_remat
 from lora_jax.models.load_weights import load_params, open_tensors, shown
 from lora_jax.models.tokenizer import load_tokenizer
 from lora_jax.names import Name
+from lora_jax.quantized import as_array, is_quantized
+from lora_jax.schemes import find_scheme
 
 __all__ = [
     "Checkpoint",
@@ -77,6 +79,9 @@ class LoadOptions:
       rules: how they are split, as for :func:`lora_jax.sharding.specs`; None for the family's own.
       remat: what training computes again to save memory: "none", "full", or the name of a policy
         in ``jax.checkpoint_policies``; see :func:`lora_jax.models.layers.rematted`.
+      quantize: the scheme of :func:`lora_jax.quantize` for kernels that are plain in the
+        checkpoint, but heads and embeddings; "" to leave them so. What the checkpoint holds
+        quantized stays so.
     """
 
     num_labels: int = 2
@@ -87,6 +92,7 @@ class LoadOptions:
     mesh: Mesh | None = None
     rules: sharding.Rules | None = None
     remat: str = "none"
+    quantize: str = ""
 
 
 def load(name: str | Path, *, head: str, **options: Any) -> Loaded:
@@ -114,6 +120,8 @@ def load(name: str | Path, *, head: str, **options: Any) -> Loaded:
     checkpoint = resolve(name)
     family, config = _family(checkpoint)
     check_remat(given.remat)
+    if given.quantize:
+        find_scheme(given.quantize)
     labels = {"num_labels": given.num_labels} if head == CLASSIFIER else {}
     kind = _model(family, head, checkpoint)
     _check_layers(config, checkpoint)
@@ -122,7 +130,9 @@ def load(name: str | Path, *, head: str, **options: Any) -> Loaded:
     table = family.names(config, head=head, scan_layers=given.scan_layers)
     shapes = _typed(_shapes(model, family.inputs(head)), given.param_dtype)
     places = _places(shapes, given.mesh, family.sharding if given.rules is None else given.rules)
-    params, fresh = load_params(checkpoint, shapes, table, family, places=places)
+    params, fresh = load_params(
+        checkpoint, shapes, table, family, places=places, scheme=given.quantize
+    )
     key = jax.random.key(0) if given.key is None else given.key
     params = _fill(params, fresh, key=key, stddev=_stddev(config), places=places)
     tree = {"params": paths.nest(params)}
@@ -147,7 +157,8 @@ def redraw(loaded: Loaded, key: jax.Array) -> PyTree:
     """The parameters with what the checkpoint lacks drawn from another key; all else is shared."""
     leaves = paths.named_leaves(loaded.params["params"])
     stddev = _stddev(loaded.model.config)
-    places = {n: x.sharding for n, x in leaves.items() if isinstance(x.sharding, NamedSharding)}
+    has = {n: getattr(x, "sharding", None) for n, x in leaves.items()}  # no quantized leaf has one
+    places = {n: place for n, place in has.items() if isinstance(place, NamedSharding)}
     filled = _fill(leaves, loaded.fresh, key=key, stddev=stddev, places=places)
     return {"params": paths.nest(filled)}
 
@@ -261,7 +272,8 @@ def save_hf(
     family, config = _family(checkpoint)
     kind = _model(family, head, checkpoint)
     model = kind(config, **({"num_labels": len(labels)} if labels else {}))
-    leaves = paths.named_leaves(params.get("params", params))
+    plain = jax.tree.map(as_array, params.get("params", params), is_leaf=is_quantized)
+    leaves = paths.named_leaves(plain)
     table = _table(family, config, head, leaves)
     architecture = family.architectures[head]
     tensors = _checked(leaves, table, model, family.inputs(head), what=architecture)
@@ -280,6 +292,7 @@ def save_hf(
 def _config_json(base: Mapping[str, Any], architecture: str, labels: list[str]) -> dict[str, Any]:
     config = {**base, "architectures": [architecture], "torch_dtype": "float32"}
     config.pop("dtype", None)  # the newer word for torch_dtype, which would win
+    config.pop("quantization_config", None)  # of the base; what is written is plain
     if labels:
         config["id2label"] = {str(k): label for k, label in enumerate(labels)}
         config["label2id"] = {label: k for k, label in enumerate(labels)}

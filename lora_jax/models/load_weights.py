@@ -18,7 +18,18 @@ from lora_jax import names, sharding
 from lora_jax.files import Stored, open_safetensors, read_tensor
 from lora_jax.models.families import Family
 from lora_jax.models.hub import Checkpoint
-from lora_jax.names import Name, Weight
+from lora_jax.models.quantized_tensors import (
+    QuantizedTensor,
+    check_method,
+    expected_shape,
+    group,
+    read_quantized,
+)
+from lora_jax.names import LINEAR, Name, Weight
+from lora_jax.paths import matches
+from lora_jax.quantization import SKIPPED
+from lora_jax.quantized import Quantized, is_quantized
+from lora_jax.schemes import encode, find_scheme
 
 _log = logging.getLogger("lora_jax.models.checkpoints")
 _MOST = 30  # problems shown in one message
@@ -28,7 +39,7 @@ class _Part(NamedTuple):
     """A leaf, or one layer of it: the tensors it may be read from, and the one there is."""
 
     weights: list[Weight]  # more than one where the weight is tied
-    stored: list[tuple[str, Stored]]
+    stored: list[tuple[str, Stored | QuantizedTensor]]
 
 
 def load_params(
@@ -38,11 +49,13 @@ def load_params(
     family: Family,
     *,
     places: Mapping[str, NamedSharding] | None = None,
+    scheme: str = "",
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Reads the leaves that a table names.
 
     What is left out of the checkpoint, and what has to be made afresh, is logged. Host memory holds
     one tensor more than the result (without ``places``, the layers of a stacked leaf count as one).
+    Kernels that the checkpoint holds quantized stay so.
 
     Args:
       checkpoint: as found by ``resolve``.
@@ -50,6 +63,8 @@ def load_params(
       table: the rows for the model.
       family: the model's family.
       places: where each leaf goes, by path; None for JAX's default device.
+      scheme: of :func:`lora_jax.quantize`, for the kernels that are plain in the checkpoint, but
+        heads and embeddings; "" to leave them so.
 
     Returns:
       Arrays by path, with ``jax.ShapeDtypeStruct`` for the leaves of optional modules that the
@@ -60,9 +75,12 @@ def load_params(
       ValueError: damaged files; tensors missing, unexpected, of a wrong shape or dtype, or not
         finite, all in one message.
     """
+    check_method(checkpoint.config, checkpoint.name)
     parts = _parts(table, shapes)
     known = _known_names(table, shapes)
-    tensors, problems = _standard_names(open_tensors(checkpoint), known, family)
+    grouped, damaged = group(open_tensors(checkpoint))
+    tensors, problems = _standard_names(grouped, known, family)
+    problems = damaged + problems
     for part in parts.values():
         part.stored.extend((w.hf, tensors[w.hf]) for w in part.weights if w.hf in tensors)
         other = part.weights[0].row.otherwise
@@ -83,7 +101,8 @@ def load_params(
             continue
         found = [p for part in some for p in _unfit(part)]
         place = places[leaf] if places else None
-        value, more = _read(some, shapes[leaf], place, keep=not problems + found)
+        own = scheme if _is_kernel(some[0].weights[0], scheme) else ""
+        value, more = _read(some, shapes[leaf], place, keep=not problems + found, scheme=own)
         problems += found + more
         result[leaf] = value
         if problems:  # which are all looked for; the values are of no more use
@@ -143,14 +162,14 @@ def _known_names(table: Sequence[Name], shapes: Mapping[str, Any]) -> dict[str, 
 
 
 def _standard_names(
-    tensors: Mapping[str, Stored], known: Mapping[str, str], family: Family
-) -> tuple[dict[str, Stored], list[str]]:
+    tensors: Mapping[str, Any], known: Mapping[str, str], family: Family
+) -> tuple[dict[str, Any], list[str]]:
     """Brings the layouts in use to the one of the table; also returns problems.
 
     A bare backbone lacks the family's prefix; transformers has renamed some tensors; the oldest
     files call a norm's parameters gamma and beta.
     """
-    standard: dict[str, Stored] = {}
+    standard: dict[str, Any] = {}
     problems, left_out = [], []
     for name, stored in tensors.items():
         new = next((known[c] for c in _candidates(name, family.prefix) if c in known), None)
@@ -209,11 +228,24 @@ def _unfit(part: _Part) -> list[str]:
     for name, stored in part.stored:
         weight = next((w for w in part.weights if w.hf == name), part.weights[0])
         shape = names.tensor_shape(weight)
-        if stored.shape != shape:
+        if isinstance(stored, QuantizedTensor) and names.axes(weight):
+            shape = expected_shape(weight)
+        if tuple(stored.shape) != shape:
             problems.append(f"{name} has shape {stored.shape} instead of {shape}")
         if not jnp.issubdtype(stored.dtype, jnp.floating):
             problems.append(f"{name} has dtype {stored.dtype}, which is no floating-point type")
+        elif stored.dtype.itemsize < 2:
+            problems.append(f"{name} has dtype {stored.dtype}, and there are no scales for it")
     return problems
+
+
+def _is_kernel(weight: Weight, scheme: str) -> bool:
+    """Whether a kernel is one to quantize: no head, no embedding, and not below a block."""
+    if not scheme or names.kind(weight) != LINEAR or not names.axes(weight):
+        return False
+    size = int(np.prod(weight.shape))
+    is_spared = any(matches(pattern, weight.leaf) for pattern in SKIPPED)
+    return not is_spared and size >= find_scheme(scheme).block
 
 
 def _read(
@@ -222,27 +254,61 @@ def _read(
     place: NamedSharding | None,
     *,
     keep: bool,
-) -> tuple[jax.Array | None, list[str]]:
+    scheme: str = "",
+) -> tuple[Any, list[str]]:
     """A leaf, and what its values tell against it; it is put together only to ``keep`` it."""
     problems: list[str] = []
-    values = _values(parts, problems, keep=keep)
+    values = _values(parts, problems, shape.dtype, keep=keep)
     if not keep:
         for _ in values:
             pass
         return None, problems
-    if parts[0].weights[0].layer is not None:
+    first, is_stacked = parts[0].weights[0], parts[0].weights[0].layer is not None
+    if scheme or any(isinstance(x, QuantizedTensor) for p in parts for _, x in p.stored):
+        layers = [_encoded(first, x, scheme, shape) for x in values]
+        value = None if problems else _joined(layers, place, is_stacked=is_stacked)
+        if value is None and not problems:
+            problems.append(
+                f"{first.row.hf} is quantized in another way in some layers than in others, which "
+                "can't be stacked: load it with scan_layers=False"
+            )
+    elif is_stacked:
         value = _stacked(values, shape, place)
     else:
         value = _single(*values, shape, place)
     return (None if problems else value), problems
 
 
+def _encoded(weight: Weight, value: Any, scheme: str, like: jax.ShapeDtypeStruct) -> Any:
+    """The kernel in numpy arrays of codes and scales; as it is where it is stored so."""
+    if value is None or is_quantized(value) or not scheme:
+        return value
+    leaf = encode(jnp.asarray(value), scheme, names.axes(weight), dtype=like.dtype)
+    return jax.tree.map(np.asarray, leaf)
+
+
+def _joined(
+    layers: Sequence[Any], place: NamedSharding | None, *, is_stacked: bool
+) -> Quantized | None:
+    """One leaf of the layers of a stack, or of the one there is, on the devices.
+
+    None if the layers have no form in common.
+    """
+    if len({jax.tree.structure(x) for x in layers}) > 1:
+        return None
+    leaf = jax.tree.map(lambda *x: np.stack(x), *layers) if is_stacked else layers[0]
+    return jax.tree.map(jnp.asarray, leaf) if place is None else sharding.put(leaf, place)
+
+
 def _values(
-    parts: Sequence[_Part], problems: list[str], *, keep: bool
-) -> Iterator[np.ndarray | None]:
+    parts: Sequence[_Part], problems: list[str], dtype: Any, *, keep: bool
+) -> Iterator[Any]:
     """The value of each part, to ``keep`` it; None after a problem, which goes into the list."""
     for part in parts:
         value = None
+        if any(isinstance(stored, QuantizedTensor) for _, stored in part.stored):
+            yield _quantized_value(part, problems, dtype)
+            continue
         floating = [(n, s) for n, s in part.stored if jnp.issubdtype(s.dtype, jnp.floating)]
         for name, stored in floating:
             tensor = read_tensor(stored)
@@ -253,6 +319,17 @@ def _values(
             elif keep:
                 value = names.from_tensor(part.weights[0], tensor)
         yield None if problems else value
+
+
+def _quantized_value(part: _Part, problems: list[str], dtype: Any) -> Any:
+    (name, stored), *rest = part.stored
+    try:
+        if rest or not isinstance(stored, QuantizedTensor):
+            raise ValueError("is quantized, and tied to another tensor")
+        return read_quantized(stored, part.weights[0], dtype)
+    except ValueError as error:
+        problems.append(f"{name} {error}")
+        return None
 
 
 def _single(
