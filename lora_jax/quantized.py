@@ -39,6 +39,8 @@ class Quantized:
       axes: the role of each axis of the kernel, as in :mod:`lora_jax.factors`.
       sizes: of the axes that are inputs or outputs, in the kernel's order.
       dtype: of the array that it stands for.
+      split: mesh axes over which inputs, and outputs, stay split where numbers are made; None where
+        the leaf has not been put onto a mesh. See :mod:`lora_jax.quantized_sharding`.
     """
 
     codes: Array
@@ -46,6 +48,7 @@ class Quantized:
     axes: str
     sizes: tuple[int, ...]
     dtype: np.dtype
+    split: tuple[tuple[str, ...], ...] | None = None
 
     @property
     def roles(self) -> str:

@@ -20,6 +20,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from lora_jax import fields, paths
 from lora_jax.adapter import nodes
 from lora_jax.nodes import is_adapted, is_node
+from lora_jax.quantized import is_quantized
+from lora_jax.quantized_sharding import part_specs, with_gathering
 
 PyTree = Any
 Rules = Sequence[tuple[str, Sequence[Any]]]
@@ -82,7 +84,7 @@ def specs(
         raise ValueError(f"These sharding rules can't be used: {'; '.join(problems)}.")
     sizes = dict(mesh.shape)
     new = [_spec(np.shape(x), chosen[name], sizes, fill) for name, x in leaves.items()]
-    return jax.tree.structure(params).unflatten(new)
+    return jax.tree.structure(params, is_leaf=is_quantized).unflatten(new)
 
 
 def _entry(x: Any) -> Entry:
@@ -241,10 +243,10 @@ def shardings(specs: PyTree, mesh: Mesh) -> PyTree:
 
 def place(tree: PyTree, specs: PyTree, mesh: Mesh) -> PyTree:
     """Puts each array of a tree where its spec says; see :func:`put`."""
-    return jax.tree.map(put, tree, shardings(specs, mesh))
+    return jax.tree.map(put, tree, shardings(specs, mesh), is_leaf=is_quantized)
 
 
-def put(x: Any, sharding: NamedSharding, dtype: Any = None) -> jax.Array:
+def put(x: Any, sharding: NamedSharding, dtype: Any = None) -> Any:
     """Puts one array onto the devices of a mesh, each device receiving its own piece alone.
 
     With several processes each gives the whole array, with the same values, or one that already
@@ -255,7 +257,14 @@ def put(x: Any, sharding: NamedSharding, dtype: Any = None) -> jax.Array:
       x: the array.
       sharding: of the result.
       dtype: that of the result where ``x`` is a numpy array of another one.
+
+    A quantized kernel is split with all its parts, along blocks; where it is split over ``fsdp``,
+    its codes are gathered for a product, and not its numbers.
     """
+    if is_quantized(x):
+        specs = part_specs(x, sharding.spec, dict(sharding.mesh.shape))
+        placed = jax.tree.map(put, x, shardings(specs, sharding.mesh))
+        return with_gathering(placed, specs, FSDP)
     if isinstance(x, jax.Array) and (not x.is_fully_addressable or jax.process_count() == 1):
         return jax.device_put(x, sharding)
     x = np.asarray(x)
@@ -313,12 +322,14 @@ def bytes_per_device(params: PyTree, specs: PyTree, mesh: Mesh | AbstractMesh) -
     sizes = dict(mesh.shape)
 
     def size(x: Any, spec: Any) -> int:
+        if is_quantized(x):
+            return sum(jax.tree.leaves(jax.tree.map(size, x, part_specs(x, _plain(spec), sizes))))
         entries = [_entry(e) for e in _plain(spec)]
         return (
             math.prod(x.shape) * x.dtype.itemsize // math.prod(_pieces(e, sizes) for e in entries)
         )
 
-    return sum(jax.tree.leaves(jax.tree.map(size, params, specs)))
+    return sum(jax.tree.leaves(jax.tree.map(size, params, specs, is_leaf=is_quantized)))
 
 
 def split_rows(x: jax.Array) -> jax.Array:

@@ -14,6 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from lora_jax import paths, sharding
+from lora_jax.quantized import is_quantized
+from lora_jax.quantized_sharding import spec_of
 from lora_jax.training.mesh import Devices, PyTree
 from lora_jax.training.task import Batch, Task
 
@@ -33,7 +35,7 @@ def with_copies(on: Devices, task: Task) -> Task:
 
 
 def _specs(base: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: x.sharding.spec, base)
+    return jax.tree.map(spec_of, base, is_leaf=is_quantized)
 
 
 def place(on: Devices, state: Any, base: PyTree) -> Any:

@@ -17,6 +17,7 @@ from jax import lax
 
 from lora_jax.factors import BATCH
 from lora_jax.quantized import Quantized, decode
+from lora_jax.quantized_sharding import gather
 
 Array = jax.Array
 
@@ -114,8 +115,14 @@ def evaluate(
     """
     if not any(isinstance(v, Deferred) for v in vals):
         return run(vals)
-    made = lambda vals: run([form(v) for v in vals])
+    made = lambda vals: run([form(_gathered(v)) for v in vals])
     return jax.checkpoint(made, prevent_cse=prevent_cse)(list(vals))
+
+
+def _gathered(value: Any) -> Any:
+    if not isinstance(value, Deferred):
+        return value
+    return dataclasses.replace(value, leaf=gather(value.leaf))
 
 
 def move(eqn: Any, vals: Sequence[Any]) -> list | None:
