@@ -35,6 +35,7 @@ def base_config() -> ConfigDict:
     c.model.labels = ("negative", "positive")  # what predictions are called; () for the task's own
     c.model.dtype = "float32"  # of the activations: float32 or bfloat16
     c.model.param_dtype = "float32"  # of the frozen base; what is trained is float32
+    c.model.quantize = ""  # how its kernels are stored: "nf4_double", "int8", ...; "" for plain
     # What the backward pass computes again rather than keeps in memory, layer by layer: "none",
     # "full" (all of it), or the name of a policy in jax.checkpoint_policies.
     c.model.remat = "none"

@@ -20,6 +20,7 @@ def get_config() -> ConfigDict:
     c.model.name = ""  # a directory, or a name to look up in cache and Hub
     c.model.dtype = "bfloat16"  # of the activations: float32 or bfloat16
     c.model.param_dtype = "float32"  # of the frozen base; in bfloat16 it takes half the memory
+    c.model.quantize = ""  # "nf4_double": its kernels take an eighth; needs model.scan_layers
     c.model.scan_layers = True  # one layer is compiled for all
     c.model.remat = "none"  # as in base_config; "full" takes the least memory
 

@@ -22,6 +22,7 @@ from lora_jax import adapter as adapters
 from lora_jax import fields, paths
 from lora_jax.factors import RANK
 from lora_jax.nodes import is_adapted
+from lora_jax.quantized import is_quantized
 from lora_jax.training import durations, optimizer
 from lora_jax.training.evaluation import eval_step
 from lora_jax.training.state import TrainState, initial_state, storable, usable
@@ -193,7 +194,9 @@ def member_eval_step(task: Task) -> Callable:
 
 def _with_own(base: PyTree, own: dict[str, Any]) -> PyTree:
     leaves = paths.named_leaves(base)
-    return jax.tree.structure(base).unflatten([own.get(n, x) for n, x in leaves.items()])
+    return jax.tree.structure(base, is_leaf=is_quantized).unflatten(
+        [own.get(n, x) for n, x in leaves.items()]
+    )
 
 
 class Program(NamedTuple):

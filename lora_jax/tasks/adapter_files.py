@@ -13,6 +13,7 @@ from lora_jax import fields, paths, peft, serialize
 from lora_jax.models import checkpoints, registry
 from lora_jax.models.families import CAUSAL_LM, SEQ2SEQ_LM
 from lora_jax.nodes import is_adapted
+from lora_jax.quantized import is_quantized
 
 PyTree = Any
 
@@ -55,7 +56,12 @@ def widened(loaded: checkpoints.Loaded) -> checkpoints.Loaded:
 
 
 def _wide_params(params: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), params)
+    return jax.tree.map(_wide, params, is_leaf=is_quantized)
+
+
+def _wide(x: Any) -> Any:
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    return dataclasses.replace(x, dtype=dtype) if is_quantized(x) else x.astype(dtype)
 
 
 def start(

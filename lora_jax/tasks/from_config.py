@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 import lora_jax as lora
+from lora_jax.schemes import SCHEMES
 from lora_jax.training.mesh import base_mesh
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -31,9 +32,19 @@ def dtype(name: str, field: str = "dtype") -> Any:
 
 
 def dtypes(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of loading, by what a config, or an adapter's metadata, says of the model."""
+    """Options of loading, by what a config, or an adapter's metadata, says of the model.
+
+    Dtypes, and the scheme that kernels are quantized with.
+    """
     wanted = {name: model.get(name, "float32") for name in ("dtype", "param_dtype")}
-    return {field: dtype(name, field) for field, name in wanted.items()}
+    return {field: dtype(name, field) for field, name in wanted.items()} | _quantize(model)
+
+
+def _quantize(model: Mapping[str, Any]) -> dict[str, str]:
+    scheme = model.get("quantize", "")
+    if scheme not in ("", *SCHEMES):
+        raise ValueError(f"model.quantize must be one of {[*SCHEMES]}, or '', got {scheme!r}.")
+    return {"quantize": scheme} if scheme else {}
 
 
 def load_options(config: ConfigDict) -> dict[str, Any]:
