@@ -3,10 +3,12 @@
 import json
 import pathlib
 import shutil
+from time import process_time
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
+import mutations
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -338,3 +340,62 @@ def test_merge_of_a_loaded_model(plain, tmp_path):
     assert_close(logits(load(tmp_path)), want, rtol=1e-5, atol=1e-5)
     plain_base = jax.tree.map(as_array, loaded.params, is_leaf=is_quantized)
     assert_close(lora.merge(plain_base, adapter), merged, rtol=1e-6, atol=1e-6)
+
+
+# ---- Any damage -----------------------------------------------------------------------------------
+
+
+def damaged_tensor(x, rng):
+    """Another shape, dtype or content, or none."""
+    flat = x.reshape(-1)
+    how = rng.integers(7)
+    if how == 0:
+        return None
+    if how == 1:
+        return flat[: rng.integers(flat.size + 1)]
+    if how == 2:
+        return np.concatenate([flat, flat[: rng.integers(flat.size + 1)]])
+    if how == 3:
+        return x.astype(rng.choice([np.uint8, np.int8, np.float16, np.float32, np.int64]))
+    if how == 4:
+        data = bytearray(x.tobytes())
+        for k in rng.integers(len(data), size=rng.integers(1, 9)):
+            data[k] ^= 1 << rng.integers(8)
+        return np.frombuffer(bytes(data), x.dtype).reshape(x.shape)
+    if how == 5 and np.issubdtype(x.dtype, np.floating):
+        return np.where(rng.random(x.shape) < 0.1, rng.choice([np.nan, np.inf, -1e38]), x)
+    return np.ascontiguousarray(x.reshape(-1, 1) if x.ndim < 2 else x.T)
+
+
+def damage(tensors, rng):
+    belongs = [n for n in tensors if n.startswith("model.layers") and "norm" not in n]
+    name = belongs[rng.integers(len(belongs))]
+    if "quant_state" in name and rng.random() < 0.8:
+        change = list(mutations.OF_JSON.values())[rng.integers(len(mutations.OF_JSON))]
+        tensors[name] = np.frombuffer(change(tensors[name].tobytes(), rng), np.uint8)
+        return
+    new = damaged_tensor(tensors.pop(name), rng)
+    if new is not None:
+        tensors[name] = new
+
+
+@pytest.mark.parametrize("count", [40, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_damage_is_told_or_harmless(tmp_path, kind, count):
+    """A clear error, or a model of the same shapes and of finite numbers, in little time."""
+    wanted = {n: (x.shape, x.dtype) for n, x in named_leaves(load(GOLDENS / kind).params).items()}
+    for seed in range(count):
+        rng = np.random.default_rng([KINDS.index(kind), seed])
+        directory, begun = (
+            changed(tmp_path, kind, lambda t, rng=rng: damage(t, rng)),
+            process_time(),
+        )
+        try:
+            leaves = named_leaves(load(directory).params)
+        except ValueError as error:
+            assert str(error).startswith("The checkpoint"), (seed, error)
+        else:
+            assert {n: (x.shape, x.dtype) for n, x in leaves.items()} == wanted, seed
+            assert all(np.isfinite(as_array(x)).all() for x in leaves.values()), seed
+        assert process_time() - begun < 10
+        shutil.rmtree(directory)
