@@ -63,6 +63,14 @@ def test_snippets_of_any_function(capsys):
     assert all(line in printed for line in shown) and len(shown) == 4
 
 
+def test_snippets_of_quantization(capsys):
+    text = (ROOT / "docs" / "quantization.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    (shown,) = re.findall(r"```text\n(.*?)```", text, flags=re.DOTALL)
+    exec(compile(snippet, "quantization.md", "exec"), {})
+    assert capsys.readouterr().out == shown
+
+
 def test_readme_commands_name_what_exists():
     commands = re.findall(r"^\$ (.*?)(?:  +#.*)?$", README, flags=re.MULTILINE)
     assert commands[:2] == ["make quickstart", "make test"]
@@ -132,7 +140,7 @@ def test_import_is_light():
 
 def test_public_names():
     assert sorted(set(lora_jax.__all__) - {"__version__"}) == sorted(
-        "LoRAConfig init bind lift merge labels mask summary explain save load "
+        "LoRAConfig init bind lift merge labels mask summary explain save load quantize "
         "tabulate from_nnx update_nnx from_keras update_keras".split()
     )
     for name in lora_jax.__all__:
