@@ -2,7 +2,8 @@
 
     python scripts/make_quantized_goldens.py
 
-Needs the extra `parity`, and the packages bitsandbytes and accelerate. cases.npz has kernels
+Needs the extra `parity`, and the packages bitsandbytes, accelerate and compressed-tensors; the last
+one writes compressed_tensors.npz: kernels of 4 bits in groups of 32 inputs. cases.npz has kernels
 ``(out, in)`` with what bitsandbytes makes of them. `nf4_double`, `fp4` and `int8` are checkpoints
 of one tiny Llama as `save_pretrained` writes them, whose parameters are bfloat16. `adapter` is
 PEFT's, over the first of them, and golden.npz has each model's logits with decoded kernels in
@@ -100,6 +101,31 @@ def cases():
     return {name: np.asarray(x) for name, x in found.items()}
 
 
+def compressed():
+    """A kernel with and without zeros, as compressed-tensors packs it, and its own decoding."""
+    from compressed_tensors.compressors.pack_quantized import base
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    g, found = torch.Generator().manual_seed(0), {}
+    for kind in ("sym", "asym"):
+        w = torch.randn(24, 96, generator=g)
+        low, high = (op(w.reshape(24, 3, 32), -1) for op in (torch.amin, torch.amax))
+        if kind == "sym":
+            scale, zero = torch.maximum(-low, high) / 7.5, torch.zeros(24, 3, dtype=torch.int8)
+        else:
+            scale = (high - low) / 15
+            zero = (-8 - low / scale).round().clamp(-8, 7).to(torch.int8)
+        args = QuantizationArgs(
+            num_bits=4, type="int", symmetric=kind == "sym", strategy="group", group_size=32
+        )
+        scheme = QuantizationScheme(targets=["Linear"], weights=args)
+        tensors = {"weight": w, "weight_scale": scale, "weight_zero_point": zero}
+        packed = base.PackedQuantizationCompressor.compress(tensors, scheme)
+        decoded = base.PackedQuantizationCompressor.decompress(dict(packed), scheme)["weight"]
+        found |= {f"{kind}/{n}": x for n, x in packed.items()} | {f"{kind}/decoded": decoded}
+    return {name: np.asarray(x) for name, x in found.items()}
+
+
 def base_model():
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).to(torch.bfloat16)
@@ -149,6 +175,7 @@ def main(out=OUT):
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     np.savez_compressed(out / "cases.npz", **cases())
+    np.savez_compressed(out / "compressed_tensors.npz", **compressed())
     plain = out / "plain"
     base_model().save_pretrained(plain)
     ids = torch.randint(3, SIZES["vocab_size"], (2, 9), generator=torch.Generator().manual_seed(5))

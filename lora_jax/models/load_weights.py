@@ -20,10 +20,10 @@ from lora_jax.models.families import Family
 from lora_jax.models.hub import Checkpoint
 from lora_jax.models.quantized_tensors import (
     QuantizedTensor,
-    check_method,
     expected_shape,
     group,
     read_quantized,
+    read_settings,
 )
 from lora_jax.names import LINEAR, Name, Weight
 from lora_jax.paths import matches
@@ -75,10 +75,10 @@ def load_params(
       ValueError: damaged files; tensors missing, unexpected, of a wrong shape or dtype, or not
         finite, all in one message.
     """
-    check_method(checkpoint.config, checkpoint.name)
+    settings = read_settings(checkpoint.config, checkpoint.name)
     parts = _parts(table, shapes)
     known = _known_names(table, shapes)
-    grouped, damaged = group(open_tensors(checkpoint))
+    grouped, damaged = group(open_tensors(checkpoint), settings)
     tensors, problems = _standard_names(grouped, known, family)
     problems = damaged + problems
     for part in parts.values():

@@ -1,7 +1,8 @@
 """Tensors of a checkpoint that are quantized: which belong together, and the leaf that they make.
 
-Read are the 4-bit and 8-bit files of bitsandbytes and float8 with scales. What is stored stays as
-it is: bytes are put in another order, never decoded. Every other scheme is refused by its name.
+Read are the 4-bit and 8-bit files of bitsandbytes, float8 with scales, and what
+:mod:`.grouped_tensors` knows. What is stored stays as it is: bytes are put in another order, never
+decoded. Every other scheme is refused by its name.
 """
 
 import json
@@ -17,10 +18,12 @@ from lora_jax import names
 from lora_jax.code_books import DYNAMIC, TABLES
 from lora_jax.factors import IN, OUT
 from lora_jax.files import Stored, read_tensor
+from lora_jax.models import grouped_tensors
+from lora_jax.models.grouped_tensors import Settings
 from lora_jax.names import Weight
 from lora_jax.quantized import NESTED_BLOCK, Affine, CodeBook, Quantized, decode
 
-METHODS = ("bitsandbytes", "fp8", "compressed-tensors", "fbgemm_fp8", "modelopt")
+METHODS = ("bitsandbytes", "gptq", "awq", "compressed-tensors", "fp8", "fbgemm_fp8", "modelopt")
 _STATE = ".quant_state.bitsandbytes__"
 _BYTES = np.dtype(np.uint8)
 _FIELDS = {"quant_type", "blocksize", "dtype", "shape"}
@@ -46,43 +49,64 @@ class QuantizedTensor(NamedTuple):
     make: Callable[["QuantizedTensor", Mapping[str, np.ndarray]], tuple[type, dict[str, Any]]]
 
 
-Tensors = Mapping[str, Stored | QuantizedTensor]
-
-
-def check_method(config: Mapping[str, Any], where: str) -> None:
-    """Sees that a checkpoint is not quantized in a way that is not read.
+def read_settings(config: Mapping[str, Any], where: str) -> Settings | None:
+    """What a checkpoint's config says of groups of inputs; None where it speaks of none.
 
     Raises:
-      ValueError: it is; the message names the way.
+      ValueError: the checkpoint is quantized in a way that is not read; the message names it.
     """
     about = config.get("quantization_config") or config.get("compression_config")
     if about is None:
-        return
+        return None
     method = about.get("quant_method", "bitsandbytes") if isinstance(about, Mapping) else about
     if method not in METHODS:
         raise ValueError(
             f"The checkpoint {where!r} is quantized with {method!r}, which is not read here; read "
             f"are {', '.join(METHODS)}. Take the original model, and quantize it on loading."
         )
+    try:
+        return grouped_tensors.settings(about) if method in grouped_tensors.FORMATS else None
+    except ValueError as error:
+        raise ValueError(f"The checkpoint {where!r} {error}.") from error
 
 
-def group(tensors: Mapping[str, Stored]) -> tuple[dict[str, Stored | QuantizedTensor], list[str]]:
+def group(
+    tensors: Mapping[str, Stored], settings: Settings | None = None
+) -> tuple[dict[str, Stored | QuantizedTensor], list[str]]:
     """Puts together the tensors that one quantized matrix is stored in; also returns problems."""
     grouped: dict[str, Stored | QuantizedTensor] = {}
     problems: list[str] = []
     taken: set[str] = set()
     for name in tensors:
-        parts = _companions(name, tensors)
-        if not parts:
-            continue
-        taken |= {name, *(full for full, _ in parts.values())}
-        short = {key: stored for key, (_, stored) in parts.items()}
         try:
-            grouped[name] = _tensor(name, {"codes": tensors[name], **short})
+            made, names_of_parts = _grouped(name, tensors, settings)
         except ValueError as error:
             problems.append(f"{name} {error}")
+            continue
+        if made is not None:
+            taken |= names_of_parts
+            grouped[made.name] = made
     grouped |= {name: x for name, x in tensors.items() if name not in taken}
     return grouped, problems
+
+
+def _grouped(
+    name: str, tensors: Mapping[str, Stored], settings: Settings | None
+) -> tuple[QuantizedTensor | None, set[str]]:
+    """The quantized matrix whose codes have this name, and the names of its parts."""
+    if settings is not None and (found := grouped_tensors.find(name, tensors, settings)):
+        parts = {key: tensors[full] for key, full in found.items()}
+        make = lambda tensor, values: grouped_tensors.read(values, tensor.shape, settings)
+        shape = grouped_tensors.matrix_shape(parts, settings)
+        module = f"{grouped_tensors.module_of(name, settings)}.weight"
+        made = QuantizedTensor(module, np.dtype(np.float16), shape, parts, make)
+        return made, set(found.values())
+    companions = _companions(name, tensors)
+    if not companions:
+        return None, set()
+    parts = {key: stored for key, (_, stored) in companions.items()}
+    made = _tensor(name, {"codes": tensors[name], **parts})
+    return made, {name, *(full for full, _ in companions.values())}
 
 
 def _companions(name: str, tensors: Mapping[str, Stored]) -> dict[str, tuple[str, Stored]]:
