@@ -186,7 +186,7 @@ def test_damaged_files(tmp_path, kind, change, says):
     assert "down_proj.weight" in str(error.value)
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "hqq", "torchao", "mxfp4"])
+@pytest.mark.parametrize("method", ["hqq", "torchao", "mxfp4", "quanto"])
 def test_other_schemes_are_refused_by_name(tmp_path, method):
     directory = shutil.copytree(GOLDENS / "fp4", tmp_path / "x")
     about = json.loads((directory / "config.json").read_text())
