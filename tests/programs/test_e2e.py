@@ -3,9 +3,6 @@
 import collections
 import json
 import math
-import os
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -15,7 +12,7 @@ from configs import e2e_tiny, gpt2_medium_e2e
 from lora_jax.data import e2e_nlg
 from lora_jax.models import checkpoints
 from lora_jax.tasks import adapter_files, e2e, language_model
-from tests.helpers import e2e_files
+from tests.helpers import e2e_files, programs
 from tests.helpers.places import ROOT
 
 pytestmark = pytest.mark.xdist_group("e2e")
@@ -121,11 +118,7 @@ def test_scores_need_references():
 # --- Programs
 
 
-def run(module, *arguments, timeout=280):
-    command = [sys.executable, "-m", f"experiments.{module}", *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=dict(os.environ)
-    )
+run = programs.run
 
 
 def flags(fields):
@@ -148,7 +141,7 @@ def finished(source, tmp_path_factory):
         "e2e_nlg", "--config=configs/e2e_tiny.py", f"--workdir={root}/run",
         *flags(e2e_files.ADAPTED | {"data.source": source, "model.name": root / "base" / "model"}),
     ]  # fmt: skip
-    done = run(*arguments)
+    done = programs.start(*arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     return root, arguments, done.stdout
 

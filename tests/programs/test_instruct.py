@@ -1,8 +1,6 @@
 """Fine-tuning on conversations and talking to the result, as a user does both."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,19 +12,13 @@ from lora_jax import peft
 from lora_jax.data import chat_template
 from lora_jax.models import checkpoints
 from lora_jax.tasks import chat, instruction_tuning, language_model
-from tests.helpers import tiny_llama
+from tests.helpers import programs, tiny_llama
 from tests.helpers.places import ROOT
 
 pytestmark = pytest.mark.xdist_group("instruct")
 
 
-def run(module, *arguments, stdin=""):
-    done = subprocess.run(
-        [sys.executable, "-m", f"experiments.{module}", *map(str, arguments)], cwd=ROOT,
-        capture_output=True, text=True, input=stdin, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+run = programs.succeed
 
 
 def overrides(root):
@@ -44,7 +36,9 @@ def finished(tmp_path_factory):
     tiny_llama.data(root / "data.jsonl")
     flags = [f"--config.{name}={value}" for name, value in overrides(root).items()]
     arguments = ("--config=configs/instruct_llama.py", f"--workdir={root / 'run'}", *flags)
-    return root, run("instruct", *arguments)
+    done = programs.start("instruct", *arguments)
+    assert done.returncode == 0, done.stderr
+    return root, done.stdout
 
 
 def test_training_learns_and_reports(finished):

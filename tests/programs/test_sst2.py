@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.helpers import tiny_encoder
+from tests.helpers import programs, tiny_encoder
 from tests.helpers.places import ROOT
 
 
@@ -27,11 +27,7 @@ def command(module, *arguments):
     return [sys.executable, "-m", f"experiments.{module}", *map(str, arguments)]
 
 
-def run(module, *arguments, stdin="", **kwargs):
-    return subprocess.run(
-        command(module, *arguments), cwd=ROOT, capture_output=True, text=True, input=stdin,
-        timeout=300, **kwargs,
-    )  # fmt: skip
+run = programs.run
 
 
 def training(inputs, workdir, **changes):
@@ -44,7 +40,7 @@ def training(inputs, workdir, **changes):
 @pytest.fixture(scope="session")
 def finished(inputs, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("finished") / "run"
-    done = run(*training(inputs, workdir))
+    done = programs.start(*training(inputs, workdir))
     assert done.returncode == 0, done.stderr
     return workdir, done
 
@@ -107,7 +103,7 @@ def test_evaluation_alone(inputs, finished, tmp_path):
 
 def test_predict(finished, tmp_path):
     adapter = f"--adapter={finished[0]}/adapter"
-    one = run("predict", adapter, "the film was great", "the film was awful")
+    one = programs.start("predict", adapter, "the film was great", "the film was awful")
     assert [x.split()[0] for x in one.stdout.splitlines()] == ["positive", "negative"], one.stderr
     file = tmp_path / "sentences.txt"
     file.write_text("the meal was lovely\n\nthe book was dull\n")
@@ -129,7 +125,7 @@ def test_export_is_the_merged_model(finished, tmp_path):
 
     workdir, _ = finished
     out = tmp_path / "merged"
-    done = run("export", f"--adapter={workdir}/adapter", f"--out={out}", "--merged")
+    done = programs.start("export", f"--adapter={workdir}/adapter", f"--out={out}", "--merged")
     assert done.returncode == 0, done.stderr
     loaded = checkpoints.load(out, head="classifier", num_labels=2)
     assert not loaded.fresh

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from configs import common
-from tests.helpers import tiny_encoder
+from tests.helpers import programs, tiny_encoder
 from tests.helpers.places import ROOT
 
 pytestmark = pytest.mark.xdist_group("sweep")
@@ -50,8 +50,11 @@ def command(inputs, config, workdir, *arguments, **changes):
 
 
 def run(arguments, **env):
+    python, how, module, *others = map(str, arguments)
+    if how == "-m":
+        return programs.run(module.removeprefix("experiments."), *others, env=env)
     return subprocess.run(
-        list(map(str, arguments)), cwd=ROOT, capture_output=True, text=True, timeout=300,
+        [python, how, module, *others], cwd=ROOT, capture_output=True, text=True, timeout=300,
         env=os.environ | env,
     )  # fmt: skip
 

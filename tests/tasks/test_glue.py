@@ -3,8 +3,6 @@
 import doctest
 import json
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -25,8 +23,7 @@ from lora_jax.tasks import (
 from lora_jax.tasks.glue import TASKS
 from lora_jax.training import metric_writer
 from lora_jax.training.train import train
-from tests.helpers import tiny_encoder
-from tests.helpers.places import ROOT
+from tests.helpers import programs, tiny_encoder
 
 # The columns of the real files, in their order; a dash stands for one that is not read.
 COLUMNS = {
@@ -371,11 +368,7 @@ def test_a_lone_sentence_is_no_pair(inputs):
 # --- Programs
 
 
-def run(module, *arguments):
-    return subprocess.run(
-        [sys.executable, "-m", f"experiments.{module}", *map(str, arguments)], cwd=ROOT,
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+run = programs.run
 
 
 def flags_of(inputs, kind, **changes):

@@ -3,9 +3,6 @@
 import dataclasses
 import doctest
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +13,7 @@ from lora_jax.data import batches, tokenization
 from lora_jax.data.examples import Examples
 from lora_jax.models import checkpoints
 from lora_jax.tasks import classification, classifier, text_to_text
-from tests.helpers import tiny_encoder, tiny_t5
-from tests.helpers.places import ROOT
+from tests.helpers import programs, tiny_encoder, tiny_t5
 
 LABELS = ("negative", "positive")
 SENTENCES = ("the film was good", "the book was very dull", "a fine meal")
@@ -94,11 +90,7 @@ def inputs(tmp_path_factory):
     return root
 
 
-def run(module, *arguments):
-    return subprocess.run(
-        [sys.executable, "-m", f"experiments.{module}", *map(str, arguments)],
-        cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ,
-    )  # fmt: skip
+run = programs.run
 
 
 @pytest.mark.xdist_group("t5 cli")
