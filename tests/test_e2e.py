@@ -243,7 +243,7 @@ def test_files_give_the_scores_of_the_run(finished, source, tmp_path):
 def test_loss_is_on_the_reference_only(finished, source):
     config = config_of(finished, source)
     writer = e2e.load(config)
-    task, _ = e2e.make_task(config, writer)
+    task, _ = e2e.make_task(config, writer=writer)
     batch = task.train_batch(0)
     end = writer.decoding.stop[0]
     for ids, counts, mask in zip(

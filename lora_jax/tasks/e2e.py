@@ -75,14 +75,23 @@ def check(config: ConfigDict) -> None:
         )
 
 
-def load(config: ConfigDict) -> Writer:
-    """The unadapted model."""
+def load(config: ConfigDict, devices: mesh.Devices | None = None) -> Writer:
+    """Loads the unadapted model.
+
+    Args:
+      config: config of the run.
+      devices: devices of the run; by default those that the config describes.
+
+    Raises:
+      FileNotFoundError, ValueError: model or tokenizer is missing or damaged, or the two do not
+        belong together.
+    """
     c = config.model
     loaded = checkpoints.load(
         c.name,
         head=CAUSAL_LM,
         scan_layers=c.scan_layers,
-        **from_config.load_options(config),
+        **from_config.load_options(config, devices),
     )
     if c.tokenizer:
         tokenizer = read_tokenizer(c.tokenizer)
@@ -98,17 +107,20 @@ def load(config: ConfigDict) -> Writer:
     return Writer(loaded, tokenizer, generation.decoding(config, stop))
 
 
-def make_task(config: ConfigDict, writer: Writer | None = None) -> tuple[Task, lora.LoRAConfig]:
-    """The task of learning to write, from the training lines.
+def make_task(
+    config: ConfigDict, devices: mesh.Devices | None = None, *, writer: Writer | None = None
+) -> tuple[Task, lora.LoRAConfig]:
+    """Makes the task of learning to write, from the training lines.
 
     Args:
-      config: gives model and data.
-      writer: the model, where it is loaded already.
+      config: config of the run.
+      devices: devices of the run; by default those that the config describes.
+      writer: the model, if it is loaded already.
 
     Raises:
       FileNotFoundError, ValueError: data that are missing or damaged, or do not fit the model.
     """
-    c, writer = config.data, writer or load(config)
+    c, writer = config.data, writer or load(config, devices)
     training = e2e_nlg.read(c.source, c.train)
     if c.holdout:
         training, evaluation = e2e_nlg.split(training, c.holdout, c.seed)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 import lora_jax as lora
-from lora_jax.training.mesh import base_mesh
+from lora_jax.training import mesh
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -36,7 +36,13 @@ def dtypes(model: Mapping[str, Any]) -> dict[str, Any]:
     return {field: dtype(name, field) for field, name in wanted.items()}
 
 
-def load_options(config: ConfigDict) -> dict[str, Any]:
-    """Options of loading a model to train: dtypes, rematerialisation, the mesh it is split over."""
-    remat, mesh = config.model.remat, base_mesh(config)
-    return dtypes(config.model) | {"remat": remat, "mesh": mesh}
+def load_options(config: ConfigDict, devices: mesh.Devices | None = None) -> dict[str, Any]:
+    """Returns options of loading a model to train: dtypes, rematerialization, and its mesh.
+
+    Args:
+      config: config of the run.
+      devices: devices of the run; by default those that the config describes.
+    """
+    devices = mesh.find(config) if devices is None else devices
+    options = {"remat": config.model.remat, "mesh": mesh.base_mesh(devices)}
+    return dtypes(config.model) | options

@@ -57,12 +57,12 @@ def check(config: ConfigDict) -> None:
 
 def _check_labels(config: ConfigDict) -> None:
     task, labels = glue.find(config.task), tuple(config.model.labels)
-    least = 1 if task.regression else 2
+    least = 1 if task.is_regression else 2
     if len(labels) != config.model.num_labels or len(set(labels)) < max(len(labels), least):
         raise ValueError(
             f"model.labels names {len(labels)} classes {labels}, and model.num_labels is "
             f"{config.model.num_labels}: there must be one name, each another, for each of at "
-            f"least {'one value' if task.regression else 'two classes'}."
+            f"least {'one value' if task.is_regression else 'two classes'}."
         )
     # Sentences of one's own may have any classes; they come in the layout of SST-2.
     if config.task != "sst2" and len(labels) != len(task.labels):

@@ -1,6 +1,5 @@
 """The task of learning what the assistant says: model, conversations and metrics, from a config."""
 
-import dataclasses
 import datetime
 import functools
 import inspect
@@ -53,23 +52,33 @@ def check(config: ConfigDict) -> None:
     training_config.check(config)
 
 
-def make_task(config: ConfigDict) -> tuple[Task, lora.LoRAConfig]:
-    """Loads model and conversations, and an adapter to go on from, whose settings then hold."""
+def make_task(
+    config: ConfigDict, devices: mesh.Devices | None = None
+) -> tuple[Task, lora.LoRAConfig]:
+    """Loads model, conversations and, if the config names one, the adapter to start from.
+
+    Args:
+      config: config of the run.
+      devices: devices of the run; by default those that the config describes.
+
+    Returns:
+      The task, and the settings of the adapter.
+
+    Raises:
+      FileNotFoundError, ValueError: something is missing or damaged, or does not fit the rest.
+    """
     loaded = checkpoints.load(
         config.model.name,
         head=CAUSAL_LM,
         scan_layers=config.model.scan_layers,
-        **from_config.load_options(config),
+        **from_config.load_options(config, devices),
     )
     _check_model(config, loaded)
     tokenizer = checkpoints.load_tokenizer(loaded.checkpoint)
     training, evaluation = (
         packed(config, some, loaded.checkpoint, tokenizer) for some in load_conversations(config)
     )
-    settings, start, note = from_config.lora_config(config), None, ""
-    if config.adapter:
-        start, theirs, note = adapter_files.start(config.adapter, loaded)
-        settings = dataclasses.replace(theirs, dropout=config.lora.dropout)
+    initial = adapter_files.load_initial(config, loaded)
     task = Task(
         apply=functools.partial(language_modeling.apply, loaded.model),
         metrics=language_modeling.token_loss,
@@ -83,11 +92,12 @@ def make_task(config: ConfigDict) -> tuple[Task, lora.LoRAConfig]:
         base=loaded.params,
         base_id=loaded.base_id,
         metadata=language_modeling.metadata(config),
-        notes=(*_notes(config, loaded, training, evaluation), *([note] if note else [])),
-        adapter=start,
+        notes=adapter_files.add_notes(initial, _notes(loaded, training, evaluation)),
+        adapter=initial.adapter,
+        fresh_head=initial.fresh_head,
         score=Score("loss", higher_is_better=False),
     )
-    return task, settings
+    return task, initial.config
 
 
 def _check_model(config: ConfigDict, loaded: checkpoints.Loaded) -> None:
@@ -145,12 +155,10 @@ def packed(
     return packing.pack(texts, c.max_length) if c.packing else packing.one_by_one(texts), fit
 
 
-def _notes(config: ConfigDict, loaded: checkpoints.Loaded, *parts: tuple) -> tuple[str, ...]:
+def _notes(loaded: checkpoints.Loaded, *parts: tuple[Packed, conversations.Fit]) -> tuple[str, ...]:
     """The report at the start: where everything comes from, and what is made of it."""
-    start = (f"going on from: {config.adapter}, with its settings",) if config.adapter else ()
     device = jax.devices()[0]
     return (
-        *start,
         f"model: {loaded.checkpoint.name} from {loaded.checkpoint.origin}",
         *(_about(name, *x) for name, x in zip(("training", "evaluation"), parts, strict=True)),
         f"device: {jax.device_count()} x {device.device_kind} ({device.platform})",

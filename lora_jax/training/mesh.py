@@ -116,7 +116,6 @@ def find(config: ConfigDict) -> Devices:
     return Devices(Mesh(devices, sharding.AXES), config.pmap)
 
 
-def base_mesh(config: ConfigDict) -> Mesh | None:
-    """The mesh over which the base is split while it is loaded, if it is."""
-    on = find(config)
-    return None if on.pmap else on.mesh
+def base_mesh(devices: Devices) -> Mesh | None:
+    """Returns the mesh over which the base is split while it is loaded, if there is one."""
+    return None if devices.pmap else devices.mesh
