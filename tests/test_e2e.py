@@ -295,6 +295,7 @@ def test_the_unadapted_model_can_be_scored_alone(finished, tmp_path):
         ({"label_smoothing": 1.0}, "label_smoothing must be in"),
         ({"data.holdout": 0}, "either on the file data.validation or on data.holdout"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
         ({"data.buckets": (64, 32)}, "data.buckets must be positive lengths that ascend"),
         ({"model.dtype": "float8"}, "model.dtype must be one of"),
     ],

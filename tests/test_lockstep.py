@@ -75,7 +75,9 @@ def together(task, configs, steps, program):
     members = [vmapped_step.member(task, c, from_config.lora_config(c)) for c in configs]
     shapes = vmapped_step.common_shapes(members)
     if isinstance(program, int):
-        program = vmapped_step.program(task, program, dropout=True)
+        program = vmapped_step.program(
+            task, program, dropout=True, options=vmapped_step.options(configs[0])
+        )
     losses, states, count = [], [], program.count
     for first in range(0, len(members), count):
         chosen = members[first : first + count]
@@ -212,7 +214,9 @@ def test_what_no_run_changes_is_computed_once():
 
     @functools.cache
     def flops(count):
-        program = vmapped_step.program(task, count, dropout=True)
+        program = vmapped_step.program(
+            task, count, dropout=True, options=vmapped_step.options(config)
+        )
         stacked = vmapped_step.place(program, vmapped_step.stack([member] * count, count))
         step = vmapped_step.compiled(program, "train", stacked, task.base, batch)
         return step.cost_analysis()["flops"]

@@ -57,7 +57,7 @@ class Group:
     member: Callable[[str], Member]
     shapes: PyTree
     dropout: bool
-    options: vmapped_step.Options = vmapped_step.PLAIN
+    options: vmapped_step.Options
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

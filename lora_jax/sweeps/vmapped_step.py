@@ -57,11 +57,8 @@ class Options(NamedTuple):
       accumulate: as in :class:`step.StepOptions`.
     """
 
-    decay: str = "linear"
-    accumulate: int = 1
-
-
-PLAIN = Options()
+    decay: str
+    accumulate: int
 
 
 def options(config: ConfigDict) -> Options:
@@ -156,7 +153,7 @@ def unstack(tree: PyTree, index: int) -> PyTree:
     return jax.tree.map(lambda x: np.asarray(x)[index], tree)
 
 
-def member_step(task: Task, *, dropout: bool, options: Options = PLAIN) -> Callable:
+def member_step(task: Task, *, dropout: bool, options: Options) -> Callable:
     """``(member, base, batch) -> (member, sums)``: the step of a single run, with its data.
 
     Args:
@@ -216,7 +213,7 @@ def replicate(on: Program, tree: PyTree) -> PyTree:
     return jax.device_put(tree, NamedSharding(on.mesh, PartitionSpec()))
 
 
-def program(task: Task, count: int, *, dropout: bool, options: Options = PLAIN) -> Program:
+def program(task: Task, count: int, *, dropout: bool, options: Options) -> Program:
     """A program for ``count`` runs at a time, over as many devices as divide them evenly."""
     # Nothing of the data is held on to.
     task = dataclasses.replace(task, base=None, train_batch=None, eval_batches=None, base_of=None)

@@ -7,7 +7,6 @@ from ml_collections import ConfigDict
 from lora_jax.models import checkpoints, registry
 from lora_jax.models.families import Family
 from lora_jax.tasks import from_config, glue
-from lora_jax.training import mesh, optimizer, training_config
 
 DEFAULT = "default"  # among lora.targets and lora.train: what PEFT has for the model's family
 _LEAST = {"data.train_examples": 0, "data.max_length": 1, "data.alike": 0}
@@ -45,14 +44,9 @@ def check(config: ConfigDict) -> None:
     Raises:
       ValueError: the first that it finds.
     """
-    from_config.lora_config(config)
-    from_config.dtypes(config.model)
-    optimizer.check(config.optimizer)
-    training_config.check_sizes(config, _LEAST)
-    training_config.check(config)
+    from_config.check(config, _LEAST)
     _check_buckets(config)
     _check_labels(config)
-    mesh.check(config)
 
 
 def _check_labels(config: ConfigDict) -> None:

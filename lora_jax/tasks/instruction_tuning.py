@@ -17,7 +17,7 @@ from lora_jax.data.packing import Packed
 from lora_jax.models import checkpoints
 from lora_jax.models.families import CAUSAL_LM
 from lora_jax.tasks import adapter_files, from_config, language_modeling
-from lora_jax.training import mesh, optimizer, training_config
+from lora_jax.training import mesh, training_config
 from lora_jax.training.task import Score, Task
 
 
@@ -30,26 +30,21 @@ def check(config: ConfigDict) -> None:
     """Finds mistakes in a config before anything is loaded or written.
 
     Raises:
-      ValueError: all but those of ``lora`` and ``optimizer`` in one message.
+      ValueError: names all fields that are wrong, but for those of ``lora`` and the dtypes, which
+        are checked first.
     """
-    from_config.lora_config(config)
-    optimizer.check(config.optimizer)
-    from_config.dtypes(config.model)
-    problems = training_config.size_problems(config, {"data.max_length": 2})
+    from_config.check_adapter_and_dtypes(config)
+    problems = training_config.list_problems(config, {"data.max_length": 2})
     if not config.model.name:
         problems.append("model.name must name a model: a directory, or one of the Hub")
     if not config.data.train:
         problems.append("data.train must be a file of conversations, one a line")
-    if bool(config.data.validation) == bool(config.data.holdout):
-        problems.append("either data.validation (a file) or data.holdout (a number) must be set")
+    problems += training_config.validation_problems(config)
     try:
         datetime.date.fromisoformat(config.data.date)
     except ValueError:
         problems.append(f"data.date must be a date like 2024-07-26, got {config.data.date!r}")
-    problems += mesh.problems(config)
-    if problems:
-        raise ValueError(f"The config is wrong: {'; '.join(problems)}.")
-    training_config.check(config)
+    training_config.raise_problems(problems)
 
 
 def make_task(

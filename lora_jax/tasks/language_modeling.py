@@ -5,6 +5,7 @@ before it.
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ import lora_jax as lora
 from lora_jax.data.batches import Batch, steps_per_epoch
 from lora_jax.data.texts import Texts, eval_batches, train_batch
 from lora_jax.models import checkpoints
-from lora_jax.tasks import adapter_files
+from lora_jax.tasks import adapter_files, from_config
 from lora_jax.tasks.language_model import TASK
 from lora_jax.training import metrics
 from lora_jax.training.task import Score, Task
@@ -57,6 +58,21 @@ def apply(model: Any, params: Any, batch: Batch, key: jax.Array | None) -> jax.A
     rngs = None if key is None else {"dropout": key}
     given = {name: batch[name] for name in _INPUTS if name in batch}
     return model.apply(params, **given, deterministic=key is None, rngs=rngs)
+
+
+def check(config: ConfigDict, least: Mapping[str, int]) -> None:
+    """Checks the fields that every task of language modelling has.
+
+    Args:
+      config: config of a run.
+      least: least values of the task's own fields, such as ``{"data.length": 2}``.
+
+    Raises:
+      ValueError: names the fields that are wrong.
+    """
+    from_config.check(config, {"data.alike": 0} | dict(least))
+    if not 0 <= config.label_smoothing < 1:
+        raise ValueError(f"label_smoothing must be in [0, 1), got {config.label_smoothing}.")
 
 
 def make_task(
