@@ -165,7 +165,8 @@ def throughput(args: argparse.Namespace) -> None:
 
 def timed(task: Task, member: vmapped_step.Member, count: int, args: argparse.Namespace) -> dict:
     """Compiles the step for ``count`` runs and times it."""
-    program = vmapped_step.program(task, count, dropout=args.dropout > 0)
+    options = vmapped_step.options(common.base_config())
+    program = vmapped_step.program(task, count, dropout=args.dropout > 0, options=options)
     members = vmapped_step.place(program, vmapped_step.stack([member] * count, count))
     base, batch = vmapped_step.replicate(program, task.base), task.train_batch(0)
     step = vmapped_step.compiled(program, "train", members, base, batch)

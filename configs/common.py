@@ -118,12 +118,9 @@ def language_config() -> ConfigDict:
     c.model.tokenizer = ""  # directory with the tokeniser's files, if not that of the model
     c.lora.targets = ("c_attn",)
     c.lora.train = ()
-    c.data = ConfigDict()
+    del c.data.data_dir, c.data.train_examples, c.data.max_length
     c.data.source = ""  # directory of the files
-    c.data.seed = 0  # what is held out, and the order of the texts
-    c.data.holdout = 0  # evaluate on so many of the training file, not on a validation file
-    c.data.buckets = (64, 96, 128, 192)  # as in base_config; they must hold the longest text
-    c.data.alike = 0
+    c.data.buckets = (64, 96, 128, 192)  # they must hold the longest text
     c.label_smoothing = 0.0
     return c
 

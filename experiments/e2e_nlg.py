@@ -33,17 +33,17 @@ SCORES, TEXTS = "scores.json", "texts.jsonl"
 
 def main(argv: list[str]) -> None:
     """Trains, writes and scores."""
-    config, workdir = finetuning.prepare(argv, recipes.E2E)
+    config, workdir, devices = finetuning.prepare(argv, recipes.E2E)
     if finetuning.eval_only() and _EVALUATE.value:
         raise ValueError("--eval_only is the validation loss alone; leave it out with --evaluate.")
     if _EVALUATE.value and jax.process_count() > 1:
         raise ValueError("Texts are written by one process: leave out what tells of others.")
     if not config.adapter and not _EVALUATE.value:  # a mistake is found before the model is loaded
         workdirs.check(workdir, config)
-    writer, directory = e2e.load(config), config.adapter
+    writer, directory = e2e.load(config, devices), config.adapter
     if not _EVALUATE.value:
         recipe = recipes.E2E._replace(make_task=functools.partial(e2e.make_task, writer=writer))
-        best = finetuning.fit(config, workdir, recipe)
+        best = finetuning.fit(config, workdir, recipe, devices)
         if best is None:
             return
         directory = workdir / workdirs.ADAPTER

@@ -6,7 +6,6 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from lora_jax import peft, serialize
-from lora_jax.tasks import adapter_files
 from lora_jax.training import mesh, partitioning, workdirs
 from lora_jax.training.evaluation import evaluate, make_eval_step
 from lora_jax.training.task import Task
@@ -28,21 +27,29 @@ def adapter_of(workdir: Path) -> Path:
     return directory
 
 
-def report(task: Task, config: ConfigDict, workdir: Path) -> None:
+def report(
+    task: Task, config: ConfigDict, workdir: Path, *, devices: mesh.Devices | None = None
+) -> None:
     """Prints the scores of ``config.adapter``, which the task starts from: for people, then JSON.
+
+    Args:
+      task: gives the evaluation examples, and the adapter.
+      config: config of the run.
+      workdir: directory of the run.
+      devices: devices of the run; by default those that the config describes.
 
     Raises:
       ValueError: the adapter's head is not the task's.
       FloatingPointError: a score is NaN or infinite.
     """
-    if random := [note for note in task.notes if note.startswith(adapter_files.FRESH_HEAD)]:
-        raise ValueError(f"{random[0]}, so that its scores would be those of a random one.")
+    if task.fresh_head:
+        raise ValueError(f"{task.fresh_head}, so that its scores would be those of a random one.")
+    devices = mesh.find(config) if devices is None else devices
     directory = Path(config.adapter)
-    on = mesh.find(config)
-    task = partitioning.settled(on, partitioning.local(on, task, config))
-    adapter = partitioning.place_adapter(on, task.adapter, task.base)
-    step = make_eval_step(task, on)
-    values = evaluate(step, adapter, partitioning.with_copies(on, task))
+    task = partitioning.place_task(devices, task, config)
+    adapter = partitioning.place_adapter(devices, task.adapter, task.base)
+    step = make_eval_step(task, devices)
+    values = evaluate(step, adapter, partitioning.copy_base(devices, task))
     about: dict[str, object] = {"adapter": str(directory)}
     if not peft.is_peft(directory):
         about |= {"step": serialize.read_metadata(directory).get("step")}

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict, config_flags
 from experiments import cli, evaluating, recipes
 from lora_jax.tasks import from_config
 from lora_jax.tasks.glue import find
-from lora_jax.training import train, workdirs
+from lora_jax.training import mesh, train, workdirs
 from lora_jax.training.loop import Progress
 from lora_jax.training.task import Recipe
 
@@ -28,17 +28,17 @@ flags.mark_flag_as_required("config")
 
 def main(argv: list[str]) -> None:
     """Trains, and says what to do next."""
-    config, workdir = prepare(argv, recipes.GLUE)
-    best = fit(config, workdir, recipes.GLUE)
+    config, workdir, devices = prepare(argv, recipes.GLUE)
+    best = fit(config, workdir, recipes.GLUE, devices)
     if best is None:
         return
+    task = find(config.task)
     example = "The movie was absolutely wonderful!"
-    if find(config.task).pairs:
+    if task.has_pairs:
         example = "A man is eating.\\tSomebody eats."
     quoted = f'$"{example}"' if "\\" in example else f'"{example}"'
-    score, value = find(config.task).score, best.best_score
     print(
-        f"best validation {score} {value:.4f} (loss {best.best_loss:.4f}) at "
+        f"best validation {task.score} {best.best_score:.4f} (loss {best.best_loss:.4f}) at "
         f"step {best.best_step}; {best.seconds / 60:.1f} minutes; "
         f"curves in {workdir / workdirs.CURVES}\n"
         "Next:\n"
@@ -48,8 +48,11 @@ def main(argv: list[str]) -> None:
     )
 
 
-def prepare(argv: list[str], recipe: Recipe) -> tuple[ConfigDict, Path]:
-    """The config and the directory that the command line gives, checked.
+def prepare(argv: list[str], recipe: Recipe) -> tuple[ConfigDict, Path, mesh.Devices]:
+    """Reads and checks the command line.
+
+    Returns:
+      Config, directory and devices of the run.
 
     Raises:
       ValueError: as :func:`command_line`, or the config is wrong.
@@ -58,25 +61,27 @@ def prepare(argv: list[str], recipe: Recipe) -> tuple[ConfigDict, Path]:
     config, workdir = command_line(argv, recipe.resolve)
     logging.getLogger("lora_jax").setLevel(logging.ERROR)  # the report says what is fresh
     recipe.check(config)
-    return config, workdir
+    return config, workdir, mesh.find(config)
 
 
-def fit(config: ConfigDict, workdir: Path, recipe: Recipe) -> Progress | None:
-    """Trains; or only evaluates, if the command line says so, and gives None.
+def fit(
+    config: ConfigDict, workdir: Path, recipe: Recipe, devices: mesh.Devices
+) -> Progress | None:
+    """Trains; or only evaluates, if the command line says so, and returns None.
 
     Raises:
       As :func:`train.train` and :func:`evaluating.report`.
     """
     if not config.adapter:  # whose settings are not known yet
         workdirs.check(workdir, config)
-    task, lora_config = recipe.make_task(config)
+    task, lora_config = recipe.make_task(config, devices)
     if eval_only():
-        evaluating.report(task, config, workdir)
+        evaluating.report(task, config, workdir, devices=devices)
         return None
     if config.adapter:
         with config.unlocked():
             config.lora = from_config.to_config(lora_config)
-    return train.train(task, config, lora_config, workdir, say=cli.say)
+    return train.train(task, config, lora_config, workdir, devices=devices, say=cli.say)
 
 
 def eval_only() -> bool:

@@ -19,7 +19,7 @@ import lora_jax as lora
 from configs import sst2_minilm
 from lora_jax.data import batches, examples, sources, tokenization
 from lora_jax.models.checkpoints import load_tokenizer, resolve
-from lora_jax.tasks import classification, from_config
+from lora_jax.tasks import classification, from_config, glue
 from lora_jax.training import checkpointing, durations, workdirs
 from lora_jax.training.state import initial_state, storable
 
@@ -58,7 +58,7 @@ def accuracy(run, source):
     config.data.source = source
     everything = sources.load(source, "train", num_labels=2)
     config.data.holdout = len(everything.labels) - config.data.train_examples
-    training, (others,) = classification.load_examples(config)
+    training, (others,) = classification.load_examples(config, glue.find(config.task))
     chosen = new_sentences(training, others)
     config.data.holdout = 1  # the task is there for its model and its training examples
     task, _ = classification.make_task(config)

@@ -67,8 +67,9 @@ def prepare(recipe: Recipe, members: Sequence[Point], pending: Sequence[Point]) 
       ValueError: runs and model do not fit; all such runs are in one message.
     """
     task, _ = recipe.make_task(pending[0].config)
+    plan = durations.plan(pending[0].config, task.steps_per_epoch)  # the same for all of them
     by_id = {point.id: point for point in members}
-    member = lambda name: _member(task, by_id[name])
+    member = lambda name: _member(task, by_id[name], plan)
     size = sum(x.nbytes for x in jax.tree.leaves(_checked(member, pending[:1])[0]))
     # Many small adapters are all kept; of large ones, each is drawn again when its turn comes.
     member = functools.lru_cache(maxsize=max(1, _CACHE_BYTES // size))(member)
@@ -78,7 +79,14 @@ def prepare(recipe: Recipe, members: Sequence[Point], pending: Sequence[Point]) 
     needed = {p.id: p for p in (*pending, *largest)}.values()
     shapes = vmapped_step.common_shapes(_checked(member, needed))
     dropout = any(point.config.lora.dropout > 0 for point in members)
-    return Group(task, member, shapes, dropout, vmapped_step.options(pending[0].config))
+    return Group(
+        task=task,
+        plan=plan,
+        member=member,
+        shapes=shapes,
+        dropout=dropout,
+        options=vmapped_step.options(pending[0].config),
+    )
 
 
 def _checked(member: Callable[[str], Member], wanted: Iterable[Point]) -> list[Any]:
@@ -100,8 +108,9 @@ def _shaped(x: np.ndarray) -> np.ndarray:
     return np.broadcast_to(np.zeros((), x.dtype), x.shape)
 
 
-def _member(task: Task, point: Point) -> Member:
-    return vmapped_step.member(task, point.config, from_config.lora_config(point.config))
+def _member(task: Task, point: Point, plan: durations.Plan) -> Member:
+    lora_config = from_config.lora_config(point.config)
+    return vmapped_step.member(task, point.config, lora_config, plan=plan)
 
 
 def run(sweep: Sweep, base: ConfigDict) -> dict[str, int]:
@@ -119,7 +128,7 @@ def run(sweep: Sweep, base: ConfigDict) -> dict[str, int]:
     first = next((n for n, part in enumerate(parts) if unfinished(sweep, part)), None)
     if first is None:
         return {}
-    _stop(sweep, ready(first), parts[first][0], 0)  # before the claim: a mistake claims nothing
+    _stop(sweep, ready(first), 0)  # before the claim: a mistake claims nothing
     sweep_dirs.claim(sweep.workdir, base, sweep.halving)
     swept = trials.swept([p.config for p in sweep.points])
     locked = sweep_dirs.locked(sweep.workdir, sweep.shard)
@@ -184,9 +193,8 @@ def rung_step(total: int, halving: int, rungs: int, rung: int) -> int:
     return round(total / halving ** (rungs - rung + 1))
 
 
-def _stop(sweep: Sweep, group: Group, point: Point, rung: int) -> Stop:
-    total = durations.plan(point.config, group.task.steps_per_epoch).total
-    rungs = rung_count(sweep)
+def _stop(sweep: Sweep, group: Group, rung: int) -> Stop:
+    total, rungs = group.plan.total, rung_count(sweep)
     if total < sweep.halving**rungs:
         raise ValueError(
             f"--halving={sweep.halving} of {len(sweep.points)} runs takes {rungs} rungs, for which "
@@ -203,7 +211,7 @@ def _train(
 ) -> None:
     """Takes the pending runs of a group to their next stop, as many at a time as fit."""
     key = parallelism.key(pending[0])
-    stop = _stop(sweep, group, pending[0], rung)  # one for the group: its runs are equally long
+    stop = _stop(sweep, group, rung)
     while chosen := _next(sweep, pending, stop):
         steps = sum(stop.step - trial_loop.saved_step(sweep.workdir, p) for p in chosen)
         count = made.width(group, key, chosen, steps)

@@ -39,11 +39,13 @@ PyTree = Any
 RUNGS = "rungs.json"  # evaluations for halving, in the directory of a run
 
 
-class Group(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Group:
     """Runs that one program can train.
 
     Attributes:
       task: of all of them.
+      plan: their length and their pauses.
       member: the run with an id, at step 0.
       shapes: that hold every one of them.
       dropout: whether any of them has dropout on its low-rank branches.
@@ -51,10 +53,11 @@ class Group(NamedTuple):
     """
 
     task: Task
+    plan: durations.Plan
     member: Callable[[str], Member]
     shapes: PyTree
     dropout: bool
-    options: vmapped_step.Options = vmapped_step.PLAIN
+    options: vmapped_step.Options
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,9 +113,9 @@ def advance(
         members = [j.initial._replace(state=s) for j, s in zip(jobs, states, strict=True)]
         padded = [vmapped_step.pad(m, group.shapes) for m in members]
         stacked = vmapped_step.place(on, vmapped_step.stack(padded, on.count))
-        jobs = _loop(group.task, jobs, stacked, on=on, to=to, bar=bar)
+        jobs = _loop(group, jobs, stacked, on=on, to=to, bar=bar)
     for job in jobs:
-        if job.diverged or to.step == _total(group.task, job):
+        if job.diverged or to.step == group.plan.total:
             _finish(workdir, job, job.diverged or to.step)
             bar.at(job.point, 1.0)
 
@@ -125,7 +128,7 @@ def settle(group: Group, point: Point, workdir: Path, say: Callable[[str], None]
     """
     with contextlib.ExitStack() as stack:
         job, state = _open(stack, group, point, workdir, say)
-    if last := int(state.step) == _total(group.task, job):
+    if last := int(state.step) == group.plan.total:
         _finish(workdir, job, int(state.step))
     return last
 
@@ -162,10 +165,6 @@ def rungs(directory: Path) -> dict[str, dict[str, Any]]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def _total(task: Task, job: Job) -> int:
-    return durations.plan(job.run.config, task.steps_per_epoch).total
-
-
 def _open(
     stack: contextlib.ExitStack,
     group: Group,
@@ -187,7 +186,10 @@ def _open(
     config = point.config
     task = dataclasses.replace(group.task, metadata=group.task.metadata | {"seed": config.seed})
     lora_config = lora.LoRAConfig.from_dict(config.lora.to_dict())
-    run = loop.Run(task=task, config=config, lora_config=lora_config, workdir=directory, log=log)
+    run = loop.Run(
+        task=task, config=config, lora_config=lora_config, workdir=directory, plan=group.plan,
+        log=log,
+    )  # fmt: skip
     return Job(
         point=point,
         run=run,
@@ -198,17 +200,17 @@ def _open(
 
 
 def _loop(
-    task: Task, jobs: list[Job], members: Member, *, on: Program, to: Stop, bar: Bar
+    group: Group, jobs: list[Job], members: Member, *, on: Program, to: Stop, bar: Bar
 ) -> list[Job]:
+    task, plan = group.task, group.plan
     start, config = int(members.state.step[0]), jobs[0].run.config
-    plan = durations.plan(config, task.steps_per_epoch)
     base, clock, sums = vmapped_step.replicate(on, task.base), _Clock(on), []
     for done in range(start + 1, to.step + 1):
         batch = task.train_batch(done - 1)
         members, new = vmapped_step.call(on, "train", members, base, batch)
         sums.append(new)
         for job in jobs:
-            bar.at(job.point, done / _total(task, job))
+            bar.at(job.point, done / plan.total)
         evaluates = durations.evaluates(plan, done)
         line = evaluates or done == to.step or done % config.log_every == 0
         stop = preemption.requested(done)
@@ -320,7 +322,7 @@ def _recorded(
             new[k] = dataclasses.replace(job, diverged=evaluation.step)
             continue
         if noted:
-            progress = loop.recorded(job.run, adapter, evaluation, job.progress)
+            progress = loop.record(job.run, adapter, evaluation, job.progress)
             new[k] = dataclasses.replace(job, progress=progress)
         if rung:
             _write_rung(new[k], rung, evaluation)

@@ -59,11 +59,8 @@ class Options(NamedTuple):
       accumulate: as in :class:`step.StepOptions`.
     """
 
-    decay: str = "linear"
-    accumulate: int = 1
-
-
-PLAIN = Options()
+    decay: str
+    accumulate: int
 
 
 def options(config: ConfigDict) -> Options:
@@ -71,20 +68,32 @@ def options(config: ConfigDict) -> Options:
     return Options(config.optimizer.decay, config.accumulate)
 
 
-def member(task: Task, config: ConfigDict, lora_config: lora.LoRAConfig) -> Member:
-    """A run at step 0, in numpy arrays of its true rank.
+def member(
+    task: Task,
+    config: ConfigDict,
+    lora_config: lora.LoRAConfig,
+    *,
+    plan: durations.Plan | None = None,
+) -> Member:
+    """Makes a run at step 0, in numpy arrays of its true rank.
+
+    Args:
+      task: what the run is trained on.
+      config: config of the run.
+      lora_config: settings of the adapter.
+      plan: length of the run; by default the one that the config describes.
 
     Raises:
       ValueError: the config and the model do not fit.
     """
+    plan = plan or durations.plan(config, task.steps_per_epoch)
     base = task.base if task.base_of is None else task.base_of(config.seed)
-    state, _ = initial_state(dataclasses.replace(task, base=base), config, lora_config)
-    total = durations.plan(config, task.steps_per_epoch).total
+    state, _ = initial_state(dataclasses.replace(task, base=base), config, lora_config, plan=plan)
     own = _own_leaves(task.base, base, state.adapter)
     found = Member(
         storable(state),
         np.array(True),
-        optimizer.settings(config.optimizer, total, per_epoch=task.steps_per_epoch),
+        optimizer.settings(config.optimizer, plan.total, per_epoch=task.steps_per_epoch),
         float(lora_config.dropout),
         own,
     )
@@ -162,7 +171,7 @@ def unstack(tree: PyTree, index: int) -> PyTree:
     return jax.tree.map(lambda x: np.asarray(x)[index], tree)
 
 
-def member_step(task: Task, *, dropout: bool, options: Options = PLAIN) -> Callable:
+def member_step(task: Task, *, dropout: bool, options: Options) -> Callable:
     """``(member, base, batch) -> (member, sums)``: the step of a single run, with its data.
 
     Args:
@@ -222,7 +231,7 @@ def replicate(on: Program, tree: PyTree) -> PyTree:
     return jax.device_put(tree, NamedSharding(on.mesh, PartitionSpec()))
 
 
-def program(task: Task, count: int, *, dropout: bool, options: Options = PLAIN) -> Program:
+def program(task: Task, count: int, *, dropout: bool, options: Options) -> Program:
     """A program for ``count`` runs at a time, over as many devices as divide them evenly."""
     # Nothing of the data is held on to.
     task = dataclasses.replace(task, base=None, train_batch=None, eval_batches=None, base_of=None)

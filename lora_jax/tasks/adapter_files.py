@@ -1,11 +1,13 @@
 """Adapter directories of either format, for the programs: this library's own, and PEFT's."""
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 import lora_jax as lora
 from lora_jax import adapter as adapters
@@ -13,10 +15,10 @@ from lora_jax import fields, paths, peft, serialize
 from lora_jax.models import checkpoints, registry
 from lora_jax.models.families import CAUSAL_LM, SEQ2SEQ_LM
 from lora_jax.nodes import is_adapted
+from lora_jax.tasks import from_config
 
 PyTree = Any
 
-FRESH_HEAD = "fresh head"  # how the note on a head that is not the adapter's begins
 _TASK_TYPES = {CAUSAL_LM: "CAUSAL_LM", SEQ2SEQ_LM: "SEQ_2_SEQ_LM"}  # PEFT's words
 
 
@@ -58,22 +60,60 @@ def _wide_params(params: PyTree) -> PyTree:
     return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), params)
 
 
-def start(
-    directory: str | Path, loaded: checkpoints.Loaded
-) -> tuple[dict[str, Any], lora.LoRAConfig, str]:
-    """Reads an adapter to train on from; also says what is not taken from it.
+class InitialAdapter(NamedTuple):
+    """The adapter that a run starts from.
 
-    Where it was made for another number of labels, the head is that of ``loaded``, and all else the
+    Attributes:
+      adapter: the adapter; None for one that is drawn at the start.
+      config: settings of the adapter.
+      source: line of the report that names where the adapter comes from; "" for a drawn one.
+      fresh_head: reason why the head is not the adapter's; "" if it is.
+    """
+
+    adapter: PyTree | None
+    config: lora.LoRAConfig
+    source: str = ""
+    fresh_head: str = ""
+
+
+def load_initial(config: ConfigDict, loaded: checkpoints.Loaded) -> InitialAdapter:
+    """Reads the adapter that a run starts from, if its config names one.
+
+    The settings are then that adapter's, but for the dropout.
+
+    Raises:
+      FileNotFoundError, ValueError: as :func:`start`.
+    """
+    settings = from_config.lora_config(config)
+    if not config.adapter:
+        return InitialAdapter(None, settings)
+    initial = start(config.adapter, loaded)
+    return initial._replace(
+        config=dataclasses.replace(initial.config, dropout=settings.dropout),
+        source=f"going on from: {config.adapter}, with its settings",
+    )
+
+
+def add_notes(initial: InitialAdapter, notes: Iterable[str]) -> tuple[str, ...]:
+    """Puts the lines on the adapter that a run starts from around those of its task's report."""
+    return tuple(line for line in (initial.source, *notes, initial.fresh_head) if line)
+
+
+def start(directory: str | Path, loaded: checkpoints.Loaded) -> InitialAdapter:
+    """Reads an adapter to train on from.
+
+    If it was made for another number of labels, the head is that of ``loaded``, and all else is the
     adapter's.
 
     Raises:
-      FileNotFoundError, ValueError: as :func:`load`.
+      FileNotFoundError, ValueError: as :func:`load`; or the head that is not taken has low-rank
+        factors.
     """
     if not loaded.family.labelled:
-        return *load(directory, loaded), ""
+        return InitialAdapter(*load(directory, loaded))
     ours, theirs = loaded.model.num_labels, count_labels(directory, loaded.checkpoint.config)
     if theirs in (0, ours):
-        return *load(directory, loaded), ""
+        return InitialAdapter(*load(directory, loaded))
     other = checkpoints.load(loaded.checkpoint.name, head=loaded.head, num_labels=theirs)
     adapter, config = load(directory, other)
     module = f"params/{loaded.family.labelled.partition('/')[0]}/"
@@ -85,7 +125,8 @@ def start(
             f"{ours} are wanted here: start from one whose head is trained in full."
         )
     new = nodes | {name: own[name] for name in head}
-    return paths.nest(new), config, f"{FRESH_HEAD}: that of the adapter has {theirs} labels"
+    reason = f"fresh head: that of the adapter has {theirs} labels"
+    return InitialAdapter(paths.nest(new), config, fresh_head=reason)
 
 
 def count_labels(directory: str | Path, base: dict[str, Any]) -> int:

@@ -1,6 +1,5 @@
 """Tasks of GLUE: model, data and scores, from a config."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,10 +16,11 @@ from lora_jax.data.examples import Examples, joined, subset, take
 from lora_jax.models import checkpoints, registry
 from lora_jax.models.families import CLASSIFIER, SEQ2SEQ_LM
 from lora_jax.tasks import adapter_files, text_to_text
-from lora_jax.tasks.from_config import load_options, lora_config
+from lora_jax.tasks.from_config import load_options
 from lora_jax.tasks.glue import GlueTask, find
 from lora_jax.tasks.glue_metrics import SCORES
 from lora_jax.training import durations
+from lora_jax.training.mesh import Devices
 from lora_jax.training.metrics import Errors, Sums, cross_entropy, squared_error
 from lora_jax.training.task import Score, Task
 
@@ -72,53 +72,68 @@ def scoring(
     labels: Sequence[str],
     tokenizer: tokenizers.Tokenizer,
     *,
-    task: str,
+    task: GlueTask,
 ) -> Scoring:
-    """How a model, whose tokeniser this is, tells the labels of a task of GLUE apart.
+    """Returns how a model tells the labels of a task apart.
+
+    Args:
+      loaded: the model.
+      labels: names of the classes.
+      tokenizer: the model's tokenizer.
+      task: task of GLUE.
 
     Raises:
-      ValueError: it can't: a regression by writing, or labels that have the same tokens.
+      ValueError: the model can't do it: it writes, and the task is a regression, or two labels have
+        the same tokens.
     """
-    glue = find(task)
     if loaded.head != SEQ2SEQ_LM:
-        measure = _regression if glue.regression else _classes
+        measure = _regression if task.is_regression else _classes
         return Scoring(lambda examples: examples, functools.partial(apply, loaded.model), measure)
-    if glue.regression:
+    if task.is_regression:
         raise ValueError(
-            f"The task {task!r} is a regression, and {loaded.checkpoint.name} writes classes; "
+            f"The task {task.name!r} is a regression, and {loaded.checkpoint.name} writes classes; "
             "choose a model with a classifier for it."
         )
     words = text_to_text.words(labels, tokenizer, loaded.model.config)
     return Scoring(
-        functools.partial(text_to_text.prompts, task=task),
+        functools.partial(text_to_text.to_prompts, task=task),
         functools.partial(text_to_text.apply, loaded.model, words),
         lambda x, batch: text_to_text.likelihood(x, batch["labels"], batch["weights"]),
     )
 
 
-def make_task(config: ConfigDict) -> tuple[Task, lora.LoRAConfig]:
-    """Loads model and data, and an adapter to go on from, whose settings then hold."""
+def make_task(config: ConfigDict, devices: Devices | None = None) -> tuple[Task, lora.LoRAConfig]:
+    """Loads model, data and, if the config names one, the adapter to start from.
+
+    Args:
+      config: config of the run.
+      devices: devices of the run; by default those that the config describes.
+
+    Returns:
+      The task, and the settings of the adapter.
+
+    Raises:
+      FileNotFoundError, ValueError: something is missing or damaged, or does not fit the rest.
+    """
     c, glue = config.data, find(config.task)
     loaded = load_model(
         config.model.name,
         num_labels=config.model.num_labels,
         key=head_key(config.seed),
-        **load_options(config),
+        **load_options(config, devices),
     )
     _check_positions(config, loaded)
-    training, evaluations = load_examples(config)
+    training, evaluations = load_examples(config, glue)
     evaluation = joined(evaluations)
     tokenizer = checkpoints.load_tokenizer(loaded.checkpoint)
-    ways = scoring(loaded, config.model.labels, tokenizer, task=config.task)
+    ways = scoring(loaded, config.model.labels, tokenizer, task=glue)
     tokenize = functools.partial(
         tokenization.tokenize, tokenizer=tokenizer, max_length=c.max_length, types=has_types(loaded)
     )
     train_set, eval_set = (tokenize(ways.prompts(x)) for x in (training, evaluation))
     buckets = tuple(c.buckets)
-    start, lora_settings, note = None, lora_config(config), ""
-    if config.adapter:
-        start, theirs, note = adapter_files.start(config.adapter, loaded)
-        lora_settings = dataclasses.replace(theirs, dropout=config.lora.dropout)
+    initial = adapter_files.load_initial(config, loaded)
+    notes = _notes(config, loaded, train_set, eval_set, glue)
     task = Task(
         apply=ways.apply,
         metrics=ways.metrics,
@@ -137,19 +152,15 @@ def make_task(config: ConfigDict) -> tuple[Task, lora.LoRAConfig]:
         steps_per_epoch=batches.steps_per_epoch(len(training.labels), config.batch_size),
         base=loaded.params,
         base_id=loaded.base_id,
-        metadata=metadata(config),
-        notes=(
-            *_notes(config, loaded, train_set, len(evaluation.labels)),
-            *training.notes,
-            *evaluation.notes,
-            *([note] if note else []),
-        ),
-        adapter=start,
+        metadata=metadata(config, glue),
+        notes=adapter_files.add_notes(initial, (*notes, *training.notes, *evaluation.notes)),
+        adapter=initial.adapter,
+        fresh_head=initial.fresh_head,
         base_of=lambda seed: checkpoints.redraw(loaded, head_key(seed)),
         score=Score(glue.score),
         scores=_scores(glue, [part.labels for part in evaluations]),
     )
-    return task, lora_settings
+    return task, initial.config
 
 
 def head_key(seed: int) -> jax.Array:
@@ -165,17 +176,17 @@ def _regression(logits: jax.Array, batch: dict) -> Errors:
     return squared_error(logits[:, 0], batch["labels"], batch["weights"])
 
 
-def _scores(glue: GlueTask, labels: list[np.ndarray]) -> Callable | None:
+def _scores(task: GlueTask, labels: list[np.ndarray]) -> Callable | None:
     """The task's scores from the logits of its evaluation sets, one after the other."""
-    if not glue.scores and len(labels) == 1:
+    if not task.scores and len(labels) == 1:
         return None
 
     def scores(logits: np.ndarray) -> dict[str, float]:
-        found = logits[:, 0] if glue.regression else logits.argmax(-1)
-        values = {name: SCORES[name](found, np.concatenate(labels)) for name in glue.scores}
+        found = logits[:, 0] if task.is_regression else logits.argmax(-1)
+        values = {name: SCORES[name](found, np.concatenate(labels)) for name in task.scores}
         if len(labels) > 1:
             parts = np.split(found, np.cumsum([len(x) for x in labels])[:-1])
-            for split, part, right in zip(glue.validation, parts, labels, strict=True):
+            for split, part, right in zip(task.validation, parts, labels, strict=True):
                 values[f"accuracy_{split.partition('_')[2]}"] = float(np.mean(part == right))
         return values
 
@@ -191,23 +202,23 @@ def _check_positions(config: ConfigDict, loaded: checkpoints.Loaded) -> None:
         )
 
 
-def load_examples(config: ConfigDict) -> tuple[Examples, list[Examples]]:
+def load_examples(config: ConfigDict, task: GlueTask) -> tuple[Examples, list[Examples]]:
     """Training examples, and those of each evaluation set.
 
     With ``data.holdout`` the evaluation examples come from the training split, after those that are
     trained on: for choosing hyperparameters without a look at the validation set.
     """
-    c, glue = config.data, find(config.task)
+    c = config.data
     load = functools.partial(
         sources.load,
         c.source,
         data_dir=c.data_dir or None,
         num_labels=config.model.num_labels,
-        layout=glue.layout,
+        layout=task.layout,
     )
     everything = load("train")
     if not c.holdout:
-        evaluations = [load(split) for split in glue.validation]
+        evaluations = [load(split) for split in task.validation]
         return subset(everything, c.train_examples, c.seed), evaluations
     total = len(everything.labels)
     count = c.train_examples or total - c.holdout
@@ -220,7 +231,7 @@ def load_examples(config: ConfigDict) -> tuple[Examples, list[Examples]]:
     return take(both, range(count)), [take(both, range(count, count + c.holdout))]
 
 
-def metadata(config: ConfigDict) -> dict[str, Any]:
+def metadata(config: ConfigDict, task: GlueTask) -> dict[str, Any]:
     """What using the adapter takes, besides the adapter."""
     return {
         "task": "text-classification",
@@ -228,18 +239,22 @@ def metadata(config: ConfigDict) -> dict[str, Any]:
         "max_length": config.data.max_length,
         "buckets": list(config.data.buckets),
         "seed": config.seed,
-        "glue": config.task,
-        "pairs": find(config.task).pairs,
+        "glue": task.name,
+        "pairs": task.has_pairs,
     }
 
 
 def _notes(
-    config: ConfigDict, loaded: checkpoints.Loaded, train_set: tokenization.Tokenized, n_eval: int
+    config: ConfigDict,
+    loaded: checkpoints.Loaded,
+    train_set: tokenization.Tokenized,
+    eval_set: tokenization.Tokenized,
+    task: GlueTask,
 ) -> tuple[str, ...]:
     """The report at the start: where everything comes from, and what will be compiled."""
     fresh = f"; fresh: {', '.join(loaded.fresh)}" if loaded.fresh else ""
-    n_train = len(train_set.offsets) - 1
-    kind = "sentence pairs" if find(config.task).pairs else "sentences"
+    n_train, n_eval = (len(x.offsets) - 1 for x in (train_set, eval_set))
+    kind = "sentence pairs" if task.has_pairs else "sentences"
     per_epoch = batches.steps_per_epoch(n_train, config.batch_size)
     steps = durations.plan(config, per_epoch).total
     lengths = batches.bucket_lengths_used(
@@ -252,9 +267,7 @@ def _notes(
     )
     shapes = ", ".join(f"{count} of {length} tokens" for length, count in lengths.items())
     device = jax.devices()[0]
-    start = (f"going on from: {config.adapter}, with its settings",) if config.adapter else ()
     return (
-        *start,
         f"model: {loaded.checkpoint.name} from {loaded.checkpoint.origin}{fresh}",
         f"data: {config.data.source}, {n_train} training and {n_eval} evaluation {kind}",
         f"batches: {shapes}; the step is compiled {len(lengths)} times",

@@ -169,7 +169,7 @@ def outputs(classifier: Classifier, sentences: list[str]) -> np.ndarray:
       ValueError: sentences that are to be pairs, and have not one tab each.
     """
     ways = classification.scoring(
-        classifier.loaded, classifier.labels, classifier.tokenizer, task=classifier.glue
+        classifier.loaded, classifier.labels, classifier.tokenizer, task=find(classifier.glue)
     )
     tokens = tokenization.tokenize(
         ways.prompts(_examples(classifier, sentences)),

@@ -21,10 +21,10 @@ from lora_jax.models.families import CAUSAL_LM
 from lora_jax.models.tokenizer import read_tokenizer
 from lora_jax.tasks import adapter_files, from_config, generation, language_modeling
 from lora_jax.tasks.text_metrics import bleu_and_chrf
-from lora_jax.training import mesh, optimizer, training_config
+from lora_jax.training import mesh, training_config
 from lora_jax.training.task import Task
 
-_LEAST = {"data.test_meanings": 0, "data.alike": 0, "decode.batch_size": 1}
+_LEAST = {"data.test_meanings": 0, "decode.batch_size": 1}
 
 
 class Writer(NamedTuple):
@@ -59,30 +59,28 @@ def check(config: ConfigDict) -> None:
     Raises:
       ValueError: the first that it finds.
     """
-    from_config.lora_config(config)
-    from_config.dtypes(config.model)
-    mesh.check(config)
-    optimizer.check(config.optimizer)
+    language_modeling.check(config, _LEAST)
     generation.decoding(config, (0,))
-    training_config.check_sizes(config, _LEAST)
-    training_config.check(config)
-    if not 0 <= config.label_smoothing < 1:
-        raise ValueError(f"label_smoothing must be in [0, 1), got {config.label_smoothing}.")
-    if bool(config.data.validation) == bool(config.data.holdout):
-        raise ValueError(
-            "Evaluation is either on the file data.validation or on data.holdout meanings of the "
-            f"training file: got {config.data.validation!r} and {config.data.holdout}."
-        )
+    training_config.raise_problems(list(training_config.validation_problems(config)))
 
 
-def load(config: ConfigDict) -> Writer:
-    """The unadapted model."""
+def load(config: ConfigDict, devices: mesh.Devices | None = None) -> Writer:
+    """Loads the unadapted model.
+
+    Args:
+      config: config of the run.
+      devices: devices of the run; by default those that the config describes.
+
+    Raises:
+      FileNotFoundError, ValueError: model or tokenizer is missing or damaged, or the two do not
+        belong together.
+    """
     c = config.model
     loaded = checkpoints.load(
         c.name,
         head=CAUSAL_LM,
         scan_layers=c.scan_layers,
-        **from_config.load_options(config),
+        **from_config.load_options(config, devices),
     )
     if c.tokenizer:
         tokenizer = read_tokenizer(c.tokenizer)
@@ -98,17 +96,20 @@ def load(config: ConfigDict) -> Writer:
     return Writer(loaded, tokenizer, generation.decoding(config, stop))
 
 
-def make_task(config: ConfigDict, writer: Writer | None = None) -> tuple[Task, lora.LoRAConfig]:
-    """The task of learning to write, from the training lines.
+def make_task(
+    config: ConfigDict, devices: mesh.Devices | None = None, *, writer: Writer | None = None
+) -> tuple[Task, lora.LoRAConfig]:
+    """Makes the task of learning to write, from the training lines.
 
     Args:
-      config: gives model and data.
-      writer: the model, where it is loaded already.
+      config: config of the run.
+      devices: devices of the run; by default those that the config describes.
+      writer: the model, if it is loaded already.
 
     Raises:
       FileNotFoundError, ValueError: data that are missing or damaged, or do not fit the model.
     """
-    c, writer = config.data, writer or load(config)
+    c, writer = config.data, writer or load(config, devices)
     training = e2e_nlg.read(c.source, c.train)
     if c.holdout:
         training, evaluation = e2e_nlg.split(training, c.holdout, c.seed)

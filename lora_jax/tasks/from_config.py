@@ -7,9 +7,33 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 import lora_jax as lora
-from lora_jax.training.mesh import base_mesh
+from lora_jax.training import mesh, training_config
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def check(config: ConfigDict, least: Mapping[str, int]) -> None:
+    """Checks the fields that every task has, the adapter's settings and the dtypes included.
+
+    Args:
+      config: config of a run.
+      least: least values of the task's own fields, such as ``{"data.max_length": 1}``.
+
+    Raises:
+      ValueError: names the fields that are wrong.
+    """
+    check_adapter_and_dtypes(config)
+    training_config.check(config, least)
+
+
+def check_adapter_and_dtypes(config: ConfigDict) -> None:
+    """Checks the section ``lora``, and the dtypes of the model.
+
+    Raises:
+      ValueError: names the first field that is wrong.
+    """
+    lora_config(config)
+    dtypes(config.model)
 
 
 def lora_config(config: ConfigDict) -> lora.LoRAConfig:
@@ -36,7 +60,13 @@ def dtypes(model: Mapping[str, Any]) -> dict[str, Any]:
     return {field: dtype(name, field) for field, name in wanted.items()}
 
 
-def load_options(config: ConfigDict) -> dict[str, Any]:
-    """Options of loading a model to train: dtypes, rematerialisation, the mesh it is split over."""
-    remat, mesh = config.model.remat, base_mesh(config)
-    return dtypes(config.model) | {"remat": remat, "mesh": mesh}
+def load_options(config: ConfigDict, devices: mesh.Devices | None = None) -> dict[str, Any]:
+    """Returns options of loading a model to train: dtypes, rematerialization, and its mesh.
+
+    Args:
+      config: config of the run.
+      devices: devices of the run; by default those that the config describes.
+    """
+    devices = mesh.find(config) if devices is None else devices
+    options = {"remat": config.model.remat, "mesh": mesh.base_mesh(devices)}
+    return dtypes(config.model) | options

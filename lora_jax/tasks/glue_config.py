@@ -7,7 +7,6 @@ from ml_collections import ConfigDict
 from lora_jax.models import checkpoints, registry
 from lora_jax.models.families import Family
 from lora_jax.tasks import from_config, glue
-from lora_jax.training import mesh, optimizer, training_config
 
 DEFAULT = "default"  # among lora.targets and lora.train: what PEFT has for the model's family
 _LEAST = {"data.train_examples": 0, "data.max_length": 1, "data.alike": 0}
@@ -45,24 +44,19 @@ def check(config: ConfigDict) -> None:
     Raises:
       ValueError: the first that it finds.
     """
-    from_config.lora_config(config)
-    from_config.dtypes(config.model)
-    optimizer.check(config.optimizer)
-    training_config.check_sizes(config, _LEAST)
-    training_config.check(config)
+    from_config.check(config, _LEAST)
     _check_buckets(config)
     _check_labels(config)
-    mesh.check(config)
 
 
 def _check_labels(config: ConfigDict) -> None:
     task, labels = glue.find(config.task), tuple(config.model.labels)
-    least = 1 if task.regression else 2
+    least = 1 if task.is_regression else 2
     if len(labels) != config.model.num_labels or len(set(labels)) < max(len(labels), least):
         raise ValueError(
             f"model.labels names {len(labels)} classes {labels}, and model.num_labels is "
             f"{config.model.num_labels}: there must be one name, each another, for each of at "
-            f"least {'one value' if task.regression else 'two classes'}."
+            f"least {'one value' if task.is_regression else 'two classes'}."
         )
     # Sentences of one's own may have any classes; they come in the layout of SST-2.
     if config.task != "sst2" and len(labels) != len(task.labels):

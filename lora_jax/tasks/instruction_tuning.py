@@ -1,6 +1,5 @@
 """The task of learning what the assistant says: model, conversations and metrics, from a config."""
 
-import dataclasses
 import datetime
 import functools
 import inspect
@@ -18,7 +17,7 @@ from lora_jax.data.packing import Packed
 from lora_jax.models import checkpoints
 from lora_jax.models.families import CAUSAL_LM
 from lora_jax.tasks import adapter_files, from_config, language_modeling
-from lora_jax.training import mesh, optimizer, training_config
+from lora_jax.training import mesh, training_config
 from lora_jax.training.task import Score, Task
 
 
@@ -31,45 +30,50 @@ def check(config: ConfigDict) -> None:
     """Finds mistakes in a config before anything is loaded or written.
 
     Raises:
-      ValueError: all but those of ``lora`` and ``optimizer`` in one message.
+      ValueError: names all fields that are wrong, but for those of ``lora`` and the dtypes, which
+        are checked first.
     """
-    from_config.lora_config(config)
-    optimizer.check(config.optimizer)
-    from_config.dtypes(config.model)
-    problems = training_config.size_problems(config, {"data.max_length": 2})
+    from_config.check_adapter_and_dtypes(config)
+    problems = training_config.list_problems(config, {"data.max_length": 2})
     if not config.model.name:
         problems.append("model.name must name a model: a directory, or one of the Hub")
     if not config.data.train:
         problems.append("data.train must be a file of conversations, one a line")
-    if bool(config.data.validation) == bool(config.data.holdout):
-        problems.append("either data.validation (a file) or data.holdout (a number) must be set")
+    problems += training_config.validation_problems(config)
     try:
         datetime.date.fromisoformat(config.data.date)
     except ValueError:
         problems.append(f"data.date must be a date like 2024-07-26, got {config.data.date!r}")
-    problems += mesh.problems(config)
-    if problems:
-        raise ValueError(f"The config is wrong: {'; '.join(problems)}.")
-    training_config.check(config)
+    training_config.raise_problems(problems)
 
 
-def make_task(config: ConfigDict) -> tuple[Task, lora.LoRAConfig]:
-    """Loads model and conversations, and an adapter to go on from, whose settings then hold."""
+def make_task(
+    config: ConfigDict, devices: mesh.Devices | None = None
+) -> tuple[Task, lora.LoRAConfig]:
+    """Loads model, conversations and, if the config names one, the adapter to start from.
+
+    Args:
+      config: config of the run.
+      devices: devices of the run; by default those that the config describes.
+
+    Returns:
+      The task, and the settings of the adapter.
+
+    Raises:
+      FileNotFoundError, ValueError: something is missing or damaged, or does not fit the rest.
+    """
     loaded = checkpoints.load(
         config.model.name,
         head=CAUSAL_LM,
         scan_layers=config.model.scan_layers,
-        **from_config.load_options(config),
+        **from_config.load_options(config, devices),
     )
     _check_model(config, loaded)
     tokenizer = checkpoints.load_tokenizer(loaded.checkpoint)
     training, evaluation = (
         packed(config, some, loaded.checkpoint, tokenizer) for some in load_conversations(config)
     )
-    settings, start, note = from_config.lora_config(config), None, ""
-    if config.adapter:
-        start, theirs, note = adapter_files.start(config.adapter, loaded)
-        settings = dataclasses.replace(theirs, dropout=config.lora.dropout)
+    initial = adapter_files.load_initial(config, loaded)
     task = Task(
         apply=functools.partial(language_modeling.apply, loaded.model),
         metrics=language_modeling.token_loss,
@@ -83,11 +87,12 @@ def make_task(config: ConfigDict) -> tuple[Task, lora.LoRAConfig]:
         base=loaded.params,
         base_id=loaded.base_id,
         metadata=language_modeling.metadata(config),
-        notes=(*_notes(config, loaded, training, evaluation), *([note] if note else [])),
-        adapter=start,
+        notes=adapter_files.add_notes(initial, _notes(loaded, training, evaluation)),
+        adapter=initial.adapter,
+        fresh_head=initial.fresh_head,
         score=Score("loss", higher_is_better=False),
     )
-    return task, settings
+    return task, initial.config
 
 
 def _check_model(config: ConfigDict, loaded: checkpoints.Loaded) -> None:
@@ -145,12 +150,10 @@ def packed(
     return packing.pack(texts, c.max_length) if c.packing else packing.one_by_one(texts), fit
 
 
-def _notes(config: ConfigDict, loaded: checkpoints.Loaded, *parts: tuple) -> tuple[str, ...]:
+def _notes(loaded: checkpoints.Loaded, *parts: tuple[Packed, conversations.Fit]) -> tuple[str, ...]:
     """The report at the start: where everything comes from, and what is made of it."""
-    start = (f"going on from: {config.adapter}, with its settings",) if config.adapter else ()
     device = jax.devices()[0]
     return (
-        *start,
         f"model: {loaded.checkpoint.name} from {loaded.checkpoint.origin}",
         *(_about(name, *x) for name, x in zip(("training", "evaluation"), parts, strict=True)),
         f"device: {jax.device_count()} x {device.device_kind} ({device.platform})",

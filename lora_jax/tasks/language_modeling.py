@@ -4,8 +4,8 @@ A text is a row of tokens, of which some count: those of a reply, say, and not t
 before it.
 """
 
-import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -60,6 +60,21 @@ def apply(model: Any, params: Any, batch: Batch, key: jax.Array | None) -> jax.A
     return model.apply(params, **given, deterministic=key is None, rngs=rngs)
 
 
+def check(config: ConfigDict, least: Mapping[str, int]) -> None:
+    """Checks the fields that every task of language modelling has.
+
+    Args:
+      config: config of a run.
+      least: least values of the task's own fields, such as ``{"data.length": 2}``.
+
+    Raises:
+      ValueError: names the fields that are wrong.
+    """
+    from_config.check(config, {"data.alike": 0} | dict(least))
+    if not 0 <= config.label_smoothing < 1:
+        raise ValueError(f"label_smoothing must be in [0, 1), got {config.label_smoothing}.")
+
+
 def make_task(
     config: ConfigDict, loaded: checkpoints.Loaded, training: Texts, evaluation: Texts
 ) -> tuple[Task, lora.LoRAConfig]:
@@ -72,10 +87,8 @@ def make_task(
     """
     c, buckets = config.data, tuple(config.data.buckets)
     _check_positions(config, loaded)
-    start, settings, note = None, from_config.lora_config(config), ""
-    if config.adapter:
-        start, theirs, note = adapter_files.start(config.adapter, loaded)
-        settings = dataclasses.replace(theirs, dropout=config.lora.dropout)
+    initial = adapter_files.load_initial(config, loaded)
+    notes = _notes(config, loaded, training, evaluation)
     batches = {"seed": c.seed, "batch_size": config.batch_size, "buckets": buckets}
     task = Task(
         apply=functools.partial(apply, loaded.model),
@@ -90,11 +103,12 @@ def make_task(
         base=loaded.params,
         base_id=loaded.base_id,
         metadata=metadata(config),
-        notes=(*_notes(config, loaded, training, evaluation), *([note] if note else [])),
-        adapter=start,
+        notes=adapter_files.add_notes(initial, notes),
+        adapter=initial.adapter,
+        fresh_head=initial.fresh_head,
         score=Score("loss", higher_is_better=False),
     )
-    return task, settings
+    return task, initial.config
 
 
 def metadata(config: ConfigDict) -> dict[str, Any]:
@@ -115,13 +129,14 @@ def _notes(
     config: ConfigDict, loaded: checkpoints.Loaded, training: Texts, evaluation: Texts
 ) -> tuple[str, ...]:
     """The report at the start."""
-    start = (f"going on from: {config.adapter}, with its settings",) if config.adapter else ()
-    size = lambda t: f"{len(t.offsets) - 1} ({int(t.counts.sum()):,} tokens to learn)"
     device = jax.devices()[0]
     return (
-        *start,
         f"model: {loaded.checkpoint.name} from {loaded.checkpoint.origin}",
-        f"data: {config.data.source}, texts for training {size(training)}, for evaluation "
-        f"{size(evaluation)}",
+        f"data: {config.data.source}, texts for training {_size(training)}, for evaluation "
+        f"{_size(evaluation)}",
         f"device: {jax.device_count()} x {device.device_kind} ({device.platform})",
     )
+
+
+def _size(texts: Texts) -> str:
+    return f"{len(texts.offsets) - 1} ({int(texts.counts.sum()):,} tokens to learn)"

@@ -14,7 +14,7 @@ import numpy as np
 import tokenizers
 
 from lora_jax.data.examples import Examples
-from lora_jax.tasks import glue
+from lora_jax.tasks.glue import GlueTask
 from lora_jax.training import metrics
 
 
@@ -32,19 +32,23 @@ class Words(NamedTuple):
     mask: np.ndarray
 
 
-def prompts(examples: Examples, *, task: str) -> Examples:
-    """The examples as the model is asked about them.
+def to_prompts(examples: Examples, *, task: GlueTask) -> Examples:
+    """Writes the examples as T5 was asked about them, each as a single text.
 
-    >>> prompts(Examples(("Fine.",), None), task="sst2").sentences
+    >>> from lora_jax.tasks.glue import TASKS
+    >>> to_prompts(Examples(("Fine.",), None), task=TASKS["sst2"]).sentences
     ('sst2 sentence: Fine.',)
-    >>> prompts(Examples(("A.",), None, ("B.",)), task="mnli").sentences
+    >>> to_prompts(Examples(("A.",), None, ("B.",)), task=TASKS["mnli"]).sentences
     ('mnli premise: A. hypothesis: B.',)
     """
     columns = [x for x in (examples.sentences, examples.pairs) if x is not None]
-    fields = glue.find(task).layout.text
-    ask = lambda texts: [f"{name}: {text}" for name, text in zip(fields, texts, strict=True)]
-    sentences = (" ".join([task, *ask(texts)]) for texts in zip(*columns, strict=True))
+    sentences = [_to_prompt(task, texts) for texts in zip(*columns, strict=True)]
     return examples._replace(sentences=tuple(sentences), pairs=None)
+
+
+def _to_prompt(task: GlueTask, texts: Sequence[str]) -> str:
+    parts = [f"{field}: {text}" for field, text in zip(task.layout.text, texts, strict=True)]
+    return " ".join([task.name, *parts])
 
 
 def words(labels: Sequence[str], tokenizer: tokenizers.Tokenizer, config: Any) -> Words:

@@ -35,8 +35,12 @@ class OtherState(ValueError):
 
 
 @contextlib.contextmanager
-def manager(directory: Path, *, keep: int = 2) -> Iterator[ocp.CheckpointManager]:
-    """Opens the checkpoints of a run; the newest ``keep`` are kept.
+def manager(directory: Path, *, keep: int | None = None) -> Iterator[ocp.CheckpointManager]:
+    """Opens the checkpoints of a run.
+
+    Args:
+      directory: directory of the checkpoints.
+      keep: number of the newest checkpoints to keep after a save; None for all.
 
     Raises:
       OSError: at the end of the block, if the last save has failed.
@@ -64,7 +68,7 @@ def manager(directory: Path, *, keep: int = 2) -> Iterator[ocp.CheckpointManager
         _remove(_primary(directory.glob(_TEMPORARY)))
 
 
-def _options(keep: int) -> ocp.CheckpointManagerOptions:
+def _options(keep: int | None) -> ocp.CheckpointManagerOptions:
     return ocp.CheckpointManagerOptions(
         max_to_keep=keep,
         create=True,

@@ -5,11 +5,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 
-def agree(step: int) -> None:
-    """Sees that every process goes on from the same step.
+def check_same_step(step: int) -> None:
+    """Checks that every process goes on from the same step.
 
     Raises:
-      ValueError: they do not: they have not found the same checkpoints.
+      ValueError: they do not, since they have not found the same checkpoints.
     """
     if jax.process_count() == 1:
         return
@@ -21,8 +21,8 @@ def agree(step: int) -> None:
         )
 
 
-def first() -> bool:
-    """Whether this process is the one that writes: the only one, or the first of several."""
+def is_first() -> bool:
+    """Returns whether this process is the one that writes: the only one, or the first."""
     return jax.process_index() == 0
 
 

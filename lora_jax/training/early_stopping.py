@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from lora_jax.training.task import Score
 
 
-def noted(progress: Any, score: Score, value: float, config: ConfigDict) -> Any:
+def update(progress: Any, score: Score, value: float, config: ConfigDict) -> Any:
     """The progress after an evaluation with this score; ``ended`` is set if it is to be the last.
 
     An evaluation counts as an improvement if its score is better by more than ``min_delta`` than

@@ -23,9 +23,9 @@ def eval_step(task: Task) -> Callable:
     return step
 
 
-def make_eval_step(task: Task, on: Devices = ONE) -> Callable:
-    """:func:`eval_step`, compiled."""
-    return partitioning.eval_step(on, eval_step(task))
+def make_eval_step(task: Task, devices: Devices = ONE) -> Callable:
+    """Compiles :func:`eval_step` for the devices."""
+    return partitioning.compile_eval_step(devices, eval_step(task))
 
 
 def evaluate(eval_step: Callable, adapter: PyTree, task: Task) -> dict[str, float]:

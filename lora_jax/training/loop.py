@@ -81,7 +81,8 @@ class Run:
     lora_config: lora.LoRAConfig
     workdir: Path
     log: metric_writer.MetricWriter | metric_writer.NullWriter
-    on: mesh.Devices = mesh.ONE
+    plan: durations.Plan
+    devices: mesh.Devices = mesh.ONE
 
 
 class Evaluation(NamedTuple):
@@ -103,75 +104,83 @@ def loop(
 ) -> tuple[int, Progress]:
     """Runs the steps that are left, with evaluations and checkpoints between them.
 
-    It starts with the evaluation that is still to be made after the step before, if there is one.
-
     Returns:
       The last step, and the progress.
 
     Raises:
       Stopped, FloatingPointError, OSError: as :func:`train.train`.
     """
-    start, per_epoch = int(partitioning.on_host(run.on, state.step)), run.task.steps_per_epoch
-    plan, policy = (
-        durations.plan(run.config, per_epoch),
-        nan_guard.policy(run.config, state.adapter),
-    )
-    begun, done = time.perf_counter() - progress.seconds, start
-    with Meter(
-        run.log, start=start, total=plan.total, per_epoch=per_epoch,
-        log_every=run.config.log_every, policy=policy, pending=progress.pending,
-    ) as meter:  # fmt: skip
-        for done in range(start, plan.total + 1):
-            if done > start:
-                batch = run.task.train_batch(done - 1)
-                state, told = steps.train(state, run.task.base, batch)
-                meter.add(done, *told)
-            stop = preemption.requested(done)
-            due = durations.evaluates(plan, done) and done > progress.evaluated
-            if due and done > start:
+    start, plan = int(partitioning.on_host(run.devices, state.step)), run.plan
+    begun = time.perf_counter() - progress.seconds
+    with _meter(run, state.adapter, start, progress) as meter:
+        # An earlier stop may have left out the evaluation of its step, which has a checkpoint.
+        stop = preemption.requested(start)
+        is_due = durations.evaluates(plan, start) and start > progress.evaluated
+        if is_due and not stop:
+            progress, stop = _evaluate(run, steps, state.adapter, start, progress, meter)
+        if progress.ended:
+            return start, progress
+        if stop and (is_due or start < plan.total):
+            _stop(run, checkpoints, start)
+        for step in range(start + 1, plan.total + 1):
+            batch = run.task.train_batch(step - 1)
+            state, metrics = steps.train(state, run.task.base, batch)
+            meter.add(step, *metrics)
+            stop = preemption.requested(step)
+            is_due = durations.evaluates(plan, step)
+            if is_due:
                 meter.flush()
-            if due and not stop:
-                found = _evaluated(run, steps, state.adapter, done)
-                stop = found is None
-                progress = progress if stop else _noted(run, state.adapter, found, progress, meter)
-            if done > start and (due or stop or durations.saves(plan, done)):
+            if is_due and not stop:
+                progress, stop = _evaluate(run, steps, state.adapter, step, progress, meter)
+            if stop or durations.saves(plan, step):
                 seconds = time.perf_counter() - begun
                 progress = dataclasses.replace(progress, seconds=seconds, pending=meter.pending())
                 _save(run, checkpoints, state, progress)
             if progress.ended:
-                break
-            if stop and (due or done < plan.total):
-                _stop(run, checkpoints, done)
-    return done, progress
+                return step, progress
+            if stop and (is_due or step < plan.total):
+                _stop(run, checkpoints, step)
+    return plan.total, progress
 
 
-def _evaluated(run: Run, steps: Steps, adapter: PyTree, step: int) -> Evaluation | None:
-    """An evaluation, or None if it was left since the run is to stop."""
+def _meter(run: Run, adapter: PyTree, start: int, progress: Progress) -> Meter:
+    return Meter(
+        run.log, start=start, total=run.plan.total, per_epoch=run.task.steps_per_epoch,
+        log_every=run.config.log_every, policy=nan_guard.policy(run.config, adapter),
+        pending=progress.pending,
+    )  # fmt: skip
+
+
+def _evaluate(
+    run: Run, steps: Steps, adapter: PyTree, step: int, progress: Progress, meter: Meter
+) -> tuple[Progress, bool]:
+    """Makes the evaluation of a step; also says whether it was left, since the run is to stop."""
     batches = lambda: preemption.unless_requested(run.task.eval_batches())
     task = dataclasses.replace(run.task, eval_batches=batches)
     try:
-        return Evaluation(step, evaluate(steps.evaluate, adapter, task))
+        values = evaluate(steps.evaluate, adapter, task)
     except preemption.Interrupted:
-        return None
+        return progress, True
+    return _report(run, adapter, Evaluation(step, values), progress, meter), False
 
 
-def _noted(
-    run: Run, adapter: PyTree, found: Evaluation, progress: Progress, meter: Meter
+def _report(
+    run: Run, adapter: PyTree, evaluation: Evaluation, progress: Progress, meter: Meter
 ) -> Progress:
     """Puts an evaluation where it is looked for: files, curves, bar."""
-    task = run.task
-    progress = recorded(run, partitioning.on_host(run.on, adapter), found, progress)
-    score = found.values[task.score.name]
-    progress = early_stopping.noted(progress, task.score, score, run.config.early_stopping)
-    if distributed.first():
-        curves.plot_curves(run.workdir, task.score.name)
-    meter.evaluated(task.score.name, progress.best_score)
+    score = run.task.score
+    progress = record(run, partitioning.on_host(run.devices, adapter), evaluation, progress)
+    value = evaluation.values[score.name]
+    progress = early_stopping.update(progress, score, value, run.config.early_stopping)
+    if distributed.is_first():
+        curves.plot_curves(run.workdir, score.name)
+    meter.evaluated(score.name, progress.best_score)
     return progress
 
 
 def _save(run: Run, checkpoints: Any, state: TrainState, progress: Progress) -> None:
     run.log.sync()
-    stored = partitioning.on_host(run.on, storable(state))
+    stored = partitioning.on_host(run.devices, storable(state))
     checkpointing.save(checkpoints, int(stored.step), stored, dataclasses.asdict(progress))
 
 
@@ -183,13 +192,13 @@ def _stop(run: Run, checkpoints: Any, step: int) -> NoReturn:
     )
 
 
-def recorded(run: Run, adapter: PyTree, found: Evaluation, progress: Progress) -> Progress:
+def record(run: Run, adapter: PyTree, evaluation: Evaluation, progress: Progress) -> Progress:
     """Logs an evaluation, and keeps the adapter if it is the best so far.
 
     Raises:
       FloatingPointError: the loss is NaN or infinite.
     """
-    step, values = found
+    step, values = evaluation
     loss, score = values["loss"], values[run.task.score.name]
     if not math.isfinite(loss):
         raise FloatingPointError(f"The validation loss is {loss} at step {step}")
@@ -200,7 +209,7 @@ def recorded(run: Run, adapter: PyTree, found: Evaluation, progress: Progress) -
     if progress.best_step >= 0 and not merit(score) > merit(progress.best_score):
         return progress
     metadata = {**run.task.metadata, "step": step, **values}
-    if distributed.first():
+    if distributed.is_first():
         lora.save(
             run.workdir / workdirs.ADAPTER, adapter, run.lora_config,
             base=run.task.base_id, metadata=metadata,

@@ -33,8 +33,8 @@ class Devices(NamedTuple):
 ONE = Devices()
 
 
-def problems(config: ConfigDict) -> list[str]:
-    """What is wrong with ``mesh`` and ``pmap`` in a config, for the devices that there are."""
+def list_problems(config: ConfigDict) -> list[str]:
+    """Says what is wrong with ``mesh`` and ``pmap`` in a config, for the devices that there are."""
     sizes = {f"mesh.{name}": config.mesh[name] for name in sharding.AXES}
     found = [
         f"{field} must be a whole number of at least 1{', or -1' if least < 1 else ''}, got {size}"
@@ -75,7 +75,8 @@ def _misfits(config: ConfigDict) -> list[str]:
         f"eval_batch_size {config.eval_batch_size}": (config.eval_batch_size, 1),
     }
     for said, (size, parts) in rows.items():
-        if size % (shape[0] * shape[1] * parts):
+        # Less than one part is a mistake that the check of the field names.
+        if size % (shape[0] * shape[1] * max(parts, 1)):
             of_parts = f", of each of its {parts} parts (accumulate)" if parts > 1 else ""
             found.append(
                 f"{said} must be a multiple of mesh.data x mesh.fsdp, {shape[0]} x {shape[1]}, "
@@ -97,7 +98,7 @@ def check(config: ConfigDict) -> None:
     Raises:
       ValueError: all of them.
     """
-    if found := problems(config):
+    if found := list_problems(config):
         raise ValueError(f"The config is wrong: {'; '.join(found)}.")
 
 
@@ -116,7 +117,6 @@ def find(config: ConfigDict) -> Devices:
     return Devices(Mesh(devices, sharding.AXES), config.pmap)
 
 
-def base_mesh(config: ConfigDict) -> Mesh | None:
-    """The mesh over which the base is split while it is loaded, if it is."""
-    on = find(config)
-    return None if on.pmap else on.mesh
+def base_mesh(devices: Devices) -> Mesh | None:
+    """Returns the mesh over which the base is split while it is loaded, if there is one."""
+    return None if devices.pmap else devices.mesh

@@ -61,10 +61,10 @@ class Policy(NamedTuple):
       names: of the adapter's leaves, in order.
     """
 
-    action: str = "stop"
-    patience: int = 10
-    spike: float = 0.0
-    names: Sequence[str] = ()
+    action: str
+    patience: int
+    spike: float
+    names: Sequence[str]
 
 
 def healthy() -> Health:

@@ -1,6 +1,7 @@
 """The optimiser that a config describes."""
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -11,26 +12,34 @@ from ml_collections import ConfigDict
 import lora_jax as lora
 from lora_jax.training import durations
 
+PyTree = Any
 DECAYS = ("linear", "cosine", "none")
 _WARMUP = "optimizer.warmup"
 
 
 def check(config: ConfigDict) -> None:
-    """Finds settings that are out of their range.
+    """Checks the fields of the section ``optimizer``.
 
     Raises:
-      ValueError: names the field.
+      ValueError: names all fields that are wrong.
     """
+    if problems := list(list_problems(config)):
+        raise ValueError(f"{'; '.join(problems)}.")
+
+
+def list_problems(config: ConfigDict) -> Iterator[str]:
+    """Says what is wrong with the section ``optimizer``."""
     if not 0 < config.learning_rate < math.inf:
-        raise ValueError(f"optimizer.learning_rate must be positive, got {config.learning_rate}.")
+        yield f"optimizer.learning_rate must be positive, got {config.learning_rate}"
     for field in ("weight_decay", "clip_norm"):
         if not 0 <= config[field] < math.inf:
-            raise ValueError(f"optimizer.{field} must not be negative, got {config[field]}.")
-    durations.parse_field(_WARMUP, config.warmup, number="fraction")
+            yield f"optimizer.{field} must not be negative, got {config[field]}"
+    try:
+        durations.parse_field(_WARMUP, config.warmup, number="fraction")
+    except ValueError as error:
+        yield str(error).rstrip(".")
     if config.decay not in DECAYS:
-        raise ValueError(
-            f"optimizer.decay must be one of {', '.join(DECAYS)}, got {config.decay!r}."
-        )
+        yield f"optimizer.decay must be one of {', '.join(DECAYS)}, got {config.decay!r}"
 
 
 class Settings(NamedTuple):
@@ -80,14 +89,14 @@ def settings(config: ConfigDict, total_steps: int, *, per_epoch: int | None = No
     )
 
 
-def schedule(settings: Settings, decay: str = "linear") -> optax.Schedule:
+def schedule(settings: Settings, decay: str) -> optax.Schedule:
     """Linear warm-up, then the decay to zero at the last step; or no decay, for "none".
 
     Cosine: ``(1 + cos πx) / 2`` of the peak (Loshchilov & Hutter 2017, eq. 5), where ``x`` is the
     part of the decay that is over. Optax's own schedules want the number of steps as a Python
     number, where a sweep has an array.
 
-    >>> rate = schedule(Settings(0.5, 2, 6, 0.0, 1.0))
+    >>> rate = schedule(Settings(0.5, 2, 6, 0.0, 1.0), "linear")
     >>> [float(rate(step)) for step in range(7)]
     [0.0, 0.25, 0.5, 0.375, 0.25, 0.125, 0.0]
     """
@@ -107,7 +116,7 @@ def schedule(settings: Settings, decay: str = "linear") -> optax.Schedule:
     return rate
 
 
-def adamw(settings: Settings, adapter: Any, decay: str = "linear") -> optax.GradientTransformation:
+def adamw(settings: Settings, adapter: PyTree, decay: str) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019) on the trainable leaves; the scales stay as they are."""
     clip = optax.clip_by_global_norm(settings.clip_norm)
     rule = optax.adamw(schedule(settings, decay), weight_decay=settings.weight_decay)
@@ -116,7 +125,7 @@ def adamw(settings: Settings, adapter: Any, decay: str = "linear") -> optax.Grad
 
 
 def make(
-    config: ConfigDict, adapter: Any, total_steps: int, *, per_epoch: int | None = None
+    config: ConfigDict, adapter: PyTree, total_steps: int, *, per_epoch: int | None = None
 ) -> optax.GradientTransformation:
     """The optimiser of a config.
 

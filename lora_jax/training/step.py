@@ -92,11 +92,12 @@ def make_train_step(
     dropout: float,
     options: StepOptions = PLAIN,
     *,
-    on: Devices = ONE,
+    devices: Devices = ONE,
     like: TrainState | None = None,
 ) -> Callable:
-    """:func:`train_step`, compiled; the state is donated, and on a mesh stays where ``like`` is."""
+    """Compiles :func:`train_step`; the state is donated, and on a mesh it lies as ``like`` does."""
     # As an array, so that one minus the rate is rounded as in a sweep, and the masks are the same.
     rate = jnp.asarray(dropout, float) if dropout else 0.0
-    axis = partitioning.PMAP if on.pmap else None
-    return partitioning.train_step(on, train_step(task, tx, rate, options, axis=axis), like)
+    axis = partitioning.PMAP if devices.pmap else None
+    step = train_step(task, tx, rate, options, axis=axis)
+    return partitioning.compile_train_step(devices, step, like)

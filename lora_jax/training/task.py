@@ -45,7 +45,8 @@ class Task:
       base_id: their content hash.
       metadata: saved with the adapter, so that it can be used without the config.
       notes: lines for the report at the start.
-      adapter: to start from, in place of a fresh one.
+      adapter: adapter to start from, in place of one that is drawn.
+      fresh_head: reason why the head is none of that adapter's; "" if it is.
       base_of: the frozen parameters as a run with another seed has them, for tasks that draw some
         by the run's seed: ``base``, with other arrays for those leaves alone. None if none are.
       score: what selects the best adapter.
@@ -63,6 +64,7 @@ class Task:
     metadata: dict
     notes: tuple[str, ...] = ()
     adapter: PyTree | None = None
+    fresh_head: str = ""
     base_of: Callable[[int], PyTree] | None = None
     score: Score = Score()
     scores: Callable[[np.ndarray], dict[str, float]] | None = None
@@ -74,9 +76,10 @@ class Recipe(NamedTuple):
     Attributes:
       resolve: gives a copy of a config that leaves nothing open.
       check: raises ValueError for the mistakes of a config, before anything is loaded.
-      make_task: loads model and data; gives the task and the settings of the adapter.
+      make_task: ``(config, devices=None) -> (task, settings of the adapter)``, loads model and
+        data; the devices are by default those that the config describes.
     """
 
     resolve: Callable[[ConfigDict], ConfigDict]
     check: Callable[[ConfigDict], None]
-    make_task: Callable[[ConfigDict], tuple[Task, LoRAConfig]]
+    make_task: Callable[..., tuple[Task, LoRAConfig]]

@@ -42,6 +42,7 @@ def train(
     lora_config: lora.LoRAConfig,
     workdir: Path,
     *,
+    devices: mesh.Devices | None = None,
     say: Callable[[str], None] = _LOGGER.info,
 ) -> Progress:
     """Trains to the end, or goes on from the last checkpoint in ``workdir``.
@@ -54,6 +55,8 @@ def train(
       config: its fields are those of ``configs/common.py``.
       lora_config: the settings of the adapter.
       workdir: a new directory, or that of this run.
+      devices: devices of the run, on which the task's base was loaded; by default those that the
+        config describes.
       say: takes each line of the report; by default the logger ``lora_jax.training``.
 
     Raises:
@@ -63,51 +66,52 @@ def train(
       ValueError: the config and the model do not fit; or the workdir is another run's, or in use.
       OSError: the workdir can't be written; what was there is intact.
     """
-    on = mesh.find(config)
-    task = partitioning.settled(on, partitioning.local(on, task, config))
-    state, tx = initial_state(task, config, lora_config)
+    devices = mesh.find(config) if devices is None else devices
+    task = partitioning.place_task(devices, task, config)
+    plan = durations.plan(config, task.steps_per_epoch)
+    state, tx = initial_state(task, config, lora_config, plan=plan)
     workdirs.check(workdir, config)  # before the claim: a mistake claims nothing
     with contextlib.ExitStack() as stack:
         _claim(stack, workdir, config)
         stack.enter_context(preemption.on_sigterm())
-        lines = [*task.notes, *partitioning.notes(on, task.base), *report(task.base, state.adapter)]
-        say("\n".join(lines))
+        notes = partitioning.notes(devices, task.base)
+        say("\n".join([*task.notes, *notes, *report(task.base, state.adapter)]))
         checkpoints = stack.enter_context(
             checkpointing.manager(workdir / workdirs.CHECKPOINTS, keep=config.checkpoint_keep)
         )
         state, progress = _resumed(workdir, checkpoints, state, say)
-        start, total = int(state.step), durations.plan(config, task.steps_per_epoch).total
-        distributed.agree(start)
-        if start == total == progress.evaluated or progress.ended:
-            say(f"This run is finished: {_end(progress, start, total)}.")
+        start = int(state.step)
+        distributed.check_same_step(start)
+        if start == plan.total == progress.evaluated or progress.ended:
+            say(f"This run is finished: {_end(progress, start, plan.total)}.")
             return progress
-        state = usable(partitioning.place(on, storable(state), task.base))
-        task = partitioning.with_copies(on, task)
+        state = usable(partitioning.place_state(devices, storable(state), task.base))
+        task = partitioning.copy_base(devices, task)
         options = step_options(config)
         steps = Steps(
-            make_train_step(task, tx, lora_config.dropout, options, on=on, like=state),
-            make_eval_step(task, on),
+            make_train_step(task, tx, lora_config.dropout, options, devices=devices, like=state),
+            make_eval_step(task, devices),
         )
-        log = stack.enter_context(
-            (metric_writer.MetricWriter if distributed.first() else metric_writer.NullWriter)(
-                workdir, start, progress.evaluated
-            )
-        )
+        make_writer = metric_writer.NullWriter
+        if distributed.is_first():
+            make_writer = metric_writer.MetricWriter
         run = Run(
-            task=task, config=config, lora_config=lora_config, workdir=workdir, log=log, on=on
-        )
+            task=task, config=config, lora_config=lora_config, workdir=workdir, plan=plan,
+            log=stack.enter_context(make_writer(workdir, start, progress.evaluated)),
+            devices=devices,
+        )  # fmt: skip
         try:
             step, progress = loop(run, steps, checkpoints, state, progress)
         except FloatingPointError as error:
             newest = checkpoints.latest_step()
             raise FloatingPointError(_diverged(error, workdir, newest)) from error
-        say(f"Training ended: {_end(progress, step, total)}.")
+        say(f"Training ended: {_end(progress, step, plan.total)}.")
         return progress
 
 
 def _claim(stack: contextlib.ExitStack, workdir: Path, config: ConfigDict) -> None:
     """Takes the directory; of several processes the first does, and the others wait for it."""
-    if distributed.first():
+    if distributed.is_first():
         stack.enter_context(workdirs.locked(workdir))
         workdirs.claim(workdir, config)
     distributed.barrier("the workdir is claimed")

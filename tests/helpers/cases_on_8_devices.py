@@ -55,17 +55,19 @@ def config(root, **changes):
 
 def train(c, *, scores=False):
     """50 steps of the real step, with its program, and an evaluation if asked for."""
-    on = find(c)
+    devices = find(c)
     task, settings = classification.make_task(c)
     state, tx = initial_state(task, c, settings)
-    state = usable(partitioning.place(on, storable(state), task.base))
-    about = {} if on.pmap else layout(task, state)
-    task, options = partitioning.with_copies(on, task), step_options(c)
-    step = make_train_step(task, tx, settings.dropout, options, on=on, like=state)
-    if on.mesh is not None and not on.pmap:
+    state = usable(partitioning.place_state(devices, storable(state), task.base))
+    about = {} if devices.pmap else layout(task, state)
+    task, options = partitioning.copy_base(devices, task), step_options(c)
+    step = make_train_step(task, tx, settings.dropout, options, devices=devices, like=state)
+    if devices.mesh is not None and not devices.pmap:
         compiled = step.lower(state, task.base, task.train_batch(0)).compile()
         about["collectives"] = [x._asdict() for x in collectives(compiled.as_text())]
-        step = lambda state, base, batch: compiled(state, base, partitioning.put_batch(on, batch))
+        step = lambda state, base, batch: compiled(
+            state, base, partitioning.put_batch(devices, batch)
+        )
     before, losses = jax.tree.map(lambda x: x.sharding, state.opt_state), []
     for k in range(STEPS):
         state, (sums, verdict) = step(state, task.base, task.train_batch(k))
@@ -77,7 +79,7 @@ def train(c, *, scores=False):
     )
     about |= {"losses": losses, "stays": all(jax.tree.leaves(stays))}
     if scores:
-        about["scores"] = evaluate(make_eval_step(task, on), state.adapter, task)
+        about["scores"] = evaluate(make_eval_step(task, devices), state.adapter, task)
     return about
 
 

@@ -61,7 +61,9 @@ def together(task, configs, steps, program):
     members = [vmapped_step.member(task, c, from_config.lora_config(c)) for c in configs]
     shapes = vmapped_step.common_shapes(members)
     if isinstance(program, int):
-        program = vmapped_step.program(task, program, dropout=True)
+        program = vmapped_step.program(
+            task, program, dropout=True, options=vmapped_step.options(configs[0])
+        )
     losses, states, count = [], [], program.count
     for first in range(0, len(members), count):
         chosen = members[first : first + count]

@@ -216,7 +216,7 @@ def test_files_give_the_scores_of_the_run(finished, source, tmp_path):
 def test_loss_is_on_the_reference_only(finished, source):
     config = config_of(finished, source)
     writer = e2e.load(config)
-    task, _ = e2e.make_task(config, writer)
+    task, _ = e2e.make_task(config, writer=writer)
     batch = task.train_batch(0)
     end = writer.decoding.stop[0]
     for ids, counts, mask in zip(
@@ -268,6 +268,7 @@ def test_the_unadapted_model_can_be_scored_alone(finished, tmp_path):
         ({"label_smoothing": 1.0}, "label_smoothing must be in"),
         ({"data.holdout": 0}, "either on the file data.validation or on data.holdout"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
         ({"data.buckets": (64, 32)}, "data.buckets must be positive lengths that ascend"),
         ({"model.dtype": "float8"}, "model.dtype must be one of"),
     ],

@@ -124,7 +124,9 @@ def test_what_no_run_changes_is_computed_once():
 
     @functools.cache
     def flops(count):
-        program = vmapped_step.program(task, count, dropout=True)
+        program = vmapped_step.program(
+            task, count, dropout=True, options=vmapped_step.options(config)
+        )
         stacked = vmapped_step.place(program, vmapped_step.stack([member] * count, count))
         step = vmapped_step.compiled(program, "train", stacked, task.base, batch)
         return step.cost_analysis()["flops"]

@@ -103,7 +103,7 @@ def test_files_of_every_task(task, tmp_path):
             expected = list(rows(task, 24 if split == "train" else 10, seed))
             assert found.sentences == tuple(first for first, _, _ in expected)
             pairs = tuple(second for _, second, _ in expected)
-            assert found.pairs == (pairs if glue.pairs else None)
+            assert found.pairs == (pairs if glue.has_pairs else None)
             numbers = {word: k for k, word in enumerate(WORDS.get(task, ("0", "1")))}
             want = [numbers.get(x) if task != "stsb" else float(x) for _, _, x in expected]
             np.testing.assert_array_equal(found.labels, want)
@@ -176,7 +176,7 @@ def test_every_task_names_features_that_tfds_has(task):
     features = builder.info.features
     layout = TASKS[task].layout
     assert set(layout.text) <= set(features) and "label" in features
-    if TASKS[task].regression:
+    if TASKS[task].is_regression:
         assert features["label"].np_dtype == np.float32
     else:
         assert tuple(features["label"].names) == TASKS[task].labels
@@ -296,7 +296,7 @@ def test_a_run_reports_the_scores_of_its_task(task, inputs, tmp_path):
     assert best.best_score == max(line[f"eval_{selects}"] for line in lines)
     # What was saved gives, through the merged weights, the score that was logged.
     model = classifier.load(tmp_path / "adapter")
-    _, evaluations = classification.load_examples(config)
+    _, evaluations = classification.load_examples(config, TASKS[config.task])
     both = joined(evaluations)
     texts = both.sentences
     if both.pairs is not None:
@@ -336,8 +336,9 @@ def test_an_adapter_for_other_labels_goes_on_with_a_fresh_head(inputs, tmp_path)
     trained(mnli, tmp_path / "mnli")
     config = config_of(inputs, "rte", "roberta", adapter=str(tmp_path / "mnli" / "adapter"))
     loaded = checkpoints.load(inputs / "roberta", head="classifier", num_labels=2)
-    start, settings_, note = adapter_files.start(config.adapter, loaded)
-    assert "that of the adapter has 3 labels" in note and settings_.rank == 2
+    initial = adapter_files.start(config.adapter, loaded)
+    start = initial.adapter
+    assert "that of the adapter has 3 labels" in initial.fresh_head and initial.config.rank == 2
     head = start["params"]["classifier"]["out_proj"]["kernel"]
     np.testing.assert_array_equal(head, loaded.params["params"]["classifier"]["out_proj"]["kernel"])
     three = checkpoints.load(inputs / "roberta", head="classifier", num_labels=3)

@@ -13,6 +13,7 @@ from lora_jax.data import batches, tokenization
 from lora_jax.data.examples import Examples
 from lora_jax.models import checkpoints
 from lora_jax.tasks import classification, classifier, text_to_text
+from lora_jax.tasks.glue import TASKS
 from tests.helpers import programs, tiny_encoder, tiny_t5
 
 LABELS = ("negative", "positive")
@@ -30,7 +31,9 @@ def tokenizer(loaded):
 
 
 def batch(loaded):
-    examples = text_to_text.prompts(Examples(SENTENCES, np.array([1, 0, 1], np.int32)), task="sst2")
+    examples = text_to_text.to_prompts(
+        Examples(SENTENCES, np.array([1, 0, 1], np.int32)), task=TASKS["sst2"]
+    )
     tokens = tokenization.tokenize(examples, tokenizer(loaded), max_length=16)
     return next(batches.eval_batches(tokens, batch_size=4, buckets=(16,)))
 
@@ -76,8 +79,8 @@ def test_a_regression_is_refused_and_a_pair_is_asked_about(loaded):
     with pytest.raises(
         ValueError, match="'stsb' is a regression.*choose a model with a classifier"
     ):
-        classification.scoring(loaded, ("similarity",), tokenizer(loaded), task="stsb")
-    ways = classification.scoring(loaded, LABELS, tokenizer(loaded), task="qnli")
+        classification.scoring(loaded, ("similarity",), tokenizer(loaded), task=TASKS["stsb"])
+    ways = classification.scoring(loaded, LABELS, tokenizer(loaded), task=TASKS["qnli"])
     asked = ways.prompts(Examples(("Who?",), None, ("A man.",)))
     assert asked.sentences == ("qnli question: Who? sentence: A man.",) and asked.pairs is None
 

@@ -313,7 +313,10 @@ def test_in_a_sweep_a_run_accumulates_as_it_does_alone(tmp_path):
 
     task, _ = classification.make_task(found[0].config)
     opts = vmapped_step.options(found[0].config)
-    assert opts == trial_loop.Group(task, None, None, True, opts).options == ("cosine", 4)
+    group = trial_loop.Group(
+        task=task, plan=None, member=None, shapes=None, dropout=True, options=opts
+    )
+    assert opts == group.options == ("cosine", 4)
     program = vmapped_step.program(task, 2, dropout=True, options=opts)
     losses, *_ = runs_together.together(task, [p.config for p in found], 8, program)
     for point, loss in zip(found, losses, strict=True):

@@ -143,7 +143,7 @@ def test_the_linear_schedule_keeps_its_bits():
             rise, left = x / max(warmup, 1), (total - x) / max(total - warmup, 1)
             want = 0.3 * jnp.clip(jnp.where(x < warmup, rise, left), 0.0, 1.0)
             s = optimizer.Settings(0.3, warmup, total, 0.0, 1.0)
-            assert optimizer.schedule(s)(jnp.int32(step)) == want
+            assert optimizer.schedule(s, "linear")(jnp.int32(step)) == want
     for fraction in (0.06, 0.1, 500 / 26_290):
         c = common.base_config().optimizer
         c.warmup = fraction

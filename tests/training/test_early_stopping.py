@@ -44,7 +44,7 @@ def test_it_stops_after_evaluations_without_an_improvement(config, seed, higher)
     k = 0
     for value in values:
         k += 1
-        progress = early_stopping.noted(progress, Score("x", higher), value, c)
+        progress = early_stopping.update(progress, Score("x", higher), value, c)
         if progress.ended:
             break
     assert k == simulated(values, count, delta, higher)
@@ -54,7 +54,7 @@ def test_small_steps_add_up(config):
     """Each is too small to count, and yet the score is more than min_delta better in the end."""
     c, progress = settings(config, 3, 0.1).early_stopping, loop.Progress()
     for value in (0.5, 0.56, 0.62, 0.68, 0.74):
-        progress = early_stopping.noted(progress, Score(), value, c)
+        progress = early_stopping.update(progress, Score(), value, c)
         assert not progress.ended
     assert progress.reference == 0.74 and progress.waited == 0
 
@@ -121,5 +121,5 @@ def test_a_resumed_run_stops_where_it_would_have(task, config, tmp_path, capsys)
 def test_without_patience_it_never_stops(config):
     progress = loop.Progress()
     for value in [0.5] * 50:
-        assert early_stopping.noted(progress, Score(), value, config.early_stopping) is progress
+        assert early_stopping.update(progress, Score(), value, config.early_stopping) is progress
     assert math.isinf(progress.best_loss)

@@ -221,7 +221,9 @@ def test_the_host_looks_one_step_late(tmp_path):
     verdict, _ = nan_guard.judge(nan_guard.healthy(), sums[0], {"w": jnp.ones(2)}, spike=0.0)
     with metric_writer.MetricWriter(tmp_path, 0) as log:
         options = {"start": 0, "total": 9, "per_epoch": 3, "log_every": 1}
-        with metric_logger.Meter(log, policy=nan_guard.Policy(names=("w",)), **options) as seen:
+        with metric_logger.Meter(
+            log, policy=nan_guard.Policy("stop", 10, 0.0, ("w",)), **options
+        ) as seen:
             seen.add(1, sums, verdict)
             with pytest.raises(FloatingPointError, match="inf at step 1"):
                 seen.add(2, sums, verdict)
