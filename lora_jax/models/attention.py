@@ -1,4 +1,4 @@
-"""The attention core that the models share."""
+"""The attention core that the models share, and the masks of its scores."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +8,55 @@ import jax.numpy as jnp
 from jax import lax
 
 Array = jax.Array
+
+
+def make_padding_mask(attention_mask: Array) -> Array:
+    """Allows every query all keys that hold a token.
+
+    Args:
+      attention_mask: ``(batch, keys)``, positive where there is a token, 0 at padding.
+
+    Returns:
+      Booleans ``(batch, 1, 1, keys)``, for heads and queries alike.
+
+    >>> make_padding_mask(jnp.array([[1, 0]])).tolist()
+    [[[[True, False]]]]
+    """
+    return (attention_mask > 0)[:, None, None, :]
+
+
+def make_causal_mask(attention_mask: Array, queries: Array) -> Array:
+    """Allows each query the keys that hold a token and do not come after it.
+
+    Args:
+      attention_mask: ``(batch, keys)``, positive where there is a token, 0 at padding.
+      queries: integers ``(n,)``, the places of the queries among the keys.
+
+    Returns:
+      Booleans ``(batch, 1, n, keys)``, for all heads alike.
+
+    >>> make_causal_mask(jnp.array([[0, 1, 1]]), jnp.array([1, 2])).tolist()
+    [[[[False, True, False], [False, True, True]]]]
+    """
+    keys = jnp.arange(attention_mask.shape[1])
+    is_before = keys[None, :] <= queries[:, None]
+    return is_before[None, None] & make_padding_mask(attention_mask)
+
+
+def mask_to_bias(mask: Array, bias: Array | float = 0.0) -> Array:
+    """Returns what :func:`attention` adds to the scores: ``bias``, or the lowest float32.
+
+    The sum is taken in float32 before the softmax: a key that is not allowed has weight exactly
+    zero, and a query that is allowed no key (padding) has equal weights rather than NaN.
+
+    Args:
+      mask: booleans, true where a query may see a key.
+      bias: added to the scores that are allowed; it broadcasts with the mask.
+
+    Returns:
+      Float32, or the dtype of ``bias`` if that is wider, in the shape of both broadcast together.
+    """
+    return jnp.where(mask, bias, jnp.finfo(jnp.float32).min)
 
 
 def attention(

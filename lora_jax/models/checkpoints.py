@@ -76,7 +76,7 @@ class LoadOptions:
       mesh: of the devices that the parameters are split over; None for JAX's default device.
       rules: how they are split, as for :func:`lora_jax.sharding.specs`; None for the family's own.
       remat: what training computes again to save memory: "none", "full", or the name of a policy
-        in ``jax.checkpoint_policies``; see :func:`lora_jax.models.layers.rematted`.
+        in ``jax.checkpoint_policies``; see :func:`lora_jax.models.layers.remat_layer`.
     """
 
     num_labels: int = 2

@@ -13,16 +13,16 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.models import config_checks, tables
-from lora_jax.models.attention import attention
+from lora_jax.models.attention import attention, make_padding_mask, mask_to_bias
 from lora_jax.models.families import CLASSIFIER, ENCODER, Family, column, embedding, row
 from lora_jax.models.layers import (
     ACTIVATIONS,
     Dropout,
     Layers,
+    apply_layers,
     check_inputs,
     layer_norm,
-    mask_bias,
-    repeat,
+    make_layers,
 )
 from lora_jax.names import Name
 from lora_jax.sharding import split_lookup, split_rows
@@ -150,12 +150,14 @@ class TransformerBlock(_Part):
     """One layer: attention, then feed-forward, each added to its input and normalised."""
 
     @nn.compact
-    def __call__(self, x: Array, bias: Array, *, deterministic: bool) -> Array:
-        """Shapes as :class:`MultiHeadSelfAttention`."""
+    def __call__(
+        self, x: Array, layer_inputs: tuple[()], bias: Array, deterministic: bool
+    ) -> tuple[Array, None]:
+        """Maps ``(batch, length, dim)`` to the same; ``bias`` is added to the scores."""
         y = self._part(MultiHeadSelfAttention, "attention")(x, bias, deterministic=deterministic)
         x = split_rows(self._norm("sa_layer_norm")(x + y))
         y = self._part(FFN, "ffn")(x, deterministic=deterministic)
-        return split_rows(self._norm("output_layer_norm")(x + y))
+        return split_rows(self._norm("output_layer_norm")(x + y)), None
 
 
 class Transformer(_Part):
@@ -164,16 +166,15 @@ class Transformer(_Part):
     scan_layers: bool = False
     remat: str = "none"
 
-    @nn.compact
+    def setup(self) -> None:
+        """Makes the layers."""
+        layers = Layers(self.config.n_layers, self.scan_layers, self.remat)
+        self.layer = make_layers(TransformerBlock, layers, config=self.config, dtype=self.dtype)
+
     def __call__(self, x: Array, attention_mask: Array, *, deterministic: bool) -> Array:
-        """``x`` is ``(batch, length, dim)``, the mask ``(batch, length)``."""
-        return repeat(
-            functools.partial(self._part, TransformerBlock),
-            Layers(self.config.n_layers, self.scan_layers, self.remat),
-            x,
-            mask_bias(attention_mask),
-            deterministic=deterministic,
-        )
+        """Maps ``(batch, length, dim)`` to the same; the mask is ``(batch, length)``."""
+        bias = mask_to_bias(make_padding_mask(attention_mask))
+        return apply_layers(self.layer, x, (), bias, deterministic=deterministic)[0]
 
 
 class DistilBertModel(_Part):
@@ -183,7 +184,7 @@ class DistilBertModel(_Part):
       config: the shape.
       dtype: of the activations, float32 or bfloat16; parameters are float32.
       scan_layers: whether the layers are stacked, and one is compiled for all.
-      remat: what the backward pass computes again; see :func:`layers.rematted`.
+      remat: what the backward pass computes again; see :func:`layers.remat_layer`.
     """
 
     scan_layers: bool = False

@@ -12,12 +12,20 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lora_jax.models import config_checks, kv_cache, tables
-from lora_jax.models.attention import attention
+from lora_jax.models.attention import attention, make_causal_mask, mask_to_bias
 from lora_jax.models.families import CAUSAL_LM, Family, column, embedding, row
 from lora_jax.models.kv_cache import Cache
-from lora_jax.models.layers import ACTIVATIONS, Dropout, layer_norm, rematted
+from lora_jax.models.layers import (
+    ACTIVATIONS,
+    Dropout,
+    Layers,
+    apply_layers,
+    layer_norm,
+    make_layers,
+)
 from lora_jax.names import Name
 from lora_jax.sharding import split_lookup, split_rows
 
@@ -133,10 +141,17 @@ class GPT2Attention(_Part):
 
     @nn.compact
     def __call__(
-        self, x: Array, own: tuple[PyTree, Any], shared: tuple, deterministic: bool
+        self,
+        x: Array,
+        layer_inputs: tuple[PyTree, Array | int],
+        shared_inputs: tuple[Array, Array | int],
+        deterministic: bool,
     ) -> tuple[Array, PyTree]:
-        """``x`` is ``(batch, n, n_embd)``; also returns the layer's cache with ``x`` in it."""
-        c, (cache, number), (bias, index) = self.config, own, shared
+        """Maps ``(batch, n, n_embd)`` to the same, and returns the layer's cache with ``x`` in it.
+
+        The other arguments are those of :class:`GPT2Block`.
+        """
+        c, (cache, number), (bias, index) = self.config, layer_inputs, shared_inputs
         qkv = self._dense(3 * c.n_embd, "c_attn")(x)
         split = lambda y: y.reshape(*y.shape[:2], c.n_head, c.head_dim)
         query, key, value = map(split, jnp.split(qkv, 3, axis=-1))
@@ -174,18 +189,28 @@ class GPT2Block(_Part):
 
     @nn.compact
     def __call__(
-        self, x: Array, own: tuple[PyTree, Any], shared: tuple, deterministic: bool
+        self,
+        x: Array,
+        layer_inputs: tuple[PyTree, Array | int],
+        shared_inputs: tuple[Array, Array | int],
+        deterministic: bool,
     ) -> tuple[Array, PyTree]:
-        """New states and the layer's cache.
+        """Computes new states and the layer's cache.
 
-        ``own`` is the layer's cache and number, ``shared`` the bias of the scores and the slot from
-        which on ``x`` stands in the cache.
+        Args:
+          x: ``(batch, n, n_embd)``.
+          layer_inputs: the layer's cache or None, and its number.
+          shared_inputs: the bias of the scores, ``(batch, 1, n, keys)``, and the slot of the cache
+            that takes the first token of ``x``.
+          deterministic: whether nothing is dropped.
         """
-        attend = GPT2Attention(self.config, dtype=self.dtype, name="attn")
-        y, cache = attend(self._norm("ln_1")(x), own, shared, deterministic)
+        attention_layer = GPT2Attention(self.config, dtype=self.dtype, name="attn")
+        y, cache = attention_layer(
+            self._norm("ln_1")(x), layer_inputs, shared_inputs, deterministic
+        )
         x = split_rows(x + y)
-        feed = GPT2MLP(self.config, dtype=self.dtype, name="mlp")
-        return split_rows(x + feed(self._norm("ln_2")(x), deterministic)), cache
+        mlp = GPT2MLP(self.config, dtype=self.dtype, name="mlp")
+        return split_rows(x + mlp(self._norm("ln_2")(x), deterministic)), cache
 
 
 class GPT2Model(_Part):
@@ -200,11 +225,8 @@ class GPT2Model(_Part):
         init = nn.initializers.normal(c.initializer_range)
         embed = lambda n: nn.Embed(n, c.n_embd, embedding_init=init, dtype=self.dtype)
         self.wte, self.wpe = embed(c.vocab_size), embed(c.n_positions)
-        if self.scan_layers:
-            self.h = _scanned(c.n_layer, self.remat)(c, dtype=self.dtype)
-        else:
-            block = rematted(GPT2Block, self.remat, static=_STATIC)
-            self.h = [block(c, dtype=self.dtype) for _ in range(c.n_layer)]
+        layers = Layers(c.n_layer, self.scan_layers, self.remat)
+        self.h = make_layers(GPT2Block, layers, config=c, dtype=self.dtype)
         self.ln_f = self._norm()
         self.drop = Dropout(c.embd_pdrop)
 
@@ -222,35 +244,13 @@ class GPT2Model(_Part):
             positions = kv_cache.positions(attention_mask, start, n)
         x = split_lookup(self.wte(input_ids)) + split_lookup(self.wpe(positions))
         x = self.drop(x, deterministic=deterministic)
-        shared = (kv_cache.causal_bias(attention_mask, start, n), start)
-        x, layers = self._run(x, None if cache is None else cache.layers, shared, deterministic)
+        bias = mask_to_bias(make_causal_mask(attention_mask, start + jnp.arange(n)))
+        numbers = np.arange(self.config.n_layer, dtype=np.int32)
+        layer_inputs = (None if cache is None else cache.layers, numbers)
+        x, layers = apply_layers(
+            self.h, x, layer_inputs, (bias, start), deterministic=deterministic
+        )
         return self.ln_f(x), None if cache is None else Cache(layers, start + jnp.int32(n))
-
-    def _run(
-        self, x: Array, old: PyTree, shared: tuple, deterministic: bool
-    ) -> tuple[Array, PyTree]:
-        if self.scan_layers:
-            numbers = jnp.arange(self.config.n_layer)
-            return self.h(x, (old, numbers), shared, deterministic)
-        layers = []
-        for k, block in enumerate(self.h):
-            x, new = block(x, (None if old is None else old[k], k), shared, deterministic)
-            layers.append(new)
-        return x, tuple(layers)
-
-
-_STATIC = (4,)  # "deterministic", where the layer itself is 0
-
-
-def _scanned(count: int, remat: str) -> type[nn.Module]:
-    """:class:`GPT2Block` with the parameters of all layers stacked, compiled once."""
-    return nn.scan(
-        rematted(GPT2Block, remat, scan=True, static=_STATIC),
-        variable_axes={"params": 0},
-        split_rngs={"params": True, "dropout": True},
-        in_axes=(0, nn.broadcast, nn.broadcast),
-        length=count,
-    )
 
 
 class GPT2LMHeadModel(nn.Module):
@@ -260,7 +260,7 @@ class GPT2LMHeadModel(nn.Module):
       config: the model's shape.
       dtype: of the activations, float32 or bfloat16; parameters are float32.
       scan_layers: the layers in one array a parameter, compiled once.
-      remat: what the backward pass computes again; see :func:`layers.rematted`.
+      remat: what the backward pass computes again; see :func:`layers.remat_layer`.
     """
 
     config: GPT2Config

@@ -70,18 +70,6 @@ def positions(mask: Array, start: Array | int, n: int) -> Array:
     return lax.dynamic_slice_in_dim(before, start, n, axis=1)
 
 
-def causal_bias(mask: Array, start: Array | int, n: int) -> Array:
-    """What :func:`attention` adds to the scores, ``(batch, 1, n, slots)``.
-
-    The query in slot ``start + i`` sees every token in a slot up to its own. Added in float32
-    before the softmax: a slot that is not seen has weight exactly zero, and a query that sees none
-    (padding) has equal weights rather than NaN.
-    """
-    before = jnp.arange(mask.shape[1])[None, :] <= start + jnp.arange(n)[:, None]
-    seen = before[None, None] & (mask > 0)[:, None, None, :]
-    return jnp.where(seen, 0.0, jnp.finfo(jnp.float32).min)
-
-
 def check(ids: Array, mask: Array, places: Array | None, count: int) -> None:
     """Raises ValueError unless tokens, mask of ``count`` slots, and positions if any, fit."""
     if len(ids.shape) != 2 or mask.shape != (ids.shape[0], count):

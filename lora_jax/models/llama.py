@@ -12,12 +12,20 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lora_jax.models import kv_cache, rope
-from lora_jax.models.attention import grouped_attention
+from lora_jax.models.attention import grouped_attention, make_causal_mask, mask_to_bias
 from lora_jax.models.families import CAUSAL_LM, Family, column, embedding, row
 from lora_jax.models.kv_cache import Cache
-from lora_jax.models.layers import ACTIVATIONS, Dropout, RMSNorm, rematted
+from lora_jax.models.layers import (
+    ACTIVATIONS,
+    Dropout,
+    Layers,
+    RMSNorm,
+    apply_layers,
+    make_layers,
+)
 from lora_jax.models.llama_config import FULL, SLIDING, VARIANTS, LlamaConfig, names
 from lora_jax.sharding import split_lookup, split_rows
 
@@ -129,22 +137,34 @@ class LlamaLayer(_Part):
 
     @nn.compact
     def __call__(
-        self, x: Array, own: tuple[PyTree, Any], shared: tuple, deterministic: bool
+        self,
+        x: Array,
+        layer_inputs: tuple[PyTree, Array | bool],
+        shared_inputs: tuple[tuple[_View, ...], Array | None],
+        deterministic: bool,
     ) -> tuple[Array, PyTree]:
-        """New states and the layer's cache; ``own`` is its cache and whether it has a window."""
-        (cache, slides), (views, index) = own, shared
+        """Computes new states and the layer's cache.
+
+        Args:
+          x: ``(batch, n, hidden)``.
+          layer_inputs: the layer's cache or None, and whether the layer has a window.
+          shared_inputs: the view of each kind of layer, and the slot of the cache that takes the
+            first token of ``x``.
+          deterministic: whether nothing is dropped.
+        """
+        (cache, is_sliding), (views, index) = layer_inputs, shared_inputs
         view = views[0]
         if len(views) > 1:
-            view = jax.tree.map(functools.partial(jnp.where, slides), views[1], views[0])
-        attend = LlamaAttention(self.config, dtype=self.dtype, name="self_attn")
-        feed = LlamaMLP(self.config, dtype=self.dtype, name="mlp")
+            view = jax.tree.map(functools.partial(jnp.where, is_sliding), views[1], views[0])
+        attention = LlamaAttention(self.config, dtype=self.dtype, name="self_attn")
+        mlp = LlamaMLP(self.config, dtype=self.dtype, name="mlp")
         y = self._norm("input_layernorm")(x)
-        y, cache = attend(y, cache, view, index, deterministic)
+        y, cache = attention(y, cache, view, index, deterministic)
         if not self.config.variant.post_norms:
             x = split_rows(x + y)
-            return split_rows(x + feed(self._norm("post_attention_layernorm")(x))), cache
+            return split_rows(x + mlp(self._norm("post_attention_layernorm")(x))), cache
         x = split_rows(x + self._norm("post_attention_layernorm")(y))
-        y = feed(self._norm("pre_feedforward_layernorm")(x))
+        y = mlp(self._norm("pre_feedforward_layernorm")(x))
         return split_rows(x + self._norm("post_feedforward_layernorm")(y)), cache
 
 
@@ -161,11 +181,8 @@ class LlamaModel(_Part):
         self.embed_tokens = nn.Embed(
             c.vocab_size, c.hidden_size, embedding_init=init, dtype=self.dtype
         )
-        if self.scan_layers:
-            self.layers = _scanned(c.num_hidden_layers, self.remat)(c, dtype=self.dtype)
-        else:
-            layer = rematted(LlamaLayer, self.remat, static=_STATIC)
-            self.layers = [layer(c, dtype=self.dtype) for _ in range(c.num_hidden_layers)]
+        layers = Layers(c.num_hidden_layers, self.scan_layers, self.remat)
+        self.layers = make_layers(LlamaLayer, layers, config=c, dtype=self.dtype)
         self.norm = self._norm()
 
     def __call__(
@@ -176,35 +193,14 @@ class LlamaModel(_Part):
         x = split_lookup(self.embed_tokens(input_ids))
         if c.variant.scaled_embedding:
             x = x * jnp.asarray(c.hidden_size**0.5, x.dtype)
-        slides = [kind == SLIDING for kind in c.layer_types]
-        shared = (tuple(views), None if cache is None else cache.index)
-        old = None if cache is None else cache.layers
-        if self.scan_layers:
-            x, layers = self.layers(x, (old, jnp.array(slides)), shared, deterministic)
-        else:
-            layers = []
-            for k, layer in enumerate(self.layers):
-                own = (None if old is None else old[k], slides[k])
-                x, new = layer(x, own, shared, deterministic)
-                layers.append(new)
-            layers = tuple(layers)
+        is_sliding = np.array([kind == SLIDING for kind in c.layer_types])
+        old, index = (None, None) if cache is None else cache
+        x, layers = apply_layers(
+            self.layers, x, (old, is_sliding), (tuple(views), index), deterministic=deterministic
+        )
         if cache is not None:
-            cache = Cache(layers, cache.index + jnp.int32(input_ids.shape[1]))
+            cache = Cache(layers, index + jnp.int32(input_ids.shape[1]))
         return self.norm(x), cache
-
-
-_STATIC = (4,)  # "deterministic", where the layer itself is 0
-
-
-def _scanned(count: int, remat: str) -> type[nn.Module]:
-    """:class:`LlamaLayer` with the parameters of all layers stacked, compiled once."""
-    return nn.scan(
-        rematted(LlamaLayer, remat, scan=True, static=_STATIC),
-        variable_axes={"params": 0},
-        split_rngs={"params": True, "dropout": True},
-        in_axes=(0, nn.broadcast, nn.broadcast),
-        length=count,
-    )
 
 
 class LlamaForCausalLM(nn.Module):
@@ -214,7 +210,7 @@ class LlamaForCausalLM(nn.Module):
       config: the model's shape, and which of the family it is.
       dtype: of the activations, float32 or bfloat16; parameters are float32.
       scan_layers: the layers in one array a parameter, compiled once.
-      remat: what the backward pass computes again; see :func:`layers.rematted`.
+      remat: what the backward pass computes again; see :func:`layers.remat_layer`.
     """
 
     config: LlamaConfig
@@ -268,8 +264,8 @@ class LlamaForCausalLM(nn.Module):
         if positions is None:
             positions = kv_cache.positions(attention_mask, start, n)
         queries = start + jnp.arange(n)
-        allowed = _allowed(queries, attention_mask, segment_ids)
-        views = [_view(c, kind, queries, positions, allowed) for kind in _kinds(c)]
+        mask = _mask(queries, attention_mask, segment_ids)
+        views = [_view(c, kind, queries, positions, mask) for kind in _kinds(c)]
         x, cache = self.model(input_ids, views, cache, deterministic)
         head = self.model.embed_tokens.attend if c.tie_word_embeddings else self.lm_head
         logits = head(x).astype(jnp.promote_types(self.dtype, jnp.float32))
@@ -284,28 +280,23 @@ def _kinds(config: LlamaConfig) -> list[str]:
     return [kind for kind in (FULL, SLIDING) if kind in config.layer_types]
 
 
-def _allowed(queries: Array, mask: Array, segment_ids: Array | None) -> Array:
-    """Whether a query sees a key in a layer that sees everything: ``(batch, 1, n, keys)``."""
-    before = jnp.arange(mask.shape[1])[None, :] <= queries[:, None]
-    allowed = before[None, None] & (mask > 0)[:, None, None, :]
+def _mask(queries: Array, attention_mask: Array, segment_ids: Array | None) -> Array:
+    """Makes the mask of a layer without a window: booleans ``(batch, 1, n, keys)``."""
+    mask = make_causal_mask(attention_mask, queries)
     if segment_ids is None:
-        return allowed
-    return allowed & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+        return mask
+    return mask & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
 
 
-def _view(
-    config: LlamaConfig, kind: str, queries: Array, positions: Array, allowed: Array
-) -> _View:
+def _view(config: LlamaConfig, kind: str, queries: Array, positions: Array, mask: Array) -> _View:
+    """Makes the bias and the rotation of one kind of layer, given the mask of all kinds."""
     rotation = config.rope
     if kind == SLIDING:
         rotation = config.sliding_rope or rotation
         # Slots rather than positions count, as in transformers; padding is never in between.
-        near = jnp.arange(allowed.shape[-1])[None, :] > queries[:, None] - config.sliding_window
-        allowed = allowed & near[None, None]
-    # Added in float32: a forbidden key has weight exactly zero, and a row with none left (padding)
-    # has equal weights rather than NaN.
-    bias = jnp.where(allowed, 0.0, jnp.finfo(jnp.float32).min).astype(jnp.float32)
-    return _View(bias, *rope.angles(rotation, positions, config.head_dim))
+        is_near = jnp.arange(mask.shape[-1])[None, :] > queries[:, None] - config.sliding_window
+        mask = mask & is_near[None, None]
+    return _View(mask_to_bias(mask), *rope.angles(rotation, positions, config.head_dim))
 
 
 def _check(input_ids: Array, segment_ids: Array | None, cache: Cache | None) -> None:

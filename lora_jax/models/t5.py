@@ -14,9 +14,21 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.models import kv_cache
-from lora_jax.models.attention import attention
+from lora_jax.models.attention import (
+    attention,
+    make_causal_mask,
+    make_padding_mask,
+    mask_to_bias,
+)
 from lora_jax.models.families import SEQ2SEQ_LM, TOKENS, Family, column, embedding, row
-from lora_jax.models.layers import ACTIVATIONS, Dropout, RMSNorm, rematted
+from lora_jax.models.layers import (
+    ACTIVATIONS,
+    Dropout,
+    Layers,
+    RMSNorm,
+    apply_layers,
+    make_layers,
+)
 from lora_jax.models.relative_positions import relative_buckets
 from lora_jax.models.t5_config import T5Config, names
 from lora_jax.sharding import split_lookup, split_rows
@@ -133,15 +145,27 @@ class T5Block(_Part):
         self.DenseReluDense, self.dense_norm = T5Dense(self.config, self.dtype), self._norm()
         self.dropout = self._dropout()
 
-    def memory(self, states: Array, own: None) -> tuple[Array, dict[str, Array]]:
-        """The encoder's states, unchanged, and the keys that cross-attention makes of them."""
+    def memory(self, states: Array, layer_inputs: None) -> tuple[Array, dict[str, Array]]:
+        """Returns the encoder's states, unchanged, and the keys that cross-attention makes."""
         return states, self.EncDecAttention.keys(states)
 
     def __call__(
-        self, x: Array, own: tuple[PyTree, PyTree], context: tuple, deterministic: bool
+        self,
+        x: Array,
+        layer_inputs: tuple[PyTree, PyTree],
+        shared_inputs: tuple[Array, Array | None, Array | None],
+        deterministic: bool,
     ) -> tuple[Array, PyTree]:
-        """New states and the layer's cache; ``own`` is its cache and its keys of the encoder."""
-        (cache, memory), (bias, cross_bias, index) = own, context
+        """Computes new states and the layer's cache.
+
+        Args:
+          x: ``(batch, n, d_model)``.
+          layer_inputs: the layer's cache or None, and its keys of the encoder's states or None.
+          shared_inputs: the biases of the two attentions' scores, and the slot of the cache that
+            takes the first token of ``x``.
+          deterministic: whether nothing is dropped.
+        """
+        (cache, memory), (bias, cross_bias, index) = layer_inputs, shared_inputs
         add = lambda x, y: split_rows(x + self.dropout(y, deterministic=deterministic))
         y = self.self_norm(x)
         keys = self.SelfAttention.keys(y)
@@ -171,12 +195,9 @@ class T5Stack(_Part):
             dtype=high,
         )
         count = c.num_decoder_layers if self.decoder else c.num_layers
-        block = lambda kind: kind(c, dtype=self.dtype, decoder=self.decoder)
-        if self.scan_layers:
-            self.block = block(_scanned(count, self.remat))
-        else:
-            kind = rematted(T5Block, self.remat, static=_STATIC)
-            self.block = [block(kind) for _ in range(count)]
+        layers = Layers(count, self.scan_layers, self.remat)
+        fields = {"config": c, "dtype": self.dtype, "decoder": self.decoder}
+        self.block = make_layers(T5Block, layers, methods={"memory": 0}, **fields)
         self.final_layer_norm = self._norm()
         self.dropout = self._dropout()
 
@@ -198,25 +219,16 @@ class T5Stack(_Part):
         """``x`` is ``(batch, n, d_model)``, the mask ``(batch, n)`` or as long as the cache."""
         index = None if cache is None else cache.index
         bias = self._bias(x.shape[1], mask, 0 if index is None else index)
-        cross_bias = None if memory is None else _forbid(memory.mask[:, None, None, :] > 0)
-        own = [None if part is None else part.layers for part in (cache, memory)]
+        cross_bias = None if memory is None else mask_to_bias(make_padding_mask(memory.mask))
+        layer_inputs = tuple(None if part is None else part.layers for part in (cache, memory))
         x = split_rows(self.dropout(x, deterministic=deterministic))
-        x, layers = self._run(x, own, (bias, cross_bias, index), deterministic)
+        shared_inputs = (bias, cross_bias, index)
+        x, layers = apply_layers(
+            self.block, x, layer_inputs, shared_inputs, deterministic=deterministic
+        )
         x = self.dropout(self.final_layer_norm(x), deterministic=deterministic)
         cache = cache and kv_cache.Cache(layers, index + jnp.int32(bias.shape[2]))
         return x, cache
-
-    def _run(
-        self, x: Array, own: list[PyTree], context: tuple, deterministic: bool
-    ) -> tuple[Array, PyTree]:
-        if self.scan_layers:
-            return self.block(x, tuple(own), context, deterministic)
-        layers = []
-        for k, block in enumerate(self.block):
-            mine = tuple(None if part is None else part[k] for part in own)
-            x, layer = block(x, mine, context, deterministic)
-            layers.append(layer)
-        return x, tuple(layers)
 
     def _bias(self, n: int, mask: Array, index: Array | int) -> Array:
         """``(batch or 1, heads, n, keys)`` for queries in the slots from ``index`` on."""
@@ -229,34 +241,8 @@ class T5Stack(_Part):
             furthest=self.config.relative_attention_max_distance,
         )
         bias = self.relative_attention_bias(buckets).transpose(2, 0, 1)[None]
-        allowed = mask[:, None, None, :] > 0
-        if self.decoder:
-            allowed = allowed & (relative <= 0)[None, None]
-        return _forbid(allowed, bias)
-
-
-def _forbid(allowed: Array, bias: Array | float = 0.0) -> Array:
-    # A forbidden key has weight exactly zero, and a row with none left has equal weights, not NaN.
-    return jnp.where(allowed, bias, jnp.finfo(jnp.float32).min)
-
-
-_STATIC = (4,)  # "deterministic", where the layer itself is 0
-
-
-def _scanned(count: int, remat: str) -> type[nn.Module]:
-    """:class:`T5Block` with the parameters of all layers stacked, compiled once."""
-    rules = {
-        "variable_axes": {"params": 0},
-        "split_rngs": {"params": True, "dropout": True},
-        "length": count,
-    }
-    return nn.scan(
-        rematted(T5Block, remat, scan=True, static=_STATIC),
-        methods={
-            "__call__": {**rules, "in_axes": (0, nn.broadcast, nn.broadcast)},
-            "memory": {**rules, "in_axes": 0},
-        },
-    )
+        allowed = make_causal_mask(mask, queries) if self.decoder else make_padding_mask(mask)
+        return mask_to_bias(allowed, bias)
 
 
 class T5ForConditionalGeneration(nn.Module):
@@ -266,7 +252,7 @@ class T5ForConditionalGeneration(nn.Module):
       config: the model's shape.
       dtype: of the activations, float32 or bfloat16; parameters are float32.
       scan_layers: the layers of each stack in one array a parameter, compiled once.
-      remat: what the backward pass computes again; see :func:`layers.rematted`.
+      remat: what the backward pass computes again; see :func:`layers.remat_layer`.
     """
 
     config: T5Config
