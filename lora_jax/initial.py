@@ -63,8 +63,9 @@ def init(
     >>> jax.tree.map(jnp.shape, adapter)["dense"]["kernel"].b
     (2, 6)
     """
-    choice = choose(fn, params, config, args, kwargs)
-    leaves, trained = base_leaves(params), choice.trained
+    leaves = base_leaves(params)
+    choice = choose(fn, params, config, args, kwargs, leaves=leaves)
+    trained = choice.trained
     abstract = [n for n in trained if isinstance(leaves[n], jax.ShapeDtypeStruct)]
     if abstract:
         raise ValueError(
@@ -102,9 +103,11 @@ def tabulate(
     dense/bias   2     other       frozen       is a vector or a number: it has no two sides
     dense/kernel 10×2  kernel io   adapted 2    the rank is lowered from 4 to what the kernel allows
     """
-    choice = choose(fn, params, config, args, kwargs)
-    # Where nothing is to be adapted, `init` has no need to know the kernels.
-    found = choice.kernels if config.targets else find_kernels(fn, params, args, kwargs, config)
+    leaves = base_leaves(params)
+    choice = choose(fn, params, config, args, kwargs, leaves=leaves)
+    found = choice.kernels
+    if not config.targets:  # where nothing is to be adapted, `choose` does not look for kernels
+        found = find_kernels(fn, params, args, kwargs, config, leaves=leaves)
     rows = {n: _row(n, leaf, choice, config) for n, leaf in found.leaves.items()}
     return kernels.Table(rows=rows, unknown=found.unknown)
 
@@ -140,10 +143,24 @@ class Choice:
 
 
 def choose(
-    fn: Callable, params: PyTree, config: LoRAConfig, args: tuple, kwargs: Mapping[str, Any]
+    fn: Callable,
+    params: PyTree,
+    config: LoRAConfig,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    *,
+    leaves: Mapping[str, Any],
 ) -> Choice:
-    """Finds the kernels of ``fn`` and chooses those that the config wants; see :func:`init`."""
-    leaves = base_leaves(params)
+    """Finds the kernels of ``fn`` and chooses those that the config wants; see :func:`init`.
+
+    Args:
+      fn: the function to adapt.
+      params: its parameters.
+      config: what to adapt and train.
+      args: example arguments after the parameters.
+      kwargs: likewise.
+      leaves: the leaves of ``params`` by name.
+    """
     real = [n for n, x in leaves.items() if kernels.is_real(x)]
     train_hits = paths.select(config.train, real, what="train")
     trained = frozenset(n for hits in train_hits.values() for n in hits)
@@ -154,7 +171,7 @@ def choose(
         _check_patterns(config, [])
         none = Kernels(leaves={})
         return Choice(kernels=none, ranks={}, trained=trained, left_out={})
-    found = find_kernels(fn, params, args, kwargs, config)
+    found = find_kernels(fn, params, args, kwargs, config, leaves=leaves)
     named = {n for names in hits.values() for n in names}
     found = _with_usual_roles(found, named)
     usable = found.adaptable()

@@ -56,16 +56,29 @@ class Kernels:
 
 
 def find_kernels(
-    fn: Callable, params: PyTree, args: tuple, kwargs: Mapping[str, Any], config: LoRAConfig
+    fn: Callable,
+    params: PyTree,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    config: LoRAConfig,
+    *,
+    leaves: Mapping[str, Any],
 ) -> Kernels:
     """Tells of every leaf of ``params`` what it is to ``fn(params, *args, **kwargs)``.
 
-    ``fn`` is traced, never run. What is found does not depend on the sizes of the inputs.
+    ``fn`` is traced, never run. The result does not depend on the sizes of the inputs.
+
+    Args:
+      fn: any function that JAX can trace.
+      params: its parameters.
+      args: its other arguments.
+      kwargs: likewise.
+      config: gives roles, and the names of leaves that are adapted although they are state.
+      leaves: the leaves of ``params`` by name.
 
     Raises:
       ValueError: roles that the config gives do not fit the leaf that they are for.
     """
-    leaves = paths.named_leaves(params)
     named = [entry for entry in config.targets if entry != ALL_LINEAR]
     is_named = lambda name: any(paths.matches(entry, name) for entry in named)
     states = {n: why for n, why in _states(leaves, params).items() if not is_named(n)}
