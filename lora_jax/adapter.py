@@ -43,10 +43,10 @@ def nodes(adapter: PyTree) -> dict[str, Any]:
             f"Got a bound tree where an adapter is expected: {paths.listing(bound)} is already "
             "bound to a kernel. Pass the adapter itself, as it was given to `bind`."
         )
-    return {name: _unboxed(node) for name, node in entries.items()}
+    return {name: _unbox(node) for name, node in entries.items()}
 
 
-def _unboxed(node: Any) -> Any:
+def _unbox(node: Any) -> Any:
     """The node with plain arrays, where each is in a box, as ``jax.tree.map(nnx.Param, adapter)``.
 
     :func:`lora_jax.paths.named_leaves` looks into the boxes of leaves that are trained in full.
@@ -204,16 +204,16 @@ def labels(tree: PyTree) -> PyTree:
         if bound and not is_node(x):
             return FROZEN
         made = fields.map_fields(_label, x)
-        return dataclasses.replace(made, w=_all_of(x.w, FROZEN)) if is_adapted(x) else made
+        return dataclasses.replace(made, w=_label_arrays(x.w, FROZEN)) if is_adapted(x) else made
 
     return jax.tree.map(label, tree, is_leaf=is_node)
 
 
 def _label(name: str, field: Field, value: Any) -> Any:
-    return _all_of(value, TRAINABLE if field.is_trained else FROZEN)
+    return _label_arrays(value, TRAINABLE if field.is_trained else FROZEN)
 
 
-def _all_of(value: Any, label: str) -> Any:
+def _label_arrays(value: Any, label: str) -> Any:
     """The label in place of an array, which may be in a box; of the frozen kernel None stays."""
     return jax.tree.map(lambda _: label, value)
 

@@ -14,7 +14,7 @@ from lora_jax import hints, paths
 ALL_LINEAR = "all-linear"
 
 
-def _refuses_other_words(cls: type) -> type:
+def _refuse_unknown_fields(cls: type) -> type:
     """Makes the error for an unknown keyword one that names the field that is meant."""
     init, known = cls.__init__, [f.name for f in dataclasses.fields(cls)]
 
@@ -28,7 +28,7 @@ def _refuses_other_words(cls: type) -> type:
     return cls
 
 
-@_refuses_other_words
+@_refuse_unknown_fields
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
     """What to adapt and how; checked when made, and the same after a trip through JSON.
@@ -81,15 +81,17 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         put = lambda name, value: object.__setattr__(self, name, value)  # the dataclass is frozen
-        put("rank", _whole("rank", self.rank))
-        put("alpha", _positive("alpha", self.alpha))
-        put("targets", _patterns("targets", self.targets))
-        put("train", _patterns("train", self.train))
-        put("dropout", _number("dropout", self.dropout))
-        put("rank_pattern", _by_pattern("rank_pattern", self.rank_pattern, _whole))
-        put("alpha_pattern", _by_pattern("alpha_pattern", self.alpha_pattern, _positive))
-        put("roles", _by_pattern("roles", self.roles, _roles))
-        put("origin", _json_object("origin", self.origin))
+        put("rank", _check_whole("rank", self.rank))
+        put("alpha", _check_positive("alpha", self.alpha))
+        put("targets", _check_patterns("targets", self.targets))
+        put("train", _check_patterns("train", self.train))
+        put("dropout", _check_number("dropout", self.dropout))
+        put("rank_pattern", _check_by_pattern("rank_pattern", self.rank_pattern, _check_whole))
+        put(
+            "alpha_pattern", _check_by_pattern("alpha_pattern", self.alpha_pattern, _check_positive)
+        )
+        put("roles", _check_by_pattern("roles", self.roles, _check_roles))
+        put("origin", _copy_json_object("origin", self.origin))
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}.")
         if not isinstance(self.rank_stabilized, bool):
@@ -152,7 +154,7 @@ class LoRAConfig:
         return cls.from_dict(fields)
 
 
-def _number(name: str, value: Any) -> float:
+def _check_number(name: str, value: Any) -> float:
     # A bool is an int to Python, but `alpha=True` is a mistake.
     known = isinstance(value, int | float) and not isinstance(value, bool)
     if not known or not abs(value) <= sys.float_info.max:  # also for an int beyond every float
@@ -160,19 +162,19 @@ def _number(name: str, value: Any) -> float:
     return float(value)
 
 
-def _positive(name: str, value: Any) -> float:
-    if _number(name, value) <= 0:
+def _check_positive(name: str, value: Any) -> float:
+    if _check_number(name, value) <= 0:
         raise ValueError(f"{name} must be positive, got {value!r}.")
     return float(value)
 
 
-def _whole(name: str, value: Any) -> int:
+def _check_whole(name: str, value: Any) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
     return int(value)
 
 
-def _roles(name: str, value: Any) -> str:
+def _check_roles(name: str, value: Any) -> str:
     if not isinstance(value, str) or set(value) - set("iob") or not {"i", "o"} <= set(value):
         raise ValueError(
             f"{name} must hold one letter for each axis, i (input), o (output) or b (batch), with "
@@ -181,7 +183,7 @@ def _roles(name: str, value: Any) -> str:
     return value
 
 
-def _patterns(name: str, value: Any) -> tuple[str, ...]:
+def _check_patterns(name: str, value: Any) -> tuple[str, ...]:
     entries = (value,) if isinstance(value, str) else tuple(value)
     for entry in entries:
         _check_pattern(name, entry)
@@ -190,7 +192,7 @@ def _patterns(name: str, value: Any) -> tuple[str, ...]:
     return entries
 
 
-def _by_pattern(name: str, values: Any, check: Any) -> dict[str, Any]:
+def _check_by_pattern(name: str, values: Any, check: Any) -> dict[str, Any]:
     if not isinstance(values, Mapping):
         raise ValueError(f"{name} must map patterns to values, got {values!r}.")
     for pattern in values:
@@ -198,7 +200,7 @@ def _by_pattern(name: str, values: Any, check: Any) -> dict[str, Any]:
     return {pattern: check(f"{name}[{pattern!r}]", v) for pattern, v in values.items()}
 
 
-def _json_object(name: str, value: Any) -> dict[str, Any]:
+def _copy_json_object(name: str, value: Any) -> dict[str, Any]:
     try:
         copy = json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:

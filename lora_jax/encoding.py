@@ -19,7 +19,7 @@ _AS_BYTES = (
 )  # fmt: skip
 
 
-def problem(x: Any) -> str:
+def describe_problem(x: Any) -> str:
     """Says why a file can't hold ``x``; empty if it can.
 
     >>> problem(np.zeros(3)), problem(np.array(["text"]))

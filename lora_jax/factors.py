@@ -137,7 +137,7 @@ def wide_dtype(*dtypes: Any) -> Any:
     return functools.reduce(jnp.promote_types, wide, jnp.dtype(jnp.float32))
 
 
-def dense(w: Array, a: Array, b: Array, axes: str, gain: Array | None = None) -> Array:
+def materialize(w: Array, a: Array, b: Array, axes: str, gain: Array | None = None) -> Array:
     """``gain ⊙ w + a·b`` in float32 or wider, rounded once to the kernel's dtype.
 
     Args:
@@ -195,7 +195,7 @@ def contract(
     lead = next((d for d in range(x.ndim) if d in x_in), x.ndim)
     by_rows = lead > 1 and not x_batch and jax.default_backend() == "cpu"
     if by_rows and out_sharding is None and not _is_sharded(x, range(lead)):
-        return _by_rows(x, a, b, axes, dims=dims, x_first=x_first, lead=lead, **options)
+        return _contract_rows(x, a, b, axes, dims=dims, x_first=x_first, lead=lead, **options)
     a_axes, b_axes = positions(axes, BATCH + IN), positions(axes, BATCH)
     free_batch = [k for k in b_axes if k not in k_batch]
     x_free = [d for d in range(x.ndim) if d not in (*x_in, *x_batch)]
@@ -242,7 +242,7 @@ def _is_sharded(x: Array, axes: Iterable[int]) -> bool:
     return any(spec[k] is not None for k in axes if k < len(spec))
 
 
-def _by_rows(
+def _contract_rows(
     x: Array,
     a: Array,
     b: Array,

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable
 
-_NAMES = {
+_OTHER_NAMES = {
     "alpha": ("lora_alpha",),
     "dropout": ("lora_dropout", "dropout_rate"),
     "rank": ("r", "lora_rank", "lora_r", "lora_dim"),
@@ -14,8 +14,8 @@ _NAMES = {
     ),
     "train": ("modules_to_save", "trainable", "trainable_modules"),
 }  # fmt: skip
-_FIELDS = {word: field for field, words in _NAMES.items() for word in words}
-_INSTEAD = {
+_FIELDS = {word: field for field, words in _OTHER_NAMES.items() for word in words}
+_ALTERNATIVES = {
     "bias": 'to train biases use train, for example train=("re:.*/bias",)',
     "exclude_modules": 'a regular expression in targets can do it, as "re:(?!.*head).*"',
     "fan_in_fan_out": "which axes of a kernel are inputs is read off the function",
@@ -45,7 +45,7 @@ def unknown_fields(unknown: Iterable[str], fields: Iterable[str]) -> str:
 def _hint(name: str, fields: list[str]) -> str:
     if name in _FIELDS:
         return f"{_FIELDS[name]} is this library's name for {name}."
-    if name in _INSTEAD:
-        return f"There is no {name} here: {_INSTEAD[name]}."
+    if name in _ALTERNATIVES:
+        return f"There is no {name} here: {_ALTERNATIVES[name]}."
     near = difflib.get_close_matches(name, fields, n=1)
     return f"Did you mean {near[0]} for {name}?" if near else ""

@@ -63,8 +63,9 @@ def init(
     >>> jax.tree.map(jnp.shape, adapter)["dense"]["kernel"].b
     (2, 6)
     """
-    choice = choose(fn, params, config, args, kwargs)
-    leaves, trained = base_leaves(params), choice.trained
+    leaves = base_leaves(params)
+    choice = choose(fn, params, config, args, kwargs, leaves=leaves)
+    trained = choice.trained
     abstract = [n for n in trained if isinstance(leaves[n], jax.ShapeDtypeStruct)]
     if abstract:
         raise ValueError(
@@ -102,14 +103,16 @@ def tabulate(
     dense/bias   2     other       frozen       is a vector or a number: it has no two sides
     dense/kernel 10×2  kernel io   adapted 2    the rank is lowered from 4 to what the kernel allows
     """
-    choice = choose(fn, params, config, args, kwargs)
-    # Where nothing is to be adapted, `init` has no need to know the kernels.
-    found = choice.kernels if config.targets else find_kernels(fn, params, args, kwargs, config)
-    rows = {n: _row(n, leaf, choice, config) for n, leaf in found.leaves.items()}
+    leaves = base_leaves(params)
+    choice = choose(fn, params, config, args, kwargs, leaves=leaves)
+    found = choice.kernels
+    if not config.targets:  # where nothing is to be adapted, `choose` does not look for kernels
+        found = find_kernels(fn, params, args, kwargs, config, leaves=leaves)
+    rows = {n: _make_row(n, leaf, choice, config) for n, leaf in found.leaves.items()}
     return kernels.Table(rows=rows, unknown=found.unknown)
 
 
-def _row(name: str, leaf: Leaf, choice: "Choice", config: LoRAConfig) -> kernels.Row:
+def _make_row(name: str, leaf: Leaf, choice: "Choice", config: LoRAConfig) -> kernels.Row:
     if name in choice.trained:
         return kernels.Row(leaf=leaf, action="trained", note="in full")
     if name not in choice.ranks:
@@ -129,21 +132,35 @@ class Choice:
       kernels: every leaf.
       ranks: of each kernel to adapt, in the order of the leaves.
       trained: the leaves to train in full.
-      left_out: leaves that were asked for and can't be adapted, and those that "all-linear" leaves
+      omissions: leaves that were asked for and can't be adapted, and those that "all-linear" leaves
         out since they can't be, or since their use can't be seen, with the reasons.
     """
 
     kernels: Kernels
     ranks: Mapping[str, int]
     trained: frozenset[str]
-    left_out: Mapping[str, str]
+    omissions: Mapping[str, str]
 
 
 def choose(
-    fn: Callable, params: PyTree, config: LoRAConfig, args: tuple, kwargs: Mapping[str, Any]
+    fn: Callable,
+    params: PyTree,
+    config: LoRAConfig,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    *,
+    leaves: Mapping[str, Any],
 ) -> Choice:
-    """Finds the kernels of ``fn`` and chooses those that the config wants; see :func:`init`."""
-    leaves = base_leaves(params)
+    """Finds the kernels of ``fn`` and chooses those that the config wants; see :func:`init`.
+
+    Args:
+      fn: the function to adapt.
+      params: its parameters.
+      config: what to adapt and train.
+      args: example arguments after the parameters.
+      kwargs: likewise.
+      leaves: the leaves of ``params`` by name.
+    """
     real = [n for n, x in leaves.items() if kernels.is_real(x)]
     train_hits = paths.select(config.train, real, what="train")
     trained = frozenset(n for hits in train_hits.values() for n in hits)
@@ -153,20 +170,20 @@ def choose(
     if not config.targets:
         _check_patterns(config, [])
         none = Kernels(leaves={})
-        return Choice(kernels=none, ranks={}, trained=trained, left_out={})
-    found = find_kernels(fn, params, args, kwargs, config)
+        return Choice(kernels=none, ranks={}, trained=trained, omissions={})
+    found = find_kernels(fn, params, args, kwargs, config, leaves=leaves)
     named = {n for names in hits.values() for n in names}
-    found = _with_usual_roles(found, named)
+    found = _assume_usual_roles(found, named)
     usable = found.adaptable()
     _check_explicit(hits, found)
-    chosen = named | (_all_linear(found, trained) if ALL_LINEAR in config.targets else set())
+    chosen = named | (_select_all_linear(found, trained) if ALL_LINEAR in config.targets else set())
     _check_patterns(config, [n for n in usable if n in chosen])
-    ranks = {n: _rank(n, usable[n], config, n in named) for n in usable if n in chosen}
-    left_out = {n: found.leaves[n].reason for n in leaves if _is_missed(found, n, named, config)}
-    return Choice(kernels=found, ranks=ranks, trained=trained, left_out=left_out)
+    ranks = {n: _choose_rank(n, usable[n], config, n in named) for n in usable if n in chosen}
+    omissions = {n: found.leaves[n].reason for n in leaves if _is_missed(found, n, named, config)}
+    return Choice(kernels=found, ranks=ranks, trained=trained, omissions=omissions)
 
 
-def _with_usual_roles(found: Kernels, named: set[str]) -> Kernels:
+def _assume_usual_roles(found: Kernels, named: set[str]) -> Kernels:
     """Takes matrices whose use can't be seen for kernels with inputs first, if they are named.
 
     Either way round they have the same adapters; only the scale of the first values depends on it.
@@ -210,18 +227,18 @@ def _check_explicit(hits: Mapping[str, Iterable[str]], found: Kernels) -> None:
         raise ValueError(
             f"targets entries {list(missing)} match parameters, but none that the function "
             f"contracts, convolves or looks up, so there is no kernel to adapt. "
-            f"{_shortened(reasons)}. Kernels here: {paths.listing(usable)}. If one of them is a "
+            f"{_shorten(reasons)}. Kernels here: {paths.listing(usable)}. If one of them is a "
             "kernel all the same, say which axes are inputs (i), outputs (o) and batch (b): "
-            f'roles={{"{next(iter(missing))}": "io"}}.{_not_understood(found)}'
+            f'roles={{"{next(iter(missing))}": "io"}}.{_describe_unknown(found)}'
         )
 
 
-def _shortened(reasons: list[str], most: int = 8) -> str:
+def _shorten(reasons: list[str], most: int = 8) -> str:
     reasons = list(dict.fromkeys(reasons))
     return "; ".join([*reasons[:most], *(["..."] if len(reasons) > most else [])])
 
 
-def _not_understood(found: Kernels) -> str:
+def _describe_unknown(found: Kernels) -> str:
     """Says which equations were not understood: kernels may be behind them."""
     if not found.unknown:
         return ""
@@ -232,7 +249,7 @@ def _not_understood(found: Kernels) -> str:
     )
 
 
-def _all_linear(found: Kernels, trained: Iterable[str]) -> set[str]:
+def _select_all_linear(found: Kernels, trained: Iterable[str]) -> set[str]:
     linear = {
         n for n, leaf in found.adaptable().items() if leaf.kind == kernels.KERNEL and leaf.is_weight
     } - set(trained)
@@ -240,15 +257,15 @@ def _all_linear(found: Kernels, trained: Iterable[str]) -> set[str]:
         raise ValueError(
             f"targets {ALL_LINEAR!r} finds no kernel: the function contracts none of its "
             f"parameters, or `train` names them all. Kernels here: "
-            f"{paths.listing(found.adaptable())}.{_hidden(found)}{_not_understood(found)}"
+            f"{paths.listing(found.adaptable())}.{_describe_hidden(found)}{_describe_unknown(found)}"
         )
     return linear
 
 
-def _hidden(found: Kernels) -> str:
+def _describe_hidden(found: Kernels) -> str:
     """Says which leaves go into what can't be looked into: if they are named, they are adapted."""
     hidden = [f"{n} {leaf.reason}" for n, leaf in found.leaves.items() if leaf.hidden_in]
-    return f" Name those among these that are kernels: {_shortened(hidden)}." if hidden else ""
+    return f" Name those among these that are kernels: {_shorten(hidden)}." if hidden else ""
 
 
 def _check_patterns(config: LoRAConfig, names: Iterable[str]) -> None:
@@ -256,7 +273,7 @@ def _check_patterns(config: LoRAConfig, names: Iterable[str]) -> None:
         paths.select(getattr(config, what), names, what=what)
 
 
-def _rank(name: str, leaf: Leaf, config: LoRAConfig, is_named: bool) -> int:
+def _choose_rank(name: str, leaf: Leaf, config: LoRAConfig, is_named: bool) -> int:
     """The rank of a kernel; where "all-linear" has chosen it, what the kernel allows at most."""
     rank, most = config.kernel_rank(name), kernels.max_rank(leaf)
     explicit = is_named or any(paths.matches(p, name) for p in config.rank_pattern)
@@ -273,10 +290,10 @@ def _warn(choice: Choice) -> None:
     found = choice.kernels
     say = lambda text: warnings.warn(text, UserWarning, stacklevel=4)
     if found.unknown:
-        say(f"Some kernels may not be adapted.{_not_understood(found)}")
-    if choice.left_out:
-        reasons = [f"{name} {reason}" for name, reason in choice.left_out.items()]
-        say(f"Not adapted: {_shortened(reasons)}. lora_jax.tabulate lists every leaf.")
+        say(f"Some kernels may not be adapted.{_describe_unknown(found)}")
+    if choice.omissions:
+        reasons = [f"{name} {reason}" for name, reason in choice.omissions.items()]
+        say(f"Not adapted: {_shorten(reasons)}. lora_jax.tabulate lists every leaf.")
     guessed = [n for n in choice.ranks if found.leaves[n].hidden_in]
     if guessed:
         say(
@@ -307,13 +324,13 @@ def _init_node(key: Array, name: str, choice: Choice, config: LoRAConfig) -> Low
     return LowRank(
         a=init_a(key, leaf.shape, leaf.axes, rank, dtype),
         b=jnp.zeros(factor_shapes(leaf.shape, leaf.axes, rank)[1], dtype),
-        scale=_checked_scale(name, config.kernel_scale(name, rank), dtype),
+        scale=_check_scale(name, config.kernel_scale(name, rank), dtype),
         axes=leaf.axes,
         dropout=config.dropout,
     )
 
 
-def _checked_scale(name: str, scale: float, dtype: Any) -> float:
+def _check_scale(name: str, scale: float, dtype: Any) -> float:
     limits = jnp.finfo(dtype)
     if not float(limits.tiny) <= scale <= float(limits.max):
         raise ValueError(

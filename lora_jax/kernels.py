@@ -56,20 +56,33 @@ class Kernels:
 
 
 def find_kernels(
-    fn: Callable, params: PyTree, args: tuple, kwargs: Mapping[str, Any], config: LoRAConfig
+    fn: Callable,
+    params: PyTree,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    config: LoRAConfig,
+    *,
+    leaves: Mapping[str, Any],
 ) -> Kernels:
     """Tells of every leaf of ``params`` what it is to ``fn(params, *args, **kwargs)``.
 
-    ``fn`` is traced, never run. What is found does not depend on the sizes of the inputs.
+    ``fn`` is traced, never run. The result does not depend on the sizes of the inputs.
+
+    Args:
+      fn: any function that JAX can trace.
+      params: its parameters.
+      args: its other arguments.
+      kwargs: likewise.
+      config: gives roles, and the names of leaves that are adapted although they are state.
+      leaves: the leaves of ``params`` by name.
 
     Raises:
       ValueError: roles that the config gives do not fit the leaf that they are for.
     """
-    leaves = paths.named_leaves(params)
     named = [entry for entry in config.targets if entry != ALL_LINEAR]
     is_named = lambda name: any(paths.matches(entry, name) for entry in named)
-    states = {n: why for n, why in _states(leaves, params).items() if not is_named(n)}
-    given = _given_roles(leaves, config)
+    states = {n: why for n, why in _find_states(leaves, params).items() if not is_named(n)}
+    given = _select_roles(leaves, config)
     followed = {
         k: name
         for k, (name, x) in enumerate(leaves.items())
@@ -77,7 +90,7 @@ def find_kernels(
     }
     found = trace_roles(fn, params, args, dict(kwargs), names=followed)
     result = {
-        name: _with_roles(_leaf(name, x, found, states.get(name, "")), given.get(name))
+        name: _assign_roles(_describe_leaf(name, x, found, states.get(name, "")), given.get(name))
         for name, x in leaves.items()
     }
     return Kernels(leaves=result, unknown=tuple(found.unknown))
@@ -92,7 +105,7 @@ def is_real(x: Any) -> bool:
     return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
 
 
-def _given_roles(leaves: Mapping[str, Any], config: LoRAConfig) -> dict[str, str]:
+def _select_roles(leaves: Mapping[str, Any], config: LoRAConfig) -> dict[str, str]:
     hits = paths.select(config.roles, leaves, what="roles")
     given: dict[str, str] = {}
     for pattern, names in hits.items():
@@ -113,22 +126,22 @@ def _given_roles(leaves: Mapping[str, Any], config: LoRAConfig) -> dict[str, str
     return given
 
 
-def _with_roles(leaf: Leaf, axes: str | None) -> Leaf:
+def _assign_roles(leaf: Leaf, axes: str | None) -> Leaf:
     if axes is None:
         return leaf
     return dataclasses.replace(leaf, kind=KERNEL, axes=axes, reason="", hidden_in="")
 
 
-def _leaf(name: str, x: Any, found: Findings, state: str) -> Leaf:
+def _describe_leaf(name: str, x: Any, found: Findings, state: str) -> Leaf:
     if not hasattr(x, "dtype"):
         return Leaf(shape=None, dtype=None, kind=OTHER, reason="is no array")
     shape, uses = tuple(x.shape), found.uses.get(name, [])
-    best = min((u for u in uses if has_two_sides(u.roles)), key=_order, default=None)
+    best = min((u for u in uses if has_two_sides(u.roles)), key=_priority, default=None)
     make = lambda kind, axes="", reason="": Leaf(
         shape=shape, dtype=x.dtype, kind=kind, axes=axes, is_weight=not state, reason=reason
     )
     if best is None:
-        leaf = make(OTHER, reason=_reason(x, uses, found.losses.get(name, []), state))
+        leaf = make(OTHER, reason=_explain_other(x, uses, found.losses.get(name, []), state))
         return dataclasses.replace(leaf, hidden_in=found.hidden.get(name, ""))
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         return make(
@@ -141,7 +154,7 @@ def _leaf(name: str, x: Any, found: Findings, state: str) -> Leaf:
     return make(KERNEL if products else TABLE, best.roles, state)
 
 
-def _order(use: Use) -> int:
+def _priority(use: Use) -> int:
     """Which of several uses gives a leaf its roles: the smallest number wins, the first of equals.
 
     Experts that are looked up by token and then contracted have the roles of the product. A tied
@@ -160,7 +173,7 @@ def _order(use: Use) -> int:
     return order.index(True)
 
 
-def _reason(x: Any, uses: list[Use], losses: list[str], state: str) -> str:
+def _explain_other(x: Any, uses: list[Use], losses: list[str], state: str) -> str:
     if state:
         return state
     if not jnp.issubdtype(x.dtype, jnp.inexact):
@@ -174,13 +187,13 @@ def _reason(x: Any, uses: list[Use], losses: list[str], state: str) -> str:
 # ---- Leaves that are no weights ------------------------------------------------------------------
 
 
-def _states(leaves: Mapping[str, Any], params: PyTree) -> dict[str, str]:
+def _find_states(leaves: Mapping[str, Any], params: PyTree) -> dict[str, str]:
     """The leaves that are state of a model (statistics, caches, code books), and what they are."""
-    by_collection = _other_collections(leaves)
-    return by_collection | _other_variables(list(leaves), params)
+    by_collection = _find_other_collections(leaves)
+    return by_collection | _find_other_variables(list(leaves), params)
 
 
-def _other_collections(names: Iterable[str]) -> dict[str, str]:
+def _find_other_collections(names: Iterable[str]) -> dict[str, str]:
     """Linen's collections: whatever stands beside "params"."""
     parts = {name: name.split("/") for name in names}
     parents = {tuple(p[: p.index("params")]) for p in parts.values() if "params" in p[:-1]}
@@ -196,7 +209,7 @@ def _other_collections(names: Iterable[str]) -> dict[str, str]:
     }
 
 
-def _other_variables(names: list[str], params: PyTree) -> dict[str, str]:
+def _find_other_variables(names: list[str], params: PyTree) -> dict[str, str]:
     """NNX variables of other types than ``nnx.Param``."""
     nnx = sys.modules.get("flax.nnx")
     if nnx is None:
@@ -244,14 +257,14 @@ class Table:
 
     def __str__(self) -> str:
         lines = [("leaf", "shape", "kind", "axes", "action", "rank", "")]
-        lines += [_line(name, row) for name, row in self.rows.items()]
+        lines += [_make_line(name, row) for name, row in self.rows.items()]
         widths = [max(len(line[k]) for line in lines) for k in range(6)]
         pad = lambda line: [cell.ljust(n) for cell, n in zip(line, widths, strict=False)]
         text = [" ".join([*pad(line), line[-1]]).rstrip() for line in lines]
         return "\n".join([*text, *(f"not understood: {u}" for u in self.unknown)])
 
 
-def _line(name: str, row: Row) -> tuple[str, ...]:
+def _make_line(name: str, row: Row) -> tuple[str, ...]:
     leaf = row.leaf
     shape = "" if leaf.shape is None else "×".join(map(str, leaf.shape))
     rank = str(row.rank) if row.rank else ""

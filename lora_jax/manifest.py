@@ -22,7 +22,7 @@ FORMAT_VERSION = 2
 
 # What `adapter.json` must hold in each format.
 _COMMON = {"config": dict, "weights": dict, "metadata": dict}
-_CONTENT: dict[Any, dict[str, type]] = {
+_SCHEMAS: dict[Any, dict[str, type]] = {
     1: {**_COMMON, "kernels": dict, "trained": list},
     2: {**_COMMON, "nodes": dict},
 }
@@ -47,14 +47,14 @@ def read(directory: Path) -> dict[str, Any]:
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise ValueError(f"{path} is not an adapter of this library: no format {FORMAT!r} in it.")
     version = about.get("format_version")
-    if version not in [*_CONTENT]:
+    if version not in [*_SCHEMAS]:
         by = about.get("library_version")
         raise ValueError(
             f"{path} has format version {version!r}, and was written by lora_jax {by!r}; this is "
-            f"lora_jax {__version__}, which reads versions {[*_CONTENT]}. Use the version that "
+            f"lora_jax {__version__}, which reads versions {[*_SCHEMAS]}. Use the version that "
             "wrote it, or a newer one."
         )
-    wrong = [k for k, kind in _CONTENT[version].items() if not isinstance(about.get(k), kind)]
+    wrong = [k for k, kind in _SCHEMAS[version].items() if not isinstance(about.get(k), kind)]
     if wrong:
         raise ValueError(f"{path} is damaged: {', '.join(wrong)} missing or of the wrong type.")
     return about
@@ -71,7 +71,7 @@ def node_classes(directory: Path, about: Mapping[str, Any]) -> dict[str, tuple[t
     Raises:
       ValueError: a kind is not known here.
     """
-    described = _first_format(about) if about["format_version"] == 1 else about["nodes"]
+    described = _upgrade_first_format(about) if about["format_version"] == 1 else about["nodes"]
     described = {n: x if isinstance(x, dict) else {} for n, x in described.items()}
     if unknown := {n: x.get("kind") for n, x in described.items() if x.get("kind") not in [*KINDS]}:
         raise ValueError(
@@ -84,7 +84,7 @@ def node_classes(directory: Path, about: Mapping[str, Any]) -> dict[str, tuple[t
     return {n: (KINDS[x["kind"]], x.get("axes")) for n, x in described.items()}
 
 
-def _first_format(about: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _upgrade_first_format(about: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """What format 2 would say of the nodes that format 1 describes."""
     kernels = {n: {"kind": LowRank.kind, "axes": axes} for n, axes in about["kernels"].items()}
     return kernels | {str(n): {"kind": Trained.kind} for n in about["trained"]}

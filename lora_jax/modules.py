@@ -50,7 +50,7 @@ def from_nnx(module: Any, *, method: str = "__call__") -> tuple[Callable, dict[s
     names, structure = list(named), jax.tree.structure(state)
 
     def fn(params: PyTree, *args: Any, **kwargs: Any) -> Any:
-        new = structure.unflatten(_in_order(params, names))
+        new = structure.unflatten(_order_leaves(params, names))
         # A copy: NNX refuses to change, inside a trace, variables that were made outside.
         return getattr(nnx.merge(graph, new, rest, copy=True), method)(*args, **kwargs)
 
@@ -78,7 +78,7 @@ def update_nnx(module: Any, params: PyTree) -> None:
 
     state = nnx.state(module, nnx.Param)
     named = paths.named_leaves(state)
-    leaves = _in_order(params, named)
+    leaves = _order_leaves(params, named)
     _check_shapes(named, leaves)
     nnx.update(module, jax.tree.structure(state).unflatten(leaves))
 
@@ -115,7 +115,7 @@ def from_keras(model: Any) -> tuple[Callable, dict[str, Any]]:
     names, rest = list(named), [variable.value for variable in model.non_trainable_variables]
 
     def fn(params: PyTree, *args: Any, **kwargs: Any) -> Any:
-        return model.stateless_call(_in_order(params, names), rest, *args, **kwargs)[0]
+        return model.stateless_call(_order_leaves(params, names), rest, *args, **kwargs)[0]
 
     return fn, paths.nest(named)
 
@@ -131,7 +131,7 @@ def update_keras(model: Any, params: PyTree) -> None:
       ImportError, ValueError: as :func:`from_keras`; or shapes other than the model's.
     """
     variables = _keras_variables(model)
-    leaves = _in_order(params, variables)
+    leaves = _order_leaves(params, variables)
     _check_shapes(variables, leaves)
     for variable, leaf in zip(variables.values(), leaves, strict=True):
         variable.assign(leaf)
@@ -143,7 +143,7 @@ def _named_params(state: Any, problem: str) -> dict[str, Array]:
     return paths.named_leaves(state)
 
 
-def _in_order(params: PyTree, names: Sequence[str] | Mapping[str, Any]) -> list[Any]:
+def _order_leaves(params: PyTree, names: Sequence[str] | Mapping[str, Any]) -> list[Any]:
     """The leaves of a parameter tree in the order of their names in the module."""
     named = paths.named_leaves(params)
     if set(named) != set(names):

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lora_jax.factors import GAIN_AXES, WHOLE, dense, positions, spread, wide_dtype
+from lora_jax.factors import GAIN_AXES, WHOLE, materialize, positions, spread, wide_dtype
 
 Array = jax.Array
 
@@ -117,9 +117,9 @@ class Adapted(Node):
     dropout: float
 
     def __post_init__(self) -> None:
-        tell_observers()
+        notify_observers()
         for name in scales(type(self)):
-            object.__setattr__(self, name, _checked_scale(name, getattr(self, name)))
+            object.__setattr__(self, name, _check_scale(name, getattr(self, name)))
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(
                 f"The dropout of a low-rank term must be a number in [0, 1), got {self.dropout!r}; "
@@ -140,7 +140,7 @@ class Adapted(Node):
         a, b, gain = terms(self, w)
         if gain is not None:
             gain = spread(gain, positions(self.axes, GAIN_AXES), w.ndim)
-        return dense(w, a, b, self.axes, gain)
+        return materialize(w, a, b, self.axes, gain)
 
 
 KINDS: dict[str, type[Node]] = {}  # filled by `registration.register`
@@ -156,7 +156,7 @@ def observe(observer: Callable[[], bool]) -> None:
     _observers.append(observer)
 
 
-def tell_observers() -> None:
+def notify_observers() -> None:
     """Calls those that have not returned True yet."""
     if _observers:
         _observers[:] = [observer for observer in _observers if not observer()]
@@ -201,7 +201,7 @@ def _is_number(x: Any) -> bool:
     return isinstance(x, int | float | np.floating | np.integer) and not isinstance(x, bool)
 
 
-def _checked_scale(name: str, value: Any) -> Any:
+def _check_scale(name: str, value: Any) -> Any:
     if not _is_number(value):
         return value
     if not math.isfinite(value):

@@ -27,9 +27,9 @@ def named_leaves(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> 
     >>> named_leaves({"dense": {"kernel": 1, "bias": 2}, "layers": [3, 4]})
     {'dense/bias': 2, 'dense/kernel': 1, 'layers/0': 3, 'layers/1': 4}
     """
-    with_paths = _with_paths(tree, is_leaf)
+    with_paths = _flatten_with_paths(tree, is_leaf)
     named: dict[str, Any] = {}
-    names = _names([path for path, _ in with_paths])
+    names = _make_names([path for path, _ in with_paths])
     for name, (_, leaf) in zip(names, with_paths, strict=True):
         if not name and any(path for path, _ in with_paths):
             raise ValueError("A leaf of the tree has an empty key; name it.")
@@ -44,7 +44,7 @@ def named_leaves(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> 
     return named
 
 
-def _with_paths(tree: PyTree, is_leaf: Callable[[Any], bool] | None) -> list[tuple]:
+def _flatten_with_paths(tree: PyTree, is_leaf: Callable[[Any], bool] | None) -> list[tuple]:
     try:
         return jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
     except ValueError as error:
@@ -56,7 +56,7 @@ def _with_paths(tree: PyTree, is_leaf: Callable[[Any], bool] | None) -> list[tup
         ) from error
 
 
-def _names(paths: list[tuple]) -> list[str]:
+def _make_names(paths: list[tuple]) -> list[str]:
     """Names of key paths. The ``.value`` of a boxed leaf (NNX variable, Linen box) is left out.
 
     Boxes put one more component behind every leaf, which is noise to a reader, and would make the
@@ -113,11 +113,11 @@ def select(patterns: Iterable[str], names: Iterable[str], *, what: str) -> dict[
     found = {pattern: [n for n in names if matches(pattern, n)] for pattern in patterns}
     missing = [pattern for pattern, hits in found.items() if not hits]
     if missing:
-        raise ValueError(no_match(missing, names, what=what))
+        raise ValueError(describe_misses(missing, names, what=what))
     return found
 
 
-def no_match(missing: Iterable[str], names: Iterable[str], *, what: str) -> str:
+def describe_misses(missing: Iterable[str], names: Iterable[str], *, what: str) -> str:
     """Says which patterns matched nothing, with near misses and the names that exist."""
     names = list(names)
     words = sorted({part for name in names for part in name.split("/") if not part.isdigit()})
@@ -143,7 +143,7 @@ def _expression_hint(pattern: str, names: Iterable[str]) -> str:
     forms = [text, text.strip("^$"), slashes, text.replace("*", ".*")]
     tries = [(form, form) for form in forms] if not marked else []
     tries += [(form, new) for form in forms for new in (f"{form}/[^/]*", f".*{form}.*")]
-    right = next((new for _, new in tries if _any_match(new, names)), None)
+    right = next((new for _, new in tries if _has_match(new, names)), None)
     if marked:
         said = "a regular expression must match the whole path of a leaf, joined by '/'"
     else:
@@ -151,7 +151,7 @@ def _expression_hint(pattern: str, names: Iterable[str]) -> str:
     return said + (f": {REGEX + right!r} does" if right else "")
 
 
-def _any_match(expression: str, names: Iterable[str]) -> bool:
+def _has_match(expression: str, names: Iterable[str]) -> bool:
     try:
         return any(re.fullmatch(expression, name) for name in names)
     except re.error:

@@ -27,7 +27,10 @@ def register(cls: N) -> N:
       ValueError: its fields are not those of its table and of :class:`lora_jax.nodes.Adapted`, or
         another class has its kind.
     """
-    have, want = [f.name for f in dataclasses.fields(cls)], [*_leaves(cls, ()), *_structure(cls)]
+    have, want = (
+        [f.name for f in dataclasses.fields(cls)],
+        [*_leaf_fields(cls, ()), *_structure_fields(cls)],
+    )
     if have != want:
         raise ValueError(f"{cls.__name__} has the fields {have}, and its table says {want}.")
     if cls.kind in nodes.KINDS:
@@ -49,12 +52,12 @@ def register(cls: N) -> N:
     return cls
 
 
-def _structure(cls: type[Node]) -> tuple[str, ...]:
+def _structure_fields(cls: type[Node]) -> tuple[str, ...]:
     """The fields that belong to the structure of the tree."""
     return ("axes", "name", "dropout") if issubclass(cls, nodes.Adapted) else ()
 
 
-def _leaves(cls: type[Node], numbers: Container[str]) -> list[str]:
+def _leaf_fields(cls: type[Node], numbers: Container[str]) -> list[str]:
     """The fields that are leaves, where those of the table in ``numbers`` are none."""
     kernel = ["w"] if issubclass(cls, nodes.Adapted) else []
     return [*(name for name in cls.table if name not in numbers), *kernel]
@@ -77,19 +80,19 @@ def _parts(node: Node) -> tuple[list[str], tuple]:
     """The names of the leaves, and the values of the structure; None for a scale that is a leaf."""
     cls, scales = type(node), nodes.scales(type(node))
     numbers = {name: getattr(node, name) for name in scales if nodes.is_static(node, name)}
-    structure = [getattr(node, name) for name in _structure(cls)]
-    return _leaves(cls, numbers), (*map(numbers.get, scales), *structure)
+    structure = [getattr(node, name) for name in _structure_fields(cls)]
+    return _leaf_fields(cls, numbers), (*map(numbers.get, scales), *structure)
 
 
 def _unflatten(cls: type[Node], rest: tuple, children: Sequence[Any]) -> Node:
     """Puts any objects into the places of the leaves: no check, no conversion."""
-    nodes.tell_observers()
-    values = dict(zip([*nodes.scales(cls), *_structure(cls)], rest, strict=True))
+    nodes.notify_observers()
+    values = dict(zip([*nodes.scales(cls), *_structure_fields(cls)], rest, strict=True))
     leaf_scales = tuple(name for name in nodes.scales(cls) if values[name] is None)
     numbers = set(nodes.scales(cls)).difference(leaf_scales)
     node = object.__new__(cls)
     node.__dict__.update(values)  # the dataclass is frozen
-    node.__dict__.update(zip(_leaves(cls, numbers), children, strict=True))
+    node.__dict__.update(zip(_leaf_fields(cls, numbers), children, strict=True))
     if leaf_scales:
         node.__dict__[nodes.LEAF_SCALES] = leaf_scales
     return node
@@ -117,7 +120,7 @@ def _register_with_flax(cls: type[Node]) -> bool:
 
 def _state_names(node: Node) -> list[str]:
     """The fields of the state: all arrays and scales, and the kernel if the node is bound."""
-    return [n for n in _leaves(type(node), ()) if n != "w" or node.w is not None]
+    return [n for n in _leaf_fields(type(node), ()) if n != "w" or node.w is not None]
 
 
 def _to_state_dict(node: Node) -> dict[str, Any]:

@@ -61,9 +61,9 @@ def save(
         raise ValueError(f"config must be a LoRAConfig, got {type(config).__name__}.")
     nodes = adapters.nodes(adapter)
     stacked = adapters.leading_axes(nodes)
-    problems = _malformed(nodes, stacked) or _unsaveable(nodes)
+    problems = _find_malformed(nodes, stacked) or _find_unsaveable(nodes)
     tensors = {} if problems else {name: np.asarray(x) for name, x in _tensors(nodes).items()}
-    bad = _non_finite(tensors)
+    bad = _find_non_finite(tensors)
     problems += [f"NaN or infinity in {paths.listing(bad)}"] if bad else []
     if problems:
         raise ValueError(f"The adapter is not saved: {'; '.join(problems)}.")
@@ -117,14 +117,14 @@ def load(
     directory = Path(directory)
     about = manifest.read(directory)
     tensors = _read_tensors(directory, about["weights"])
-    config = _config(directory, about["config"])
+    config = _read_config(directory, about["config"])
     tensors, problems = encoding.decode(tensors, about.get("dtypes", {}))
-    nodes, more = _nodes(manifest.node_classes(directory, about), tensors, config)
+    nodes, more = _make_nodes(manifest.node_classes(directory, about), tensors, config)
     leaves = adapters.base_leaves(params)
-    stacked, wrong = _stacked(about, nodes, leaves)
+    stacked, wrong = _find_leading_axes(about, nodes, leaves)
     problems += more + wrong
-    problems += adapters.misfits(leaves, nodes, stacked) + _wrong_dtypes(leaves, nodes)
-    bad = _non_finite(tensors)
+    problems += adapters.misfits(leaves, nodes, stacked) + _find_wrong_dtypes(leaves, nodes)
+    bad = _find_non_finite(tensors)
     problems += [f"NaN or infinity in {paths.listing(bad)}"] if bad else []
     if base is not None and about.get("base") is not None and base != about["base"]:
         problems.append(f"it was made for base {about['base']!r}, and this base is {base!r}")
@@ -144,7 +144,7 @@ def read_metadata(directory: str | Path) -> dict[str, Any]:
     return about["metadata"] | base
 
 
-def _config(directory: Path, values: dict[str, Any]) -> LoRAConfig:
+def _read_config(directory: Path, values: dict[str, Any]) -> LoRAConfig:
     try:
         return LoRAConfig.from_dict(values)
     except (ValueError, TypeError) as error:
@@ -176,7 +176,7 @@ def _tensors(nodes: Mapping[str, Any]) -> dict[str, Any]:
     return {n: x for path, node in nodes.items() for n, x in fields.tensors(path, node).items()}
 
 
-def _malformed(nodes: Mapping[str, Any], stacked: tuple[int, ...]) -> list[str]:
+def _find_malformed(nodes: Mapping[str, Any], stacked: tuple[int, ...]) -> list[str]:
     """Says which shapes do not belong together; those of the parameters are not known here."""
     problems = []
     for name, node in nodes.items():
@@ -196,11 +196,11 @@ def _malformed(nodes: Mapping[str, Any], stacked: tuple[int, ...]) -> list[str]:
     return problems
 
 
-def _unsaveable(nodes: Mapping[str, Any]) -> list[str]:
+def _find_unsaveable(nodes: Mapping[str, Any]) -> list[str]:
     problems, seen = [], set()
     parts = (part for path, x in nodes.items() for part in fields.tensors(path, x).items())
     for name, x in parts:
-        if problem := encoding.problem(x):
+        if problem := encoding.describe_problem(x):
             problems.append(f"{name} {problem}")
         if name in seen:
             problems.append(f"two tensors would be called {name!r}; rename a key of the parameters")
@@ -208,7 +208,7 @@ def _unsaveable(nodes: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _stacked(
+def _find_leading_axes(
     about: Mapping[str, Any], nodes: Mapping[str, Any], leaves: Mapping[str, Any]
 ) -> tuple[tuple[int, ...], list[str]]:
     """The leading axes of a stack of adapters: of its factors, or else of what is trained."""
@@ -226,13 +226,13 @@ def _stacked(
     return found, []
 
 
-def _nodes(
+def _make_nodes(
     known: Mapping[str, tuple[type[Node], Any]],
     tensors: dict[str, np.ndarray],
     config: LoRAConfig,
 ) -> tuple[dict[str, Any], list[str]]:
     """Puts the tensors back into nodes, and says which are missing or left over."""
-    wrong = [n for n, (cls, axes) in known.items() if cls is not Trained and not _are_roles(axes)]
+    wrong = [n for n, (cls, axes) in known.items() if cls is not Trained and not _is_axes(axes)]
     problems = [f"axes {known[n][1]!r} of {n} are no roles" for n in wrong]
     wanted = {
         n: {field: fields.tensor_name(n, cls, field) for field in cls.table}
@@ -246,11 +246,11 @@ def _nodes(
     for name, keys in wanted.items():
         if expected.intersection(keys.values()) <= set(tensors):
             values = {field: tensors[key] for field, key in keys.items()}
-            nodes[name] = _node(name, *known[name], values, config)
+            nodes[name] = _make_node(name, *known[name], values, config)
     return nodes, problems
 
 
-def _node(
+def _make_node(
     name: str, cls: type[Node], axes: Any, values: dict[str, np.ndarray], config: LoRAConfig
 ) -> Any:
     if cls is Trained:
@@ -258,11 +258,13 @@ def _node(
     node = cls(**values, axes=axes)
     rank = max(fields.sizes(node).get(RANK, 1), 1)  # 0 in a damaged file, which is told
     wanted = config.kernel_scale(name, rank)
-    numbers = {n: _scale(values[n], wanted) for n, field in cls.table.items() if field.scales}
+    numbers = {
+        n: _restore_scale(values[n], wanted) for n, field in cls.table.items() if field.scales
+    }
     return dataclasses.replace(node, **numbers)
 
 
-def _scale(stored: np.ndarray, wanted: float) -> Any:
+def _restore_scale(stored: np.ndarray, wanted: float) -> Any:
     """The number that was saved: that of the config, if it is the one that was rounded for it."""
     if stored.ndim or not np.isfinite(stored):  # of a stack; or damaged, which is told
         return stored
@@ -270,16 +272,16 @@ def _scale(stored: np.ndarray, wanted: float) -> Any:
         return wanted if stored.dtype.type(wanted) == stored else float(stored)
 
 
-def _are_roles(axes: Any) -> bool:
+def _is_axes(axes: Any) -> bool:
     return isinstance(axes, str) and set(axes) <= {IN, OUT, BATCH}
 
 
-def _wrong_dtypes(leaves: Mapping[str, Any], nodes: Mapping[str, Any]) -> list[str]:
+def _find_wrong_dtypes(leaves: Mapping[str, Any], nodes: Mapping[str, Any]) -> list[str]:
     problems = []
     for name, x in nodes.items():
         node = as_node(x)
         for field, row in node.table.items():
-            problem = _wrong_dtype(name, row, getattr(node, field), leaves)
+            problem = _describe_wrong_dtype(name, row, getattr(node, field), leaves)
             problems += [problem] if problem else []
     wide = {
         n for n, x in _tensors(nodes).items() if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype
@@ -291,7 +293,7 @@ def _wrong_dtypes(leaves: Mapping[str, Any], nodes: Mapping[str, Any]) -> list[s
     return problems
 
 
-def _wrong_dtype(name: str, field: Field, x: Any, leaves: Mapping[str, Any]) -> str:
+def _describe_wrong_dtype(name: str, field: Field, x: Any, leaves: Mapping[str, Any]) -> str:
     if field.axes == WHOLE:
         wrong = name in leaves and x.dtype != leaves[name].dtype
         return f"{name} has dtype {leaves[name].dtype}, not {x.dtype}" if wrong else ""
@@ -302,6 +304,6 @@ def _wrong_dtype(name: str, field: Field, x: Any, leaves: Mapping[str, Any]) -> 
     return f"{name} has factors of dtype {x.dtype}, which are not real numbers"
 
 
-def _non_finite(tensors: Mapping[str, np.ndarray]) -> list[str]:
+def _find_non_finite(tensors: Mapping[str, np.ndarray]) -> list[str]:
     # ml_dtypes' bfloat16 is not a numpy floating type, but isfinite takes it.
     return [name for name, x in tensors.items() if not np.all(np.isfinite(x))]

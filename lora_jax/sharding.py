@@ -71,17 +71,17 @@ def specs(
     chosen = {name: next((r for r in table if paths.matches(r[0], name)), None) for name in leaves}
     problems = _rule_problems(table, mesh)
     problems += [
-        f"{name!r} has {np.ndim(x)} axes, fewer than the spec of {rule[0]!r}, {_shown(rule[1])}"
+        f"{name!r} has {np.ndim(x)} axes, fewer than the spec of {rule[0]!r}, {_format(rule[1])}"
         for name, x in leaves.items()
         if (rule := chosen[name]) and len(rule[1]) > np.ndim(x)
     ]
     idle = [p for p, _ in table if not any(paths.matches(p, name) for name in leaves)]
     if strict and idle:
-        problems.append(paths.no_match(idle, leaves, what="rules").removesuffix("."))
+        problems.append(paths.describe_misses(idle, leaves, what="rules").removesuffix("."))
     if problems:
         raise ValueError(f"These sharding rules can't be used: {'; '.join(problems)}.")
     sizes = dict(mesh.shape)
-    new = [_spec(np.shape(x), chosen[name], sizes, fill) for name, x in leaves.items()]
+    new = [_choose_spec(np.shape(x), chosen[name], sizes, fill) for name, x in leaves.items()]
     return jax.tree.structure(params).unflatten(new)
 
 
@@ -89,11 +89,11 @@ def _entry(x: Any) -> Entry:
     return () if x is None else (x,) if isinstance(x, str) else tuple(x)
 
 
-def _shown(entries: Iterable[Entry]) -> str:
-    return str(_made(entries)).replace("PartitionSpec", "P")
+def _format(entries: Iterable[Entry]) -> str:
+    return str(_make_spec(entries)).replace("PartitionSpec", "P")
 
 
-def _made(entries: Iterable[Entry]) -> PartitionSpec:
+def _make_spec(entries: Iterable[Entry]) -> PartitionSpec:
     single = lambda e: None if not e else e[0] if len(e) == 1 else e
     return PartitionSpec(*map(single, entries))
 
@@ -102,7 +102,7 @@ def _rule_problems(table: Sequence[tuple[str, list[Entry]]], mesh: Any) -> list[
     problems = []
     for pattern, entries in table:
         used = [axis for entry in entries for axis in entry]
-        where = f"the spec of {pattern!r}, {_shown(entries)},"
+        where = f"the spec of {pattern!r}, {_format(entries)},"
         if unknown := sorted(set(used) - set(mesh.shape)):
             has = ", ".join(map(repr, mesh.shape))
             problems.append(f"{where} names {unknown}, and the mesh has the axes {has}")
@@ -111,29 +111,31 @@ def _rule_problems(table: Sequence[tuple[str, list[Entry]]], mesh: Any) -> list[
     return problems
 
 
-def _spec(
+def _choose_spec(
     shape: Sequence[int], rule: tuple | None, sizes: Mapping[str, int], fill: str
 ) -> PartitionSpec:
     wanted = rule[1] if rule else []
     first = len(shape) - len(wanted)
     entries: list[Entry] = [()] * first
-    entries += [_dividing(n, entry, sizes) for n, entry in zip(shape[first:], wanted, strict=True)]
+    entries += [
+        _drop_indivisible(n, entry, sizes) for n, entry in zip(shape[first:], wanted, strict=True)
+    ]
     asked = not rule or any(fill in entry for entry in wanted)
     if asked and fill in sizes and not any(fill in entry for entry in entries):
         _fill(entries, shape, range(first, len(shape)) if rule else range(len(shape)), sizes, fill)
-    return _made(entries)
+    return _make_spec(entries)
 
 
-def _dividing(size: int, entry: Entry, sizes: Mapping[str, int]) -> Entry:
+def _drop_indivisible(size: int, entry: Entry, sizes: Mapping[str, int]) -> Entry:
     """The mesh axes of an entry, without those that make pieces of different sizes."""
     kept: Entry = ()
     for axis in entry:
-        if size % (_pieces(kept, sizes) * sizes[axis]) == 0:
+        if size % (_count_pieces(kept, sizes) * sizes[axis]) == 0:
             kept = (*kept, axis)
     return kept
 
 
-def _pieces(entry: Entry, sizes: Mapping[str, int]) -> int:
+def _count_pieces(entry: Entry, sizes: Mapping[str, int]) -> int:
     return math.prod(sizes[axis] for axis in entry)
 
 
@@ -148,7 +150,7 @@ def _fill(
     # The first axis may be that of a scan's layers, each of which would then have to be fetched.
     for k in sorted(among, key=lambda k: (k == 0, -shape[k], -k)):
         entry = (*entries[k], fill)
-        if shape[k] % _pieces(entry, sizes) == 0:
+        if shape[k] % _count_pieces(entry, sizes) == 0:
             entries[k] = entry
             return
 
@@ -179,7 +181,7 @@ def adapter_specs(param_specs: PyTree, adapter: PyTree) -> PyTree:
     >>> tuple(made.a), tuple(made.b)
     (('fsdp', None), (None, 'tensor'))
     """
-    known = {name: _plain(x) for name, x in paths.named_leaves(param_specs).items()}
+    known = {name: _as_spec(x) for name, x in paths.named_leaves(param_specs).items()}
     entries = nodes(adapter)
     if unknown := [name for name in entries if name not in known]:
         raise ValueError(
@@ -190,7 +192,7 @@ def adapter_specs(param_specs: PyTree, adapter: PyTree) -> PyTree:
     return jax.tree.structure(adapter, is_leaf=is_node).unflatten(new)
 
 
-def _plain(x: Any) -> PartitionSpec:
+def _as_spec(x: Any) -> PartitionSpec:
     spec = getattr(x, "spec", x)
     if not isinstance(spec, PartitionSpec):
         raise ValueError(f"A PartitionSpec or a NamedSharding is needed for each leaf, got {x!r}.")
@@ -300,7 +302,7 @@ def replicated(params: PyTree, specs: PyTree) -> list[str]:
     ['odd']
     """
     of = paths.named_leaves(specs)
-    return [name for name in paths.named_leaves(params) if not any(map(_entry, _plain(of[name])))]
+    return [name for name in paths.named_leaves(params) if not any(map(_entry, _as_spec(of[name])))]
 
 
 def bytes_per_device(params: PyTree, specs: PyTree, mesh: Mesh | AbstractMesh) -> int:
@@ -313,9 +315,11 @@ def bytes_per_device(params: PyTree, specs: PyTree, mesh: Mesh | AbstractMesh) -
     sizes = dict(mesh.shape)
 
     def size(x: Any, spec: Any) -> int:
-        entries = [_entry(e) for e in _plain(spec)]
+        entries = [_entry(e) for e in _as_spec(spec)]
         return (
-            math.prod(x.shape) * x.dtype.itemsize // math.prod(_pieces(e, sizes) for e in entries)
+            math.prod(x.shape)
+            * x.dtype.itemsize
+            // math.prod(_count_pieces(e, sizes) for e in entries)
         )
 
     return sum(jax.tree.leaves(jax.tree.map(size, params, specs)))
@@ -329,7 +333,7 @@ def split_rows(x: jax.Array) -> jax.Array:
     are compiled under ``jax.set_mesh(mesh)``; elsewhere, or if the rows can't be divided, it does
     nothing.
     """
-    return _constrained(x, (DATA, FSDP))
+    return _constrain(x, (DATA, FSDP))
 
 
 def split_lookup(x: jax.Array) -> jax.Array:
@@ -338,19 +342,19 @@ def split_lookup(x: jax.Array) -> jax.Array:
     Each device looks up its columns for the rows of its neighbours along ``fsdp``, and then they
     exchange them; the compiler alone would look up all rows on every device.
     """
-    columns = _split(jax.sharding.get_abstract_mesh(), (FSDP,), x.shape[-1])
-    return split_rows(_constrained(x, (DATA,), last=columns) if columns else x)
+    columns = _select_axes(jax.sharding.get_abstract_mesh(), (FSDP,), x.shape[-1])
+    return split_rows(_constrain(x, (DATA,), last=columns) if columns else x)
 
 
-def _constrained(x: jax.Array, rows: Entry, last: Entry = ()) -> jax.Array:
-    axes = _split(jax.sharding.get_abstract_mesh(), rows, x.shape[0])
+def _constrain(x: jax.Array, rows: Entry, last: Entry = ()) -> jax.Array:
+    axes = _select_axes(jax.sharding.get_abstract_mesh(), rows, x.shape[0])
     if not axes and not last:
         return x
-    return jax.lax.with_sharding_constraint(x, _made([axes, *[()] * (x.ndim - 2), last]))
+    return jax.lax.with_sharding_constraint(x, _make_spec([axes, *[()] * (x.ndim - 2), last]))
 
 
-def _split(mesh: AbstractMesh, axes: Entry, size: int) -> Entry:
+def _select_axes(mesh: AbstractMesh, axes: Entry, size: int) -> Entry:
     """Those of the axes that the mesh really has, if they divide the size; else none."""
     sizes = dict(mesh.shape)
     axes = tuple(name for name in axes if sizes.get(name, 1) > 1)
-    return () if size % _pieces(axes, sizes) else axes
+    return () if size % _count_pieces(axes, sizes) else axes

@@ -9,9 +9,9 @@ from typing import Any
 
 CONFIG = "adapter_config.json"
 VERSION = "0.21.2"  # of PEFT, whose keys these are
-_MOST_BYTES = 4 << 20  # PEFT's own files have a few thousand
-_MOST_RANK = 1 << 16
-_MOST_ENTRIES = 5000  # of a list or of patterns
+_MAX_BYTES = 4 << 20  # PEFT's own files have a few thousand
+_MAX_RANK = 1 << 16
+_MAX_ENTRIES = 5000  # of a list or of patterns
 
 TASKS = (
     "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION",
@@ -57,34 +57,38 @@ def read_words(directory: str | Path) -> dict[str, Any]:
       ValueError: it is damaged, or asks for what is not supported; names every such field.
     """
     path = Path(directory) / CONFIG
-    words = _parsed(path)
-    problems = problems_of(words)
+    words = _parse(path)
+    problems = find_problems(words)
     if problems:
         raise ValueError(f"{path} can't be used: {'; '.join(problems)}.")
     return DEFAULTS | words
 
 
-def problems_of(words: Any) -> list[str]:
+def find_problems(words: Any) -> list[str]:
     """Says what is malformed or not supported among an adapter's words."""
     if not isinstance(words, dict):
         return ["no JSON object"]
-    ill_formed = {name: _ill_formed(name, words) for name in DEFAULTS}
-    problems = _refused(words) + [f"{n}: {error}" for n, error in ill_formed.items() if error]
-    return problems or _contradictions(words)
+    ill_formed = {name: _describe_ill_formed(name, words) for name in DEFAULTS}
+    problems = _find_unsupported(words) + [
+        f"{n}: {error}" for n, error in ill_formed.items() if error
+    ]
+    return problems or _find_contradictions(words)
 
 
-def _parsed(path: Path) -> dict[str, Any]:
+def _parse(path: Path) -> dict[str, Any]:
     if not path.is_file():
         there = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else None
         what = "does not exist" if there is None else f"holds {there[:20] or 'nothing'}"
         raise FileNotFoundError(
             f"No PEFT adapter in {path.parent}: no {CONFIG}; the directory {what}."
         )
-    if path.stat().st_size > _MOST_BYTES:
+    if path.stat().st_size > _MAX_BYTES:
         raise ValueError(f"{path} has {path.stat().st_size} bytes; no adapter's config is so big.")
     try:
         words = json.loads(
-            path.read_bytes().decode(), object_pairs_hook=_no_twins, parse_constant=_no_constant
+            path.read_bytes().decode(),
+            object_pairs_hook=_refuse_duplicates,
+            parse_constant=_refuse_constant,
         )
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}.") from error
@@ -93,18 +97,18 @@ def _parsed(path: Path) -> dict[str, Any]:
     return words
 
 
-def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     twins = [name for name, n in Counter(name for name, _ in pairs).items() if n > 1]
     if twins:
         raise ValueError(f"the keys {twins[:5]} are there more than once")
     return dict(pairs)
 
 
-def _no_constant(text: str) -> None:
+def _refuse_constant(text: str) -> None:
     raise ValueError(f"{text} is no JSON number")
 
 
-def _refused(words: Mapping[str, Any]) -> list[str]:
+def _find_unsupported(words: Mapping[str, Any]) -> list[str]:
     """Says which words stand for something that this library does not do."""
     problems = []
     if words.get("peft_type") != "LORA":
@@ -117,24 +121,24 @@ def _refused(words: Mapping[str, Any]) -> list[str]:
         )
         if name not in known and not off:
             what = "is not supported" if name in DEFAULTS else "is not known here"
-            problems.append(f"{name} is {_short(value)}, which {what}")
+            problems.append(f"{name} is {_abbreviate(value)}, which {what}")
     return problems
 
 
-def _short(value: Any) -> str:
+def _abbreviate(value: Any) -> str:
     text = repr(value)
     return text if len(text) < 80 else f"{text[:60]}..."
 
 
-def _ill_formed(name: str, words: Mapping[str, Any]) -> str:
+def _describe_ill_formed(name: str, words: Mapping[str, Any]) -> str:
     check = _CHECKS.get(name)
     if check is None or name not in words:
         return ""
     wanted, fits = check
-    return "" if fits(words[name]) else f"must be {wanted}, got {_short(words[name])}"
+    return "" if fits(words[name]) else f"must be {wanted}, got {_abbreviate(words[name])}"
 
 
-def _contradictions(words: Mapping[str, Any]) -> list[str]:
+def _find_contradictions(words: Mapping[str, Any]) -> list[str]:
     targets = words.get("target_modules")
     problems = []
     if targets is None or targets == [] or targets == "":
@@ -150,10 +154,10 @@ def _contradictions(words: Mapping[str, Any]) -> list[str]:
 
 
 def _is_number(x: Any) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(_float(x))
+    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(_as_float(x))
 
 
-def _float(x: float) -> float:
+def _as_float(x: float) -> float:
     try:
         return float(x)
     except OverflowError:  # a whole number of hundreds of digits
@@ -161,7 +165,7 @@ def _float(x: float) -> float:
 
 
 def _is_rank(x: Any) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool) and 1 <= x <= _MOST_RANK
+    return isinstance(x, int) and not isinstance(x, bool) and 1 <= x <= _MAX_RANK
 
 
 def _is_alpha(x: Any) -> bool:
@@ -169,7 +173,7 @@ def _is_alpha(x: Any) -> bool:
 
 
 def _is_strings(x: Any) -> bool:
-    small = isinstance(x, list) and len(x) <= _MOST_ENTRIES
+    small = isinstance(x, list) and len(x) <= _MAX_ENTRIES
     return small and all(isinstance(s, str) and s for s in x)
 
 
@@ -182,15 +186,15 @@ def _is_layers(x: Any) -> bool:
     return x is None or whole(x) or (isinstance(x, list) and all(map(whole, x)))
 
 
-def _is_map(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    small = lambda x: isinstance(x, dict) and len(x) <= _MOST_ENTRIES
+def _make_map_check(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    small = lambda x: isinstance(x, dict) and len(x) <= _MAX_ENTRIES
     return lambda x: x is None or (small(x) and all(map(of, x.values())))
 
 
 _BOOL = ("true or false", lambda x: isinstance(x, bool))
-_CHOICE = (f"a list of up to {_MOST_ENTRIES} names, or a regular expression", _is_choice)
+_CHOICE = (f"a list of up to {_MAX_ENTRIES} names, or a regular expression", _is_choice)
 _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "r": (f"a whole number from 1 to {_MOST_RANK}", _is_rank),
+    "r": (f"a whole number from 1 to {_MAX_RANK}", _is_rank),
     "lora_alpha": ("a positive number, of sensible size", _is_alpha),
     "lora_dropout": ("a number in [0, 1)", lambda x: _is_number(x) and 0 <= x < 1),
     "use_rslora": _BOOL,
@@ -201,8 +205,11 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "layers_pattern": _CHOICE,
     "layers_to_transform": ("a whole number or a list of them", _is_layers),
     "modules_to_save": ("a list of names", lambda x: x is None or _is_strings(x)),
-    "rank_pattern": (f"an object with ranks from 1 to {_MOST_RANK}", _is_map(_is_rank)),
-    "alpha_pattern": ("an object with positive numbers, of sensible size", _is_map(_is_alpha)),
+    "rank_pattern": (f"an object with ranks from 1 to {_MAX_RANK}", _make_map_check(_is_rank)),
+    "alpha_pattern": (
+        "an object with positive numbers, of sensible size",
+        _make_map_check(_is_alpha),
+    ),
     "init_lora_weights": (
         f"one of {_INITS}: the others change the base model, which is not supported",
         lambda x: isinstance(x, bool | str) and x in _INITS,

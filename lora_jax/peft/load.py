@@ -24,9 +24,9 @@ from lora_jax.peft.config import CONFIG, read_words
 PyTree = Any
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 _SLACK = 64 << 20  # bytes that a file may have beyond all weights of the base
-_MOST_HEADER = 16 << 20
+_MAX_HEADER = 16 << 20
 _REAL = (np.float64, np.float32, np.float16, jnp.bfloat16)
-_SHOWN = 30  # problems in one message
+_MAX_PROBLEMS = 30  # problems in one message
 
 
 def is_peft(directory: str | Path) -> bool:
@@ -77,29 +77,33 @@ def load_peft(
     """
     words = read_words(directory)
     leaves = base_leaves(params)
-    tensors = _read(Path(directory), _most_bytes(leaves))
+    tensors = _read(Path(directory), _max_bytes(leaves))
     try:
         older, wanted = _best_plan(words, names, leaves, tensors)
     except ValueError as error:
         raise ValueError(f"{Path(directory) / CONFIG} can't be used: {error}.") from error
-    problems = wanted.problems + _misfits(wanted.parts, tensors, leaves)
+    problems = wanted.problems + _find_misfits(wanted.parts, tensors, leaves)
     theirs = words["base_model_name_or_path"]
     if base is not None and theirs and base != theirs:
         problems.append(f"it was made for base {theirs!r}, and this base is {base!r}")
     nodes: dict[str, Any] = {}
     if not problems:
-        nodes, problems = _nodes(wanted, tensors, leaves, root=words["use_rslora"])
+        nodes, problems = _make_nodes(wanted, tensors, leaves, root=words["use_rslora"])
     if problems:
-        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise ValueError(
-            f"The adapter in {directory} can't be used: {'; '.join(problems[:_SHOWN])}{more}."
+            f"The adapter in {directory} can't be used: {'; '.join(_shorten(problems))}."
         )
     nodes = {n: nodes[n] for n in leaves if n in nodes}
-    origin = {"words": words, "older": older, "dtypes": _dtypes(wanted, tensors, leaves)}
-    return paths.nest(jax.tree.map(jnp.asarray, nodes)), _config(words, wanted, leaves, origin)
+    origin = {"words": words, "older": older, "dtypes": _collect_dtypes(wanted, tensors, leaves)}
+    return paths.nest(jax.tree.map(jnp.asarray, nodes)), _make_config(words, wanted, leaves, origin)
 
 
-def _most_bytes(leaves: Mapping[str, Any]) -> int:
+def _shorten(problems: list[str]) -> list[str]:
+    more = len(problems) - _MAX_PROBLEMS
+    return [*problems[:_MAX_PROBLEMS], f"and {more} more"] if more > 0 else problems
+
+
+def _max_bytes(leaves: Mapping[str, Any]) -> int:
     return _SLACK + 8 * sum(math.prod(np.shape(x)) for x in leaves.values())
 
 
@@ -120,7 +124,7 @@ def _weights_file(directory: Path) -> Path:
 def _header_length(path: Path, file: BinaryIO) -> int:
     """Reads the length of the header, and sees that the file could hold it."""
     size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
-    if length > min(size, _MOST_HEADER):
+    if length > min(size, _MAX_HEADER):
         raise ValueError(f"{path} is damaged: a header of {length} bytes, in {size} in all.")
     return length
 
@@ -150,14 +154,14 @@ def _best_plan(
     """The plan with the generation of names that the file fits better."""
     candidates = []
     for older in (False, True)[: 1 + any(row.older for row in table)]:
-        model = target_modules.model(names.weights(table, leaves, older=older))
-        wanted = adapter_tensors.make(words, model)
+        model = target_modules.make_model(names.weights(table, leaves, older=older))
+        wanted = adapter_tensors.make_plan(words, model)
         differ = len(set(tensors) ^ set(wanted.parts))
         candidates.append((differ, older, wanted))
     return min(candidates, key=lambda c: c[:2])[1:]
 
 
-def _misfits(
+def _find_misfits(
     parts: Mapping[str, Part], tensors: Mapping[str, np.ndarray], leaves: Mapping[str, Any]
 ) -> list[str]:
     problems = [f"tensor {n} is missing" for n in parts if n not in tensors]
@@ -165,7 +169,7 @@ def _misfits(
     problems += [f"tensor {n} is unexpected{_hint(n)}" for n in extra]
     for name, part in parts.items():
         if name in tensors:
-            problems += _misfit(name, part, tensors[name], leaves)
+            problems += _describe_misfits(name, part, tensors[name], leaves)
     return problems
 
 
@@ -178,7 +182,9 @@ def _hint(name: str) -> str:
     return ""
 
 
-def _misfit(name: str, part: Part, value: np.ndarray, leaves: Mapping[str, Any]) -> list[str]:
+def _describe_misfits(
+    name: str, part: Part, value: np.ndarray, leaves: Mapping[str, Any]
+) -> list[str]:
     problems = []
     if value.shape != part.shape:
         problems.append(f"tensor {name} has shape {value.shape} instead of {part.shape}")
@@ -191,7 +197,7 @@ def _misfit(name: str, part: Part, value: np.ndarray, leaves: Mapping[str, Any])
     if problems or part.role not in (adapter_tensors.BASE, adapter_tensors.TRAINED):
         return problems
     leaf = leaves[part.weight.leaf]
-    if part.role == adapter_tensors.TRAINED and not holds(value, leaf.dtype):
+    if part.role == adapter_tensors.TRAINED and not is_exact(value, leaf.dtype):
         return [f"tensor {name} has dtype {value.dtype}, and {part.weight.leaf} has {leaf.dtype}"]
     known = not isinstance(leaf, jax.ShapeDtypeStruct)
     if (
@@ -203,7 +209,7 @@ def _misfit(name: str, part: Part, value: np.ndarray, leaves: Mapping[str, Any])
     return []
 
 
-def holds(value: np.ndarray, dtype: Any) -> bool:
+def is_exact(value: np.ndarray, dtype: Any) -> bool:
     """Whether the values are the same in another dtype."""
     with np.errstate(over="ignore"):
         return np.array_equal(value.astype(dtype).astype(value.dtype), value)
@@ -216,7 +222,7 @@ def base_tensor(part: Part, leaves: Mapping[str, Any]) -> np.ndarray:
     return names.to_tensor(part.weight, value)
 
 
-def _nodes(
+def _make_nodes(
     wanted: Plan, tensors: Mapping[str, np.ndarray], leaves: Mapping[str, Any], *, root: bool
 ) -> tuple[dict[str, Any], list[str]]:
     """The adapter's entries by path; the layers of a stacked leaf become one."""
@@ -227,26 +233,30 @@ def _nodes(
         if not np.array_equal(layers.setdefault(part.weight.layer, tensors[name]), tensors[name]):
             problems.append(f"tensor {name} differs from its other copy")
     weight = {part.weight.leaf: part.weight for part in wanted.parts.values()}
-    numbers = _numbers(wanted)
+    numbers = _ranks_and_alphas(wanted)
     nodes = {}
     for leaf, roles in by_leaf.items():
         roles.pop(adapter_tensors.BASE, None)
-        problem = _uneven(leaf, roles, leaves[leaf], numbers.get(leaf, set()), weight[leaf])
+        problem = _describe_uneven(
+            leaf, roles, leaves[leaf], numbers.get(leaf, set()), weight[leaf]
+        )
         if problem:
             problems.append(problem)
         elif adapter_tensors.A in roles:
             ((rank, alpha),) = numbers[leaf]
-            nodes[leaf] = _node(weight[leaf], roles, adapter_tensors.scale(alpha, rank, root=root))
+            nodes[leaf] = _make_node(
+                weight[leaf], roles, adapter_tensors.peft_scale(alpha, rank, root=root)
+            )
         elif adapter_tensors.TRAINED in roles:
             whole = {
                 k: names.from_tensor(weight[leaf], x)
                 for k, x in roles[adapter_tensors.TRAINED].items()
             }
-            nodes[leaf] = _stacked(whole).astype(leaves[leaf].dtype)
+            nodes[leaf] = _stack(whole).astype(leaves[leaf].dtype)
     return nodes, problems
 
 
-def _numbers(wanted: Plan) -> dict[str, set[tuple[int, float]]]:
+def _ranks_and_alphas(wanted: Plan) -> dict[str, set[tuple[int, float]]]:
     """Rank and alpha of each adapted leaf; several if its layers differ."""
     found: dict[str, set] = {}
     for module, rank in wanted.ranks.items():
@@ -254,7 +264,7 @@ def _numbers(wanted: Plan) -> dict[str, set[tuple[int, float]]]:
     return found
 
 
-def _uneven(leaf: str, roles: dict, value: Any, numbers: set, weight: names.Weight) -> str:
+def _describe_uneven(leaf: str, roles: dict, value: Any, numbers: set, weight: names.Weight) -> str:
     """Says why the layers of a stacked leaf can't be one entry."""
     if weight.layer is None:
         return ""
@@ -270,20 +280,20 @@ def _uneven(leaf: str, roles: dict, value: Any, numbers: set, weight: names.Weig
     return ""
 
 
-def _node(weight: names.Weight, roles: dict, scale: float) -> LowRank:
+def _make_node(weight: names.Weight, roles: dict, scale: float) -> LowRank:
     pairs = {
         k: layouts.from_file(weight, roles[adapter_tensors.A][k], roles[adapter_tensors.B][k])
         for k in roles[adapter_tensors.A]
     }
-    a, b = (_stacked({k: pair[i] for k, pair in pairs.items()}) for i in (0, 1))
+    a, b = (_stack({k: pair[i] for k, pair in pairs.items()}) for i in (0, 1))
     return LowRank(a, b, scale, axes=layouts.node_axes(weight))
 
 
-def _stacked(layers: dict[int | None, np.ndarray]) -> np.ndarray:
+def _stack(layers: dict[int | None, np.ndarray]) -> np.ndarray:
     return layers[None] if None in layers else np.stack([layers[k] for k in sorted(layers)])
 
 
-def _dtypes(
+def _collect_dtypes(
     wanted: Plan, tensors: Mapping[str, np.ndarray], leaves: Mapping[str, Any]
 ) -> dict[str, str]:
     """Dtypes in the file of leaves that have another one here."""
@@ -295,22 +305,22 @@ def _dtypes(
     }
 
 
-def _config(
+def _make_config(
     words: Mapping[str, Any],
     wanted: Plan,
     leaves: Mapping[str, Any],
     origin: dict[str, Any],
 ) -> LoRAConfig:
     """The same selection and hyperparameters as a config of this library."""
-    numbers = {leaf: next(iter(found)) for leaf, found in _numbers(wanted).items()}
+    numbers = {leaf: next(iter(found)) for leaf, found in _ranks_and_alphas(wanted).items()}
     full = {p.weight.leaf for p in wanted.parts.values() if p.role == adapter_tensors.TRAINED}
     # A pattern of targets may also match what is no kernel, as long as it is not trained either.
     others = [n for n, x in leaves.items() if np.ndim(x) > 1 or n in full]
     return LoRAConfig(
         rank=words["r"],
         alpha=words["lora_alpha"],
-        targets=_patterns(set(numbers), others),
-        train=_patterns(full, leaves),
+        targets=_find_patterns(set(numbers), others),
+        train=_find_patterns(full, leaves),
         dropout=words["lora_dropout"],
         rank_stabilized=words["use_rslora"],
         rank_pattern={n: rank for n, (rank, _) in numbers.items() if rank != words["r"]},
@@ -319,13 +329,13 @@ def _config(
     )
 
 
-def _patterns(wanted: set[str], leaves: Iterable[str]) -> tuple[str, ...]:
+def _find_patterns(wanted: set[str], leaves: Iterable[str]) -> tuple[str, ...]:
     """The shortest patterns that select exactly the wanted leaves."""
-    found = dict.fromkeys(_pattern(n, wanted, leaves) for n in leaves if n in wanted)
+    found = dict.fromkeys(_find_pattern(n, wanted, leaves) for n in leaves if n in wanted)
     return tuple(found)
 
 
-def _pattern(name: str, wanted: set[str], leaves: Iterable[str]) -> str:
+def _find_pattern(name: str, wanted: set[str], leaves: Iterable[str]) -> str:
     parts = name.split("/")
     for last in (len(parts) - 1, len(parts)):
         for first in range(last - 1, -1, -1):

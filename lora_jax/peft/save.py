@@ -20,8 +20,8 @@ from lora_jax.names import Name, Weight
 from lora_jax.nodes import Trained, as_node, is_adapted, scale_array
 from lora_jax.peft import adapter_tensors, layouts, target_modules
 from lora_jax.peft.adapter_tensors import Part, Plan
-from lora_jax.peft.config import ABOUT, CONFIG, DEFAULTS, HEADS, TASKS, problems_of, to_bytes
-from lora_jax.peft.load import WEIGHTS, base_tensor, holds
+from lora_jax.peft.config import ABOUT, CONFIG, DEFAULTS, HEADS, TASKS, find_problems, to_bytes
+from lora_jax.peft.load import WEIGHTS, base_tensor, is_exact
 from lora_jax.peft.target_modules import Model
 
 PyTree = Any
@@ -77,19 +77,19 @@ def save_peft(
       OSError: a file can't be written.
     """
     leaves, nodes = adapters.base_leaves(params), adapters.nodes(adapter)
-    problems = adapters.misfits(leaves, nodes) + _wrong_about(about)
+    problems = adapters.misfits(leaves, nodes) + _check_metadata(about)
     if problems:
-        raise _refusal(problems)
+        raise _make_error(problems)
     older = bool(config.origin.get("older", False))
-    model = target_modules.model(_weights(names, leaves, older=older))
-    content, problems = _content(nodes, model, config)
+    model = target_modules.make_model(_weights(names, leaves, older=older))
+    content, problems = _collect_content(nodes, model, config)
     if problems:
-        raise _refusal(problems)
-    words, wanted = _words(content, model, config, about)
+        raise _make_error(problems)
+    words, wanted = _choose_words(content, model, config, about)
     dtypes = config.origin.get("dtypes")
     dtypes = dtypes if isinstance(dtypes, dict) else {}
     tensors = {
-        n: _stored(_tensor(part, content.nodes, leaves), dtypes.get(n))
+        n: _cast_as_stored(_make_tensor(part, content.nodes, leaves), dtypes.get(n))
         for n, part in wanted.parts.items()
     }
     directory = Path(directory)
@@ -99,7 +99,7 @@ def save_peft(
     write_atomically(directory / CONFIG, to_bytes(words))
 
 
-def _refusal(problems: Sequence[str]) -> ValueError:
+def _make_error(problems: Sequence[str]) -> ValueError:
     return ValueError(f"The adapter can't be saved in PEFT's format: {'; '.join(problems)}.")
 
 
@@ -107,14 +107,14 @@ def _weights(table: Sequence[Name], leaves: Mapping[str, Any], *, older: bool) -
     return names.weights(table, leaves, older=older)
 
 
-def _wrong_about(about: Mapping[str, Any]) -> list[str]:
+def _check_metadata(about: Mapping[str, Any]) -> list[str]:
     problems = [f"{n} is none of the words {ABOUT}" for n in about if n not in ABOUT]
     if about.get("task_type") not in (None, *TASKS):
         problems.append(f"task_type {about['task_type']!r} is none of {TASKS}")
     return problems
 
 
-def _content(
+def _collect_content(
     nodes: Mapping[str, Any], model: Model, config: LoRAConfig
 ) -> tuple[_Content, list[str]]:
     by_leaf: dict[str, list[Weight]] = {}
@@ -123,14 +123,14 @@ def _content(
     content, problems = _Content(dict(nodes), {}, {}, {}, {}), []
     for leaf, node in nodes.items():
         rows = by_leaf.get(leaf, [])
-        problem = _inexpressible(leaf, node, rows)
+        problem = _find_obstacle(leaf, node, rows)
         if problem:
             problems.append(problem)
         elif is_adapted(node):
             modules = {names.module(w.hf): w for w in rows}
             content.kernels.update(modules)
             content.ranks.update(dict.fromkeys(modules, node.a.shape[-1]))
-            content.alphas.update(dict.fromkeys(modules, _alpha(node, config)))
+            content.alphas.update(dict.fromkeys(modules, _choose_alpha(node, config)))
         else:
             content.trained.update({w.hf: w for w in rows})
     if not content.kernels and not problems:
@@ -138,7 +138,7 @@ def _content(
     return content, problems
 
 
-def _inexpressible(leaf: str, node: Any, rows: Sequence[Weight]) -> str:
+def _find_obstacle(leaf: str, node: Any, rows: Sequence[Weight]) -> str:
     if not rows:
         return f"the table of names has no row for {leaf}"
     if rows[0].row.tied:
@@ -168,7 +168,7 @@ def _inexpressible(leaf: str, node: Any, rows: Sequence[Weight]) -> str:
     return ""
 
 
-def _alpha(node: LowRank, config: LoRAConfig) -> float:
+def _choose_alpha(node: LowRank, config: LoRAConfig) -> float:
     """An alpha that gives exactly the scale of the node, the config's if that does."""
     rank, root = node.a.shape[-1], config.rank_stabilized
     scale = scale_array(node)
@@ -178,34 +178,36 @@ def _alpha(node: LowRank, config: LoRAConfig) -> float:
         config.alpha, *config.alpha_pattern.values(), float(round(exact)), round(exact, 4), exact,
         *nearby,
     ]  # fmt: skip
-    same = lambda alpha: scale.dtype.type(adapter_tensors.scale(alpha, rank, root=root)) == scale
+    same = lambda alpha: (
+        scale.dtype.type(adapter_tensors.peft_scale(alpha, rank, root=root)) == scale
+    )
     alpha = next((alpha for alpha in candidates if alpha > 0 and same(alpha)), exact)
     return int(alpha) if float(alpha).is_integer() else alpha
 
 
-def _words(
+def _choose_words(
     content: _Content, model: Model, config: LoRAConfig, about: Mapping[str, Any]
 ) -> tuple[dict[str, Any], Plan]:
     """Words that stand for exactly this adapter: those that it came with, or new ones."""
     told = {**about, "lora_dropout": config.dropout, "use_rslora": config.rank_stabilized}
     old = config.origin.get("words", {})
-    if old and not problems_of(old):
-        kept = _canonical(DEFAULTS | _deduplicated(old) | told, old)
-        wanted = adapter_tensors.make(kept, model)
-        if not _differences(content, wanted, config.rank_stabilized):
+    if old and not find_problems(old):
+        kept = _canonicalize(DEFAULTS | _deduplicate(old) | told, old)
+        wanted = adapter_tensors.make_plan(kept, model)
+        if not _find_differences(content, wanted, config.rank_stabilized):
             return kept, wanted
         # The adapter has changed since; what says something of it as a whole still holds.
         told = {name: old.get(name) for name in ABOUT} | told
     words = DEFAULTS | told
-    words = _canonical(words | _fresh(content, model, words, config), {})
-    wanted = adapter_tensors.make(words, model)
-    differences = _differences(content, wanted, config.rank_stabilized)
+    words = _canonicalize(words | _make_words(content, model, words, config), {})
+    wanted = adapter_tensors.make_plan(words, model)
+    differences = _find_differences(content, wanted, config.rank_stabilized)
     if differences:
-        raise _refusal(differences)
+        raise _make_error(differences)
     return words, wanted
 
 
-def _deduplicated(words: Mapping[str, Any]) -> dict[str, Any]:
+def _deduplicate(words: Mapping[str, Any]) -> dict[str, Any]:
     """PEFT adds the heads of a task to modules_to_save each time that it loads an adapter."""
     words = dict(words)
     if words.get("modules_to_save"):
@@ -213,60 +215,63 @@ def _deduplicated(words: Mapping[str, Any]) -> dict[str, Any]:
     return words
 
 
-def _canonical(words: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
+def _canonicalize(words: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
     """The words as they will be read back (keys sorted), equal numbers written as they were."""
     words = {n: old[n] if n in old and old[n] == v else v for n, v in words.items()}
     return json.loads(to_bytes(words))
 
 
-def _fresh(
+def _make_words(
     content: _Content, model: Model, words: Mapping[str, Any], config: LoRAConfig
 ) -> dict[str, Any]:
     """Words made for the adapter, the shortest that there are."""
-    saved, rest = _whole_modules(content, model)
+    saved, rest = _find_whole_modules(content, model)
     heads = HEADS.get(words["task_type"], ())
-    untrained = _untrained_heads(heads, saved, model)
+    untrained = _find_untrained_heads(heads, saved, model)
     if untrained:
-        raise _refusal(
+        raise _make_error(
             [
                 f"task_type {words['task_type']} means that {', '.join(untrained)} is trained in "
                 "full, and it is not"
             ]
         )
-    entries = [e for e in _saved_entries(saved, model) if e not in heads]
+    entries = [e for e in _find_saved_entries(saved, model) if e not in heads]
     inside = [m for m in model.modules if any(f"{m}.".startswith(f"{s}.") for s in saved)]
-    targets = target_modules.shortest(content.kernels, model, inside)
-    rank, alpha = _usual(content.ranks, config.rank), _usual(content.alphas, config.alpha)
+    targets = target_modules.shortest_entries(content.kernels, model, inside)
+    rank, alpha = (
+        _most_frequent(content.ranks, config.rank),
+        _most_frequent(content.alphas, config.alpha),
+    )
     fresh = {
         "modules_to_save": [*entries, *heads] or None,
         "target_modules": targets,
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
-        "bias": _bias(rest, content, model),
+        "bias": _choose_bias(rest, content, model),
         "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": target_modules.shortest_patterns(content.ranks, model, rank),
         "alpha_pattern": target_modules.shortest_patterns(content.alphas, model, alpha),
         "fan_in_fan_out": any(names.is_conv1d(w) for w in content.kernels.values()),
     }
-    if set(target_modules.adapted(dict(words) | fresh, model)) != set(content.kernels):
+    if set(target_modules.select_adapted(dict(words) | fresh, model)) != set(content.kernels):
         # No list can: one name is the ending of another.
         fresh["target_modules"] = "|".join(re.escape(m) for m in sorted(content.kernels))
     return fresh
 
 
-def _usual(values: Mapping[str, Any], configured: float) -> Any:
+def _most_frequent(values: Mapping[str, Any], configured: float) -> Any:
     """The config's value where it is in use; otherwise the most frequent, the smallest of those."""
     counts = collections.Counter(values.values())
     return min(counts, key=lambda v: (v != configured, -counts[v], v))
 
 
-def _whole_modules(content: _Content, model: Model) -> tuple[list[str], dict[str, Weight]]:
+def _find_whole_modules(content: _Content, model: Model) -> tuple[list[str], dict[str, Weight]]:
     """Modules all of whose weights are trained, the largest such, and the weights left over."""
     whole: list[str] = []
     for m in model.modules:  # parents first
-        inner = adapter_tensors.weights_in(m, model)
+        inner = adapter_tensors.module_weights(m, model)
         covered = any(m.startswith(f"{other}.") for other in whole)
         if inner and not covered and all(w.hf in content.trained for w in inner):
             whole.append(m)
@@ -275,20 +280,20 @@ def _whole_modules(content: _Content, model: Model) -> tuple[list[str], dict[str
     return whole, rest
 
 
-def _untrained_heads(heads: Iterable[str], saved: Sequence[str], model: Model) -> list[str]:
+def _find_untrained_heads(heads: Iterable[str], saved: Sequence[str], model: Model) -> list[str]:
     inside = lambda m: any(f"{m}.".startswith(f"{other}.") for other in saved)
-    return [m for m in target_modules.saved(heads, model) if not inside(m)]
+    return [m for m in target_modules.select_saved(heads, model) if not inside(m)]
 
 
-def _saved_entries(saved: Sequence[str], model: Model) -> list[str]:
+def _find_saved_entries(saved: Sequence[str], model: Model) -> list[str]:
     """For modules_to_save, where a name also selects all names that end in it, dot or no dot."""
     entries = {}
     for m in saved:
-        fits = lambda e: set(target_modules.saved([e], model)) <= set(saved)
+        fits = lambda e: set(target_modules.select_saved([e], model)) <= set(saved)
         entry = next((e for e in target_modules.suffixes(m) if fits(e)), None)
         if entry is None:
-            also = [x for x in target_modules.saved([m], model) if x not in saved]
-            raise _refusal(
+            also = [x for x in target_modules.select_saved([m], model) if x not in saved]
+            raise _make_error(
                 [
                     f"{m} is trained in full, and PEFT would train {', '.join(also)} with it, "
                     "whose name ends in the same letters; train that as well"
@@ -298,7 +303,7 @@ def _saved_entries(saved: Sequence[str], model: Model) -> list[str]:
     return sorted(entries)
 
 
-def _bias(rest: Mapping[str, Weight], content: _Content, model: Model) -> str:
+def _choose_bias(rest: Mapping[str, Weight], content: _Content, model: Model) -> str:
     """Which setting of bias stands for the weights that no whole module explains."""
     if not rest:
         return "none"
@@ -307,7 +312,7 @@ def _bias(rest: Mapping[str, Weight], content: _Content, model: Model) -> str:
         return "all"
     if set(rest) == {n for n in biases if names.module(n) in content.kernels}:
         return "lora_only"
-    raise _refusal(
+    raise _make_error(
         [
             f"{paths.listing(w.leaf for w in rest.values())} is trained in full, and PEFT trains "
             "whole modules, all biases, or the biases of the adapted modules; train the whole "
@@ -316,7 +321,7 @@ def _bias(rest: Mapping[str, Weight], content: _Content, model: Model) -> str:
     )
 
 
-def _differences(content: _Content, wanted: Plan, root: bool) -> list[str]:
+def _find_differences(content: _Content, wanted: Plan, root: bool) -> list[str]:
     """Says where words do not stand for exactly the adapter."""
     problems = list(wanted.problems)
     theirs, ours = set(wanted.ranks), set(content.kernels)
@@ -332,7 +337,7 @@ def _differences(content: _Content, wanted: Plan, root: bool) -> list[str]:
     for m in sorted(theirs & ours):
         node = content.nodes[content.kernels[m].leaf]
         scale, exact = (
-            adapter_tensors.scale(wanted.alphas[m], wanted.ranks[m], root=root),
+            adapter_tensors.peft_scale(wanted.alphas[m], wanted.ranks[m], root=root),
             scale_array(node),
         )
         if wanted.ranks[m] != content.ranks[m]:
@@ -342,7 +347,7 @@ def _differences(content: _Content, wanted: Plan, root: bool) -> list[str]:
     return problems
 
 
-def _tensor(part: Part, nodes: Mapping[str, Any], leaves: Mapping[str, Any]) -> np.ndarray:
+def _make_tensor(part: Part, nodes: Mapping[str, Any], leaves: Mapping[str, Any]) -> np.ndarray:
     if part.role == adapter_tensors.BASE:
         return base_tensor(part, leaves)
     node, layer = nodes[part.weight.leaf], part.weight.layer
@@ -353,8 +358,8 @@ def _tensor(part: Part, nodes: Mapping[str, Any], leaves: Mapping[str, Any]) -> 
     return a if part.role == adapter_tensors.A else b
 
 
-def _stored(value: np.ndarray, dtype: str | None) -> np.ndarray:
+def _cast_as_stored(value: np.ndarray, dtype: str | None) -> np.ndarray:
     """In the dtype that the tensor had in the file it came from, if that loses nothing."""
-    if dtype in _DTYPES and holds(value, jnp.dtype(dtype)):
+    if dtype in _DTYPES and is_exact(value, jnp.dtype(dtype)):
         value = value.astype(jnp.dtype(dtype))
     return np.ascontiguousarray(value)

@@ -12,9 +12,9 @@ from lora_jax.names import Weight
 
 _LINEAR_HEADS = ("classifier", "score")  # what "all-linear" spares in a SEQ_CLS model
 _OUTPUTS = ("lm_head", "embed_out", "output_layer")  # and in a language model
-_MOST_REPEATS, _MOST_UNBOUNDED, _MOST_LENGTH = 16, 6, 10_000
-_MOST_SECONDS = 10.0
-_Found = Callable[[str], bool]
+_MAX_REPEATS, _MAX_UNBOUNDED, _MAX_LENGTH = 16, 6, 10_000
+_MAX_SECONDS = 10.0
+_Selector = Callable[[str], bool]
 _Match = Callable[[str], re.Match | None]
 
 
@@ -32,7 +32,7 @@ class Model(NamedTuple):
     modules: list[str]
 
 
-def model(weights: Iterable[Weight]) -> Model:
+def make_model(weights: Iterable[Weight]) -> Model:
     """Derives the modules from the tensors."""
     by_name = {w.hf: w for w in weights}
     kernels = {
@@ -45,7 +45,7 @@ def model(weights: Iterable[Weight]) -> Model:
     return Model(by_name, kernels, list(modules))
 
 
-def adapted(words: Mapping[str, Any], model: Model) -> list[str]:
+def select_adapted(words: Mapping[str, Any], model: Model) -> list[str]:
     """Modules that PEFT would adapt.
 
     An entry of a list selects the module of this name and those whose name ends in a dot and it; a
@@ -55,10 +55,10 @@ def adapted(words: Mapping[str, Any], model: Model) -> list[str]:
     Raises:
       ValueError: a regular expression is malformed, or could take for ever.
     """
-    excluded = _selects(words["exclude_modules"] or [], "exclude_modules")
+    excluded = _make_selector(words["exclude_modules"] or [], "exclude_modules")
     saved = [f".{entry}." for entry in words["modules_to_save"] or []]
-    targets = _targets(words, model)
-    right_layer = _in_layers(words)
+    targets = _target_selector(words, model)
+    right_layer = _layer_selector(words)
     exact = set(words["target_modules"]) if isinstance(words["target_modules"], list) else set()
     return [
         m
@@ -71,19 +71,19 @@ def adapted(words: Mapping[str, Any], model: Model) -> list[str]:
     ]
 
 
-def _targets(words: Mapping[str, Any], model: Model) -> _Found:
+def _target_selector(words: Mapping[str, Any], model: Model) -> _Selector:
     targets = words["target_modules"]
     if isinstance(targets, str) and targets.lower() == "all-linear":
         linear = {m for m, w in model.kernels.items() if names.kind(w) == names.LINEAR}
         heads = _LINEAR_HEADS if words["task_type"] == "SEQ_CLS" else ()
         spared = [m for m in (*_OUTPUTS, *heads) if m in linear][:1]
         return (linear - set(spared)).__contains__
-    return _selects(targets, "target_modules")
+    return _make_selector(targets, "target_modules")
 
 
-def _selects(entries: str | Sequence[str], what: str) -> _Found:
+def _make_selector(entries: str | Sequence[str], what: str) -> _Selector:
     if isinstance(entries, str):
-        whole = _timed([compiled(entries, what).fullmatch], what)[0]
+        whole = _limit_time([compile_safely(entries, what).fullmatch], what)[0]
         return lambda m: whole(m) is not None
     known = set(entries)
     return lambda m: not known.isdisjoint(suffixes(m))
@@ -99,7 +99,7 @@ def suffixes(module: str) -> list[str]:
     return [".".join(parts[k:]) for k in range(len(parts) - 1, -1, -1)]
 
 
-def _in_layers(words: Mapping[str, Any]) -> _Found:
+def _layer_selector(words: Mapping[str, Any]) -> _Selector:
     layers, patterns = words["layers_to_transform"], words["layers_pattern"]
     if layers is None or layers == []:
         return lambda m: True
@@ -108,7 +108,9 @@ def _in_layers(words: Mapping[str, Any]) -> _Found:
     patterns = [patterns] if isinstance(patterns, str) else patterns
     expressions = [rf"(?:^|.*?\.)(?:{p})\.(?P<idx>\d+)\." for p in patterns or []]
     expressions = expressions or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
-    found = _timed([compiled(e, "layers_pattern").match for e in expressions], "layers_pattern")
+    found = _limit_time(
+        [compile_safely(e, "layers_pattern").match for e in expressions], "layers_pattern"
+    )
 
     def right(m: str) -> bool:
         match = next((hit for e in found if (hit := e(m))), None)
@@ -117,14 +119,16 @@ def _in_layers(words: Mapping[str, Any]) -> _Found:
     return right
 
 
-def saved(entries: Iterable[str], model: Model) -> list[str]:
+def select_saved(entries: Iterable[str], model: Model) -> list[str]:
     """Modules that PEFT would train in full: those whose name ends in an entry, without a dot."""
     entries = tuple(entries)
     hits = [m for m in model.modules if entries and m.endswith(entries)]
     return [m for m in hits if not any(m.startswith(f"{other}.") for other in hits)]
 
 
-def value_of(module: str, patterns: Sequence[tuple[_Match, Any]], default: Any) -> tuple[Any, int]:
+def find_value(
+    module: str, patterns: Sequence[tuple[_Match, Any]], default: Any
+) -> tuple[Any, int]:
     """The value for a module, and which pattern gave it (-1: none); the first that fits wins."""
     for k, (match, value) in enumerate(patterns):
         if match(module):
@@ -132,14 +136,14 @@ def value_of(module: str, patterns: Sequence[tuple[_Match, Any]], default: Any) 
     return default, -1
 
 
-def patterns(by_pattern: Mapping[str, Any] | None, what: str) -> list[tuple[_Match, Any]]:
+def compile_patterns(by_pattern: Mapping[str, Any] | None, what: str) -> list[tuple[_Match, Any]]:
     """The keys of rank_pattern or alpha_pattern, expressions for the ends of names, as matchers."""
     by_pattern = by_pattern or {}
-    matchers = [compiled(rf"(.*\.)?({key})$", what).match for key in by_pattern]
-    return list(zip(_timed(matchers, what), by_pattern.values(), strict=True))
+    matchers = [compile_safely(rf"(.*\.)?({key})$", what).match for key in by_pattern]
+    return list(zip(_limit_time(matchers, what), by_pattern.values(), strict=True))
 
 
-def _timed(matchers: Sequence[_Match], what: str) -> list[_Match]:
+def _limit_time(matchers: Sequence[_Match], what: str) -> list[_Match]:
     """The same matchers, which have so much time together and no more."""
     spent = 0.0
 
@@ -148,14 +152,14 @@ def _timed(matchers: Sequence[_Match], what: str) -> list[_Match]:
         begun = time.process_time()
         hit = match(text)
         spent += time.process_time() - begun
-        if spent > _MOST_SECONDS:
+        if spent > _MAX_SECONDS:
             raise ValueError(f"{what}: its regular expressions take too long to match")
         return hit
 
     return [functools.partial(run, match) for match in matchers]
 
 
-def compiled(pattern: str, what: str) -> re.Pattern:
+def compile_safely(pattern: str, what: str) -> re.Pattern:
     """Compiles a regular expression that is safe to run.
 
     Python's matcher backtracks: on a hostile expression it runs for years. Repeated groups that
@@ -164,7 +168,7 @@ def compiled(pattern: str, what: str) -> re.Pattern:
     Raises:
       ValueError: it is malformed or not safe; the message names the field.
     """
-    if len(pattern) > _MOST_LENGTH or _is_explosive(pattern):
+    if len(pattern) > _MAX_LENGTH or _is_explosive(pattern):
         raise ValueError(
             f"{what}: the regular expression {pattern[:100]!r} could take for ever to match; list "
             "the modules by name instead"
@@ -204,10 +208,12 @@ def _is_explosive(pattern: str) -> bool:
         elif token == ")" and len(busy) > 1:
             closed = busy.pop()
             busy[-1] = busy[-1] or closed
-    return repeats > _MOST_REPEATS or unbounded > _MOST_UNBOUNDED
+    return repeats > _MAX_REPEATS or unbounded > _MAX_UNBOUNDED
 
 
-def shortest(wanted: Iterable[str], model: Model, indifferent: Iterable[str] = ()) -> list[str]:
+def shortest_entries(
+    wanted: Iterable[str], model: Model, indifferent: Iterable[str] = ()
+) -> list[str]:
     """The shortest entries for a list that selects the wanted modules and no other, sorted.
 
     A name in full may still select more (``query`` selects ``x.query``); the caller checks.
@@ -217,7 +223,7 @@ def shortest(wanted: Iterable[str], model: Model, indifferent: Iterable[str] = (
       model: has them all.
       indifferent: modules that may be selected as well.
     """
-    free = _unambiguous(wanted, model, indifferent)
+    free = _find_endings(wanted, model, indifferent)
     return sorted({entry or m for m, entry in free.items()})
 
 
@@ -227,12 +233,12 @@ def shortest_patterns(values: Mapping[str, Any], model: Model, default: Any) -> 
     for value in {v for v in values.values() if v != default}:
         same = {m for m, v in values.items() if v == value}
         indifferent = set(model.modules) - set(values)
-        for m, entry in _unambiguous(same, model, indifferent).items():
+        for m, entry in _find_endings(same, model, indifferent).items():
             found[re.escape(entry) if entry else f"^{re.escape(m)}"] = value
     return found
 
 
-def _unambiguous(
+def _find_endings(
     wanted: Iterable[str], model: Model, indifferent: Iterable[str]
 ) -> dict[str, str | None]:
     """For each module its shortest ending that no other module shares, or None."""

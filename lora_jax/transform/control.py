@@ -8,13 +8,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import Jaxpr, JaxprEqn
 from jax.sharding import PartitionSpec
 
 from lora_jax.factors import BATCH, IN, OUT
-from lora_jax.transform import ahead, forms, interpreter
+from lora_jax.transform import forms, interpreter, lookahead
 from lora_jax.transform.forms import Body, vary, varying_axes
-from lora_jax.transform.interpreter import Event, FallbackError, Scope, formed
-from lora_jax.transform.kernel import Kernel, Unfactored, factor_specs, rank_inside, rank_last
+from lora_jax.transform.interpreter import Event, FallbackError, Scope, fall_back
+from lora_jax.transform.kernel import (
+    Kernel,
+    Unfactored,
+    factor_specs,
+    move_rank_inside,
+    move_rank_last,
+)
 
 Array = jax.Array
 
@@ -32,10 +39,12 @@ def evaluate(scope: Scope, body: Body, args: Sequence[Any]) -> list:
 # call.
 
 _CALLS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-_DEEPEST = 12  # calls within calls; deeper ones are evaluated in place, or Python's stack overflows
+_MAX_DEPTH = (
+    12  # calls within calls; deeper ones are evaluated in place, or Python's stack overflows
+)
 
 
-def _jitted(body: Body, *, is_recorded: bool, **kind: Any) -> tuple[Callable, dict]:
+def _jit_body(body: Body, *, is_recorded: bool, **kind: Any) -> tuple[Callable, dict]:
     """The jaxpr as a jitted function of arrays and kernels, and what happened in its traces."""
     # The cache must not keep alive what it is a cache for.
     jaxpr, consts = weakref.ref(body.jaxpr), body.consts
@@ -51,21 +60,23 @@ def _jitted(body: Body, *, is_recorded: bool, **kind: Any) -> tuple[Callable, di
     return jax.jit(run), events
 
 
-def _call(scope: Scope, eqn: Any, vals: Sequence) -> list:
+def _call(scope: Scope, eqn: JaxprEqn, vals: Sequence) -> list:
     """A nested ``jit``: a kernel can go in and come out."""
     body = forms.call(eqn)
-    if scope.depth == _DEEPEST:
+    if scope.depth == _MAX_DEPTH:
         return evaluate(scope, body, vals)
-    args = [_renamed(v, k) for k, v in enumerate(vals)]
+    args = [_rename(v, k) for k, v in enumerate(vals)]
     kinds = _CALLS.setdefault(body.jaxpr, {})
     is_recorded = scope.events is not None
     kernels = tuple(isinstance(v, Kernel) for v in vals)
     # Where no kernel can come out, it makes no difference what the results are used for.
-    pairs = zip(scope.keeps, ahead.may_be_kernels(body.jaxpr, kernels), strict=True)
+    pairs = zip(
+        scope.allows_kernels, lookahead.find_kernel_outputs(body.jaxpr, kernels), strict=True
+    )
     kind = (is_recorded, scope.strict, scope.depth + 1, scope.varies, tuple(map(all, pairs)))
     if kind not in kinds:
-        names = ("is_recorded", "strict", "depth", "varies", "keeps")
-        kinds[kind] = _jitted(body, **dict(zip(names, kind, strict=True)))
+        names = ("is_recorded", "strict", "depth", "varies", "allows_kernels")
+        kinds[kind] = _jit_body(body, **dict(zip(names, kind, strict=True)))
     run, events = kinds[kind]
     real = lambda names: tuple(dict.fromkeys(n for k in names for n in vals[k].names))
     try:
@@ -80,17 +91,17 @@ def _call(scope: Scope, eqn: Any, vals: Sequence) -> list:
     return [named(x) if isinstance(x, Kernel) else x for x in outs]
 
 
-def _renamed(value: Any, number: int) -> Any:
+def _rename(value: Any, number: int) -> Any:
     if not isinstance(value, Kernel):
         return value
     return dataclasses.replace(value, names=(number,))
 
 
-def _inline(scope: Scope, eqn: Any, vals: Sequence) -> list:
+def _inline(scope: Scope, eqn: JaxprEqn, vals: Sequence) -> list:
     return evaluate(scope, forms.call(eqn), vals)
 
 
-def _checkpoint(scope: Scope, eqn: Any, vals: Sequence) -> list:
+def _checkpoint(scope: Scope, eqn: JaxprEqn, vals: Sequence) -> list:
     """``jax.checkpoint``, with its policy: the recomputation is factored like the computation."""
     form = forms.checkpoint(eqn)
     body = lambda *vals: evaluate(scope, form.body, vals)
@@ -104,23 +115,23 @@ def _checkpoint(scope: Scope, eqn: Any, vals: Sequence) -> list:
 # ---- Loops ---------------------------------------------------------------------------------------
 
 
-def _scan(scope: Scope, eqn: Any, vals: Sequence) -> list:
+def _scan(scope: Scope, eqn: JaxprEqn, vals: Sequence) -> list:
     """``lax.scan``: kernels may be constants, or be sliced along any axis."""
     form = forms.scan(eqn)
     consts, carry, xs = form.split(vals)
-    carry, kept = _hoisted(scope, form.body.jaxpr, carry, form.n_consts, eqn)
-    carry = _varying(scope, carry, vals)
-    results = ahead.scan_results(form, scope.keeps)
-    slices, whole = zip(*map(_slices, xs), strict=True) if xs else ((), ())
+    carry, kept = _hoist(scope, form.body.jaxpr, carry, form.n_consts, eqn)
+    carry = _make_varying(scope, carry, vals)
+    results = lookahead.scan_results(form, scope.allows_kernels)
+    slices, whole = zip(*map(_slice_operand, xs), strict=True) if xs else ((), ())
 
     def body(carry: list, slices: tuple) -> tuple[list, list]:
         step, xs = slices
         xs = [f(x) for f, x in zip(whole, xs, strict=True)]
-        inner = scope.at(step, keeps=results)
+        inner = scope.child(step, allows_kernels=results)
         outs = evaluate(inner, form.body, [*consts, *_refill(carry, kept), *xs])
         reason = "is changed by the loop body"
         carry = [
-            formed(inner, x, "scan", reason, eqn)
+            fall_back(inner, x, "scan", reason, eqn)
             for k, x in enumerate(outs[: form.n_carry])
             if k not in kept
         ]
@@ -133,7 +144,7 @@ def _scan(scope: Scope, eqn: Any, vals: Sequence) -> list:
     return [*_refill(carry, kept), *ys]
 
 
-def _slices(x: Any) -> tuple[Any, Callable[[Any], Any]]:
+def _slice_operand(x: Any) -> tuple[Any, Callable[[Any], Any]]:
     """What a scan slices of an operand, and how a slice is put together again.
 
     Along a batch axis every entry has its own factors. Along an input axis ``a`` is sliced, along
@@ -145,21 +156,21 @@ def _slices(x: Any) -> tuple[Any, Callable[[Any], Any]]:
     role, axes = x.axes[0], x.axes[1:]
     if role == BATCH:
         return x, lambda part: dataclasses.replace(part, axes=axes)
-    sides = {"a": x.a} if role == IN else {"b": rank_last(x)} if role == OUT else {}
+    sides = {"a": x.a} if role == IN else {"b": move_rank_last(x)} if role == OUT else {}
     sides |= {"gain": x.gain} if x.gain is not None and role == x.gain_side else {}
     # Batch axes come first in a factor.
     sides = {name: jnp.moveaxis(side, x.axes.count(BATCH), 0) for name, side in sides.items()}
 
     def whole(part: tuple) -> Kernel:
         w, sides = part
-        inside = {"b": rank_inside(sides["b"], axes)} if "b" in sides else {}
+        inside = {"b": move_rank_inside(sides["b"], axes)} if "b" in sides else {}
         return dataclasses.replace(x, w=w, axes=axes, **{**sides, **inside})
 
     return (x.w, sides), whole
 
 
-def _hoisted(
-    scope: Scope, body: Any, carry: Sequence, offset: int, eqn: Any
+def _hoist(
+    scope: Scope, body: Jaxpr, carry: Sequence, offset: int, eqn: JaxprEqn
 ) -> tuple[list, dict[int, Kernel]]:
     """Splits the carry of a loop: kernels that the body hands on unchanged become constants."""
     kept, rest = {}, []
@@ -168,18 +179,18 @@ def _hoisted(
             kept[k] = value
         else:
             reason = "is changed by the loop body"
-            rest.append(formed(scope, value, eqn.primitive.name, reason, eqn))
+            rest.append(fall_back(scope, value, eqn.primitive.name, reason, eqn))
     return rest, kept
 
 
 def _refill(rest: Sequence, kept: dict[int, Kernel]) -> Iterator:
-    """Puts the constants that :func:`_hoisted` took out of a carry back in their places."""
+    """Puts the constants that :func:`_hoist` took out of a carry back in their places."""
     values = iter(rest)
     for k in range(len(rest) + len(kept)):
         yield kept[k] if k in kept else next(values)
 
 
-def _varying(scope: Scope, carry: Sequence[Any], vals: Sequence[Any]) -> list:
+def _make_varying(scope: Scope, carry: Sequence[Any], vals: Sequence[Any]) -> list:
     """A carry that varies over the devices of a ``shard_map`` wherever an operand does."""
     if not scope.varies:
         return [*carry]
@@ -188,32 +199,32 @@ def _varying(scope: Scope, carry: Sequence[Any], vals: Sequence[Any]) -> list:
     return [vary(x, axes) if is_number(x) else x for x in carry]
 
 
-def _while(scope: Scope, eqn: Any, vals: Sequence) -> list:
+def _while(scope: Scope, eqn: JaxprEqn, vals: Sequence) -> list:
     """``lax.while_loop``: kernels may be constants."""
     form = forms.while_loop(eqn)
     test_consts, body_consts, carry = form.split(vals)
-    carry, kept = _hoisted(scope, form.body.jaxpr, carry, form.n_body, eqn)
-    carry = _varying(scope, carry, vals)
+    carry, kept = _hoist(scope, form.body.jaxpr, carry, form.n_body, eqn)
+    carry = _make_varying(scope, carry, vals)
 
     def run(place: str, body: Body, consts: Sequence, state: tuple) -> list:
         step, carry = state
-        return evaluate(scope.at(step, place), body, [*consts, *_refill(carry, kept)])
+        return evaluate(scope.child(step, place), body, [*consts, *_refill(carry, kept)])
 
     def step(state: tuple) -> tuple:
         outs = run("body", form.body, body_consts, state)
-        inner, reason = scope.at(state[0], "body"), "is an output of the loop body"
+        inner, reason = scope.child(state[0], "body"), "is an output of the loop body"
         rest = [x for k, x in enumerate(outs) if k not in kept]
-        return state[0] + 1, [formed(inner, x, "while", reason, eqn) for x in rest]
+        return state[0] + 1, [fall_back(inner, x, "while", reason, eqn) for x in rest]
 
-    go_on = lambda state: run("test", form.test, test_consts, state)[0]
-    _, carry = lax.while_loop(go_on, step, (jnp.int32(0), carry))
+    test = lambda state: run("test", form.test, test_consts, state)[0]
+    _, carry = lax.while_loop(test, step, (jnp.int32(0), carry))
     return list(_refill(carry, kept))
 
 
 # ---- Branches ------------------------------------------------------------------------------------
 
 
-def _cond(scope: Scope, eqn: Any, vals: Sequence) -> list:
+def _cond(scope: Scope, eqn: JaxprEqn, vals: Sequence) -> list:
     """``lax.cond`` and ``lax.switch``."""
     if isinstance(vals[0], Kernel):
         raise Unfactored("the kernel decides which branch is taken")
@@ -221,21 +232,21 @@ def _cond(scope: Scope, eqn: Any, vals: Sequence) -> list:
 
     def branch(number: int, body: Body) -> Callable:
         def run(*vals: Any) -> list:
-            inner = scope.at(number, number)
+            inner = scope.child(number, number)
             outs = evaluate(inner, body, vals)
             outs = [x for k, x in enumerate(outs) if k not in unchanged]
-            outs = [formed(inner, x, "cond", "is an output of a branch", eqn) for x in outs]
-            return _varying(scope, outs, vals)
+            outs = [fall_back(inner, x, "cond", "is an output of a branch", eqn) for x in outs]
+            return _make_varying(scope, outs, vals)
 
         return run
 
-    unchanged = _handed_on([body.jaxpr for body in bodies], vals[1:])
+    unchanged = _find_unchanged([body.jaxpr for body in bodies], vals[1:])
     branches = [branch(k, body) for k, body in enumerate(bodies)]
     rest = lax.switch(vals[0], branches, *vals[1:])
     return list(_refill(rest, unchanged))
 
 
-def _handed_on(jaxprs: Sequence, vals: Sequence) -> dict[int, Kernel]:
+def _find_unchanged(jaxprs: Sequence[Jaxpr], vals: Sequence) -> dict[int, Kernel]:
     """The outputs that are, whichever branch is taken, one and the same kernel that went in."""
     kernels = {}
     for k in range(len(jaxprs[0].outvars)):
@@ -248,7 +259,7 @@ def _handed_on(jaxprs: Sequence, vals: Sequence) -> dict[int, Kernel]:
 # ---- Several devices -----------------------------------------------------------------------------
 
 
-def _shard_map(scope: Scope, eqn: Any, vals: Sequence) -> list:
+def _shard_map(scope: Scope, eqn: JaxprEqn, vals: Sequence) -> list:
     """``jax.shard_map``: an axis of a factor is split as the kernel's is."""
     form = forms.shard_map(eqn)
     specs = [_specs(v, spec) for v, spec in zip(vals, form.in_specs, strict=True)]
@@ -256,10 +267,10 @@ def _shard_map(scope: Scope, eqn: Any, vals: Sequence) -> list:
 
     def body(extra: list, *vals: Any) -> list:
         changes = dict(zip(("rate", "key"), extra, strict=False))
-        inner = dataclasses.replace(scope, keeps=(), **changes)
+        inner = dataclasses.replace(scope, allows_kernels=(), **changes)
         outs = evaluate(inner, form.body, vals)
         reason = "leaves the shard_map"
-        return [formed(inner, x, "shard_map", reason, eqn) for x in outs]
+        return [fall_back(inner, x, "shard_map", reason, eqn) for x in outs]
 
     run = jax.shard_map(
         body,
@@ -278,11 +289,11 @@ def _specs(value: Any, spec: Any) -> Any:
     return dataclasses.replace(value, w=spec, **factor_specs(value, spec))
 
 
-def _custom(scope: Scope, eqn: Any, vals: Sequence) -> list:
+def _custom_jvp(scope: Scope, eqn: JaxprEqn, vals: Sequence) -> list:
     raise Unfactored("its own derivative rule takes plain arrays")
 
 
-def _custom_vjp(scope: Scope, eqn: Any, vals: Sequence) -> list:
+def _custom_vjp(scope: Scope, eqn: JaxprEqn, vals: Sequence) -> list:
     raise Unfactored(
         "its own derivative rule takes plain arrays; if it is a solver's, give it the bound "
         "parameters, and lift the function that it calls"
@@ -300,6 +311,6 @@ CONTROL: dict[str, interpreter.Control] = {
     "while": _while,
     "cond": _cond,
     "shard_map": _shard_map,
-    "custom_jvp_call": _custom,
+    "custom_jvp_call": _custom_jvp,
     "custom_vjp_call": _custom_vjp,
 }

@@ -2,7 +2,9 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from jax.extend.core import JaxprEqn
 
 from lora_jax import factors
 from lora_jax.transform import forms, origins, uses
@@ -55,7 +57,7 @@ class Pair(NamedTuple):
     """A product of two arrays that both come from parameters: one kernel and its input, or two."""
 
     name: str
-    eqn: Any
+    eqn: JaxprEqn
     values: tuple[Value, Value]
 
 
@@ -86,7 +88,7 @@ class Walk:
     is_final: bool = True
 
 
-def lose(walk: Walk, eqn: Any, values: Sequence[Value], why: str) -> None:
+def lose(walk: Walk, eqn: JaxprEqn, values: Sequence[Value], why: str) -> None:
     """Notes that the parameters among the values are not followed beyond an equation."""
     if not walk.is_final:
         return
@@ -99,14 +101,14 @@ def lose(walk: Walk, eqn: Any, values: Sequence[Value], why: str) -> None:
                 reasons.append(reason)
 
 
-def hide(walk: Walk, eqn: Any, values: Sequence[Value]) -> None:
+def hide(walk: Walk, eqn: JaxprEqn, values: Sequence[Value]) -> None:
     """Notes that parameters go into a primitive that can't be looked into."""
     lose(walk, eqn, values, f"goes into {eqn.primitive.name!r}, which can't be looked into")
     for value in values if walk.is_final else ():
         walk.hidden.update(dict.fromkeys(origins.names(value.axes), eqn.primitive.name))
 
 
-def record(walk: Walk, eqn: Any, operand: int, value: Value, level: int) -> None:
+def record(walk: Walk, eqn: JaxprEqn, operand: int, value: Value, level: int) -> None:
     """Notes a use of the parameters of one operand; ``level`` is that of the other operands."""
     if value.is_mixed and eqn.primitive.name in ("dot_general", LOOKUP):
         return  # the product with the constant was its use; a convolution's kernel is resized so
@@ -119,10 +121,10 @@ def record(walk: Walk, eqn: Any, operand: int, value: Value, level: int) -> None
         return
     for name, roles in roles_of(value.axes, sides).items():
         use = Use(eqn.primitive.name, roles, level, value.is_picked, forms.source(eqn))
-        _note(walk, name, use)
+        _add_use(walk, name, use)
 
 
-def sides_of(eqn: Any, operand: int) -> uses.Sides:
+def sides_of(eqn: JaxprEqn, operand: int) -> uses.Sides:
     """How an equation uses the axes of one of its operands.
 
     Raises:
@@ -132,7 +134,7 @@ def sides_of(eqn: Any, operand: int) -> uses.Sides:
     return uses.USES[eqn.primitive.name].sides(eqn.params, operand, shape)
 
 
-def _note(walk: Walk, name: str, use: Use) -> None:
+def _add_use(walk: Walk, name: str, use: Use) -> None:
     known = walk.uses.setdefault(name, [])
     if walk.is_final and use not in known:
         known.append(use)

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import jax
 from jax import lax
-from jax.extend import core, source_info_util
+from jax.extend import source_info_util
+from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
 from lora_jax.transform.kernel import Unfactored
 
@@ -24,7 +25,7 @@ class UnknownForm(Unfactored):
 class Body(NamedTuple):
     """A jaxpr and the arrays that it closes over."""
 
-    jaxpr: Any
+    jaxpr: Jaxpr
     consts: Sequence[Any]
 
 
@@ -78,7 +79,7 @@ class ShardMap:
     check_vma: bool
 
 
-def unknown(eqn: Any, why: object = "") -> str:
+def describe_unknown(eqn: JaxprEqn, why: object = "") -> str:
     """Says that an equation has an unknown form, with what somebody needs to mend it."""
     detail = f" ({why!r})" if isinstance(why, Exception) else f" ({why})" if why else ""
     return (
@@ -87,7 +88,7 @@ def unknown(eqn: Any, why: object = "") -> str:
     )
 
 
-def source(eqn: Any) -> str:
+def source(eqn: JaxprEqn) -> str:
     """File and line of an equation in the user's code; empty if JAX does not say."""
     return source_info_util.summarize(eqn.source_info)
 
@@ -111,7 +112,7 @@ def varying_axes_of(type_: Any) -> frozenset:
     return frozenset(getattr(type_, "vma", ()) if axes is None else axes)
 
 
-def rebound(eqn: Any, x: jax.Array, **params: Any) -> jax.Array:
+def rebind(eqn: JaxprEqn, x: jax.Array, **params: Any) -> jax.Array:
     """The equation for another operand, with some parameters changed."""
     out = eqn.primitive.bind(x, **{**eqn.params, **params})
     return out[0] if eqn.primitive.multiple_results else out
@@ -119,7 +120,7 @@ def rebound(eqn: Any, x: jax.Array, **params: Any) -> jax.Array:
 
 def is_literal(atom: Any) -> bool:
     """Whether an operand is a number written into the jaxpr."""
-    return isinstance(atom, core.Literal)
+    return isinstance(atom, Literal)
 
 
 def body_of(jaxpr: Any) -> Body:
@@ -135,7 +136,7 @@ def _is_jaxpr(value: Any) -> bool:
     return hasattr(getattr(value, "jaxpr", value), "eqns")
 
 
-def bodies(eqn: Any) -> list[Body]:
+def bodies(eqn: JaxprEqn) -> list[Body]:
     """All jaxprs among the parameters of an equation, also of primitives that are not known."""
     params = dict(eqn.params)
     hidden = getattr(params.get("_prim"), "params", {})  # `call_hi_primitive` of jax 0.10 and later
@@ -144,81 +145,83 @@ def bodies(eqn: Any) -> list[Body]:
     return [body_of(x) for x in flat if _is_jaxpr(x)]
 
 
-def matching_body(eqn: Any) -> Body | None:
+def matching_body(eqn: JaxprEqn) -> Body | None:
     """A jaxpr among the parameters that takes the operands of the equation, if there is one."""
-    operands = [_kind(x) for x in eqn.invars]
+    operands = [_shape(x) for x in eqn.invars]
     for body in bodies(eqn):
-        inputs = [_kind(x) for x in body.jaxpr.invars]
+        inputs = [_shape(x) for x in body.jaxpr.invars]
         same = [len(a) == len(b) for a, b in zip(inputs, operands, strict=False)]
         if len(inputs) == len(operands) and all(same):
             return body
     return None
 
 
-def _kind(atom: Any) -> tuple:
+def _shape(atom: Any) -> tuple:
     return tuple(getattr(atom.aval, "shape", ()))
 
 
-def _required(eqn: Any, *names: str) -> list[Any]:
+def _require(eqn: JaxprEqn, *names: str) -> list[Any]:
     missing = [name for name in names if name not in eqn.params]
     if missing:
-        raise UnknownForm(unknown(eqn, f"there is no {', '.join(map(repr, missing))}"))
+        raise UnknownForm(describe_unknown(eqn, f"there is no {', '.join(map(repr, missing))}"))
     return [eqn.params[name] for name in names]
 
 
-def _checked(eqn: Any, body: Body, n_in: int, n_out: int) -> Body:
+def _check_arity(eqn: JaxprEqn, body: Body, n_in: int, n_out: int) -> Body:
     """The body, if it has as many inputs and outputs as the equation gives and takes."""
     have = len(body.jaxpr.invars), len(body.jaxpr.outvars)
     if have != (n_in, n_out):
         raise UnknownForm(
-            unknown(eqn, f"its body has {have} inputs and outputs, not {n_in, n_out}")
+            describe_unknown(eqn, f"its body has {have} inputs and outputs, not {n_in, n_out}")
         )
     return body
 
 
-def call(eqn: Any) -> Body:
+def call(eqn: JaxprEqn) -> Body:
     """A nested ``jit``, and calls like it."""
     jaxpr = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
     if jaxpr is None:
-        _required(eqn, "jaxpr")
-    return _checked(eqn, body_of(jaxpr), len(eqn.invars), len(eqn.outvars))
+        _require(eqn, "jaxpr")
+    return _check_arity(eqn, body_of(jaxpr), len(eqn.invars), len(eqn.outvars))
 
 
-def scan(eqn: Any) -> Scan:
+def scan(eqn: JaxprEqn) -> Scan:
     """``lax.scan``: up to jax 0.10 by numbers of operands, then by trees of them."""
-    jaxpr, length, reverse, unroll = _required(eqn, "jaxpr", "length", "reverse", "unroll")
+    jaxpr, length, reverse, unroll = _require(eqn, "jaxpr", "length", "reverse", "unroll")
     if "num_consts" in eqn.params:
-        n_consts, n_carry = _required(eqn, "num_consts", "num_carry")
+        n_consts, n_carry = _require(eqn, "num_consts", "num_carry")
     else:
-        parts = _required(eqn, "ft_in")[0].unpack()
+        parts = _require(eqn, "ft_in")[0].unpack()
         if len(parts) != 3 or sum(map(len, parts)) != len(eqn.invars):
-            raise UnknownForm(unknown(eqn, "its operands are not constants, carry and slices"))
+            raise UnknownForm(
+                describe_unknown(eqn, "its operands are not constants, carry and slices")
+            )
         n_consts, n_carry = len(parts[0]), len(parts[1])
     options = {"reverse": reverse, "unroll": unroll}
     if eqn.params.get("_split_transpose"):
         options["_split_transpose"] = True
-    body = _checked(eqn, body_of(jaxpr), len(eqn.invars), len(eqn.outvars))
+    body = _check_arity(eqn, body_of(jaxpr), len(eqn.invars), len(eqn.outvars))
     return Scan(body, n_consts, n_carry, length, options)
 
 
-def while_loop(eqn: Any) -> While:
+def while_loop(eqn: JaxprEqn) -> While:
     """``lax.while_loop``."""
-    test, body, n_test, n_body = _required(
+    test, body, n_test, n_body = _require(
         eqn, "cond_jaxpr", "body_jaxpr", "cond_nconsts", "body_nconsts"
     )
     n_carry = len(eqn.outvars)
-    body = _checked(eqn, body_of(body), n_body + n_carry, n_carry)
-    return While(_checked(eqn, body_of(test), n_test + n_carry, 1), body, n_test, n_body)
+    body = _check_arity(eqn, body_of(body), n_body + n_carry, n_carry)
+    return While(_check_arity(eqn, body_of(test), n_test + n_carry, 1), body, n_test, n_body)
 
 
-def cond(eqn: Any) -> list[Body]:
+def cond(eqn: JaxprEqn) -> list[Body]:
     """The branches of ``lax.cond`` and ``lax.switch``; the first operand chooses."""
-    (branches,) = _required(eqn, "branches")
+    (branches,) = _require(eqn, "branches")
     n_in, n_out = len(eqn.invars) - 1, len(eqn.outvars)
-    return [_checked(eqn, body_of(branch), n_in, n_out) for branch in branches]
+    return [_check_arity(eqn, body_of(branch), n_in, n_out) for branch in branches]
 
 
-def name_of(eqn: Any) -> str:
+def name_of(eqn: JaxprEqn) -> str:
     """The name of the primitive; of one that holds an operation as a value, that of the operation.
 
     So has jax 0.10 and later ``checkpoint`` and ``checkpoint_name``, with ``JAX_REMAT3=1``.
@@ -230,26 +233,28 @@ def name_of(eqn: Any) -> str:
     return "name" if set(hidden) == {"name"} else name
 
 
-def checkpoint(eqn: Any) -> Checkpoint:
+def checkpoint(eqn: JaxprEqn) -> Checkpoint:
     """``jax.checkpoint``."""
     params = getattr(eqn.params.get("_prim"), "params", eqn.params)
     if not {"jaxpr", "policy"} <= set(params):
-        raise UnknownForm(unknown(eqn))
-    body = _checked(eqn, body_of(params["jaxpr"]), len(eqn.invars), len(eqn.outvars))
+        raise UnknownForm(describe_unknown(eqn))
+    body = _check_arity(eqn, body_of(params["jaxpr"]), len(eqn.invars), len(eqn.outvars))
     recomputes = bool(params.get("differentiated", False))
     return Checkpoint(body, params.get("prevent_cse", True), params["policy"], recomputes)
 
 
-def shard_map(eqn: Any) -> ShardMap:
+def shard_map(eqn: JaxprEqn) -> ShardMap:
     """``jax.shard_map``."""
-    jaxpr, mesh, in_specs, out_specs = _required(eqn, "jaxpr", "mesh", "in_specs", "out_specs")
+    jaxpr, mesh, in_specs, out_specs = _require(eqn, "jaxpr", "mesh", "in_specs", "out_specs")
     axes = eqn.params.get("newly_manual_axes", eqn.params.get("manual_axes"))
     if axes is None:
-        _required(eqn, "newly_manual_axes")
-    (check_vma,) = _required(eqn, "check_vma")
+        _require(eqn, "newly_manual_axes")
+    (check_vma,) = _require(eqn, "check_vma")
     if len(in_specs) != len(eqn.invars) or len(out_specs) != len(eqn.outvars):
-        raise UnknownForm(unknown(eqn, "its specs are not one for each operand and result"))
-    body = _checked(eqn, body_of(jaxpr), len(eqn.invars), len(eqn.outvars))
+        raise UnknownForm(
+            describe_unknown(eqn, "its specs are not one for each operand and result")
+        )
+    body = _check_arity(eqn, body_of(jaxpr), len(eqn.invars), len(eqn.outvars))
     return ShardMap(
         body=body,
         mesh=mesh,
@@ -260,25 +265,27 @@ def shard_map(eqn: Any) -> ShardMap:
     )
 
 
-def linear_solve(eqn: Any) -> list[tuple[Body | None, int]]:
+def linear_solve(eqn: JaxprEqn) -> list[tuple[Body | None, int]]:
     """``lax.custom_linear_solve``: its functions, and how many of the operands each closes over."""
-    jaxprs, lengths = _required(eqn, "jaxprs", "const_lengths")
+    jaxprs, lengths = _require(eqn, "jaxprs", "const_lengths")
     pairs = zip(jaxprs, lengths, strict=True)
     return [(None if jaxpr is None else body_of(jaxpr), n or 0) for jaxpr, n in pairs]
 
 
-def pallas(eqn: Any) -> tuple[Body, list[int]]:
+def pallas(eqn: JaxprEqn) -> tuple[Body, list[int]]:
     """``pallas_call``: its body, and which operand each of the body's first references is."""
-    jaxpr, grid = _required(eqn, "jaxpr", "grid_mapping")
+    jaxpr, grid = _require(eqn, "jaxpr", "grid_mapping")
     skipped = grid.num_dynamic_grid_bounds
     body = body_of(jaxpr)
     operands = list(range(skipped, len(eqn.invars)))
     if len(body.jaxpr.invars) < len(operands):
-        raise UnknownForm(unknown(eqn, "its body has fewer references than there are operands"))
+        raise UnknownForm(
+            describe_unknown(eqn, "its body has fewer references than there are operands")
+        )
     return body, operands
 
 
-def kept_axes(eqn: Any, operand: int) -> list[int]:
+def block_axes(eqn: JaxprEqn, operand: int) -> list[int]:
     """The axes of an operand of ``pallas_call`` that its blocks have; the others are squeezed."""
     number = operand - eqn.params["grid_mapping"].num_index_operands
     sizes = eqn.params["grid_mapping"].block_mappings[number].block_shape

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import JaxprEqn
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.factors import BATCH, IN, OUT, spread, wide_dtype
 from lora_jax.transform import uses
-from lora_jax.transform.kernel import Kernel, Unfactored, carried
+from lora_jax.transform.kernel import Kernel, Unfactored, carried_axes
 from lora_jax.transform.uses import Factors
 
 Array = jax.Array
@@ -37,7 +38,7 @@ class Gain(NamedTuple):
     operand: Rule | None
 
 
-def scale_operand(eqn: Any, vals: Sequence[Any], which: int) -> list:
+def scale_operand(eqn: JaxprEqn, vals: Sequence[Any], which: int) -> list:
     """The operands for the frozen part, scaled where the use sums over the axes of the gain.
 
     Args:
@@ -53,14 +54,14 @@ def scale_operand(eqn: Any, vals: Sequence[Any], which: int) -> list:
     if scale is None:
         return plain
     sides = uses.USES[eqn.primitive.name].sides(eqn.params, which, kernel.w.shape)
-    factors = uses.oriented(kernel, sides)
+    factors = uses.orient(kernel, sides)
     if factors.gain_side == IN:
         other = 1 if which == 0 else 0
         plain[other] = scale(eqn.params, vals, factors, plain[other])
     return plain
 
 
-def scale_result(eqn: Any, vals: Sequence[Any], factors: Factors, base: Array) -> Array:
+def scale_result(eqn: JaxprEqn, vals: Sequence[Any], factors: Factors, base: Array) -> Array:
     """The product with the frozen part, scaled where the use keeps the axes of the gain.
 
     Raises:
@@ -72,15 +73,15 @@ def scale_result(eqn: Any, vals: Sequence[Any], factors: Factors, base: Array) -
     return rules.result(eqn.params, vals, factors, base)
 
 
-def _times(x: Array, gain: Array) -> Array:
+def _multiply(x: Array, gain: Array) -> Array:
     """The product in the wider precision of the two, rounded once to that of ``x``."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise Unfactored(f"its gain would scale {x.dtype}")
     dtype = wide_dtype(x.dtype, gain.dtype)
-    return (x.astype(dtype) * _placed(gain, x).astype(dtype)).astype(x.dtype)
+    return (x.astype(dtype) * _place_gain(gain, x).astype(dtype)).astype(x.dtype)
 
 
-def _placed(gain: Array, x: Array) -> Array:
+def _place_gain(gain: Array, x: Array) -> Array:
     """The gain with the explicit sharding of the array that it scales."""
     shardings = [getattr(jax.typeof(y), "sharding", None) for y in (gain, x)]
     have, wanted = ([*getattr(sharding, "spec", ())] for sharding in shardings)
@@ -96,24 +97,24 @@ def _dot_result(params: dict, vals: Sequence[Any], f: Factors, y: Array) -> Arra
     free = [k for k in range(len(f.axes)) if k not in (*contracting, *batch)]
     first = len(batch) if which == 0 else y.ndim - len(free)
     places = {k: n for n, k in enumerate(batch)} | {k: first + n for n, k in enumerate(free)}
-    return _times(y, spread(f.gain, [places[k] for k in carried(f.axes, OUT)], y.ndim))
+    return _multiply(y, spread(f.gain, [places[k] for k in carried_axes(f.axes, OUT)], y.ndim))
 
 
 def _dot_operand(params: dict, vals: Sequence[Any], f: Factors, x: Array) -> Array:
     which = 0 if isinstance(vals[0], Kernel) else 1
     contracting, batch = params["dimension_numbers"]
     ours, theirs = ((*contracting[k], *batch[k]) for k in (which, 1 - which))
-    places, where = dict(zip(ours, theirs, strict=True)), carried(f.axes, IN)
+    places, where = dict(zip(ours, theirs, strict=True)), carried_axes(f.axes, IN)
     if not set(where) <= set(places):
         raise Unfactored("its input would be scaled by a gain for each kernel of a stack")
-    return _times(x, spread(f.gain, [places[k] for k in where], x.ndim))
+    return _multiply(x, spread(f.gain, [places[k] for k in where], x.ndim))
 
 
 def _ragged(params: dict, vals: Sequence[Any], f: Factors, x: Array) -> Array:
     """Scales each row, ``(rows, in)`` or ``(rows, out)``, by the gain of its expert."""
     if x.ndim != 2 or f.axes != "bio":
         raise Unfactored("a ragged product of other than (rows, in) and (experts, in, out)")
-    return _times(x, jnp.repeat(f.gain, vals[2], axis=0, total_repeat_length=x.shape[0]))
+    return _multiply(x, jnp.repeat(f.gain, vals[2], axis=0, total_repeat_length=x.shape[0]))
 
 
 def _gather(params: dict, vals: Sequence[Any], f: Factors, y: Array) -> Array:
@@ -124,28 +125,28 @@ def _gather(params: dict, vals: Sequence[Any], f: Factors, y: Array) -> Array:
     n_out = f.axes.count(OUT)
 
     def of_rows(x: Array) -> Array:
-        rows = uses.rows_at(params, indices, lax.expand_dims(x, [x.ndim]), f.axes)
+        rows = uses.look_up_rows(params, indices, lax.expand_dims(x, [x.ndim]), f.axes)
         rows = lax.reshape(rows, (*rows.shape[:-1], *[1] * n_out))
-        return uses.as_gathered(rows, params["dimension_numbers"], f.axes, n_ids)
+        return uses.arrange_as_gathered(rows, params["dimension_numbers"], f.axes, n_ids)
 
     if f.gain_side == IN:
         gain = of_rows(f.gain)
     else:
         gain = lax.expand_dims(f.gain, range(n_ids))
-        gain = uses.as_gathered(gain, params["dimension_numbers"], f.axes, n_ids)
+        gain = uses.arrange_as_gathered(gain, params["dimension_numbers"], f.axes, n_ids)
     if params["mode"] != lax.GatherScatterMode.FILL_OR_DROP:
-        return _times(y, gain)
+        return _multiply(y, gain)
     # What is filled up where an index is out of bounds is not scaled. It may be NaN, which would
     # spoil the gradient of the gain, so that it must not get into the product.
     sizes = [n for n, role in zip(vals[0].w.shape, f.axes, strict=True) if role == IN]
     is_row = jnp.broadcast_to(of_rows(jnp.ones(sizes, bool)), y.shape)
-    return jnp.where(is_row, _times(jnp.where(is_row, y, jnp.zeros_like(y)), gain), y)
+    return jnp.where(is_row, _multiply(jnp.where(is_row, y, jnp.zeros_like(y)), gain), y)
 
 
 def _conv_result(params: dict, vals: Sequence[Any], f: Factors, y: Array) -> Array:
     if f.axes.count(OUT) != 1 or BATCH in f.axes:
         raise Unfactored("convolution with a kernel whose output axis is not its only output")
-    return _times(y, spread(f.gain, [params["dimension_numbers"].out_spec[1]], y.ndim))
+    return _multiply(y, spread(f.gain, [params["dimension_numbers"].out_spec[1]], y.ndim))
 
 
 def _conv_operand(params: dict, vals: Sequence[Any], f: Factors, x: Array) -> Array:

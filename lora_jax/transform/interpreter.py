@@ -17,23 +17,24 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import JaxprEqn
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.dropout import dropout
 from lora_jax.factors import BATCH
 from lora_jax.transform import (
-    ahead,
     combinations,
     forms,
     gains,
     kernel,
+    lookahead,
     moves,
     rearrangements,
     uses,
 )
-from lora_jax.transform.ahead import Wanted
 from lora_jax.transform.forms import Body, vary, varying_axes
 from lora_jax.transform.kernel import Kernel, Unfactored
+from lora_jax.transform.lookahead import Demand
 
 Array = jax.Array
 
@@ -66,7 +67,7 @@ class Scope:
         if nobody asks.
       place: the equations around this one.
       depth: the number of nested calls around this one.
-      keeps: of each result of this equation, whether whatever uses it takes kernels.
+      allows_kernels: of each result of this equation, whether whatever uses it takes kernels.
       varies: in a ``shard_map``, factors vary over devices over which their kernels do not, and so
         do values that the user's equations were made for as constant.
     """
@@ -77,16 +78,25 @@ class Scope:
     events: dict[tuple, Event] | None = None
     place: tuple = ()
     depth: int = 0
-    keeps: tuple[bool, ...] = ()
+    allows_kernels: tuple[bool, ...] = ()
     varies: bool = False
 
-    def at(self, index: Any, place: Any = None, keeps: tuple[bool, ...] = ()) -> "Scope":
+    def child(
+        self, index: Any, place: Any = None, allows_kernels: tuple[bool, ...] = ()
+    ) -> "Scope":
         """The scope of the equation (or loop iteration) number ``index``."""
         key = None if self.key is None else jax.random.fold_in(self.key, index)
         places = (*self.place, place)
         # Once for each equation: `dataclasses.replace` takes three times as long.
         return Scope(
-            self.strict, self.rate, key, self.events, places, self.depth, keeps, self.varies
+            self.strict,
+            self.rate,
+            key,
+            self.events,
+            places,
+            self.depth,
+            allows_kernels,
+            self.varies,
         )
 
     def record(self, event: Event) -> None:
@@ -96,7 +106,7 @@ class Scope:
             self.events[place] = event
 
 
-Control = Callable[["Scope", Any, Sequence[Any]], list]
+Control = Callable[["Scope", JaxprEqn, Sequence[Any]], list]
 
 
 def evaluate(scope: Scope, body: Body, args: Sequence[Any], control: Mapping[str, Control]) -> list:
@@ -111,7 +121,7 @@ def evaluate(scope: Scope, body: Body, args: Sequence[Any], control: Mapping[str
     env: dict[Any, Any] = dict(zip(body.jaxpr.constvars, body.consts, strict=True))
     env.update(zip(body.jaxpr.invars, args, strict=True))
     read = lambda atom: atom.val if forms.is_literal(atom) else env[atom]
-    wanted = ahead.wanted(body.jaxpr, scope.keeps)
+    demand = lookahead.find_demand(body.jaxpr, scope.allows_kernels)
     index = -1
     for eqn in body.jaxpr.eqns:
         # Not counted, so that dropout is the same on a mesh, where a model may have them.
@@ -119,27 +129,27 @@ def evaluate(scope: Scope, body: Body, args: Sequence[Any], control: Mapping[str
         vals = [read(atom) for atom in eqn.invars]
         has_kernel = any(isinstance(v, Kernel) for v in vals)
         in_control = scope.varies and forms.name_of(eqn) in control
-        if has_kernel or (in_control and _vary_anew(eqn, vals)):
-            inner = scope.at(index, id(eqn), wanted.keeps(eqn.outvars))
-            outs = _factored(inner, eqn, vals, wanted, control)
+        if has_kernel or (in_control and _has_new_varying_axes(eqn, vals)):
+            inner = scope.child(index, id(eqn), demand.allows_kernels(eqn.outvars))
+            outs = _evaluate_factored(inner, eqn, vals, demand, control)
         else:
-            outs = plain(eqn, vary_alike(eqn, vals) if scope.varies else vals, wanted.used)
+            outs = evaluate_plain(eqn, vary_alike(eqn, vals) if scope.varies else vals, demand.used)
         env.update(zip(eqn.outvars, outs, strict=True))
     return [read(atom) for atom in body.jaxpr.outvars]
 
 
-def plain(eqn: Any, vals: Sequence[Any], used: set | None = None) -> list:
+def evaluate_plain(eqn: JaxprEqn, vals: Sequence[Any], used: set | None = None) -> list:
     """Hands one equation to JAX, as a jaxpr of its own: nothing of JAX is re-implemented here."""
     if eqn.primitive.name == "pvary":
         # An operand may vary over devices already, where an adapter does and the base does not.
         axes = tuple(a for a in eqn.params["axes"] if a not in varying_axes(vals[0]))
-        return [forms.rebound(eqn, vals[0], axes=axes)] if axes else [*vals]
+        return [forms.rebind(eqn, vals[0], axes=axes)] if axes else [*vals]
     variables = {
         atom: v for atom, v in zip(eqn.invars, vals, strict=True) if not forms.is_literal(atom)
     }
     kept = [k for k, v in enumerate(eqn.outvars) if used is None or v in used]
     outvars = [eqn.outvars[k] for k in kept]
-    jaxpr = _empty().replace(
+    jaxpr = _empty_jaxpr().replace(
         invars=list(variables), outvars=outvars, eqns=[eqn], effects=eqn.effects
     )
     results = dict(zip(kept, jax.core.eval_jaxpr(jaxpr, (), *variables.values()), strict=True))
@@ -147,17 +157,17 @@ def plain(eqn: Any, vals: Sequence[Any], used: set | None = None) -> list:
 
 
 @functools.cache
-def _empty() -> Any:
+def _empty_jaxpr() -> Any:
     """A jaxpr without anything in it, to be filled with one equation."""
     return forms.body_of(jax.make_jaxpr(lambda: ())()).jaxpr
 
 
-def _vary_anew(eqn: Any, vals: Sequence[Any]) -> bool:
+def _has_new_varying_axes(eqn: JaxprEqn, vals: Sequence[Any]) -> bool:
     known = [forms.varying_axes_of(atom.aval) for atom in eqn.invars]
     return any(varying_axes(v) - axes for v, axes in zip(vals, known, strict=True))
 
 
-def vary_alike(eqn: Any, vals: Sequence[Any]) -> list:
+def vary_alike(eqn: JaxprEqn, vals: Sequence[Any]) -> list:
     """Operands that vary over the same axes, as most primitives want them."""
     if forms.bodies(eqn) or eqn.primitive.name == "pvary":
         return [*vals]
@@ -165,8 +175,8 @@ def vary_alike(eqn: Any, vals: Sequence[Any]) -> list:
     return [vary(v, axes) for v in vals]
 
 
-def _factored(
-    scope: Scope, eqn: Any, vals: Sequence, wanted: Wanted, control: Mapping[str, Control]
+def _evaluate_factored(
+    scope: Scope, eqn: JaxprEqn, vals: Sequence, demand: Demand, control: Mapping[str, Control]
 ) -> list:
     name = forms.name_of(eqn)
     rule = control.get(name)
@@ -175,69 +185,73 @@ def _factored(
             return rule(scope, eqn, vals)
         with eqn.ctx.manager:
             if name in moves.MOVES:
-                return _move(eqn, vals, wanted)
+                return _apply_move(eqn, vals, demand)
             if name in uses.USES:
-                return _use(scope, eqn, vals, wanted)
+                return _apply_use(scope, eqn, vals, demand)
         raise Unfactored("no rule keeps a low-rank sum factored here")
     except Unfactored as why:
         reason = str(why)
     except (KeyError, TypeError, AttributeError) as error:
-        reason = forms.unknown(eqn, error)
-    return plain(eqn, [formed(scope, v, name, reason, eqn) for v in vals], wanted.used)
+        reason = forms.describe_unknown(eqn, error)
+    return evaluate_plain(eqn, [fall_back(scope, v, name, reason, eqn) for v in vals], demand.used)
 
 
-def _frozen(vals: Sequence) -> list:
+def _frozen_parts(vals: Sequence) -> list:
     return [v.w if isinstance(v, Kernel) else v for v in vals]
 
 
-def _move(eqn: Any, vals: Sequence, wanted: Wanted) -> list:
-    if eqn.primitive.name in moves.WITH_AN_ARRAY:
+def _apply_move(eqn: JaxprEqn, vals: Sequence, demand: Demand) -> list:
+    if eqn.primitive.name in moves.AMBIGUOUS:
         arrays = [v for v in vals if isinstance(v, Kernel) or jnp.ndim(v)]
-        if len(arrays) > 1 and not set(eqn.outvars) <= wanted.as_kernels:
+        if len(arrays) > 1 and not set(eqn.outvars) <= demand.kernels_only:
             raise Unfactored("the result is used as an activation, or changed entry by entry")
-    return moves.MOVES[forms.name_of(eqn)](eqn, vals, plain(eqn, _frozen(vals)))
+    return moves.MOVES[forms.name_of(eqn)](eqn, vals, evaluate_plain(eqn, _frozen_parts(vals)))
 
 
-def _use(scope: Scope, eqn: Any, vals: Sequence, wanted: Wanted) -> list:
+def _apply_use(scope: Scope, eqn: JaxprEqn, vals: Sequence, demand: Demand) -> list:
     use = uses.USES[eqn.primitive.name]
     if scope.varies:
-        vals = _kernels_vary_alike(eqn, vals)
+        vals = _vary_kernels_alike(eqn, vals)
     kernels = [k for k, v in enumerate(vals) if isinstance(v, Kernel)]
     if use.branch is None:
         raise Unfactored("no rule keeps a low-rank sum factored here")
     is_product = eqn.primitive.name == "dot_general" and len(kernels) == 2
     has_gain = any(vals[k].gain is not None for k in kernels)
-    if is_product and not has_gain and set(eqn.outvars) <= wanted.as_kernels:
-        return combinations.product(eqn, vals, plain(eqn, _frozen(vals)))
+    if is_product and not has_gain and set(eqn.outvars) <= demand.kernels_only:
+        return combinations.product(eqn, vals, evaluate_plain(eqn, _frozen_parts(vals)))
     if len(kernels) > 1:
         # One of them is formed: the smaller, which is an input more often.
         first = min(kernels, key=lambda k: vals[k].w.size)
         reason = "the other operand is a low-rank sum too"
-        array = formed(scope, vals[first], eqn.primitive.name, reason, eqn)
-        return _use(scope, eqn, [array if k == first else v for k, v in enumerate(vals)], wanted)
+        array = fall_back(scope, vals[first], eqn.primitive.name, reason, eqn)
+        return _apply_use(
+            scope, eqn, [array if k == first else v for k, v in enumerate(vals)], demand
+        )
     if kernels[0] not in use.operands:
         raise Unfactored(f"it is operand {kernels[0]}; the rule wants one of {use.operands}")
-    operands = gains.scale_operand(eqn, vals, kernels[0]) if has_gain else _frozen(vals)
-    (base,) = plain(eqn, operands)
+    operands = gains.scale_operand(eqn, vals, kernels[0]) if has_gain else _frozen_parts(vals)
+    (base,) = evaluate_plain(eqn, operands)
     sum_ = vals[kernels[0]]
     sides = use.sides(eqn.params, kernels[0], sum_.w.shape)
     if eqn.primitive.name == "gather" and {sum_.axes[k] for k in sides.inputs} == {BATCH}:
-        return rearrangements.picked(eqn, sum_, vals[1], base, sides.inputs)
-    factors = uses.oriented(sum_, sides)
+        return rearrangements.pick_entries(eqn, sum_, vals[1], base, sides.inputs)
+    factors = uses.orient(sum_, sides)
     if has_gain:
         base = gains.scale_result(eqn, vals, factors, base)
-    branch = use.branch(eqn.params, vals, factors, base, functools.partial(_drop, scope, sum_))
+    branch = use.branch(
+        eqn.params, vals, factors, base, functools.partial(_drop_inputs, scope, sum_)
+    )
     scope.record(Event(sum_.names, eqn.primitive.name, source=forms.source(eqn)))
     return [base + branch.astype(base.dtype)]
 
 
-def _kernels_vary_alike(eqn: Any, vals: Sequence) -> list:
-    arrays = vary_alike(eqn, _frozen(vals))
+def _vary_kernels_alike(eqn: JaxprEqn, vals: Sequence) -> list:
+    arrays = vary_alike(eqn, _frozen_parts(vals))
     pairs = zip(vals, arrays, strict=True)
     return [dataclasses.replace(v, w=x) if isinstance(v, Kernel) else x for v, x in pairs]
 
 
-def _drop(scope: Scope, sum_: Kernel, x: Array, shape: Sequence[int] | None = None) -> Array:
+def _drop_inputs(scope: Scope, sum_: Kernel, x: Array, shape: Sequence[int] | None = None) -> Array:
     rate = sum_.rate or None if scope.rate is None else scope.rate
     if rate is None:
         return x
@@ -251,7 +265,7 @@ def _drop(scope: Scope, sum_: Kernel, x: Array, shape: Sequence[int] | None = No
     return dropout(x, rate, key, shape)
 
 
-def formed(scope: Scope, value: Any, primitive: str, reason: str, eqn: Any = None) -> Any:
+def fall_back(scope: Scope, value: Any, primitive: str, reason: str, eqn: JaxprEqn = None) -> Any:
     """Falls back to ``W + s·BA`` if ``value`` is a kernel."""
     if not isinstance(value, Kernel):
         return value
@@ -262,7 +276,7 @@ def formed(scope: Scope, value: Any, primitive: str, reason: str, eqn: Any = Non
     if drops or scope.strict:
         why = "dropout needs it factored" if drops else "strict=True forbids it"
         raise FallbackError(Event(value.names, primitive, reason, source), why)
-    return kernel.form(value)
+    return kernel.materialize(value)
 
 
 OUTPUT = "output"

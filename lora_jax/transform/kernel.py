@@ -49,7 +49,7 @@ jax.tree_util.register_dataclass(
 )
 
 
-def carried(axes: str, role: str) -> list[int]:
+def carried_axes(axes: str, role: str) -> list[int]:
     """The axes that a factor carries, in its own order: batch axes, then those of its role."""
     return positions(axes, BATCH + role)
 
@@ -63,10 +63,10 @@ def map_factors(
     of its own axes; the rank is the factor's last axis meanwhile. A gain has a rank of one then.
     ``change_gain`` is for a change that fills up factors with zeros, and a gain with ones.
     """
-    sides = lambda role: (carried(kernel.axes, role), carried(axes, role))
+    sides = lambda role: (carried_axes(kernel.axes, role), carried_axes(axes, role))
     a = change(kernel.a, *sides(IN))
-    b = change(rank_last(kernel), *sides(OUT))
-    new = {"w": w, "a": a, "b": rank_inside(b, axes), "axes": axes}
+    b = change(move_rank_last(kernel), *sides(OUT))
+    new = {"w": w, "a": a, "b": move_rank_inside(b, axes), "axes": axes}
     if kernel.gain is not None:
         gain = lax.expand_dims(kernel.gain, [kernel.gain.ndim])
         gain = (change_gain or change)(gain, *sides(kernel.gain_side))
@@ -81,13 +81,13 @@ def factor_specs(kernel: Kernel, spec: Sequence[Any]) -> dict[str, PartitionSpec
     return {name: factors.spec_of(axes, kernel.axes, spec) for name, axes in letters.items()}
 
 
-def rank_last(kernel: Kernel) -> Array:
+def move_rank_last(kernel: Kernel) -> Array:
     """``b`` with its rank as the last axis, as ``a`` has it."""
     return _moveaxis(kernel.b, kernel.axes.count(BATCH), kernel.b.ndim - 1)
 
 
-def rank_inside(b: Array, axes: str) -> Array:
-    """The inverse of :func:`rank_last`."""
+def move_rank_inside(b: Array, axes: str) -> Array:
+    """The inverse of :func:`move_rank_last`."""
     return _moveaxis(b, b.ndim - 1, axes.count(BATCH))
 
 
@@ -97,7 +97,7 @@ def _moveaxis(x: Array, source: int, target: int) -> Array:
     return x if order == list(range(x.ndim)) else lax.transpose(x, order)
 
 
-def the_kernel(vals: Sequence[Any], which: int = 0) -> Kernel:
+def require_kernel(vals: Sequence[Any], which: int = 0) -> Kernel:
     """Operand number ``which``, if it and no other is a kernel."""
     kernels = [k for k, x in enumerate(vals) if isinstance(x, Kernel)]
     if kernels != [which]:
@@ -107,7 +107,7 @@ def the_kernel(vals: Sequence[Any], which: int = 0) -> Kernel:
     return vals[which]
 
 
-def broadcasted(kernel: Kernel, w: Array, dims: Sequence[int]) -> Kernel:
+def broadcast_kernel(kernel: Kernel, w: Array, dims: Sequence[int]) -> Kernel:
     """``lax.broadcast_in_dim``, of which ``w`` is the result for the frozen part."""
     old = dict(zip(dims, kernel.axes, strict=True))
     axes = "".join(old.get(k, SAME) for k in range(w.ndim))
@@ -119,27 +119,27 @@ def broadcasted(kernel: Kernel, w: Array, dims: Sequence[int]) -> Kernel:
     return map_factors(kernel, w, axes, change)
 
 
-def widened(kernel: Kernel, w: Array) -> Kernel:
+def widen(kernel: Kernel, w: Array) -> Kernel:
     """The kernel with the shape of ``w``, to which an operation with an array has broadcast it."""
     if kernel.w.shape == w.shape:
         return kernel
     wide = lax.broadcast_in_dim(kernel.w, w.shape, range(w.ndim))
-    return broadcasted(kernel, wide, range(w.ndim))
+    return broadcast_kernel(kernel, wide, range(w.ndim))
 
 
-def form(kernel: Kernel) -> Array:
+def materialize(kernel: Kernel) -> Array:
     """The plain array that the kernel stands for."""
     if SAME not in kernel.axes:
         gain = spread_gain(kernel)
-        return factors.dense(kernel.w, kernel.a, kernel.b, kernel.axes, gain)
-    return form(with_roles(kernel, kernel.axes.replace(SAME, OUT)))
+        return factors.materialize(kernel.w, kernel.a, kernel.b, kernel.axes, gain)
+    return materialize(assign_roles(kernel, kernel.axes.replace(SAME, OUT)))
 
 
 def spread_gain(kernel: Kernel) -> Array | None:
     """The gain with an axis for each of the kernel's; those that it does not carry have size 1."""
     if kernel.gain is None:
         return None
-    where = carried(kernel.axes, kernel.gain_side)
+    where = carried_axes(kernel.axes, kernel.gain_side)
     return factors.spread(kernel.gain, where, kernel.w.ndim)
 
 
@@ -158,7 +158,7 @@ def is_free(kernel: Kernel, axis: int) -> bool:
     return kernel.axes[axis] == SAME or kernel.w.shape[axis] == 1
 
 
-def with_roles(kernel: Kernel, axes: str) -> Kernel:
+def assign_roles(kernel: Kernel, axes: str) -> Kernel:
     """The same kernel with other roles for its free axes.
 
     Raises:
@@ -183,14 +183,14 @@ def with_roles(kernel: Kernel, axes: str) -> Kernel:
     return map_factors(kernel, kernel.w, axes, change)
 
 
-def turned(kernel: Kernel) -> Kernel:
+def flip_sides(kernel: Kernel) -> Kernel:
     """The same kernel with inputs and outputs exchanged: ``a·b`` is also ``bᵀ·aᵀ``, transposed."""
     a, b, axes = factors.swap_sides(kernel.a, kernel.b, kernel.axes)
     side = IN if kernel.gain_side == OUT else OUT
     return dataclasses.replace(kernel, a=a, b=b, axes=axes, gain_side=side)
 
 
-def alike(kernels: Sequence[Kernel]) -> list[Kernel]:
+def align_roles(kernels: Sequence[Kernel]) -> list[Kernel]:
     """The kernels with the same roles, where free axes and turning some of them allow that.
 
     Raises:
@@ -199,10 +199,10 @@ def alike(kernels: Sequence[Kernel]) -> list[Kernel]:
     first, *rest = kernels
     same = [first]
     for other in rest:
-        for candidate in (other, turned(other)):
+        for candidate in (other, flip_sides(other)):
             axes = _common_roles([*same, candidate])
             if axes:
-                same = [with_roles(k, axes) for k in (*same, candidate)]
+                same = [assign_roles(k, axes) for k in (*same, candidate)]
                 break
         else:
             raise Unfactored(
@@ -211,7 +211,7 @@ def alike(kernels: Sequence[Kernel]) -> list[Kernel]:
     return same
 
 
-def joint(kernels: Sequence[Kernel], **parts: Any) -> Kernel:
+def join_kernels(kernels: Sequence[Kernel], **parts: Any) -> Kernel:
     """A kernel that is made of several, which have been given the same roles.
 
     Args:

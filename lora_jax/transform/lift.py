@@ -17,7 +17,7 @@ from lora_jax.transform import origins, roles
 from lora_jax.transform.control import evaluate
 from lora_jax.transform.findings import Findings
 from lora_jax.transform.forms import body_of, varying_axes
-from lora_jax.transform.interpreter import OUTPUT, Event, Scope, formed
+from lora_jax.transform.interpreter import OUTPUT, Event, Scope, fall_back
 from lora_jax.transform.kernel import Kernel
 
 Array = jax.Array
@@ -54,17 +54,17 @@ def lift(
     >>> lora.lift(fn)(lora.bind(params, adapter), x)
     Array([[3., 3.]], dtype=float32)
     """
-    rate = _dropout_rate(dropout, dropout_key)
+    rate = _check_dropout(dropout, dropout_key)
 
     @functools.wraps(fn)
     def lifted(*args: Any, **kwargs: Any) -> Any:
         scope = Scope(strict=strict, rate=rate, key=dropout_key)
-        return _run(scope, fn, args, kwargs, own_rates=dropout is None)
+        return _run(scope, fn, args, kwargs, use_node_rates=dropout is None)
 
     return lifted
 
 
-def _dropout_rate(rate: Any, key: Array | None) -> Any:
+def _check_dropout(rate: Any, key: Array | None) -> Any:
     if rate is None:
         return None
     if isinstance(rate, int | float):
@@ -116,22 +116,22 @@ def trace_roles(
     needed = [k for k, x in enumerate(leaves) if k in names or isinstance(x, jax.ShapeDtypeStruct)]
     inputs = [k for k, x in enumerate(leaves) if is_input(k, x)]
     try:
-        closed = _jaxpr(fn, leaves, treedef, traced=sorted({*needed, *inputs}))
+        closed = _make_jaxpr(fn, leaves, treedef, traced=sorted({*needed, *inputs}))
     except Exception:
         # The function needs the values of its inputs, for an `if` or a shape. They are constants
         # of the jaxpr then, and nobody can tell them from other constants.
         inputs = []
-        closed = _jaxpr(fn, leaves, treedef, traced=needed)
+        closed = _make_jaxpr(fn, leaves, treedef, traced=needed)
     traced = sorted({*needed, *inputs})
-    named = lambda k: origins.of_parameter(names[k], len(leaves[k].shape))
-    other = lambda k: roles.of_input(leaves[k]) if k >= n_params else origins.Value()
+    named = lambda k: origins.parameter_value(names[k], len(leaves[k].shape))
+    other = lambda k: roles.input_value(leaves[k]) if k >= n_params else origins.Value()
     values = [named(k) if k in names else other(k) for k in traced]
     # A batch that is closed over is the input where no argument is one: keys are none.
     has_inputs = any(v.level == origins.DATA for v in values)
-    return roles.find(closed, values, consts_are_data=not has_inputs)
+    return roles.find_roles(closed, values, consts_are_data=not has_inputs)
 
 
-def _jaxpr(fn: Callable, leaves: Sequence, treedef: Any, *, traced: Sequence[int]) -> Any:
+def _make_jaxpr(fn: Callable, leaves: Sequence, treedef: Any, *, traced: Sequence[int]) -> Any:
     def run(*values: Array) -> Any:
         filled = dict(zip(traced, values, strict=True))
         params, args, kwargs = treedef.unflatten([filled.get(k, x) for k, x in enumerate(leaves)])
@@ -140,7 +140,9 @@ def _jaxpr(fn: Callable, leaves: Sequence, treedef: Any, *, traced: Sequence[int
     return jax.make_jaxpr(run)(*[leaves[k] for k in traced])
 
 
-def _run(scope: Scope, fn: Callable, args: tuple, kwargs: dict, *, own_rates: bool = False) -> Any:
+def _run(
+    scope: Scope, fn: Callable, args: tuple, kwargs: dict, *, use_node_rates: bool = False
+) -> Any:
     leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_node)
     leaves = [leaf.value if isinstance(leaf, Trained) else leaf for leaf in leaves]
     nodes = {k: leaf for k, leaf in enumerate(leaves) if is_adapted(leaf)}
@@ -154,22 +156,24 @@ def _run(scope: Scope, fn: Callable, args: tuple, kwargs: dict, *, own_rates: bo
         return call()
     # Only the kernels are traced here. Everything else is closed over and so reaches `fn` as it
     # was given: flags stay Python values, concrete arrays stay concrete, outer tracers outer.
-    kernels = [_kernel(node, node.dropout if own_rates else 0.0) for node in nodes.values()]
-    varies = any(_vary_over_more(k) for k in kernels)
-    scope = dataclasses.replace(_with_key_if_used(scope, kernels), varies=varies)
+    kernels = [
+        _make_kernel(node, node.dropout if use_node_rates else 0.0) for node in nodes.values()
+    ]
+    varies = any(_has_varying_factors(k) for k in kernels)
+    scope = dataclasses.replace(_check_key(scope, kernels), varies=varies)
     closed, shapes = jax.make_jaxpr(call, return_shape=True)(*[k.w for k in kernels])
     outs = evaluate(scope, body_of(closed), kernels)
-    outs = [formed(scope, x, OUTPUT, "is returned by the function") for x in outs]
+    outs = [fall_back(scope, x, OUTPUT, "is returned by the function") for x in outs]
     return jax.tree.unflatten(jax.tree.structure(shapes), outs)
 
 
-def _vary_over_more(kernel: Kernel) -> bool:
+def _has_varying_factors(kernel: Kernel) -> bool:
     """Whether, in a ``shard_map``, a factor varies over devices over which the kernel does not."""
     parts = [x for x in (kernel.a, kernel.b, kernel.gain) if x is not None]
     return bool(frozenset().union(*map(varying_axes, parts)) - varying_axes(kernel.w))
 
 
-def _with_key_if_used(scope: Scope, kernels: list[Kernel]) -> Scope:
+def _check_key(scope: Scope, kernels: list[Kernel]) -> Scope:
     dropping = next((k for k in kernels if k.rate), None)
     if dropping is None and scope.rate is None:
         return dataclasses.replace(scope, key=None)
@@ -182,7 +186,7 @@ def _with_key_if_used(scope: Scope, kernels: list[Kernel]) -> Scope:
     return scope
 
 
-def _kernel(node: Adapted, rate: float) -> Kernel:
+def _make_kernel(node: Adapted, rate: float) -> Kernel:
     if node.w is None:
         raise ValueError(
             "Got an adapter where a bound tree is expected; "

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax.extend.core import JaxprEqn
 
 from lora_jax.transform import forms
 from lora_jax.transform.kernel import Unfactored, axis_groups
@@ -51,12 +52,12 @@ class Value:
 CONSTANT, INPUT = Value(), Value(level=DATA)
 
 
-def of_parameter(name: str, ndim: int) -> Value:
+def parameter_value(name: str, ndim: int) -> Value:
     """The value of a parameter itself."""
     return Value(axes=tuple(frozenset({Origin(name, k, ndim)}) for k in range(ndim)))
 
 
-def like(values: Sequence[Value], *, axes: Axes | None = None, level: int) -> Value:
+def derive(values: Sequence[Value], *, axes: Axes | None = None, level: int) -> Value:
     """A value that is made of others: what holds of the origins of one of them holds of it."""
     flags = ("is_repeated", "is_picked", "is_mixed")
     parts = [v for v in values if v.axes is not None]
@@ -89,14 +90,14 @@ def shape(atom: Any) -> tuple[int, ...]:
 # Each takes the equation and the origins of its operands (None for those that have none), and gives
 # the origins of each result.
 
-Rule = Callable[[Any, Sequence[Axes | None]], list[Axes]]
+Rule = Callable[[JaxprEqn, Sequence[Axes | None]], list[Axes]]
 
 
-def _transpose(eqn: Any, axes: Sequence) -> list[Axes]:
+def _transpose(eqn: JaxprEqn, axes: Sequence) -> list[Axes]:
     return [tuple(axes[0][k] for k in eqn.params["permutation"])]
 
 
-def _reshape(eqn: Any, axes: Sequence) -> list[Axes]:
+def _reshape(eqn: JaxprEqn, axes: Sequence) -> list[Axes]:
     order = eqn.params.get("dimensions")
     order = range(len(axes[0])) if order is None else order
     old, sizes = [axes[0][k] for k in order], [shape(eqn.invars[0])[k] for k in order]
@@ -108,34 +109,34 @@ def _reshape(eqn: Any, axes: Sequence) -> list[Axes]:
     return [tuple(new)]
 
 
-def _squeeze(eqn: Any, axes: Sequence) -> list[Axes]:
+def _squeeze(eqn: JaxprEqn, axes: Sequence) -> list[Axes]:
     gone = {k % len(axes[0]) for k in eqn.params["dimensions"]}
     return [tuple(axis for k, axis in enumerate(axes[0]) if k not in gone)]
 
 
-def _broadcast(eqn: Any, axes: Sequence) -> list[Axes]:
+def _broadcast(eqn: JaxprEqn, axes: Sequence) -> list[Axes]:
     old = dict(zip(eqn.params["broadcast_dimensions"], axes[0], strict=True))
     return [tuple(old.get(k, frozenset()) for k in range(len(shape(eqn.outvars[0]))))]
 
 
-def _pick_blocks(eqn: Any, axes: Sequence) -> list[Axes]:
+def _pick_blocks(eqn: JaxprEqn, axes: Sequence) -> list[Axes]:
     """A ``dynamic_slice``: an axis of which one entry is taken has no origin any more."""
     before, after = shape(eqn.invars[0]), shape(eqn.outvars[0])
     kept = [a == b or b > 1 for a, b in zip(before, after, strict=True)]
     return [tuple(x if keep else frozenset() for x, keep in zip(axes[0], kept, strict=True))]
 
 
-def _unstack(eqn: Any, axes: Sequence) -> list[Axes]:
+def _unstack(eqn: JaxprEqn, axes: Sequence) -> list[Axes]:
     gone = eqn.params["axis"]
     return [axes[0][:gone] + axes[0][gone + 1 :]] * len(eqn.outvars)
 
 
-def _stack(eqn: Any, axes: Sequence) -> list[Axes]:
+def _stack(eqn: JaxprEqn, axes: Sequence) -> list[Axes]:
     joined, new = union([x for x in axes if x is not None]), eqn.params["axis"]
     return [(*joined[:new], frozenset(), *joined[new:])]
 
 
-def _gather(eqn: Any, axes: Sequence) -> list[Axes]:
+def _gather(eqn: JaxprEqn, axes: Sequence) -> list[Axes]:
     """Entries that are picked by number keep the origin of their axis, if it is one.
 
     So does an axis of which a window is taken, as by a ``dynamic_slice`` under ``vmap``, unless the
@@ -151,7 +152,7 @@ def _gather(eqn: Any, axes: Sequence) -> list[Axes]:
     return [tuple(next(kept) if k in dims.offset_dims else index for k in out)]
 
 
-def _scatter(eqn: Any, axes: Sequence) -> list[Axes]:
+def _scatter(eqn: JaxprEqn, axes: Sequence) -> list[Axes]:
     """``x.at[...].set(y)``: the axes of ``x`` and those of ``y`` that lie along them."""
     dims, ndim = eqn.params["dimension_numbers"], len(shape(eqn.outvars[0]))
     gone = (*dims.inserted_window_dims, *getattr(dims, "operand_batching_dims", ()))
@@ -166,18 +167,18 @@ def _scatter(eqn: Any, axes: Sequence) -> list[Axes]:
     return [union(parts)]
 
 
-def _all_gather(eqn: Any, axes: Sequence) -> list[Axes]:
+def _all_gather(eqn: JaxprEqn, axes: Sequence) -> list[Axes]:
     new = eqn.params["all_gather_dimension"]
     added = () if eqn.params["tiled"] else (frozenset(),)
     return [(*axes[0][:new], *added, *axes[0][new:])]
 
 
-def _reduce_scatter(eqn: Any, axes: Sequence) -> list[Axes]:
+def _reduce_scatter(eqn: JaxprEqn, axes: Sequence) -> list[Axes]:
     gone = eqn.params["scatter_dimension"]
     return [axes[0] if eqn.params["tiled"] else axes[0][:gone] + axes[0][gone + 1 :]]
 
 
-def _all_to_all(eqn: Any, axes: Sequence) -> list[Axes]:
+def _all_to_all(eqn: JaxprEqn, axes: Sequence) -> list[Axes]:
     if eqn.params["tiled"]:
         return [axes[0]]
     gone, new = eqn.params["split_axis"], eqn.params["concat_axis"]
@@ -185,13 +186,13 @@ def _all_to_all(eqn: Any, axes: Sequence) -> list[Axes]:
     return [(*rest[:new], frozenset(), *rest[new:])]
 
 
-def _by_axis(eqn: Any, axes: Sequence) -> list[Axes]:
+def _keep_axes(eqn: JaxprEqn, axes: Sequence) -> list[Axes]:
     """The one operand with origins and all results have as many axes, in the same order."""
     (only,) = [x for x in axes if x is not None]
     return [only] * len(eqn.outvars)
 
 
-def _of_all(eqn: Any, axes: Sequence) -> list[Axes]:
+def _unite_axes(eqn: JaxprEqn, axes: Sequence) -> list[Axes]:
     return [union([x for x in axes if x is not None])]
 
 
@@ -200,36 +201,36 @@ REARRANGEMENTS: dict[str, Rule] = {
     "reshape": _reshape,
     "squeeze": _squeeze,
     "broadcast_in_dim": _broadcast,
-    "slice": _by_axis,
+    "slice": _keep_axes,
     "dynamic_slice": _pick_blocks,
-    "dynamic_update_slice": _of_all,
+    "dynamic_update_slice": _unite_axes,
     "gather": _gather,
     "scatter": _scatter,
     **dict.fromkeys(
         (f"scatter{sign}{kind}" for sign in "-_" for kind in ("add", "sub", "mul", "min", "max")),
         _scatter,
     ),
-    "pad": _by_axis,
-    "rev": _by_axis,
-    "tile": _by_axis,
-    "split": _by_axis,
+    "pad": _keep_axes,
+    "rev": _keep_axes,
+    "tile": _keep_axes,
+    "split": _keep_axes,
     "unstack": _unstack,
     "stack": _stack,
-    "concatenate": _of_all,
-    "sharding_constraint": _by_axis,
-    "reshard": _by_axis,
-    "pvary": _by_axis,
-    "pcast": _by_axis,
+    "concatenate": _unite_axes,
+    "sharding_constraint": _keep_axes,
+    "reshard": _keep_axes,
+    "pvary": _keep_axes,
+    "pcast": _keep_axes,
     "all_gather": _all_gather,
     "all_gather_invariant": _all_gather,
     "reduce_scatter": _reduce_scatter,
     "all_to_all": _all_to_all,
-    "ppermute": _by_axis,
-    "copy": _by_axis,
-    "copy_p": _by_axis,
-    "convert_element_type": _by_axis,
-    "reduce_precision": _by_axis,
-    "name": _by_axis,
+    "ppermute": _keep_axes,
+    "copy": _keep_axes,
+    "copy_p": _keep_axes,
+    "convert_element_type": _keep_axes,
+    "reduce_precision": _keep_axes,
+    "name": _keep_axes,
 }
 
 # Primitives of which the result has fewer axes, or other entries, and is no kernel any more.
@@ -241,12 +242,12 @@ REDUCTIONS = {
 # Primitives whose results are their operands.
 ONE_TO_ONE = {"device_put", "optimization_barrier"}
 # Primitives that repeat entries, if the result is larger than the operand.
-REPEATING = {"broadcast_in_dim", "tile"}
+REPETITIONS = {"broadcast_in_dim", "tile"}
 # Sums of products: an array that is known to be zero or one where noise says so is still a kernel.
 MULTIPLICATIVE = {"mul", "div", "select_n"}
 
 
-def entry_by_entry(eqn: Any, values: Sequence[Value]) -> list[Axes | None]:
+def elementwise_axes(eqn: JaxprEqn, values: Sequence[Value]) -> list[Axes | None]:
     """Any other operation: a result of the shape of its operands has their origins.
 
     An operand that is broadcast has no say beside one that is not: a layer scale of shape
@@ -268,7 +269,7 @@ def entry_by_entry(eqn: Any, values: Sequence[Value]) -> list[Axes | None]:
     return result
 
 
-def _outer(eqn: Any, values: Sequence[Value]) -> Axes | None:
+def _outer(eqn: JaxprEqn, values: Sequence[Value]) -> Axes | None:
     """The origins of a product of which each operand is broadcast, as in a Kronecker product."""
     pairs = zip(values, eqn.invars, strict=True)
     parts = [
@@ -279,7 +280,7 @@ def _outer(eqn: Any, values: Sequence[Value]) -> Axes | None:
     return union(parts) if parts else None
 
 
-def rearranged(eqn: Any, values: Sequence[Value]) -> list[Axes | None] | None:
+def rearranged_axes(eqn: JaxprEqn, values: Sequence[Value]) -> list[Axes | None] | None:
     """The origins of each result; None where the primitive is no rearrangement, or of another form.
 
     Raises:

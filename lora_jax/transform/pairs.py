@@ -7,7 +7,8 @@ contracted with one whole side of it, both are kernels, and otherwise one of the
 
 import re
 from collections.abc import Callable
-from typing import Any
+
+from jax.extend.core import JaxprEqn
 
 from lora_jax import factors
 from lora_jax.transform import forms, origins
@@ -32,7 +33,7 @@ _TABLE = re.compile(
 _KERNEL = {"kernel", "weight", "weights", "w"}
 
 
-def follow(walk: Walk, eqn: Any, values: tuple[Value, Value]) -> Value:
+def follow(walk: Walk, eqn: JaxprEqn, values: tuple[Value, Value]) -> Value:
     """Notes a product of two parameters, and follows it as one with two axes."""
     name = f"{PAIR}{next(walk.numbers)}"
     walk.pairs.append(Pair(name, eqn, values))
@@ -41,7 +42,7 @@ def follow(walk: Walk, eqn: Any, values: tuple[Value, Value]) -> Value:
     for side, (sides, value) in enumerate(zip((left, right), values, strict=True)):
         free = len(value.axes) - len(sides.inputs) - len(sides.batch)
         axes += [frozenset({origins.Origin(name, side, 2)})] * free
-    return origins.like(values, axes=tuple(axes), level=max(v.level for v in values))
+    return origins.derive(values, axes=tuple(axes), level=max(v.level for v in values))
 
 
 def resolve(walk: Walk, pair: Pair) -> None:
@@ -80,7 +81,7 @@ def _kernel_side(walk: Walk, pair: Pair) -> int:
         lambda v: not is_pair(v),
         lambda v: not is_table(walk, v),
         meets_inputs,
-        lambda v: all(_last(name) in _KERNEL for name in origins.names(v.axes)),
+        lambda v: all(_last_component(name) in _KERNEL for name in origins.names(v.axes)),
     ]
     for test in tests:
         left, right = (test(v) for v in pair.values)
@@ -89,7 +90,7 @@ def _kernel_side(walk: Walk, pair: Pair) -> int:
     return 1  # `latents @ W` is written more often than `W @ latents`
 
 
-def _last(name: str) -> str:
+def _last_component(name: str) -> str:
     return re.split(r"[/.]", name)[-1].lower()
 
 
@@ -98,5 +99,5 @@ def is_table(walk: Walk, value: Value) -> bool:
     names = origins.names(value.axes)
     if any(use.primitive == LOOKUP for name in names for use in walk.uses.get(name, [])):
         return True
-    words = [word for name in names for word in re.split(r"[_\d]+", _last(name))]
+    words = [word for name in names for word in re.split(r"[_\d]+", _last_component(name))]
     return any(_TABLE.fullmatch(word) for word in words)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.extend.core import JaxprEqn
 from jax.sharding import NamedSharding
 
 from lora_jax.factors import BATCH, IN, OUT
@@ -20,28 +21,28 @@ from lora_jax.transform.kernel import (
     factor_specs,
     is_free,
     map_factors,
-    the_kernel,
+    require_kernel,
 )
 
 Array = jax.Array
 
 
-def factors_untouched(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list:
+def replace_frozen(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list:
     """Marks and moves the frozen part alone; the results are one for each operand."""
     pairs = zip(vals, w, strict=True)
     return [dataclasses.replace(v, w=x) if isinstance(v, Kernel) else x for v, x in pairs]
 
 
-def reshard(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+def reshard(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
     """``jax.reshard``: an axis of a factor lies where the kernel's does."""
-    kernel, target = the_kernel(vals), eqn.params["dst_sharding"]
-    place = lambda x, spec: forms.rebound(eqn, x, dst_sharding=NamedSharding(target.mesh, spec))
+    kernel, target = require_kernel(vals), eqn.params["dst_sharding"]
+    place = lambda x, spec: forms.rebind(eqn, x, dst_sharding=NamedSharding(target.mesh, spec))
     specs = factor_specs(kernel, target.spec).items()
     placed = {name: place(getattr(kernel, name), spec) for name, spec in specs}
     return [dataclasses.replace(kernel, w=w[0], **placed)]
 
 
-def device_put(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list:
+def device_put(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list:
     """``jax.device_put``, also from one kind of memory to another."""
     triples = zip(vals, w, eqn.params["devices"], strict=True)
     return [_put(v, x, target) if isinstance(v, Kernel) else x for v, x, target in triples]
@@ -60,9 +61,9 @@ def _put(kernel: Kernel, w: Array, target: Any) -> Kernel:
     return dataclasses.replace(kernel, w=w, **put)
 
 
-def all_gather(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+def all_gather(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
     """``lax.all_gather`` in a ``shard_map``, along an axis of which each device has a part."""
-    kernel, axis = the_kernel(vals), eqn.params["all_gather_dimension"]
+    kernel, axis = require_kernel(vals), eqn.params["all_gather_dimension"]
     if not eqn.params["tiled"]:
         axes = kernel.axes[:axis] + _role_over_devices(eqn, kernel) + kernel.axes[axis:]
     elif is_free(kernel, axis) and kernel.axes[axis] == SAME:
@@ -73,12 +74,12 @@ def all_gather(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
     def change(x: Array, old: list[int], new: list[int]) -> Array:
         if axis not in new:
             return x
-        return forms.rebound(eqn, x, all_gather_dimension=new.index(axis))
+        return forms.rebind(eqn, x, all_gather_dimension=new.index(axis))
 
     return [map_factors(kernel, w[0], axes, change)]
 
 
-def _role_over_devices(eqn: Any, kernel: Kernel) -> str:
+def _role_over_devices(eqn: JaxprEqn, kernel: Kernel) -> str:
     """The role of an axis of devices, of which a factor that varies over them has a part each.
 
     Raises:

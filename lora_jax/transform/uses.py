@@ -15,7 +15,7 @@ from jax import lax
 
 from lora_jax import factors
 from lora_jax.factors import BATCH, IN, OUT, positions
-from lora_jax.transform.kernel import Kernel, Unfactored, is_free, turned, with_roles
+from lora_jax.transform.kernel import Kernel, Unfactored, assign_roles, flip_sides, is_free
 
 Array = jax.Array
 
@@ -37,15 +37,15 @@ class Factors(NamedTuple):
     gain_side: str = OUT
 
 
-def oriented(kernel: Kernel, sides: Sides) -> Factors:
+def orient(kernel: Kernel, sides: Sides) -> Factors:
     """The factors such that the use sums over the axes of ``a``.
 
     Raises:
       Unfactored: the use takes some input and some output axes, or part of one side.
     """
-    for candidate in (kernel, turned(kernel)):
+    for candidate in (kernel, flip_sides(kernel)):
         try:
-            fitting = with_roles(candidate, _wanted_roles(candidate, sides))
+            fitting = assign_roles(candidate, _required_roles(candidate, sides))
         except Unfactored:
             continue
         return Factors(fitting.a, fitting.b, fitting.axes, fitting.gain, fitting.gain_side)
@@ -58,7 +58,7 @@ def oriented(kernel: Kernel, sides: Sides) -> Factors:
     )
 
 
-def _wanted_roles(kernel: Kernel, sides: Sides) -> str:
+def _required_roles(kernel: Kernel, sides: Sides) -> str:
     """Inputs are what is summed over; batch axes stay so where the use leaves them free."""
     rest = lambda k: BATCH if kernel.axes[k] == BATCH and kernel.w.shape[k] != 1 else OUT
     named = dict.fromkeys(sides.inputs, IN) | dict.fromkeys(sides.batch, BATCH)
@@ -142,13 +142,13 @@ def _gather(params: dict, vals: Sequence[Any], f: Factors, base: Array, drop: Ca
     if BATCH in f.axes:
         raise Unfactored("gather from a stack of tables")
     dims, n_ids = params["dimension_numbers"], vals[1].ndim - 1
-    looked_up = rows_at(params, vals[1], f.a, f.axes).astype(base.dtype)
+    looked_up = look_up_rows(params, vals[1], f.a, f.axes).astype(base.dtype)
     looked_up = drop(looked_up, (*looked_up.shape[:-1], 1))  # one draw a row: the input is one-hot
     y = lax.dot_general(looked_up, f.b.astype(base.dtype), (((n_ids,), (0,)), ((), ())))
-    return as_gathered(y, dims, f.axes, n_ids)
+    return arrange_as_gathered(y, dims, f.axes, n_ids)
 
 
-def rows_at(params: dict, indices: Array, x: Array, axes: str) -> Array:
+def look_up_rows(params: dict, indices: Array, x: Array, axes: str) -> Array:
     """The rows ``(*ids, n)`` of ``x (*in, n)`` that a gather of a kernel looks up."""
     dims = params["dimension_numbers"]
     rows, n_ids = positions(axes, IN), indices.ndim - 1
@@ -169,7 +169,7 @@ def rows_at(params: dict, indices: Array, x: Array, axes: str) -> Array:
     )
 
 
-def as_gathered(y: Array, dims: Any, axes: str, n_ids: int) -> Array:
+def arrange_as_gathered(y: Array, dims: Any, axes: str, n_ids: int) -> Array:
     """Puts ``(*ids, *out)`` in the order of the gather's result; rows that it keeps have size 1."""
     kept = [k for k in range(len(axes)) if k not in dims.collapsed_slice_dims]
     of_row = [p for p, k in zip(dims.offset_dims, kept, strict=True) if axes[k] == IN]

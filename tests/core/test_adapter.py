@@ -71,6 +71,22 @@ def test_never_runs_the_function():
     assert adapter["w"].a.shape == (4, 2) and not ran
 
 
+@pytest.mark.parametrize("targets", [("all-linear",), ("up/kernel",), ()])
+def test_init_flattens_the_parameters_once(monkeypatch, targets):
+    m, calls, named_leaves = mlp(), [], paths.named_leaves
+
+    def count(tree, **options):
+        calls.append(tree)
+        return named_leaves(tree, **options)
+
+    monkeypatch.setattr(paths, "named_leaves", count)
+    config = lora.LoRAConfig(rank=2, targets=targets, train=("re:.*/bias",))
+    lora.init(KEY, m.fn, m.params, config, m.x)
+    assert len(calls) == 1 and calls[0] is m.params
+    lora.tabulate(m.fn, m.params, config, m.x)
+    assert len(calls) == 2
+
+
 def test_all_linear_takes_every_contracted_kernel_but_what_is_trained():
     m = zoo.ZOO["tied"]()
     names = lambda **fields: set(

@@ -99,6 +99,8 @@ FORMED = {
     "free stack": (*BIO, lambda w: jnp.einsum("zo,bio->zbi", Y, w), "a gain for each kernel"),
     "two sums": (*IO, lambda w: X @ (w @ w.T), "the other operand"),
     "entries": (*IO, lambda w: X @ jnp.tanh(w), "no rule"),
+    "convolution over outputs": ("oooi", (3, 3, 3, 4), lambda w: conv(IMAGE, w), "convolution that sums over the outputs"),
+    "transposed convolution": ("iiio", (1, 1, 4, 3), lambda w: conv(IMAGE, w.mT), "convolution that sums over the outputs"),
 }  # fmt: skip
 
 

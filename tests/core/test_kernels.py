@@ -527,9 +527,11 @@ RENAMED = {
 def test_an_unknown_form_is_said(monkeypatch, primitive):
     old, fn = RENAMED[primitive]
     params, x = {"v": SQUARE, "w": W}, array(3, 6)
-    traced = lift_module._jaxpr
+    traced = lift_module._make_jaxpr
     monkeypatch.setattr(
-        lift_module, "_jaxpr", lambda *a, **k: _rename(traced(*a, **k), primitive, old, "renamed")
+        lift_module,
+        "_make_jaxpr",
+        lambda *a, **k: _rename(traced(*a, **k), primitive, old, "renamed"),
     )
     says = f"'{primitive}' has parameters .*renamed.* in jax {jax.__version__}"
     with pytest.raises(ValueError, match=says):
@@ -550,7 +552,7 @@ def test_an_unknown_form_is_said_by_explain(monkeypatch):
     )
 
     def unknown(eqn):
-        raise forms.UnknownForm(forms.unknown(eqn))
+        raise forms.UnknownForm(forms.describe_unknown(eqn))
 
     monkeypatch.setattr(forms, "scan", unknown)
     (reason,) = lora.explain(fn, params, adapter, x).kernels["w"].fallbacks

@@ -341,7 +341,7 @@ def test_words_are_refused_by_name(bert, words, message, tmp_path):
 
 def test_expressions_have_a_time_limit(bert, tmp_path, monkeypatch):
     _, table, params, _ = bert
-    monkeypatch.setattr(target_modules, "_MOST_SECONDS", 0.0)
+    monkeypatch.setattr(target_modules, "_MAX_SECONDS", 0.0)
     with pytest.raises(ValueError, match="target_modules: its regular expressions take too long"):
         load_peft(copy(tmp_path, target_modules=".*e.*e.*e.*query"), params, names=table)
 

@@ -9,59 +9,61 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from jax.extend.core import Jaxpr, JaxprEqn
+
 from lora_jax.transform import forms, moves, uses
 from lora_jax.transform.forms import Body, UnknownForm
 
 
-class Wanted(NamedTuple):
+class Demand(NamedTuple):
     """Variables of a jaxpr that something uses, and those that are used as kernels alone."""
 
     used: set
-    as_kernels: set
+    kernels_only: set
 
-    def keeps(self, variables: Sequence[Any]) -> tuple[bool, ...]:
+    def allows_kernels(self, variables: Sequence[Any]) -> tuple[bool, ...]:
         """For each variable, whether it may stay a kernel."""
-        return tuple(v in self.as_kernels or v not in self.used for v in variables)
+        return tuple(v in self.kernels_only or v not in self.used for v in variables)
 
 
-_WANTED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_DEMANDS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def wanted(jaxpr: Any, results: tuple[bool, ...] = ()) -> Wanted:
+def find_demand(jaxpr: Jaxpr, results: tuple[bool, ...] = ()) -> Demand:
     """What a jaxpr wants of its variables.
 
     Args:
       jaxpr: without its arrays.
       results: of each output, whether it may stay a kernel; none may where this is empty.
     """
-    known = _WANTED.setdefault(jaxpr, {})
+    known = _DEMANDS.setdefault(jaxpr, {})
     if results not in known:
-        known[results] = _look_ahead(jaxpr, results or (False,) * len(jaxpr.outvars))
+        known[results] = _compute_demand(jaxpr, results or (False,) * len(jaxpr.outvars))
     return known[results]
 
 
-def _look_ahead(jaxpr: Any, results: Sequence[bool]) -> Wanted:
+def _compute_demand(jaxpr: Jaxpr, results: Sequence[bool]) -> Demand:
     pairs = zip(jaxpr.outvars, results, strict=True)
     outputs = [(v, keep) for v, keep in pairs if not forms.is_literal(v)]
-    found = Wanted({v for v, _ in outputs}, set())
+    demand = Demand({v for v, _ in outputs}, set())
     other = {v for v, keep in outputs if not keep}
-    found.as_kernels.update(found.used - other)
+    demand.kernels_only.update(demand.used - other)
     for eqn in reversed(jaxpr.eqns):
-        keeps = _operands(eqn, found.keeps(eqn.outvars))
-        for v, keep in zip(eqn.invars, keeps, strict=True):
+        allowed = _operands(eqn, demand.allows_kernels(eqn.outvars))
+        for v, keep in zip(eqn.invars, allowed, strict=True):
             if not forms.is_literal(v):
-                found.used.add(v)
-                (found.as_kernels if keep else other).add(v)
-        found.as_kernels.difference_update(other)
-    return found
+                demand.used.add(v)
+                (demand.kernels_only if keep else other).add(v)
+        demand.kernels_only.difference_update(other)
+    return demand
 
 
-_MOVED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_KERNEL_OUTPUTS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def may_be_kernels(jaxpr: Any, kernels: tuple[bool, ...]) -> tuple[bool, ...]:
+def find_kernel_outputs(jaxpr: Jaxpr, kernels: tuple[bool, ...]) -> tuple[bool, ...]:
     """Of each output of a jaxpr, whether it may be a kernel, given which of the inputs are."""
-    known = _MOVED.setdefault(jaxpr, {})
+    known = _KERNEL_OUTPUTS.setdefault(jaxpr, {})
     if kernels not in known:
         moved = {v for v, is_kernel in zip(jaxpr.invars, kernels, strict=True) if is_kernel}
         is_moved = lambda atom: not forms.is_literal(atom) and atom in moved
@@ -74,17 +76,17 @@ def may_be_kernels(jaxpr: Any, kernels: tuple[bool, ...]) -> tuple[bool, ...]:
     return known[kernels]
 
 
-def _results(eqn: Any, kernels: tuple[bool, ...]) -> Sequence[bool]:
+def _results(eqn: JaxprEqn, kernels: tuple[bool, ...]) -> Sequence[bool]:
     name = forms.name_of(eqn)
     if name in ("jit", "pjit"):
-        return may_be_kernels(forms.call(eqn).jaxpr, kernels)
+        return find_kernel_outputs(forms.call(eqn).jaxpr, kernels)
     is_product = name in uses.USES and sum(kernels) > 1
     # A gather of batch entries is a kernel again.
     may_be = is_product or name in (*moves.MOVES, *_CONTROL, "gather")
     return [may_be] * len(eqn.outvars)
 
 
-def _operands(eqn: Any, results: tuple[bool, ...]) -> Sequence[bool]:
+def _operands(eqn: JaxprEqn, results: tuple[bool, ...]) -> Sequence[bool]:
     """For each operand, whether it may stay a kernel, given that of each result."""
     name = forms.name_of(eqn)
     if name in _CONTROL:
@@ -96,56 +98,56 @@ def _operands(eqn: Any, results: tuple[bool, ...]) -> Sequence[bool]:
 
 
 def _inputs(body: Body, results: tuple[bool, ...] = ()) -> tuple[bool, ...]:
-    return wanted(body.jaxpr, results).keeps(body.jaxpr.invars)
+    return find_demand(body.jaxpr, results).allows_kernels(body.jaxpr.invars)
 
 
-def _call(eqn: Any, results: tuple[bool, ...]) -> Sequence[bool]:
+def _call(eqn: JaxprEqn, results: tuple[bool, ...]) -> Sequence[bool]:
     return _inputs(forms.call(eqn), results)
 
 
-def _checkpoint(eqn: Any, results: tuple[bool, ...]) -> Sequence[bool]:
+def _checkpoint(eqn: JaxprEqn, results: tuple[bool, ...]) -> Sequence[bool]:
     return _inputs(forms.checkpoint(eqn).body, results)
 
 
 def scan_results(form: forms.Scan, results: tuple[bool, ...]) -> tuple[bool, ...]:
     """Of each output of a scan's body, whether it may stay a kernel."""
-    handed_on = is_handed_on(form.body.jaxpr, form.n_consts, form.n_carry)
+    handed_on = is_unchanged(form.body.jaxpr, form.n_consts, form.n_carry)
     carry = [a and b for a, b in zip(handed_on, results, strict=False)]
     return (*carry, *results[form.n_carry :])
 
 
-def is_handed_on(body: Any, offset: int, n: int) -> list[bool]:
+def is_unchanged(body: Jaxpr, offset: int, n: int) -> list[bool]:
     """Of each of the ``n`` carried values of a loop, whether the body hands it on unchanged."""
     return [body.outvars[k] is body.invars[offset + k] for k in range(n)]
 
 
-def _scan(eqn: Any, results: tuple[bool, ...]) -> Sequence[bool]:
+def _scan(eqn: JaxprEqn, results: tuple[bool, ...]) -> Sequence[bool]:
     form = forms.scan(eqn)
     inner = _inputs(form.body, scan_results(form, results))
     consts, carry, xs = form.split(inner)
-    handed_on = is_handed_on(form.body.jaxpr, form.n_consts, form.n_carry)
+    handed_on = is_unchanged(form.body.jaxpr, form.n_consts, form.n_carry)
     return [*consts, *(a and b for a, b in zip(carry, handed_on, strict=True)), *xs]
 
 
-def _while(eqn: Any, results: tuple[bool, ...]) -> Sequence[bool]:
+def _while(eqn: JaxprEqn, results: tuple[bool, ...]) -> Sequence[bool]:
     form = forms.while_loop(eqn)
-    handed_on = is_handed_on(form.body.jaxpr, form.n_body, len(results))
+    handed_on = is_unchanged(form.body.jaxpr, form.n_body, len(results))
     kept = tuple(a and b for a, b in zip(handed_on, results, strict=True))
     test, body = _inputs(form.test), _inputs(form.body, kept)
     triples = zip(handed_on, test[form.n_test :], body[form.n_body :], strict=True)
     return [*test[: form.n_test], *body[: form.n_body], *map(all, triples)]
 
 
-def _cond(eqn: Any, results: tuple[bool, ...]) -> Sequence[bool]:
+def _cond(eqn: JaxprEqn, results: tuple[bool, ...]) -> Sequence[bool]:
     inner = [_inputs(body) for body in forms.cond(eqn)]
     return [False, *map(all, zip(*inner, strict=True))]
 
 
-def _shard_map(eqn: Any, results: tuple[bool, ...]) -> Sequence[bool]:
+def _shard_map(eqn: JaxprEqn, results: tuple[bool, ...]) -> Sequence[bool]:
     return _inputs(forms.shard_map(eqn).body)
 
 
-_CONTROL: dict[str, Callable[[Any, tuple[bool, ...]], Sequence[bool]]] = {
+_CONTROL: dict[str, Callable[[JaxprEqn, tuple[bool, ...]], Sequence[bool]]] = {
     **dict.fromkeys(("jit", "pjit", "closed_call", "core_call", "eval_jaxpr"), _call),
     "checkpoint": _checkpoint,
     "scan": _scan,
