@@ -130,3 +130,17 @@ def test_a_module_imports_what_it_needs(name, heavy):
     code = f"import sys, {name}; print([m for m in {heavy.split()} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: str(path.relative_to(ROOT / "tests")))
+def test_tests_share_what_stands_in_helpers_alone(path):
+    """No test imports another, and whatever a room's folder holds beside tests is a conftest."""
+    assert path.parent.name == "helpers" or path.stem.startswith(("test_", "conftest", "__init__"))
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "tests":
+            assert node.module.startswith("tests.helpers"), f"{path}:{node.lineno}"
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        assert not [n for n in names if n.split(".")[0] == "tests" or n.startswith("test_")]
