@@ -121,7 +121,7 @@ def amplification_factor(w: Array, a: Array, b: Array, scale: Array | float = 1.
     """
     q1, core, q2 = _core(a, b, scale)
     left, sigma, right = jnp.linalg.svd(core, full_matrices=False)
-    # Directions without a singular value are not ΔW's: a rank beyond what was used.
+    # Directions with a singular value of zero are not in ΔW, whose rank is lower then.
     is_used = sigma > sigma[0] * jnp.finfo(sigma.dtype).eps * max(q1.shape[0], q2.shape[0])
     flat = jnp.reshape(w, (q1.shape[0], q2.shape[0]))
     projected = left.T @ (q1.T @ flat @ q2) @ right.T

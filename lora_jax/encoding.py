@@ -50,12 +50,12 @@ def decode(
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """Inverts :func:`encode`, and says what is wrong with the dtypes that a file records."""
     if not isinstance(dtypes, dict):
-        return dict(tensors), [f"the dtypes that are noted are {dtypes!r}, and not by name"]
+        return dict(tensors), [f"its dtypes are {dtypes!r}, and must be given by name"]
     typed, problems = dict(tensors), []
     for name, dtype in dtypes.items():
         x = tensors.get(name)
         if x is None:
-            problems.append(f"a dtype is noted for {name}, which is no tensor")
+            problems.append(f"a dtype is given for {name}, which is no tensor")
             continue
         size = jnp.dtype(dtype).itemsize if dtype in _AS_BYTES else 0
         if x.dtype != np.uint8 or x.shape[-1:] != (size,):

@@ -43,22 +43,22 @@ def read(directory: Path) -> dict[str, Any]:
             f"No adapter in {directory}: no {JSON_NAME}; the directory {state}."
         )
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}.") from error
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path} is not an adapter of this library: no format {FORMAT!r} in it.")
-    version = about.get("format_version")
+    version = content.get("format_version")
     if version not in [*_SCHEMAS]:
         raise ValueError(
             f"{path} has format version {version!r}, and was written by lora_jax "
-            f"{about.get('library_version')!r}; this is lora_jax {__version__}, which reads "
+            f"{content.get('library_version')!r}; this is lora_jax {__version__}, which reads "
             f"versions {[*_SCHEMAS]}. Use the version that wrote it, or a newer one."
         )
-    wrong = [k for k, kind in _SCHEMAS[version].items() if not isinstance(about.get(k), kind)]
+    wrong = [k for k, kind in _SCHEMAS[version].items() if not isinstance(content.get(k), kind)]
     if wrong:
         raise ValueError(f"{path} is damaged: {', '.join(wrong)} missing or of the wrong type.")
-    return about
+    return content
 
 
 def describe(x: Any) -> dict[str, str]:
@@ -66,18 +66,22 @@ def describe(x: Any) -> dict[str, str]:
     return {"kind": as_node(x).kind} | ({"axes": x.axes} if is_adapted(x) else {})
 
 
-def node_classes(directory: Path, about: Mapping[str, Any]) -> dict[str, tuple[type[Node], Any]]:
+def node_classes(directory: Path, content: Mapping[str, Any]) -> dict[str, tuple[type[Node], Any]]:
     """Returns the class and the axes of each node that ``adapter.json`` names.
 
     Raises:
       ValueError: a kind is not known here.
     """
-    described = _upgrade_first_format(about) if about["format_version"] == 1 else about["nodes"]
+    if content["format_version"] == 1:
+        described = _upgrade_first_format(content)
+    else:
+        described = content["nodes"]
     described = {n: x if isinstance(x, dict) else {} for n, x in described.items()}
     if unknown := {n: x.get("kind") for n, x in described.items() if x.get("kind") not in [*KINDS]}:
+        kinds = sorted(set(map(str, unknown.values())))
         raise ValueError(
-            f"The adapter in {directory} was written by lora_jax {about.get('library_version')!r} "
-            f"and has nodes of the kinds {sorted(set(map(str, unknown.values())))}, at "
+            f"The adapter in {directory} was written by lora_jax "
+            f"{content.get('library_version')!r} and has nodes of the kinds {kinds}, at "
             f"{paths.listing(unknown)}; this is lora_jax {__version__}, which knows the kinds "
             f"{sorted(KINDS)}. Use the version that wrote it, or import the module that defines "
             "the kind."
@@ -85,7 +89,7 @@ def node_classes(directory: Path, about: Mapping[str, Any]) -> dict[str, tuple[t
     return {n: (KINDS[x["kind"]], x.get("axes")) for n, x in described.items()}
 
 
-def _upgrade_first_format(about: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _upgrade_first_format(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Describes the nodes of a file of format 1 as format 2 does."""
-    kernels = {n: {"kind": LowRank.kind, "axes": axes} for n, axes in about["kernels"].items()}
-    return kernels | {str(n): {"kind": Trained.kind} for n in about["trained"]}
+    kernels = {n: {"kind": LowRank.kind, "axes": axes} for n, axes in content["kernels"].items()}
+    return kernels | {str(n): {"kind": Trained.kind} for n in content["trained"]}

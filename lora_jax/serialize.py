@@ -71,7 +71,7 @@ def save(
     data = safetensors.numpy.save(tensors)
     digest = hashlib.sha256(data).hexdigest()
     weights = f"adapter-{digest[:16]}.safetensors"
-    about = {
+    content = {
         "format": manifest.FORMAT,
         "format_version": manifest.FORMAT_VERSION,
         "library_version": __version__,
@@ -81,10 +81,10 @@ def save(
         "nodes": {name: manifest.describe(x) for name, x in nodes.items()},
         "metadata": dict(metadata or {}),
     }
-    about |= {"stacked": list(stacked)} if stacked else {}
-    about |= {"dtypes": dtypes} if dtypes else {}
+    content |= {"stacked": list(stacked)} if stacked else {}
+    content |= {"dtypes": dtypes} if dtypes else {}
     try:
-        text = json.dumps(about, indent=2, allow_nan=False)
+        text = json.dumps(content, indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"metadata must hold JSON types only: {error}") from error
     directory.mkdir(parents=True, exist_ok=True)
@@ -115,19 +115,19 @@ def load(
         missing, unexpected and misshapen tensors, wrong dtypes, NaN, another base.
     """
     directory = Path(directory)
-    about = manifest.read(directory)
-    tensors = _read_tensors(directory, about["weights"])
-    config = _read_config(directory, about["config"])
-    tensors, problems = encoding.decode(tensors, about.get("dtypes", {}))
-    nodes, node_problems = _make_nodes(manifest.node_classes(directory, about), tensors, config)
+    content = manifest.read(directory)
+    tensors = _read_tensors(directory, content["weights"])
+    config = _read_config(directory, content["config"])
+    tensors, problems = encoding.decode(tensors, content.get("dtypes", {}))
+    nodes, node_problems = _make_nodes(manifest.node_classes(directory, content), tensors, config)
     leaves = adapters.base_leaves(params)
-    stacked, wrong = _find_leading_axes(about, nodes, leaves)
+    stacked, wrong = _find_leading_axes(content, nodes, leaves)
     problems += node_problems + wrong
     problems += adapters.misfits(leaves, nodes, stacked) + _find_wrong_dtypes(leaves, nodes)
     not_finite = _find_non_finite(tensors)
     problems += [f"NaN or infinity in {paths.listing(not_finite)}"] if not_finite else []
-    if base is not None and about.get("base") is not None and base != about["base"]:
-        problems.append(f"it was made for base {about['base']!r}, and this base is {base!r}")
+    if base is not None and content.get("base") is not None and base != content["base"]:
+        problems.append(f"it was made for base {content['base']!r}, and this base is {base!r}")
     if problems:
         raise ValueError(f"The adapter in {directory} can't be used: " + "; ".join(problems) + ".")
     return paths.nest(jax.tree.map(jnp.asarray, nodes)), config
@@ -139,9 +139,9 @@ def read_metadata(directory: str | Path) -> dict[str, Any]:
     Raises:
       FileNotFoundError, ValueError: as :func:`load`.
     """
-    about = manifest.read(Path(directory))
-    base = {} if about.get("base") is None else {"base": about["base"]}
-    return about["metadata"] | base
+    content = manifest.read(Path(directory))
+    base = {} if content.get("base") is None else {"base": content["base"]}
+    return content["metadata"] | base
 
 
 def _read_config(directory: Path, values: dict[str, Any]) -> LoRAConfig:
@@ -209,7 +209,7 @@ def _find_unsaveable(nodes: Mapping[str, Any]) -> list[str]:
 
 
 def _find_leading_axes(
-    about: Mapping[str, Any], nodes: Mapping[str, Any], leaves: Mapping[str, Any]
+    content: Mapping[str, Any], nodes: Mapping[str, Any], leaves: Mapping[str, Any]
 ) -> tuple[tuple[int, ...], list[str]]:
     """Finds the leading axes of a stack of adapters: of its factors, or else of what is trained."""
     axes = adapters.leading_axes(nodes)
@@ -220,9 +220,10 @@ def _find_leading_axes(
             if n in leaves
         }
         axes = candidates.pop() if len(candidates) == 1 else ()
-    recorded = about.get("stacked", list(axes))
+    recorded = content.get("stacked", list(axes))
     if recorded != list(axes):
-        return axes, [f"it is noted as a stack of {recorded}, and has leading axes {list(axes)}"]
+        problem = f"{JSON_NAME} says a stack of {recorded}, and the leading axes are {list(axes)}"
+        return axes, [problem]
     return axes, []
 
 
@@ -256,7 +257,7 @@ def _make_node(
     if cls is Trained:
         return values["value"]
     node = cls(**values, axes=axes)
-    rank = max(fields.sizes(node).get(RANK, 1), 1)  # 0 in a damaged file, which is told
+    rank = max(fields.sizes(node).get(RANK, 1), 1)  # it is 0 in a damaged file, which is reported
     wanted = config.kernel_scale(name, rank)
     numbers = {
         n: _restore_scale(values[n], wanted) for n, field in cls.table.items() if field.scales
@@ -266,7 +267,7 @@ def _make_node(
 
 def _restore_scale(stored: np.ndarray, wanted: float) -> Any:
     """Restores the number that was saved: the config's scale, if its rounded value was saved."""
-    if stored.ndim or not np.isfinite(stored):  # of a stack; or damaged, which is told
+    if stored.ndim or not np.isfinite(stored):  # a stack; or damaged, which is reported
         return stored
     with np.errstate(over="ignore"):
         return wanted if stored.dtype.type(wanted) == stored else float(stored)
@@ -297,7 +298,7 @@ def _describe_wrong_dtype(name: str, field: Field, x: Any, leaves: Mapping[str, 
     if field.axes == WHOLE:
         wrong = name in leaves and x.dtype != leaves[name].dtype
         return f"{name} has dtype {leaves[name].dtype}, not {x.dtype}" if wrong else ""
-    # Of what is not trained, numbers of rows may be integers.
+    # Fields that are not trained may be integers, such as numbers of rows.
     real = jnp.issubdtype(getattr(x, "dtype", float), jnp.floating)
     if real or not (field.is_trained or field.scales):
         return ""

@@ -26,7 +26,7 @@ Rules = Sequence[tuple[str, Sequence[Any]]]
 Entry = tuple[str, ...]  # the mesh axes that one axis of an array is split over
 
 AXES = DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
-BATCH = PartitionSpec((DATA, FSDP))  # of arrays whose first axis is the rows of a batch
+BATCH = PartitionSpec((DATA, FSDP))  # the spec of arrays whose first axis is the rows of a batch
 
 
 def specs(
@@ -266,7 +266,7 @@ def put(x: Any, sharding: NamedSharding, dtype: Any = None) -> jax.Array:
     if isinstance(x, jax.Array) and (not x.is_fully_addressable or jax.process_count() == 1):
         return jax.device_put(x, sharding)
     x = np.asarray(x)
-    # A piece of its own memory: a view would keep the whole array alive on a CPU.
+    # Pieces are copied: on a CPU a view would keep the whole array alive.
     return jax.make_array_from_callback(x.shape, sharding, lambda index: np.array(x[index], dtype))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 CONFIG = "adapter_config.json"
-VERSION = "0.21.2"  # of PEFT, whose keys these are
+VERSION = "0.21.2"  # the version of PEFT that has these keys
 _MAX_BYTES = 4 << 20  # PEFT's own files have a few thousand
 _MAX_RANK = 1 << 16
 _MAX_ENTRIES = 5000  # of a list or of patterns
@@ -39,10 +39,10 @@ DEFAULTS: dict[str, Any] = {
     "use_qalora": False, "use_rslora": False, "velora_config": None,
 }  # fmt: skip
 # Words about an adapter that do not change what it computes; the caller of `save_peft` sets them.
-ABOUT = ("task_type", "base_model_name_or_path", "revision", "auto_mapping")
+METADATA = ("task_type", "base_model_name_or_path", "revision", "auto_mapping")
 # Further words without a meaning for finished factors: how they were first drawn, and settings that
 # act only together with a refused word.
-_IDLE = (*ABOUT, "inference_mode", "peft_version", "eva_config", "megatron_core",
+_IDLE = (*METADATA, "inference_mode", "peft_version", "eva_config", "megatron_core",
          "qalora_group_size", "runtime_config")  # fmt: skip
 # Initial values that leave the base as it is. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA)
 # change the base, so that such an adapter does not belong to the base that it names.

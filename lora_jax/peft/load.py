@@ -316,7 +316,7 @@ def _make_config(
     """Expresses the same selection and hyperparameters as a config of this library."""
     numbers = {leaf: next(iter(values)) for leaf, values in _ranks_and_alphas(plan).items()}
     full = {p.weight.leaf for p in plan.parts.values() if p.role == adapter_tensors.TRAINED}
-    # A pattern of targets may also match what is no kernel, as long as it is not trained either.
+    # A pattern of targets may also match leaves that are no kernels and are not trained.
     others = [n for n, x in leaves.items() if np.ndim(x) > 1 or n in full]
     return LoRAConfig(
         rank=words["r"],

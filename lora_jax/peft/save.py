@@ -20,7 +20,7 @@ from lora_jax.names import Name, Weight
 from lora_jax.nodes import Trained, as_node, is_adapted, scale_array
 from lora_jax.peft import adapter_tensors, layouts, target_modules
 from lora_jax.peft.adapter_tensors import Part, Plan
-from lora_jax.peft.config import ABOUT, CONFIG, DEFAULTS, HEADS, TASKS, find_problems, to_bytes
+from lora_jax.peft.config import CONFIG, DEFAULTS, HEADS, METADATA, TASKS, find_problems, to_bytes
 from lora_jax.peft.load import WEIGHTS, base_tensor, is_exact
 from lora_jax.peft.target_modules import Model
 
@@ -53,7 +53,7 @@ def save_peft(
     config: LoRAConfig,
     *,
     names: Sequence[Name],
-    **about: Any,
+    **metadata: Any,
 ) -> None:
     """Writes an adapter as a directory for PEFT, and for all programs that read its format.
 
@@ -68,7 +68,7 @@ def save_peft(
       adapter: adapter of these parameters.
       config: config, of which dropout, ``rank_stabilized`` and ``origin`` are used.
       names: table of names of the model family.
-      **about: PEFT's words about the adapter as a whole: ``task_type`` ("SEQ_CLS", ...),
+      **metadata: PEFT's words about the adapter as a whole: ``task_type`` ("SEQ_CLS", ...),
         ``base_model_name_or_path``, ``revision``, ``auto_mapping``.
 
     Raises:
@@ -77,7 +77,7 @@ def save_peft(
       OSError: a file can't be written.
     """
     leaves, nodes = adapters.base_leaves(params), adapters.nodes(adapter)
-    problems = adapters.misfits(leaves, nodes) + _check_metadata(about)
+    problems = adapters.misfits(leaves, nodes) + _check_metadata(metadata)
     if problems:
         raise _make_error(problems)
     older = bool(config.origin.get("older", False))
@@ -85,7 +85,7 @@ def save_peft(
     content, problems = _collect_content(nodes, model, config)
     if problems:
         raise _make_error(problems)
-    words, plan = _choose_words(content, model, config, about)
+    words, plan = _choose_words(content, model, config, metadata)
     dtypes = config.origin.get("dtypes")
     dtypes = dtypes if isinstance(dtypes, dict) else {}
     tensors = {
@@ -107,10 +107,10 @@ def _weights(table: Sequence[Name], leaves: Mapping[str, Any], *, older: bool) -
     return names.weights(table, leaves, older=older)
 
 
-def _check_metadata(about: Mapping[str, Any]) -> list[str]:
-    problems = [f"{n} is none of the words {ABOUT}" for n in about if n not in ABOUT]
-    if about.get("task_type") not in (None, *TASKS):
-        problems.append(f"task_type {about['task_type']!r} is none of {TASKS}")
+def _check_metadata(metadata: Mapping[str, Any]) -> list[str]:
+    problems = [f"{n} is none of the words {METADATA}" for n in metadata if n not in METADATA]
+    if metadata.get("task_type") not in (None, *TASKS):
+        problems.append(f"task_type {metadata['task_type']!r} is none of {TASKS}")
     return problems
 
 
@@ -186,10 +186,10 @@ def _choose_alpha(node: LowRank, config: LoRAConfig) -> float:
 
 
 def _choose_words(
-    content: _Content, model: Model, config: LoRAConfig, about: Mapping[str, Any]
+    content: _Content, model: Model, config: LoRAConfig, metadata: Mapping[str, Any]
 ) -> tuple[dict[str, Any], Plan]:
     """Chooses words that stand for exactly this adapter: those it came with, or new ones."""
-    given = {**about, "lora_dropout": config.dropout, "use_rslora": config.rank_stabilized}
+    given = {**metadata, "lora_dropout": config.dropout, "use_rslora": config.rank_stabilized}
     old = config.origin.get("words", {})
     if old and not find_problems(old):
         words_of_origin = _canonicalize(DEFAULTS | _deduplicate(old) | given, old)
@@ -197,7 +197,7 @@ def _choose_words(
         if not _find_differences(content, plan, config.rank_stabilized):
             return words_of_origin, plan
         # The adapter has changed since; words about it as a whole still hold.
-        given = {name: old.get(name) for name in ABOUT} | given
+        given = {name: old.get(name) for name in METADATA} | given
     words = DEFAULTS | given
     words = _canonicalize(words | _make_words(content, model, words, config), {})
     plan = adapter_tensors.make_plan(words, model)

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from lora_jax import names
 from lora_jax.names import Weight
 
-_LINEAR_HEADS = ("classifier", "score")  # what "all-linear" spares in a SEQ_CLS model
-_OUTPUTS = ("lm_head", "embed_out", "output_layer")  # and in a language model
+_LINEAR_HEADS = ("classifier", "score")  # heads that "all-linear" leaves out in a SEQ_CLS model
+_OUTPUTS = ("lm_head", "embed_out", "output_layer")  # the same in a language model
 _MAX_REPEATS, _MAX_UNBOUNDED, _MAX_LENGTH = 16, 6, 10_000
 _MAX_SECONDS = 10.0
 _Selector = Callable[[str], bool]

@@ -5,7 +5,6 @@ The rules of :mod:`.moves` that make one kernel of several, whose ranks add up.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +75,9 @@ def select(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
     return [join_kernels(kernels, w=w[0], a=a, b=b, axes=axes, gain=gain, gain_side=side)]
 
 
-def _collect_gains(parts: Sequence[Any], kernels: Sequence[Kernel]) -> tuple[list[Array], str]:
+def _collect_gains(
+    parts: Sequence[Kernel | Array], kernels: Sequence[Kernel]
+) -> tuple[list[Array], str]:
     """Returns a gain for each part, ones where it has none, and their side; [] if none has any.
 
     Args:
@@ -115,7 +116,7 @@ def _pad_rank(kernel: Kernel, rank: int) -> Kernel:
 
 
 def _pad_axis(x: Array, axis: int, before: int, size: int) -> Array:
-    """Zeros around ``x`` along one axis, up to ``size``."""
+    """Pads ``x`` with zeros along one axis, up to ``size``."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (before, size - before - x.shape[axis])
     return jnp.pad(x, widths)
@@ -139,7 +140,7 @@ def _insert_axis(part: Kernel | Array, axis: int) -> Kernel | Array:
     return dataclasses.replace(part, w=lax.expand_dims(part.w, [axis]), axes=axes)
 
 
-def _concatenate_kernels(parts: Sequence[Any], w: Array, dimension: int) -> Kernel:
+def _concatenate_kernels(parts: Sequence[Kernel | Array], w: Array, dimension: int) -> Kernel:
     """Puts kernels side by side, as when query, key and value are computed in one product.
 
     ``[W1 + a1·b1, W2 + a2·b2] = [W1, W2] + [a1, a2]·diag(b1, b2)``: the ranks add up. Along a batch
@@ -204,7 +205,7 @@ def product(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
         raise Unfactored("a product of two kernels with batch axes")
     left = _assign_sides(vals[0], left_in, OUT)
     right = _assign_sides(vals[1], right_in, IN)
-    # As matrices: rows of the left kernel, what is summed over, columns of the right one.
+    # As matrices the kernels are (rows, summed) and (summed, columns).
     rows, columns = positions(left.axes, IN), positions(right.axes, OUT)
     w1 = lax.transpose(left.w, [*rows, *left_in]).reshape(-1, _size(left.w, left_in))
     w2 = lax.transpose(right.w, [*right_in, *columns]).reshape(w1.shape[1], -1)

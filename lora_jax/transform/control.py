@@ -46,7 +46,7 @@ _MAX_DEPTH = (
 
 def _jit_body(body: Body, *, is_recorded: bool, **kind: Any) -> tuple[Callable, dict]:
     """Jits a jaxpr as a function of arrays and kernels; also returns the events of traces."""
-    # The cache must not keep alive what it is a cache for.
+    # The cache must not keep its own key alive.
     jaxpr, consts = weakref.ref(body.jaxpr), body.consts
     events: dict[Any, dict[tuple, Event]] = {}
 
@@ -69,7 +69,7 @@ def _call(scope: Scope, eqn: JaxprEqn, vals: Sequence) -> list:
     kinds = _CALLS.setdefault(body.jaxpr, {})
     is_recorded = scope.events is not None
     kernels = tuple(isinstance(v, Kernel) for v in vals)
-    # Where no kernel can come out, it makes no difference what the results are used for.
+    # The uses of the results matter only where a kernel can come out.
     pairs = zip(
         scope.allows_kernels, lookahead.find_kernel_outputs(body.jaxpr, kernels), strict=True
     )

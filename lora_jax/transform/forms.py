@@ -7,13 +7,14 @@ reads of control flow is read and checked here. An equation of a form that is no
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jax import lax
 from jax.extend import source_info_util
-from jax.extend.core import Jaxpr, JaxprEqn, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from lora_jax.transform.kernel import Unfactored
 
@@ -59,11 +60,11 @@ class While(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """``jax.checkpoint``; ``is_recomputation`` in a gradient that was taken inside the function."""
+    """``jax.checkpoint``; a gradient that is taken inside the function has recomputations."""
 
     body: Body
     prevent_cse: Any
-    policy: Any
+    policy: Callable[..., Any] | None
     is_recomputation: bool
 
 
@@ -72,10 +73,10 @@ class ShardMap:
     """``jax.shard_map``, with the specs of each operand and result."""
 
     body: Body
-    mesh: Any
-    in_specs: Sequence[Any]
-    out_specs: Sequence[Any]
-    axis_names: Any
+    mesh: Mesh | AbstractMesh
+    in_specs: Sequence[PartitionSpec]
+    out_specs: Sequence[PartitionSpec]
+    axis_names: Collection[str]
     check_vma: bool
 
 
@@ -119,12 +120,12 @@ def rebind(eqn: JaxprEqn, x: jax.Array, **params: Any) -> jax.Array:
     return out[0] if eqn.primitive.multiple_results else out
 
 
-def is_literal(atom: Any) -> bool:
+def is_literal(atom: Var | Literal) -> bool:
     """Tells whether an operand is a number written into the jaxpr."""
     return isinstance(atom, Literal)
 
 
-def body_of(jaxpr: Any) -> Body:
+def body_of(jaxpr: Jaxpr | ClosedJaxpr) -> Body:
     """Returns a jaxpr with its arrays, which up to jax 0.10 stand beside it in a closed jaxpr."""
     inner = getattr(jaxpr, "jaxpr", jaxpr)
     consts = getattr(jaxpr, "consts", ())
@@ -157,7 +158,7 @@ def matching_body(eqn: JaxprEqn) -> Body | None:
     return None
 
 
-def _shape(atom: Any) -> tuple:
+def _shape(atom: Var | Literal) -> tuple:
     return tuple(getattr(atom.aval, "shape", ()))
 
 

@@ -26,14 +26,13 @@ from lora_jax.transform import (
     combinations,
     forms,
     gains,
-    kernel,
     lookahead,
     moves,
     rearrangements,
     uses,
 )
 from lora_jax.transform.forms import Body, vary, varying_axes
-from lora_jax.transform.kernel import Kernel, Unfactored
+from lora_jax.transform.kernel import Kernel, Unfactored, materialize
 from lora_jax.transform.lookahead import Demand
 
 Array = jax.Array
@@ -225,24 +224,22 @@ def _apply_use(scope: Scope, eqn: JaxprEqn, vals: Sequence, demand: Demand) -> l
         first = min(kernels, key=lambda k: vals[k].w.size)
         reason = "the other operand is a low-rank sum too"
         array = fall_back(scope, vals[first], eqn.primitive.name, reason, eqn)
-        return _apply_use(
-            scope, eqn, [array if k == first else v for k, v in enumerate(vals)], demand
-        )
+        operands = [array if k == first else v for k, v in enumerate(vals)]
+        return _apply_use(scope, eqn, operands, demand)
     if kernels[0] not in use.operands:
         raise Unfactored(f"it is operand {kernels[0]}; the rule wants one of {use.operands}")
     operands = gains.scale_operand(eqn, vals, kernels[0]) if has_gain else _frozen_parts(vals)
     (base,) = evaluate_plain(eqn, operands)
-    sum_ = vals[kernels[0]]
-    sides = use.sides(eqn.params, kernels[0], sum_.w.shape)
-    if eqn.primitive.name == "gather" and {sum_.axes[k] for k in sides.inputs} == {BATCH}:
-        return rearrangements.pick_entries(eqn, sum_, vals[1], base, sides.inputs)
-    factors = uses.orient(sum_, sides)
+    kernel = vals[kernels[0]]
+    sides = use.sides(eqn.params, kernels[0], kernel.w.shape)
+    if eqn.primitive.name == "gather" and {kernel.axes[k] for k in sides.inputs} == {BATCH}:
+        return rearrangements.pick_entries(eqn, kernel, vals[1], base, sides.inputs)
+    factors = uses.orient(kernel, sides)
     if has_gain:
         base = gains.scale_result(eqn, vals, factors, base)
-    branch = use.branch(
-        eqn.params, vals, factors, base, functools.partial(_drop_inputs, scope, sum_)
-    )
-    scope.record(Event(sum_.names, eqn.primitive.name, source=forms.source(eqn)))
+    drop = functools.partial(_drop_inputs, scope, kernel)
+    branch = use.branch(eqn.params, vals, factors, base, drop)
+    scope.record(Event(kernel.names, eqn.primitive.name, source=forms.source(eqn)))
     return [base + branch.astype(base.dtype)]
 
 
@@ -252,8 +249,10 @@ def _vary_kernels_alike(eqn: JaxprEqn, vals: Sequence) -> list:
     return [dataclasses.replace(v, w=x) if isinstance(v, Kernel) else x for v, x in pairs]
 
 
-def _drop_inputs(scope: Scope, sum_: Kernel, x: Array, shape: Sequence[int] | None = None) -> Array:
-    rate = sum_.rate or None if scope.rate is None else scope.rate
+def _drop_inputs(
+    scope: Scope, kernel: Kernel, x: Array, shape: Sequence[int] | None = None
+) -> Array:
+    rate = kernel.rate or None if scope.rate is None else scope.rate
     if rate is None:
         return x
     key = scope.key
@@ -277,7 +276,7 @@ def fall_back(scope: Scope, value: Any, primitive: str, reason: str, eqn: JaxprE
     if drops or scope.strict:
         why = "dropout needs it factored" if drops else "strict=True forbids it"
         raise FallbackError(Event(value.names, primitive, reason, source), why)
-    return kernel.materialize(value)
+    return materialize(value)
 
 
 OUTPUT = "output"

@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.extend.core import ClosedJaxpr
+from jax.tree_util import PyTreeDef
 
 from lora_jax.nodes import Adapted, Trained, is_adapted, is_node, terms
 from lora_jax.transform import origins, roles
@@ -21,10 +23,12 @@ from lora_jax.transform.interpreter import OUTPUT, Event, Scope, fall_back
 from lora_jax.transform.kernel import Kernel
 
 Array = jax.Array
+PyTree = Any
+Rate = Array | float | None
 
 
 def lift(
-    fn: Callable, *, strict: bool = False, dropout: Any = None, dropout_key: Array | None = None
+    fn: Callable, *, strict: bool = False, dropout: Rate = None, dropout_key: Array | None = None
 ) -> Callable:
     """Transforms ``fn`` into a function that takes low-rank sums in place of arrays.
 
@@ -64,7 +68,7 @@ def lift(
     return lifted
 
 
-def _check_dropout(rate: Any, key: Array | None) -> Any:
+def _check_dropout(rate: Rate, key: Array | None) -> Rate:
     if rate is None:
         return None
     if isinstance(rate, int | float):
@@ -99,7 +103,7 @@ def trace(fn: Callable, args: tuple, kwargs: dict) -> list[Event]:
 
 
 def trace_roles(
-    fn: Callable, params: Any, args: tuple, kwargs: dict, *, names: Mapping[int, str]
+    fn: Callable, params: PyTree, args: tuple, kwargs: dict, *, names: Mapping[int, str]
 ) -> Findings:
     """Finds out how ``fn(params, *args, **kwargs)`` uses its parameters, without running it.
 
@@ -131,7 +135,9 @@ def trace_roles(
     return roles.find_roles(closed, values, consts_are_data=not has_inputs)
 
 
-def _make_jaxpr(fn: Callable, leaves: Sequence, treedef: Any, *, traced: Sequence[int]) -> Any:
+def _make_jaxpr(
+    fn: Callable, leaves: Sequence, treedef: PyTreeDef, *, traced: Sequence[int]
+) -> ClosedJaxpr:
     def run(*values: Array) -> Any:
         filled = dict(zip(traced, values, strict=True))
         params, args, kwargs = treedef.unflatten([filled.get(k, x) for k, x in enumerate(leaves)])

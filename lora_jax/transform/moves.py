@@ -74,7 +74,9 @@ def _div(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
     return [_scale(require_kernel(vals), vals[1], w[0], jnp.divide)]
 
 
-def _scale(kernel: Kernel, scale: Any, w: Array, change: Callable) -> Kernel:
+def _scale(
+    kernel: Kernel, scale: Array, w: Array, change: Callable[[Array, Array], Array]
+) -> Kernel:
     """Multiplies or divides by a number, or by an array that varies along one side only."""
     if jnp.ndim(scale) == 0:
         b = change(kernel.b, jnp.asarray(scale, kernel.b.dtype))

@@ -69,7 +69,9 @@ def _find_group_role(kernel: Kernel, group: Sequence[int]) -> str:
     return roles.pop() if roles else (rest or [SAME])[0]
 
 
-def _reshape_kernel(kernel: Kernel, w: Array, axes: str, sharding: Any = None) -> Kernel:
+def _reshape_kernel(
+    kernel: Kernel, w: Array, axes: str, sharding: NamedSharding | None = None
+) -> Kernel:
     def change(x: Array, old: list[int], new: list[int]) -> Array:
         sizes = [*(w.shape[k] for k in new), x.shape[-1]]
         options = {} if sharding is None else {"out_sharding": _factor_sharding(sharding, new)}
@@ -78,13 +80,13 @@ def _reshape_kernel(kernel: Kernel, w: Array, axes: str, sharding: Any = None) -
     return map_factors(kernel, w, axes, change)
 
 
-def _factor_sharding(sharding: Any, axes: Sequence[int]) -> NamedSharding:
+def _factor_sharding(sharding: NamedSharding, axes: Sequence[int]) -> NamedSharding:
     """Returns the sharding of a factor whose last axis is its rank, which stays whole."""
     entries = _entries(sharding.spec, max(axes, default=-1) + 1)
     return NamedSharding(sharding.mesh, PartitionSpec(*(entries[k] for k in axes), None))
 
 
-def _entries(spec: Any, ndim: int) -> list:
+def _entries(spec: PartitionSpec, ndim: int) -> list:
     return [*spec, *[None] * (ndim - len(spec))]
 
 
@@ -243,7 +245,7 @@ def pick_entries(
             indices_are_sorted=eqn.params["indices_are_sorted"],
             unique_indices=eqn.params["unique_indices"],
             mode=eqn.params["mode"],
-            fill_value=fill,  # out of bounds the base's own fill value must stand
+            fill_value=fill,  # out of bounds the base's own fill value must remain
         )
         gathered = [*(("ids", k) for k in range(n_ids)), *(("kernel", k) for k in rest)]
         return lax.transpose(y, [*(gathered.index(labels[p]) for p in new), len(gathered)])

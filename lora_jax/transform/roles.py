@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import JaxprEqn
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from lora_jax.transform import forms, origins, pairs, uses
 from lora_jax.transform.findings import LOOKUP, Findings, Walk, hide, lose, record, sides_of
@@ -27,7 +27,9 @@ from lora_jax.transform.nested import CONTROL
 from lora_jax.transform.origins import DATA, FIXED, NOISE, Value
 
 
-def find_roles(jaxpr: Any, values: Sequence[Value], *, consts_are_data: bool = False) -> Findings:
+def find_roles(
+    jaxpr: Jaxpr | ClosedJaxpr, values: Sequence[Value], *, consts_are_data: bool = False
+) -> Findings:
     """Walks a closed jaxpr, given the values of its inputs.
 
     Args:
@@ -132,7 +134,7 @@ def _is_opaque(eqn: JaxprEqn) -> bool:
     )
 
 
-def _make_result(eqn: JaxprEqn, var: Any, axes: Any, like: Value) -> Value:
+def _make_result(eqn: JaxprEqn, var: Var, axes: origins.Axes | None, like: Value) -> Value:
     if axes is None:
         return Value(level=like.level)
     larger = _size(var) > max((_size(x) for x in eqn.invars), default=0)
@@ -140,7 +142,7 @@ def _make_result(eqn: JaxprEqn, var: Any, axes: Any, like: Value) -> Value:
     return dataclasses.replace(like, axes=axes, is_repeated=is_repeated)
 
 
-def _size(atom: Any) -> int:
+def _size(atom: Var | Literal) -> int:
     size = 1
     for n in origins.shape(atom) if hasattr(atom.aval, "shape") else ():
         size = size * n if isinstance(n, int) else size

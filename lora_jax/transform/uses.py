@@ -143,7 +143,8 @@ def _gather(params: dict, vals: Sequence[Any], f: Factors, base: Array, drop: Ca
         raise Unfactored("gather from a stack of tables")
     dims, n_ids = params["dimension_numbers"], vals[1].ndim - 1
     looked_up = look_up_rows(params, vals[1], f.a, f.axes).astype(base.dtype)
-    looked_up = drop(looked_up, (*looked_up.shape[:-1], 1))  # one draw a row: the input is one-hot
+    # The input is one-hot, so that there is one draw for each row.
+    looked_up = drop(looked_up, (*looked_up.shape[:-1], 1))
     y = lax.dot_general(looked_up, f.b.astype(base.dtype), (((n_ids,), (0,)), ((), ())))
     return arrange_as_gathered(y, dims, f.axes, n_ids)
 
@@ -165,11 +166,11 @@ def look_up_rows(params: dict, indices: Array, x: Array, axes: str) -> Array:
         indices_are_sorted=params["indices_are_sorted"],
         unique_indices=params["unique_indices"],
         mode=params["mode"],
-        fill_value=0,  # out of bounds the base's own fill value must stand
+        fill_value=0,  # out of bounds the base's own fill value must remain
     )
 
 
-def arrange_as_gathered(y: Array, dims: Any, axes: str, n_ids: int) -> Array:
+def arrange_as_gathered(y: Array, dims: lax.GatherDimensionNumbers, axes: str, n_ids: int) -> Array:
     """Puts ``(*ids, *out)`` in the order of the gather's result; rows that it keeps have size 1."""
     window_axes = [k for k in range(len(axes)) if k not in dims.collapsed_slice_dims]
     row_axes = [p for p, k in zip(dims.offset_dims, window_axes, strict=True) if axes[k] == IN]
