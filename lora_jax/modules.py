@@ -146,10 +146,8 @@ def _order_leaves(params: PyTree, names: Sequence[str] | Mapping[str, Any]) -> l
     """Returns the leaves of a parameter tree in the order of their names in the module."""
     named = paths.named_leaves(params)
     if set(named) != set(names):
-        missing, unknown = (
-            [n for n in names if n not in named],
-            [n for n in named if n not in names],
-        )
+        missing = [n for n in names if n not in named]
+        unknown = [n for n in named if n not in names]
         raise ValueError(
             f"The parameters are not those of the module: {paths.listing(missing)} missing, "
             f"{paths.listing(unknown)} unknown; the module has {paths.listing(names)}."

@@ -27,10 +27,8 @@ def register(cls: N) -> N:
       ValueError: its fields are not those of its table and of :class:`lora_jax.nodes.Adapted`, or
         another class has its kind.
     """
-    fields, expected = (
-        [f.name for f in dataclasses.fields(cls)],
-        [*_leaf_fields(cls, ()), *_structure_fields(cls)],
-    )
+    fields = [f.name for f in dataclasses.fields(cls)]
+    expected = [*_leaf_fields(cls, ()), *_structure_fields(cls)]
     if fields != expected:
         raise ValueError(f"{cls.__name__} has the fields {fields}, and its table says {expected}.")
     if cls.kind in nodes.KINDS:

@@ -238,9 +238,8 @@ def _make_nodes(
     nodes = {}
     for leaf, roles in by_leaf.items():
         roles.pop(adapter_tensors.BASE, None)
-        problem = _describe_uneven(
-            leaf, roles, leaves[leaf], numbers.get(leaf, set()), weight[leaf]
-        )
+        numbers_of_leaf = numbers.get(leaf, set())
+        problem = _describe_uneven(leaf, roles, leaves[leaf], numbers_of_leaf, weight[leaf])
         if problem:
             problems.append(problem)
         elif adapter_tensors.A in roles:

@@ -108,9 +108,8 @@ def _layer_selector(words: Mapping[str, Any]) -> _Selector:
     patterns = [patterns] if isinstance(patterns, str) else patterns
     expressions = [rf"(?:^|.*?\.)(?:{p})\.(?P<idx>\d+)\." for p in patterns or []]
     expressions = expressions or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
-    matchers = _limit_time(
-        [compile_safely(e, "layers_pattern").match for e in expressions], "layers_pattern"
-    )
+    matchers = [compile_safely(e, "layers_pattern").match for e in expressions]
+    matchers = _limit_time(matchers, "layers_pattern")
 
     def is_in_layers(m: str) -> bool:
         match = next((hit for e in matchers if (hit := e(m))), None)

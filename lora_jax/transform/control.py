@@ -70,9 +70,8 @@ def _call(scope: Scope, eqn: JaxprEqn, vals: Sequence) -> list:
     is_recorded = scope.events is not None
     kernels = tuple(isinstance(v, Kernel) for v in vals)
     # The uses of the results matter only where a kernel can come out.
-    pairs = zip(
-        scope.allows_kernels, lookahead.find_kernel_outputs(body.jaxpr, kernels), strict=True
-    )
+    outputs = lookahead.find_kernel_outputs(body.jaxpr, kernels)
+    pairs = zip(scope.allows_kernels, outputs, strict=True)
     kind = (is_recorded, scope.strict, scope.depth + 1, scope.varies, tuple(map(all, pairs)))
     if kind not in kinds:
         names = ("is_recorded", "strict", "depth", "varies", "allows_kernels")

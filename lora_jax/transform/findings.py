@@ -152,13 +152,9 @@ def roles_of(axes: origins.Axes, sides: uses.Sides) -> dict[str, str]:
             known = by_name.setdefault(origin.name, [set() for _ in range(origin.ndim)])
             known[origin.axis].add(role)
     # An axis that is used in two ways has no role.
-    unambiguous = {
-        name: axes for name, axes in by_name.items() if all(len(roles) < 2 for roles in axes)
-    }
-    return {
-        name: "".join(roles.pop() if roles else factors.BATCH for roles in axes)
-        for name, axes in unambiguous.items()
-    }
+    is_clear = lambda axes: all(len(roles) < 2 for roles in axes)
+    join = lambda axes: "".join(roles.pop() if roles else factors.BATCH for roles in axes)
+    return {name: join(axes) for name, axes in by_name.items() if is_clear(axes)}
 
 
 def _role_of(axis: int, sides: uses.Sides) -> str:

@@ -54,9 +54,9 @@ class Event(NamedTuple):
     source: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Scope:
-    """What holds at one place of the evaluation.
+    """The settings at one place of the evaluation.
 
     Attributes:
       strict: whether a fallback is an error.
@@ -88,14 +88,14 @@ class Scope:
         places = (*self.place, place)
         # This runs for each equation, and `dataclasses.replace` takes three times as long.
         return Scope(
-            self.strict,
-            self.rate,
-            key,
-            self.events,
-            places,
-            self.depth,
-            allows_kernels,
-            self.varies,
+            strict=self.strict,
+            rate=self.rate,
+            key=key,
+            events=self.events,
+            place=places,
+            depth=self.depth,
+            allows_kernels=allows_kernels,
+            varies=self.varies,
         )
 
     def record(self, event: Event) -> None:

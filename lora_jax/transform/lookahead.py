@@ -65,9 +65,8 @@ def find_kernel_outputs(jaxpr: Jaxpr, kernels: tuple[bool, ...]) -> tuple[bool, 
     """Tells for each output of a jaxpr whether it may be a kernel, by the kernels among inputs."""
     cached = _KERNEL_OUTPUTS.setdefault(jaxpr, {})
     if kernels not in cached:
-        kernel_variables = {
-            v for v, is_kernel in zip(jaxpr.invars, kernels, strict=True) if is_kernel
-        }
+        pairs = zip(jaxpr.invars, kernels, strict=True)
+        kernel_variables = {v for v, is_kernel in pairs if is_kernel}
         is_kernel_variable = lambda atom: not forms.is_literal(atom) and atom in kernel_variables
         for eqn in jaxpr.eqns:
             inputs = tuple(map(is_kernel_variable, eqn.invars))

@@ -96,9 +96,8 @@ def _scale(
     scale_of_side = lax.squeeze(scale, [k for k in range(scale.ndim) if k not in axes])
     ordered = sorted(axes)
     scale_of_side = lax.transpose(scale_of_side, [ordered.index(k) for k in axes])
-    factor = change(
-        factor, lax.expand_dims(scale_of_side, [scale_of_side.ndim]).astype(factor.dtype)
-    )
+    scale_of_side = lax.expand_dims(scale_of_side, [scale_of_side.ndim])
+    factor = change(factor, scale_of_side.astype(factor.dtype))
     new = {"b": move_rank_inside(factor, kernel.axes)} if side == OUT else {"a": factor}
     return dataclasses.replace(kernel, w=w, **new)
 

@@ -39,9 +39,8 @@ def _find_fixed_point(
         walk, is_final=False, uses={}, losses={}, hidden={}, unknown=[], pairs=[]
     )
     while True:
-        after = [
-            _join_iterations(old, new) for old, new in zip(carry, step(silent, carry), strict=True)
-        ]
+        pairs = zip(carry, step(silent, carry), strict=True)
+        after = [_join_iterations(old, new) for old, new in pairs]
         if after == carry:
             return carry
         carry = after
@@ -60,10 +59,9 @@ def _scan(walk: Walk, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     consts, carry, xs = form.split(values)
     slices = [v if v.axes is None else dataclasses.replace(v, axes=v.axes[1:]) for v in xs]
     step = lambda walk, carry: walk.enter(walk, form.body, [*consts, *carry, *slices])
+    step_carry = lambda walk, carry: step(walk, carry)[: len(carry)]
     before = list(carry)
-    carry = _find_fixed_point(
-        walk, list(carry), lambda walk, carry: step(walk, carry)[: len(carry)]
-    )
+    carry = _find_fixed_point(walk, list(carry), step_carry)
     _lose_changed(walk, eqn, before, carry)
     outs = step(walk, carry)
     stacked = [

@@ -204,9 +204,8 @@ def unstack(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
     for k, part in enumerate(w):
         start, limit = [0] * kernel.w.ndim, list(kernel.w.shape)
         start[axis], limit[axis] = k, k + 1
-        row = _slice_kernel(
-            kernel, lax.expand_dims(part, [axis]), start, limit, [1] * kernel.w.ndim
-        )
+        w_row = lax.expand_dims(part, [axis])
+        row = _slice_kernel(kernel, w_row, start, limit, [1] * kernel.w.ndim)
         rows.append(_reshape_kernel(row, part, axes))
     return rows
 

@@ -117,9 +117,8 @@ def _follow(walk: Walk, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
         if not any(axes):
             lose(walk, eqn, values, f"goes into {eqn.primitive.name!r}")
     common = origins.derive(values, level=level)
-    common = dataclasses.replace(
-        common, is_picked=common.is_picked or _is_picked_by_data(eqn, values)
-    )
+    is_picked = common.is_picked or _is_picked_by_data(eqn, values)
+    common = dataclasses.replace(common, is_picked=is_picked)
     return [_make_result(eqn, var, a, common) for var, a in zip(eqn.outvars, axes, strict=True)]
 
 
