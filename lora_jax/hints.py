@@ -1,4 +1,4 @@
-"""What other libraries call the fields of :class:`~lora_jax.config.LoRAConfig`, for its errors."""
+"""Other libraries' names for the fields of :class:`~lora_jax.config.LoRAConfig`, for its errors."""
 
 import difflib
 from collections.abc import Iterable
@@ -32,14 +32,14 @@ _ALTERNATIVES = {
 
 
 def unknown_fields(unknown: Iterable[str], fields: Iterable[str]) -> str:
-    """Says which fields a config lacks, and what is there instead.
+    """Says which fields a config lacks, and which ones to use instead.
 
     >>> unknown_fields(["r"], ["rank", "alpha"])
     "Unknown LoRAConfig fields ['r']; the fields are ['rank', 'alpha']. rank is this library's name for r."
     """  # noqa: E501
     unknown, fields = list(unknown), list(fields)
-    told = [hint for name in unknown if (hint := _hint(name, fields))]
-    return " ".join([f"Unknown LoRAConfig fields {unknown}; the fields are {fields}.", *told])
+    hints = [hint for name in unknown if (hint := _hint(name, fields))]
+    return " ".join([f"Unknown LoRAConfig fields {unknown}; the fields are {fields}.", *hints])
 
 
 def _hint(name: str, fields: list[str]) -> str:

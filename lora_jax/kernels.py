@@ -1,4 +1,4 @@
-"""Which leaves of a parameter tree are kernels: every leaf, with its roles or a reason."""
+"""Finds out which leaves of a parameter tree are kernels: every leaf has roles, or a reason."""
 
 import dataclasses
 import sys
@@ -23,15 +23,15 @@ class Leaf:
     """One leaf of a parameter tree, and how the function uses it.
 
     Attributes:
-      shape: of the leaf; None if it is no array.
-      dtype: likewise.
+      shape: shape of the leaf; None if it is no array.
+      dtype: dtype of the leaf; None if it is no array.
       kind: "kernel" if it is contracted or convolved with what depends on the inputs, "lookup" if
         rows of it are looked up and nothing else, "other" if it can't be adapted.
-      axes: the role of each axis, as in :mod:`lora_jax.factors`; empty for the kind "other".
+      axes: role of each axis, as in :mod:`lora_jax.factors`; empty for the kind "other".
       is_weight: whether "all-linear" may choose it. Variables of other collections than "params",
         and of other types than ``nnx.Param``, are adapted only if a target names them.
-      reason: why it can't be adapted, or why "all-linear" leaves it out.
-      hidden_in: the primitive that uses it, if that can't be looked into.
+      reason: reason why it can't be adapted, or why "all-linear" leaves it out.
+      hidden_in: name of the primitive that uses it, if that can't be looked into.
     """
 
     shape: tuple[int, ...] | None
@@ -51,7 +51,7 @@ class Kernels:
     unknown: tuple[str, ...] = ()
 
     def adaptable(self) -> dict[str, Leaf]:
-        """The leaves that have roles."""
+        """Returns the leaves that have roles."""
         return {name: leaf for name, leaf in self.leaves.items() if leaf.axes}
 
 
@@ -72,7 +72,7 @@ def find_kernels(
       fn: any function that JAX can trace.
       params: its parameters.
       args: its other arguments.
-      kwargs: likewise.
+      kwargs: its keyword arguments.
       config: gives roles, and the names of leaves that are adapted although they are state.
       leaves: the leaves of ``params`` by name.
 
@@ -82,18 +82,16 @@ def find_kernels(
     named = [entry for entry in config.targets if entry != ALL_LINEAR]
     is_named = lambda name: any(paths.matches(entry, name) for entry in named)
     states = {n: why for n, why in _find_states(leaves, params).items() if not is_named(n)}
-    given = _select_roles(leaves, config)
-    followed = {
+    roles_of = _select_roles(leaves, config)
+    followed_names = {
         k: name
         for k, (name, x) in enumerate(leaves.items())
         if _is_followed(x) and name not in states
     }
-    found = trace_roles(fn, params, args, dict(kwargs), names=followed)
-    result = {
-        name: _assign_roles(_describe_leaf(name, x, found, states.get(name, "")), given.get(name))
-        for name, x in leaves.items()
-    }
-    return Kernels(leaves=result, unknown=tuple(found.unknown))
+    findings = trace_roles(fn, params, args, dict(kwargs), names=followed_names)
+    describe = lambda name, x: _describe_leaf(name, x, findings, states.get(name, ""))
+    result = {n: _assign_roles(describe(n, x), roles_of.get(n)) for n, x in leaves.items()}
+    return Kernels(leaves=result, unknown=tuple(findings.unknown))
 
 
 def _is_followed(x: Any) -> bool:
@@ -101,13 +99,13 @@ def _is_followed(x: Any) -> bool:
 
 
 def is_real(x: Any) -> bool:
-    """Whether ``x`` is an array, or a shape, of floating-point numbers."""
+    """Tells whether ``x`` is an array, or a shape, of floating-point numbers."""
     return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
 
 
 def _select_roles(leaves: Mapping[str, Any], config: LoRAConfig) -> dict[str, str]:
     hits = paths.select(config.roles, leaves, what="roles")
-    given: dict[str, str] = {}
+    roles: dict[str, str] = {}
     for pattern, names in hits.items():
         for name in names:
             axes, shape = config.roles[pattern], getattr(leaves[name], "shape", ())
@@ -122,8 +120,8 @@ def _select_roles(leaves: Mapping[str, Any], config: LoRAConfig) -> dict[str, st
                     f"roles[{pattern!r}] is for {name}, which holds {leaves[name].dtype}: only "
                     "floating-point numbers can be adapted."
                 )
-            given.setdefault(name, axes)
-    return given
+            roles.setdefault(name, axes)
+    return roles
 
 
 def _assign_roles(leaf: Leaf, axes: str | None) -> Leaf:
@@ -132,17 +130,17 @@ def _assign_roles(leaf: Leaf, axes: str | None) -> Leaf:
     return dataclasses.replace(leaf, kind=KERNEL, axes=axes, reason="", hidden_in="")
 
 
-def _describe_leaf(name: str, x: Any, found: Findings, state: str) -> Leaf:
+def _describe_leaf(name: str, x: Any, findings: Findings, state: str) -> Leaf:
     if not hasattr(x, "dtype"):
         return Leaf(shape=None, dtype=None, kind=OTHER, reason="is no array")
-    shape, uses = tuple(x.shape), found.uses.get(name, [])
+    shape, uses = tuple(x.shape), findings.uses.get(name, [])
     best = min((u for u in uses if has_two_sides(u.roles)), key=_priority, default=None)
     make = lambda kind, axes="", reason="": Leaf(
         shape=shape, dtype=x.dtype, kind=kind, axes=axes, is_weight=not state, reason=reason
     )
     if best is None:
-        leaf = make(OTHER, reason=_explain_other(x, uses, found.losses.get(name, []), state))
-        return dataclasses.replace(leaf, hidden_in=found.hidden.get(name, ""))
+        leaf = make(OTHER, reason=_explain_other(x, uses, findings.losses.get(name, []), state))
+        return dataclasses.replace(leaf, hidden_in=findings.hidden.get(name, ""))
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         return make(
             OTHER,
@@ -155,7 +153,7 @@ def _describe_leaf(name: str, x: Any, found: Findings, state: str) -> Leaf:
 
 
 def _priority(use: Use) -> int:
-    """Which of several uses gives a leaf its roles: the smallest number wins, the first of equals.
+    """Ranks a use: of several uses, the first with the smallest number gives a leaf its roles.
 
     Experts that are looked up by token and then contracted have the roles of the product. A tied
     embedding has those of its lookup. Products with what depends on the inputs come before those
@@ -184,17 +182,17 @@ def _explain_other(x: Any, uses: list[Use], losses: list[str], state: str) -> st
     return "; ".join(dict.fromkeys([*sided, *losses])) or "is not used by the function"
 
 
-# ---- Leaves that are no weights ------------------------------------------------------------------
+# ---- Leaves that are state -----------------------------------------------------------------------
 
 
 def _find_states(leaves: Mapping[str, Any], params: PyTree) -> dict[str, str]:
-    """The leaves that are state of a model (statistics, caches, code books), and what they are."""
+    """Finds the leaves that are state of a model (statistics, caches), and says what each is."""
     by_collection = _find_other_collections(leaves)
     return by_collection | _find_other_variables(list(leaves), params)
 
 
 def _find_other_collections(names: Iterable[str]) -> dict[str, str]:
-    """Linen's collections: whatever stands beside "params"."""
+    """Finds the leaves of Linen's other collections, which stand beside "params"."""
     parts = {name: name.split("/") for name in names}
     parents = {tuple(p[: p.index("params")]) for p in parts.values() if "params" in p[:-1]}
     collections = {
@@ -210,7 +208,7 @@ def _find_other_collections(names: Iterable[str]) -> dict[str, str]:
 
 
 def _find_other_variables(names: list[str], params: PyTree) -> dict[str, str]:
-    """NNX variables of other types than ``nnx.Param``."""
+    """Finds NNX variables of other types than ``nnx.Param``."""
     nnx = sys.modules.get("flax.nnx")
     if nnx is None:
         return {}
@@ -228,7 +226,7 @@ def _find_other_variables(names: list[str], params: PyTree) -> dict[str, str]:
     }
 
 
-# ---- Telling -------------------------------------------------------------------------------------
+# ---- Tables --------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -236,10 +234,10 @@ class Row:
     """A leaf, with what a config makes of it.
 
     Attributes:
-      leaf: the leaf itself.
+      leaf: leaf of the parameters.
       action: "adapted", "trained", or "frozen".
-      rank: of its adapter; 0 if it has none.
-      note: what one should know: a rank that was lowered, a reason.
+      rank: rank of its adapter; 0 if it has none.
+      note: remark for the reader: a rank that was lowered, a reason.
     """
 
     leaf: Leaf
@@ -272,5 +270,5 @@ def _make_line(name: str, row: Row) -> tuple[str, ...]:
 
 
 def max_rank(leaf: Leaf) -> int:
-    """The largest rank that the change of the kernel can have."""
+    """Returns the largest rank that the change of the kernel can have."""
     return factors.max_rank(leaf.shape or (), leaf.axes)

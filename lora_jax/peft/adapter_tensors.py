@@ -1,6 +1,6 @@
-"""The tensors of an adapter file: what PEFT's words make of a model, tensor by tensor.
+"""Plans the tensors of an adapter file: what PEFT's words make of a model, tensor by tensor.
 
-Reading and writing follow the same plan, so that a file is whole exactly if it holds the plan.
+Reading and writing follow the same plan, and a file is whole if it has exactly the plan's tensors.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from lora_jax.peft.config import HEADS
 from lora_jax.peft.target_modules import Model
 
 PREFIX = "base_model.model."
-# Targeted by these names, PEFT's file holds the frozen weight of the module beside its factors.
+# For targets with these names PEFT's file holds the module's frozen weight beside its factors.
 _COPIED = ("embed_tokens", "lm_head")
 
 A, B, TRAINED, BASE = "a", "b", "trained", "base"
@@ -25,9 +25,9 @@ class Part(NamedTuple):
     """One tensor of the file.
 
     Attributes:
-      role: factor ``a`` or ``b`` of the weight, the weight as trained, or as it is in the base.
-      weight: of the model.
-      shape: in the file.
+      role: factor ``a`` or ``b`` of the weight, the trained weight, or the weight of the base.
+      weight: weight of the model.
+      shape: shape in the file.
     """
 
     role: str
@@ -37,15 +37,15 @@ class Part(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What the words stand for.
+    """The meaning of the words for a model.
 
     Attributes:
-      parts: the tensors of the file by name.
-      leaves: path of the kernel of each adapted module.
-      ranks: its rank.
-      alphas: its alpha.
-      trained: modules trained in full.
-      problems: words that do not fit the model.
+      parts: tensors of the file by name.
+      leaves: path of each adapted module's kernel.
+      ranks: rank of each adapted module.
+      alphas: alpha of each adapted module.
+      trained: names of the modules trained in full.
+      problems: descriptions of words that do not fit the model.
     """
 
     parts: dict[str, Part]
@@ -60,7 +60,7 @@ def make_plan(words: Mapping[str, Any], model: Model) -> Plan:
     """Plans the file for the words.
 
     Raises:
-      ValueError: a regular expression among the words can't be used.
+      ValueError: a regular expression of the words can't be used.
     """
     chosen = target_modules.select_adapted(words, model)
     trained = target_modules.select_saved(words["modules_to_save"] or [], model)
@@ -80,7 +80,7 @@ def make_plan(words: Mapping[str, Any], model: Model) -> Plan:
 
 
 def peft_scale(alpha: float, rank: int, *, root: bool) -> float:
-    """PEFT's scaling: ``alpha / r``, or ``alpha / sqrt(r)`` with use_rslora."""
+    """Computes PEFT's scaling: ``alpha / r``, or ``alpha / sqrt(r)`` with use_rslora."""
     return alpha / math.sqrt(rank) if root else alpha / rank
 
 
@@ -91,7 +91,7 @@ def _choose_values(words: Mapping[str, Any], kernels: list[str], what: str) -> d
 
 
 def _find_unused(words: Mapping[str, Any], model: Model, chosen: list[str]) -> list[str]:
-    """Words that select nothing: PEFT goes on without them, and one does not notice."""
+    """Finds words that select nothing, which PEFT passes over in silence."""
     problems = []
     if not chosen:
         problems.append("target_modules selects no module of the model")
@@ -111,14 +111,14 @@ def _find_unused(words: Mapping[str, Any], model: Model, chosen: list[str]) -> l
 
 
 def _find_no_hits(what: str, entries: list[str], modules: list[str]) -> list[str]:
-    """Entries that fit no module, not even one that other words then take out."""
+    """Finds entries that fit no module, not even one that other words exclude."""
     endings = {s for m in modules for s in target_modules.suffixes(m)}
     missing = [entry for entry in dict.fromkeys(entries) if entry not in endings]
     return [f"{what} entry {entry!r} selects no module" for entry in missing[:20]]
 
 
 def _find_unfit(chosen: list[str], trained: list[str], model: Model) -> list[str]:
-    """Modules that can't be adapted or trained in full as PEFT would."""
+    """Finds modules that can't be adapted or trained in full as PEFT would."""
     problems = []
     for m in chosen:
         weight = model.kernels.get(m)
@@ -141,7 +141,7 @@ def _find_unfit(chosen: list[str], trained: list[str], model: Model) -> list[str
 
 
 def module_weights(module: str, model: Model) -> list[Weight]:
-    """The weights of a module and of those within it."""
+    """Returns the weights of a module and of those within it."""
     return [w for n, w in model.weights.items() if n.startswith(f"{module}.")]
 
 
@@ -162,7 +162,7 @@ def _factor_parts(kernels: list[str], model: Model, ranks: Mapping[str, int]) ->
 
 
 def factor_shapes(weight: Weight, rank: int) -> tuple[tuple, tuple]:
-    """Shapes of the two factors in the file."""
+    """Returns the shapes of the two factors in the file."""
     if names.kind(weight) == names.CONV:
         *window, d_in, d_out = weight.shape
         return (rank, d_in, *window), (d_out, rank, *[1] * len(window))

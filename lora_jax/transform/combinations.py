@@ -5,7 +5,6 @@ The rules of :mod:`.moves` that make one kernel of several, whose ranks add up.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,12 +30,12 @@ Array = jax.Array
 
 
 def add(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
-    """``w + plain + a·b``; the ranks of two kernels add up."""
+    """Computes ``w + plain + a·b``; the ranks of two kernels add up."""
     return [_sum_kernels([widen(v, w[0]) for v in vals if isinstance(v, Kernel)], w[0])]
 
 
 def sub(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
-    """``w - plain + a·b``, or the other way round; the ranks of two kernels add up."""
+    """Computes ``w - plain + a·b``, or the other way round; the ranks of two kernels add up."""
     kernels = [widen(v, w[0]) for v in vals if isinstance(v, Kernel)]
     if isinstance(vals[1], Kernel):
         kernels[-1] = dataclasses.replace(kernels[-1], b=-kernels[-1].b)
@@ -60,44 +59,46 @@ def _join(parts: Sequence[Array], axis: int) -> Array:
 
 
 def select(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
-    """``lax.select_n`` by a scalar: a plain case has factors of zeros."""
+    """Selects with ``lax.select_n`` by a scalar; a plain case has factors of zeros."""
     which, *cases = vals
     if isinstance(which, Kernel) or jnp.ndim(which):
         raise Unfactored("selects entry by entry")
     kernels = align_roles([c for c in cases if isinstance(c, Kernel)])
     rank = max(k.a.shape[-1] for k in kernels)
-    found = iter([_pad_rank(k, rank) for k in kernels])
+    remaining = iter([_pad_rank(k, rank) for k in kernels])
     zero = jax.tree.map(jnp.zeros_like, _pad_rank(kernels[0], rank))
-    whole = [next(found) if isinstance(c, Kernel) else zero for c in cases]
-    a, b = (_select_n(which, [getattr(k, side) for k in whole]) for side in ("a", "b"))
+    kernel_cases = [next(remaining) if isinstance(c, Kernel) else zero for c in cases]
+    a, b = (_select_n(which, [getattr(k, side) for k in kernel_cases]) for side in ("a", "b"))
     gains, side = _collect_gains(cases, kernels)
     gain = _select_n(which, gains) if gains else None
     axes = kernels[0].axes
     return [join_kernels(kernels, w=w[0], a=a, b=b, axes=axes, gain=gain, gain_side=side)]
 
 
-def _collect_gains(parts: Sequence[Any], kernels: Sequence[Kernel]) -> tuple[list[Array], str]:
-    """A gain for each part, ones where it has none, and their side; no gains if none has any.
+def _collect_gains(
+    parts: Sequence[Kernel | Array], kernels: Sequence[Kernel]
+) -> tuple[list[Array], str]:
+    """Returns a gain for each part, ones where it has none, and their side; [] if none has any.
 
     Args:
       parts: kernels and plain arrays.
-      kernels: those that are kernels, in their order, with the same roles.
+      kernels: the kernels among the parts, in their order, with the same roles.
     """
     sides = {k.gain_side for k in kernels if k.gain is not None}
     if len(sides) > 1:
         raise Unfactored("combines kernels with gains on different sides")
     if not sides:
         return [], OUT
-    (side,), found = sides, iter(kernels)
-    where = carried_axes(kernels[0].axes, side)
+    (side,), remaining = sides, iter(kernels)
+    axes = carried_axes(kernels[0].axes, side)
     dtype = jnp.result_type(*(k.gain for k in kernels if k.gain is not None))
 
     def gain(part: Kernel | Array) -> Array:
-        kernel = next(found) if isinstance(part, Kernel) else None
+        kernel = next(remaining) if isinstance(part, Kernel) else None
         if kernel is not None and kernel.gain is not None:
             return kernel.gain
         shape = np.shape(part if kernel is None else kernel.w)
-        return jnp.ones([shape[k] for k in where], dtype)
+        return jnp.ones([shape[k] for k in axes], dtype)
 
     return [gain(part) for part in parts], side
 
@@ -115,19 +116,19 @@ def _pad_rank(kernel: Kernel, rank: int) -> Kernel:
 
 
 def _pad_axis(x: Array, axis: int, before: int, size: int) -> Array:
-    """Zeros around ``x`` along one axis, up to ``size``."""
+    """Pads ``x`` with zeros along one axis, up to ``size``."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (before, size - before - x.shape[axis])
     return jnp.pad(x, widths)
 
 
 def concatenate(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
-    """``lax.concatenate``; see :func:`_concatenate_kernels`."""
+    """Concatenates as ``lax.concatenate``; see :func:`_concatenate_kernels`."""
     return [_concatenate_kernels(list(vals), w[0], eqn.params["dimension"])]
 
 
 def stack(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
-    """The primitive of ``jnp.stack``: a concatenation along a new axis."""
+    """Stacks as the primitive of ``jnp.stack``: concatenates along a new axis."""
     axis = eqn.params["axis"]
     return [_concatenate_kernels([_insert_axis(v, axis) for v in vals], w[0], axis)]
 
@@ -139,8 +140,8 @@ def _insert_axis(part: Kernel | Array, axis: int) -> Kernel | Array:
     return dataclasses.replace(part, w=lax.expand_dims(part.w, [axis]), axes=axes)
 
 
-def _concatenate_kernels(parts: Sequence[Any], w: Array, dimension: int) -> Kernel:
-    """Several kernels side by side, as when query, key and value are computed in one product.
+def _concatenate_kernels(parts: Sequence[Kernel | Array], w: Array, dimension: int) -> Kernel:
+    """Puts kernels side by side, as when query, key and value are computed in one product.
 
     ``[W1 + a1·b1, W2 + a2·b2] = [W1, W2] + [a1, a2]·diag(b1, b2)``: the ranks add up. Along a batch
     axis the factors are concatenated as they are, the ranks padded with zeros to the largest.
@@ -150,12 +151,12 @@ def _concatenate_kernels(parts: Sequence[Any], w: Array, dimension: int) -> Kern
     if axes[dimension] == SAME:
         axes = axes[:dimension] + BATCH + axes[dimension + 1 :]
         kernels = [assign_roles(k, axes) for k in kernels]
-    found = iter(kernels)
-    whole = [next(found) if isinstance(p, Kernel) else p for p in parts]
-    factors = [_factors(part, kernels[0]) for part in whole]
+    remaining = iter(kernels)
+    aligned = [next(remaining) if isinstance(p, Kernel) else p for p in parts]
+    factors = [_factors(part, kernels[0]) for part in aligned]
     sizes = [(p.w if isinstance(p, Kernel) else p).shape[dimension] for p in parts]
     a, b = _concatenate_factors(factors, sizes, axes, dimension)
-    gains, side = _collect_gains(whole, kernels)
+    gains, side = _collect_gains(aligned, kernels)
     if gains and axes[dimension] not in (BATCH, side):
         refuse_gain(kernels, "joins kernels along a side that the gain does not vary over")
     gain = _join(gains, carried_axes(axes, side).index(dimension)) if gains else None
@@ -163,7 +164,7 @@ def _concatenate_kernels(parts: Sequence[Any], w: Array, dimension: int) -> Kern
 
 
 def _factors(part: Kernel | Array, like: Kernel) -> tuple[Array, Array]:
-    """The factors of a kernel; a plain array is one of rank zero."""
+    """Returns the factors of a kernel; a plain array has factors of rank zero."""
     if isinstance(part, Kernel):
         return part.a, part.b
     axes = like.axes.replace(SAME, "")
@@ -195,7 +196,7 @@ def _concatenate_factors(
 
 
 def product(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
-    """A product of two kernels, whose ranks add up.
+    """Multiplies two kernels, whose ranks add up.
 
     ``(W1 + a1·b1)·(W2 + a2·b2) = W1·W2 + [a1, W1·a2]·[b1·(W2 + a2·b2), b2]``.
     """
@@ -204,7 +205,7 @@ def product(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
         raise Unfactored("a product of two kernels with batch axes")
     left = _assign_sides(vals[0], left_in, OUT)
     right = _assign_sides(vals[1], right_in, IN)
-    # As matrices: rows of the left kernel, what is summed over, columns of the right one.
+    # As matrices the kernels are (rows, summed) and (summed, columns).
     rows, columns = positions(left.axes, IN), positions(right.axes, OUT)
     w1 = lax.transpose(left.w, [*rows, *left_in]).reshape(-1, _size(left.w, left_in))
     w2 = lax.transpose(right.w, [*right_in, *columns]).reshape(w1.shape[1], -1)
@@ -232,7 +233,7 @@ def _size(x: Array, axes: Sequence[int]) -> int:
 
 
 def _assign_sides(kernel: Kernel, summed: Sequence[int], role: str) -> Kernel:
-    """The kernel with exactly the given axes on one side, and the rest on the other."""
+    """Puts exactly the given axes of a kernel on one side, and the rest on the other."""
     other = IN if role == OUT else OUT
     axes = "".join(role if k in summed else other for k in range(len(kernel.axes)))
     try:

@@ -1,25 +1,26 @@
-"""What is read of an equation, in the forms that JAX has given it: the parts of each control flow.
+"""Reads the parts of control flow off equations, in the forms that JAX has given them.
 
 JAX promises nothing about the parameters of an equation, and changes them. All that this library
-reads of control flow is read here, and checked: an equation of a form that is not known raises
-:class:`UnknownForm` with the names of its parameters and JAX's version, for ``init`` and
-``explain`` to say. Forms of jax 0.8 to 0.11 are known.
+reads of control flow is read and checked here. An equation of a form that is not known raises
+:class:`UnknownForm` with the names of its parameters and JAX's version, which ``init`` and
+``explain`` report. Forms of jax 0.8 to 0.11 are known.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jax import lax
 from jax.extend import source_info_util
-from jax.extend.core import Jaxpr, JaxprEqn, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from lora_jax.transform.kernel import Unfactored
 
 
 class UnknownForm(Unfactored):
-    """An equation of a form that this library does not know, as another JAX release may have."""
+    """An equation of a form that this library does not know, as in another JAX release."""
 
 
 class Body(NamedTuple):
@@ -39,7 +40,7 @@ class Scan(NamedTuple):
     options: Mapping[str, Any]
 
     def split(self, values: Sequence[Any]) -> tuple[Sequence, Sequence, Sequence]:
-        """The constants, the carry, and what is sliced."""
+        """Splits values into constants, carry, and arrays to be sliced."""
         first, second = self.n_consts, self.n_consts + self.n_carry
         return values[:first], values[first:second], values[second:]
 
@@ -53,17 +54,17 @@ class While(NamedTuple):
     n_body: int
 
     def split(self, values: Sequence[Any]) -> tuple[Sequence, Sequence, Sequence]:
-        """The constants of the test, those of the body, and the carry."""
+        """Splits values into constants of the test, constants of the body, and carry."""
         first, second = self.n_test, self.n_test + self.n_body
         return values[:first], values[first:second], values[second:]
 
 
 class Checkpoint(NamedTuple):
-    """``jax.checkpoint``; ``is_recomputation`` in a gradient that was taken inside the function."""
+    """``jax.checkpoint``; a gradient that is taken inside the function has recomputations."""
 
     body: Body
     prevent_cse: Any
-    policy: Any
+    policy: Callable[..., Any] | None
     is_recomputation: bool
 
 
@@ -72,16 +73,17 @@ class ShardMap:
     """``jax.shard_map``, with the specs of each operand and result."""
 
     body: Body
-    mesh: Any
-    in_specs: Sequence[Any]
-    out_specs: Sequence[Any]
-    axis_names: Any
+    mesh: Mesh | AbstractMesh
+    in_specs: Sequence[PartitionSpec]
+    out_specs: Sequence[PartitionSpec]
+    axis_names: Collection[str]
     check_vma: bool
 
 
 def describe_unknown(eqn: JaxprEqn, why: object = "") -> str:
     """Says that an equation has an unknown form, with what somebody needs to mend it."""
-    detail = f" ({why!r})" if isinstance(why, Exception) else f" ({why})" if why else ""
+    text = repr(why) if isinstance(why, Exception) else str(why)
+    detail = f" ({text})" if text else ""
     return (
         f"the primitive {eqn.primitive.name!r} has parameters {sorted(eqn.params)} in jax "
         f"{jax.__version__}, a form that this version of lora_jax does not know{detail}"
@@ -89,17 +91,17 @@ def describe_unknown(eqn: JaxprEqn, why: object = "") -> str:
 
 
 def source(eqn: JaxprEqn) -> str:
-    """File and line of an equation in the user's code; empty if JAX does not say."""
+    """Returns file and line of an equation in the user's code; empty if JAX does not say."""
     return source_info_util.summarize(eqn.source_info)
 
 
 def varying_axes(x: Any) -> frozenset:
-    """The axes of a ``shard_map``'s mesh over which a value varies, as far as its type says."""
+    """Returns the mesh axes of a ``shard_map`` over which the type of a value varies."""
     return varying_axes_of(jax.typeof(x))
 
 
 def vary(x: Any, axes: frozenset) -> Any:
-    """The same value, as one that varies over more axes of a ``shard_map``'s mesh."""
+    """Makes a value vary over more axes of a ``shard_map``'s mesh."""
     missing = tuple(sorted(axes - varying_axes(x)))
     if not missing:
         return x
@@ -107,24 +109,24 @@ def vary(x: Any, axes: frozenset) -> Any:
 
 
 def varying_axes_of(type_: Any) -> frozenset:
-    """The axes of a ``shard_map``'s mesh over which values of a type vary, as far as it says."""
+    """Returns the mesh axes of a ``shard_map`` over which a type says that its values vary."""
     axes = getattr(getattr(type_, "manual_axis_type", None), "varying", None)
     return frozenset(getattr(type_, "vma", ()) if axes is None else axes)
 
 
 def rebind(eqn: JaxprEqn, x: jax.Array, **params: Any) -> jax.Array:
-    """The equation for another operand, with some parameters changed."""
+    """Binds the equation to another operand, with some parameters changed."""
     out = eqn.primitive.bind(x, **{**eqn.params, **params})
     return out[0] if eqn.primitive.multiple_results else out
 
 
-def is_literal(atom: Any) -> bool:
-    """Whether an operand is a number written into the jaxpr."""
+def is_literal(atom: Var | Literal) -> bool:
+    """Tells whether an operand is a number written into the jaxpr."""
     return isinstance(atom, Literal)
 
 
-def body_of(jaxpr: Any) -> Body:
-    """A jaxpr with its arrays; up to jax 0.10 these are beside it, in a closed jaxpr."""
+def body_of(jaxpr: Jaxpr | ClosedJaxpr) -> Body:
+    """Returns a jaxpr with its arrays, which up to jax 0.10 stand beside it in a closed jaxpr."""
     inner = getattr(jaxpr, "jaxpr", jaxpr)
     consts = getattr(jaxpr, "consts", ())
     if not hasattr(inner, "eqns") or len(consts) != len(inner.constvars):
@@ -137,7 +139,7 @@ def _is_jaxpr(value: Any) -> bool:
 
 
 def bodies(eqn: JaxprEqn) -> list[Body]:
-    """All jaxprs among the parameters of an equation, also of primitives that are not known."""
+    """Returns all jaxprs among the parameters of an equation, also of unknown primitives."""
     params = dict(eqn.params)
     hidden = getattr(params.get("_prim"), "params", {})  # `call_hi_primitive` of jax 0.10 and later
     values = [*params.values(), *(hidden.values() if isinstance(hidden, Mapping) else ())]
@@ -146,7 +148,7 @@ def bodies(eqn: JaxprEqn) -> list[Body]:
 
 
 def matching_body(eqn: JaxprEqn) -> Body | None:
-    """A jaxpr among the parameters that takes the operands of the equation, if there is one."""
+    """Returns a jaxpr among the parameters that takes the operands of the equation, or None."""
     operands = [_shape(x) for x in eqn.invars]
     for body in bodies(eqn):
         inputs = [_shape(x) for x in body.jaxpr.invars]
@@ -156,7 +158,7 @@ def matching_body(eqn: JaxprEqn) -> Body | None:
     return None
 
 
-def _shape(atom: Any) -> tuple:
+def _shape(atom: Var | Literal) -> tuple:
     return tuple(getattr(atom.aval, "shape", ()))
 
 
@@ -168,17 +170,17 @@ def _require(eqn: JaxprEqn, *names: str) -> list[Any]:
 
 
 def _check_arity(eqn: JaxprEqn, body: Body, n_in: int, n_out: int) -> Body:
-    """The body, if it has as many inputs and outputs as the equation gives and takes."""
-    have = len(body.jaxpr.invars), len(body.jaxpr.outvars)
-    if have != (n_in, n_out):
+    """Returns the body, after checking its numbers of inputs and outputs."""
+    arity = len(body.jaxpr.invars), len(body.jaxpr.outvars)
+    if arity != (n_in, n_out):
         raise UnknownForm(
-            describe_unknown(eqn, f"its body has {have} inputs and outputs, not {n_in, n_out}")
+            describe_unknown(eqn, f"its body has {arity} inputs and outputs, not {n_in, n_out}")
         )
     return body
 
 
 def call(eqn: JaxprEqn) -> Body:
-    """A nested ``jit``, and calls like it."""
+    """Reads a nested ``jit``, and calls like it."""
     jaxpr = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
     if jaxpr is None:
         _require(eqn, "jaxpr")
@@ -186,7 +188,7 @@ def call(eqn: JaxprEqn) -> Body:
 
 
 def scan(eqn: JaxprEqn) -> Scan:
-    """``lax.scan``: up to jax 0.10 by numbers of operands, then by trees of them."""
+    """Reads ``lax.scan``: up to jax 0.10 by numbers of operands, later by trees of them."""
     jaxpr, length, reverse, unroll = _require(eqn, "jaxpr", "length", "reverse", "unroll")
     if "num_consts" in eqn.params:
         n_consts, n_carry = _require(eqn, "num_consts", "num_carry")
@@ -205,7 +207,7 @@ def scan(eqn: JaxprEqn) -> Scan:
 
 
 def while_loop(eqn: JaxprEqn) -> While:
-    """``lax.while_loop``."""
+    """Reads ``lax.while_loop``."""
     test, body, n_test, n_body = _require(
         eqn, "cond_jaxpr", "body_jaxpr", "cond_nconsts", "body_nconsts"
     )
@@ -215,16 +217,16 @@ def while_loop(eqn: JaxprEqn) -> While:
 
 
 def cond(eqn: JaxprEqn) -> list[Body]:
-    """The branches of ``lax.cond`` and ``lax.switch``; the first operand chooses."""
+    """Reads the branches of ``lax.cond`` and ``lax.switch``; the first operand chooses one."""
     (branches,) = _require(eqn, "branches")
     n_in, n_out = len(eqn.invars) - 1, len(eqn.outvars)
     return [_check_arity(eqn, body_of(branch), n_in, n_out) for branch in branches]
 
 
 def name_of(eqn: JaxprEqn) -> str:
-    """The name of the primitive; of one that holds an operation as a value, that of the operation.
+    """Returns the name of the primitive, or of the operation that it holds as a value.
 
-    So has jax 0.10 and later ``checkpoint`` and ``checkpoint_name``, with ``JAX_REMAT3=1``.
+    In jax 0.10 and later ``checkpoint`` and ``checkpoint_name`` are such with ``JAX_REMAT3=1``.
     """
     name = eqn.primitive.name
     hidden = getattr(eqn.params.get("_prim"), "params", ())
@@ -234,7 +236,7 @@ def name_of(eqn: JaxprEqn) -> str:
 
 
 def checkpoint(eqn: JaxprEqn) -> Checkpoint:
-    """``jax.checkpoint``."""
+    """Reads ``jax.checkpoint``."""
     params = getattr(eqn.params.get("_prim"), "params", eqn.params)
     if not {"jaxpr", "policy"} <= set(params):
         raise UnknownForm(describe_unknown(eqn))
@@ -244,7 +246,7 @@ def checkpoint(eqn: JaxprEqn) -> Checkpoint:
 
 
 def shard_map(eqn: JaxprEqn) -> ShardMap:
-    """``jax.shard_map``."""
+    """Reads ``jax.shard_map``."""
     jaxpr, mesh, in_specs, out_specs = _require(eqn, "jaxpr", "mesh", "in_specs", "out_specs")
     axes = eqn.params.get("newly_manual_axes", eqn.params.get("manual_axes"))
     if axes is None:
@@ -266,14 +268,14 @@ def shard_map(eqn: JaxprEqn) -> ShardMap:
 
 
 def linear_solve(eqn: JaxprEqn) -> list[tuple[Body | None, int]]:
-    """``lax.custom_linear_solve``: its functions, and how many of the operands each closes over."""
+    """Reads the functions of ``lax.custom_linear_solve``, each with its number of constants."""
     jaxprs, lengths = _require(eqn, "jaxprs", "const_lengths")
     pairs = zip(jaxprs, lengths, strict=True)
     return [(None if jaxpr is None else body_of(jaxpr), n or 0) for jaxpr, n in pairs]
 
 
 def pallas(eqn: JaxprEqn) -> tuple[Body, list[int]]:
-    """``pallas_call``: its body, and which operand each of the body's first references is."""
+    """Reads ``pallas_call``: its body, and which operand each of the body's first references is."""
     jaxpr, grid = _require(eqn, "jaxpr", "grid_mapping")
     skipped = grid.num_dynamic_grid_bounds
     body = body_of(jaxpr)
@@ -286,7 +288,7 @@ def pallas(eqn: JaxprEqn) -> tuple[Body, list[int]]:
 
 
 def block_axes(eqn: JaxprEqn, operand: int) -> list[int]:
-    """The axes of an operand of ``pallas_call`` that its blocks have; the others are squeezed."""
+    """Returns the axes of an operand of ``pallas_call`` that its blocks have, unsqueezed."""
     number = operand - eqn.params["grid_mapping"].num_index_operands
     sizes = eqn.params["grid_mapping"].block_mappings[number].block_shape
     return [k for k, n in enumerate(sizes) if n is not None and type(n).__name__ != "Squeezed"]

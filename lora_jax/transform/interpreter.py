@@ -26,14 +26,13 @@ from lora_jax.transform import (
     combinations,
     forms,
     gains,
-    kernel,
     lookahead,
     moves,
     rearrangements,
     uses,
 )
 from lora_jax.transform.forms import Body, vary, varying_axes
-from lora_jax.transform.kernel import Kernel, Unfactored
+from lora_jax.transform.kernel import Kernel, Unfactored, materialize
 from lora_jax.transform.lookahead import Demand
 
 Array = jax.Array
@@ -43,9 +42,9 @@ class Event(NamedTuple):
     """One use of one kernel, or of several that were joined, seen during a trace.
 
     Attributes:
-      names: the paths of the parameters.
-      primitive: what used it.
-      reason: why it was formed in full there; empty if it stayed factored.
+      names: paths of the parameters.
+      primitive: name of the primitive that uses it.
+      reason: reason why it is formed in full there; empty if it stays factored.
       source: file and line in the user's code.
     """
 
@@ -55,25 +54,25 @@ class Event(NamedTuple):
     source: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Scope:
-    """What holds at one place of the evaluation.
+    """The settings at one place of the evaluation.
 
     Attributes:
-      strict: a fallback is an error.
+      strict: whether a fallback is an error.
       rate: dropout rate of all low-rank branches; None for the rate of each kernel.
-      key: the PRNG key of this place; each equation folds in its position.
-      events: where uses are recorded, by place, so that tracing a loop body twice counts once; None
-        if nobody asks.
-      place: the equations around this one.
-      depth: the number of nested calls around this one.
-      allows_kernels: of each result of this equation, whether whatever uses it takes kernels.
-      varies: in a ``shard_map``, factors vary over devices over which their kernels do not, and so
-        do values that the user's equations were made for as constant.
+      key: PRNG key of this place, into which each equation folds its position.
+      events: record of uses by place, so that tracing a loop body twice counts once; None if no
+        record is wanted.
+      place: identities of the equations around this one.
+      depth: number of nested calls around this one.
+      allows_kernels: for each result of this equation, whether all that uses it takes kernels.
+      varies: whether factors vary over devices of a ``shard_map`` over which their kernels do not,
+        so that values vary, too, which are constant in the user's equations.
     """
 
     strict: bool = False
-    rate: Any = None
+    rate: Array | float | None = None
     key: Array | None = None
     events: dict[tuple, Event] | None = None
     place: tuple = ()
@@ -84,23 +83,23 @@ class Scope:
     def child(
         self, index: Any, place: Any = None, allows_kernels: tuple[bool, ...] = ()
     ) -> "Scope":
-        """The scope of the equation (or loop iteration) number ``index``."""
+        """Returns the scope of the equation (or loop iteration) number ``index``."""
         key = None if self.key is None else jax.random.fold_in(self.key, index)
         places = (*self.place, place)
-        # Once for each equation: `dataclasses.replace` takes three times as long.
+        # This runs for each equation, and `dataclasses.replace` takes three times as long.
         return Scope(
-            self.strict,
-            self.rate,
-            key,
-            self.events,
-            places,
-            self.depth,
-            allows_kernels,
-            self.varies,
+            strict=self.strict,
+            rate=self.rate,
+            key=key,
+            events=self.events,
+            place=places,
+            depth=self.depth,
+            allows_kernels=allows_kernels,
+            varies=self.varies,
         )
 
     def record(self, event: Event) -> None:
-        """Notes the use of a kernel at this place; of two of one kernel, that which forms it."""
+        """Records a use of a kernel at this place; a fallback is never overwritten."""
         place = (*self.place, event.names)
         if self.events is not None and not getattr(self.events.get(place), "reason", ""):
             self.events[place] = event
@@ -113,10 +112,10 @@ def evaluate(scope: Scope, body: Body, args: Sequence[Any], control: Mapping[str
     """Evaluates a jaxpr some of whose inputs are kernels; outputs may be kernels too.
 
     Args:
-      scope: what holds here.
-      body: the jaxpr.
+      scope: scope of the jaxpr.
+      body: jaxpr with its arrays.
       args: arrays and kernels.
-      control: the rules of control flow, by primitive, which call this function again.
+      control: rules of control flow by primitive, which call this function again.
     """
     env: dict[Any, Any] = dict(zip(body.jaxpr.constvars, body.consts, strict=True))
     env.update(zip(body.jaxpr.invars, args, strict=True))
@@ -124,7 +123,7 @@ def evaluate(scope: Scope, body: Body, args: Sequence[Any], control: Mapping[str
     demand = lookahead.find_demand(body.jaxpr, scope.allows_kernels)
     index = -1
     for eqn in body.jaxpr.eqns:
-        # Not counted, so that dropout is the same on a mesh, where a model may have them.
+        # Constraints do not count, so that dropout is the same with a mesh and without.
         index += eqn.primitive.name != "sharding_constraint"
         vals = [read(atom) for atom in eqn.invars]
         has_kernel = any(isinstance(v, Kernel) for v in vals)
@@ -147,28 +146,29 @@ def evaluate_plain(eqn: JaxprEqn, vals: Sequence[Any], used: set | None = None) 
     variables = {
         atom: v for atom, v in zip(eqn.invars, vals, strict=True) if not forms.is_literal(atom)
     }
-    kept = [k for k, v in enumerate(eqn.outvars) if used is None or v in used]
-    outvars = [eqn.outvars[k] for k in kept]
+    used_outputs = [k for k, v in enumerate(eqn.outvars) if used is None or v in used]
+    outvars = [eqn.outvars[k] for k in used_outputs]
     jaxpr = _empty_jaxpr().replace(
         invars=list(variables), outvars=outvars, eqns=[eqn], effects=eqn.effects
     )
-    results = dict(zip(kept, jax.core.eval_jaxpr(jaxpr, (), *variables.values()), strict=True))
+    outs = jax.core.eval_jaxpr(jaxpr, (), *variables.values())
+    results = dict(zip(used_outputs, outs, strict=True))
     return [results.get(k) for k in range(len(eqn.outvars))]
 
 
 @functools.cache
 def _empty_jaxpr() -> Any:
-    """A jaxpr without anything in it, to be filled with one equation."""
+    """Makes a jaxpr without anything in it, to be filled with one equation."""
     return forms.body_of(jax.make_jaxpr(lambda: ())()).jaxpr
 
 
 def _has_new_varying_axes(eqn: JaxprEqn, vals: Sequence[Any]) -> bool:
-    known = [forms.varying_axes_of(atom.aval) for atom in eqn.invars]
-    return any(varying_axes(v) - axes for v, axes in zip(vals, known, strict=True))
+    expected = [forms.varying_axes_of(atom.aval) for atom in eqn.invars]
+    return any(varying_axes(v) - axes for v, axes in zip(vals, expected, strict=True))
 
 
 def vary_alike(eqn: JaxprEqn, vals: Sequence[Any]) -> list:
-    """Operands that vary over the same axes, as most primitives want them."""
+    """Makes operands vary over the same axes, as most primitives want them."""
     if forms.bodies(eqn) or eqn.primitive.name == "pvary":
         return [*vals]
     axes = frozenset().union(*map(varying_axes, vals)) if vals else frozenset()
@@ -220,28 +220,26 @@ def _apply_use(scope: Scope, eqn: JaxprEqn, vals: Sequence, demand: Demand) -> l
     if is_product and not has_gain and set(eqn.outvars) <= demand.kernels_only:
         return combinations.product(eqn, vals, evaluate_plain(eqn, _frozen_parts(vals)))
     if len(kernels) > 1:
-        # One of them is formed: the smaller, which is an input more often.
+        # The smaller of them is formed: it is more often an input.
         first = min(kernels, key=lambda k: vals[k].w.size)
         reason = "the other operand is a low-rank sum too"
         array = fall_back(scope, vals[first], eqn.primitive.name, reason, eqn)
-        return _apply_use(
-            scope, eqn, [array if k == first else v for k, v in enumerate(vals)], demand
-        )
+        operands = [array if k == first else v for k, v in enumerate(vals)]
+        return _apply_use(scope, eqn, operands, demand)
     if kernels[0] not in use.operands:
         raise Unfactored(f"it is operand {kernels[0]}; the rule wants one of {use.operands}")
     operands = gains.scale_operand(eqn, vals, kernels[0]) if has_gain else _frozen_parts(vals)
     (base,) = evaluate_plain(eqn, operands)
-    sum_ = vals[kernels[0]]
-    sides = use.sides(eqn.params, kernels[0], sum_.w.shape)
-    if eqn.primitive.name == "gather" and {sum_.axes[k] for k in sides.inputs} == {BATCH}:
-        return rearrangements.pick_entries(eqn, sum_, vals[1], base, sides.inputs)
-    factors = uses.orient(sum_, sides)
+    kernel = vals[kernels[0]]
+    sides = use.sides(eqn.params, kernels[0], kernel.w.shape)
+    if eqn.primitive.name == "gather" and {kernel.axes[k] for k in sides.inputs} == {BATCH}:
+        return rearrangements.pick_entries(eqn, kernel, vals[1], base, sides.inputs)
+    factors = uses.orient(kernel, sides)
     if has_gain:
         base = gains.scale_result(eqn, vals, factors, base)
-    branch = use.branch(
-        eqn.params, vals, factors, base, functools.partial(_drop_inputs, scope, sum_)
-    )
-    scope.record(Event(sum_.names, eqn.primitive.name, source=forms.source(eqn)))
+    drop = functools.partial(_drop_inputs, scope, kernel)
+    branch = use.branch(eqn.params, vals, factors, base, drop)
+    scope.record(Event(kernel.names, eqn.primitive.name, source=forms.source(eqn)))
     return [base + branch.astype(base.dtype)]
 
 
@@ -251,8 +249,10 @@ def _vary_kernels_alike(eqn: JaxprEqn, vals: Sequence) -> list:
     return [dataclasses.replace(v, w=x) if isinstance(v, Kernel) else x for v, x in pairs]
 
 
-def _drop_inputs(scope: Scope, sum_: Kernel, x: Array, shape: Sequence[int] | None = None) -> Array:
-    rate = sum_.rate or None if scope.rate is None else scope.rate
+def _drop_inputs(
+    scope: Scope, kernel: Kernel, x: Array, shape: Sequence[int] | None = None
+) -> Array:
+    rate = kernel.rate or None if scope.rate is None else scope.rate
     if rate is None:
         return x
     key = scope.key
@@ -260,7 +260,7 @@ def _drop_inputs(scope: Scope, sum_: Kernel, x: Array, shape: Sequence[int] | No
         key = jax.random.fold_in(key, lax.axis_index(axis))
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and jax.typeof(key).sharding.mesh != mesh:
-        # The equation is one of a part with automatic axes in a function with explicit ones.
+        # The equation is in a part with automatic axes of a function with explicit ones.
         key = jax.sharding.reshard(key, NamedSharding(mesh, PartitionSpec()))
     return dropout(x, rate, key, shape)
 
@@ -271,19 +271,19 @@ def fall_back(scope: Scope, value: Any, primitive: str, reason: str, eqn: JaxprE
         return value
     source = "" if eqn is None else forms.source(eqn)
     scope.record(Event(value.names, primitive, reason=reason, source=source))
-    # What the function returns is no product: its sum has no input to drop anything of.
+    # A kernel that the function returns has no input, of which dropout could drop entries.
     drops = (scope.rate is not None or value.rate) and primitive != OUTPUT
     if drops or scope.strict:
         why = "dropout needs it factored" if drops else "strict=True forbids it"
         raise FallbackError(Event(value.names, primitive, reason, source), why)
-    return kernel.materialize(value)
+    return materialize(value)
 
 
 OUTPUT = "output"
 
 
 class FallbackError(ValueError):
-    """A kernel would be formed in full where that is forbidden."""
+    """An attempt to form a kernel in full where that is forbidden."""
 
     def __init__(self, event: Event, why: str) -> None:
         self.event, self.why = event, why

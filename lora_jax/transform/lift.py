@@ -1,7 +1,7 @@
 """``lift``: a function of arrays becomes a function of low-rank sums, evaluated factored.
 
-``lift(fn)`` traces ``fn`` to a jaxpr with each node of a method (see :mod:`lora_jax.nodes`) seen as
-the array that it stands for, and hands the jaxpr to :mod:`lora_jax.transform.interpreter`.
+``lift(fn)`` traces ``fn`` to a jaxpr, in which each node of a method (see :mod:`lora_jax.nodes`) is
+the array that it stands for, and :mod:`lora_jax.transform.interpreter` evaluates the jaxpr.
 """
 
 import dataclasses
@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.extend.core import ClosedJaxpr
+from jax.tree_util import PyTreeDef
 
 from lora_jax.nodes import Adapted, Trained, is_adapted, is_node, terms
 from lora_jax.transform import origins, roles
@@ -21,10 +23,12 @@ from lora_jax.transform.interpreter import OUTPUT, Event, Scope, fall_back
 from lora_jax.transform.kernel import Kernel
 
 Array = jax.Array
+PyTree = Any
+Rate = Array | float | None
 
 
 def lift(
-    fn: Callable, *, strict: bool = False, dropout: Any = None, dropout_key: Array | None = None
+    fn: Callable, *, strict: bool = False, dropout: Rate = None, dropout_key: Array | None = None
 ) -> Callable:
     """Transforms ``fn`` into a function that takes low-rank sums in place of arrays.
 
@@ -35,16 +39,16 @@ def lift(
 
     Args:
       fn: any function that JAX can trace.
-      strict: raise where a sum cannot be kept factored, instead of forming ``W + s·BA`` there.
+      strict: whether to raise where a sum cannot stay factored, instead of forming ``W + s·BA``.
       dropout: rate in [0, 1) of the dropout on the input of each low-rank branch, a Python or JAX
         scalar; every use of a kernel draws its own mask. A looked-up row counts as one input. None
         is the adapter's own rate, ``LoRAConfig.dropout``; for evaluation give 0.0.
-      dropout_key: PRNG key for it.
+      dropout_key: PRNG key for the dropout.
 
     Raises:
-      ValueError: a rate without a key or out of range; in the lifted function: an adapter that has
-        a rate, where neither a key nor a rate is given; a fallback with ``strict`` or with dropout,
-        which a formed ``W + s·BA`` cannot have, except that a kernel may be returned.
+      ValueError: a rate has no key or is out of range; in the lifted function: the adapter has a
+        rate, and neither a key nor a rate is given; there is a fallback with ``strict`` or with
+        dropout, which a formed ``W + s·BA`` cannot have, except that a kernel may be returned.
 
     >>> import jax.numpy as jnp, lora_jax as lora
     >>> params, x = {"w": jnp.ones((3, 2))}, jnp.ones((1, 3))
@@ -64,7 +68,7 @@ def lift(
     return lifted
 
 
-def _check_dropout(rate: Any, key: Array | None) -> Any:
+def _check_dropout(rate: Rate, key: Array | None) -> Rate:
     if rate is None:
         return None
     if isinstance(rate, int | float):
@@ -80,7 +84,7 @@ def _check_dropout(rate: Any, key: Array | None) -> Any:
 
 
 def trace(fn: Callable, args: tuple, kwargs: dict) -> list[Event]:
-    """The uses of the low-rank sums in ``args`` by ``fn``, found without running it.
+    """Lists the uses of the low-rank sums in ``args`` by ``fn``, without running it.
 
     Arrays and ``jax.ShapeDtypeStruct`` are both accepted.
     """
@@ -99,16 +103,16 @@ def trace(fn: Callable, args: tuple, kwargs: dict) -> list[Event]:
 
 
 def trace_roles(
-    fn: Callable, params: Any, args: tuple, kwargs: dict, *, names: Mapping[int, str]
+    fn: Callable, params: PyTree, args: tuple, kwargs: dict, *, names: Mapping[int, str]
 ) -> Findings:
     """Finds out how ``fn(params, *args, **kwargs)`` uses its parameters, without running it.
 
     Args:
       fn: any function that JAX can trace.
       params: its parameters, arrays or ``jax.ShapeDtypeStruct``.
-      args: the other arguments; likewise.
-      kwargs: likewise.
-      names: the leaves of ``params`` to follow: their numbers, and what they are called.
+      args: its other arguments, of the same kinds.
+      kwargs: its keyword arguments, of the same kinds.
+      names: names of the leaves of ``params`` to follow, by the number of the leaf.
     """
     leaves, treedef = jax.tree.flatten((params, args, kwargs))
     n_params = len(jax.tree.leaves(params))
@@ -118,8 +122,8 @@ def trace_roles(
     try:
         closed = _make_jaxpr(fn, leaves, treedef, traced=sorted({*needed, *inputs}))
     except Exception:
-        # The function needs the values of its inputs, for an `if` or a shape. They are constants
-        # of the jaxpr then, and nobody can tell them from other constants.
+        # The function needs the values of its inputs, for an `if` or a shape. Then they are
+        # constants of the jaxpr, and can't be told from other constants.
         inputs = []
         closed = _make_jaxpr(fn, leaves, treedef, traced=needed)
     traced = sorted({*needed, *inputs})
@@ -131,7 +135,9 @@ def trace_roles(
     return roles.find_roles(closed, values, consts_are_data=not has_inputs)
 
 
-def _make_jaxpr(fn: Callable, leaves: Sequence, treedef: Any, *, traced: Sequence[int]) -> Any:
+def _make_jaxpr(
+    fn: Callable, leaves: Sequence, treedef: PyTreeDef, *, traced: Sequence[int]
+) -> ClosedJaxpr:
     def run(*values: Array) -> Any:
         filled = dict(zip(traced, values, strict=True))
         params, args, kwargs = treedef.unflatten([filled.get(k, x) for k, x in enumerate(leaves)])
@@ -168,7 +174,7 @@ def _run(
 
 
 def _has_varying_factors(kernel: Kernel) -> bool:
-    """Whether, in a ``shard_map``, a factor varies over devices over which the kernel does not."""
+    """Tells whether a factor varies over devices over which its kernel does not."""
     parts = [x for x in (kernel.a, kernel.b, kernel.gain) if x is not None]
     return bool(frozenset().union(*map(varying_axes, parts)) - varying_axes(kernel.w))
 

@@ -1,8 +1,8 @@
-"""Looks ahead in a jaxpr: which arrays are used as kernels alone, and which not at all.
+"""Looks ahead in a jaxpr: which arrays are used as kernels alone, and which are not used at all.
 
 A kernel to which an array is added is a kernel again, and an activation to which one is added is an
-activation. Which of them an equation makes is told by what uses its result: a sum stays factored if
-all that uses it moves kernels, or is a product.
+activation. The uses of a result tell which of them it is: a sum stays factored if each of its uses
+moves kernels, or is a product.
 """
 
 import weakref
@@ -22,7 +22,7 @@ class Demand(NamedTuple):
     kernels_only: set
 
     def allows_kernels(self, variables: Sequence[Any]) -> tuple[bool, ...]:
-        """For each variable, whether it may stay a kernel."""
+        """Tells for each variable whether it may stay a kernel."""
         return tuple(v in self.kernels_only or v not in self.used for v in variables)
 
 
@@ -30,16 +30,16 @@ _DEMANDS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def find_demand(jaxpr: Jaxpr, results: tuple[bool, ...] = ()) -> Demand:
-    """What a jaxpr wants of its variables.
+    """Finds out which variables of a jaxpr are used, and which are used as kernels alone.
 
     Args:
-      jaxpr: without its arrays.
-      results: of each output, whether it may stay a kernel; none may where this is empty.
+      jaxpr: jaxpr without its arrays.
+      results: for each output, whether it may stay a kernel; none may if this is empty.
     """
-    known = _DEMANDS.setdefault(jaxpr, {})
-    if results not in known:
-        known[results] = _compute_demand(jaxpr, results or (False,) * len(jaxpr.outvars))
-    return known[results]
+    cached = _DEMANDS.setdefault(jaxpr, {})
+    if results not in cached:
+        cached[results] = _compute_demand(jaxpr, results or (False,) * len(jaxpr.outvars))
+    return cached[results]
 
 
 def _compute_demand(jaxpr: Jaxpr, results: Sequence[bool]) -> Demand:
@@ -62,18 +62,19 @@ _KERNEL_OUTPUTS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def find_kernel_outputs(jaxpr: Jaxpr, kernels: tuple[bool, ...]) -> tuple[bool, ...]:
-    """Of each output of a jaxpr, whether it may be a kernel, given which of the inputs are."""
-    known = _KERNEL_OUTPUTS.setdefault(jaxpr, {})
-    if kernels not in known:
-        moved = {v for v, is_kernel in zip(jaxpr.invars, kernels, strict=True) if is_kernel}
-        is_moved = lambda atom: not forms.is_literal(atom) and atom in moved
+    """Tells for each output of a jaxpr whether it may be a kernel, by the kernels among inputs."""
+    cached = _KERNEL_OUTPUTS.setdefault(jaxpr, {})
+    if kernels not in cached:
+        pairs = zip(jaxpr.invars, kernels, strict=True)
+        kernel_variables = {v for v, is_kernel in pairs if is_kernel}
+        is_kernel_variable = lambda atom: not forms.is_literal(atom) and atom in kernel_variables
         for eqn in jaxpr.eqns:
-            inputs = tuple(map(is_moved, eqn.invars))
+            inputs = tuple(map(is_kernel_variable, eqn.invars))
             if any(inputs):
                 results = zip(eqn.outvars, _results(eqn, inputs), strict=True)
-                moved.update(v for v, result in results if result)
-        known[kernels] = tuple(map(is_moved, jaxpr.outvars))
-    return known[kernels]
+                kernel_variables.update(v for v, result in results if result)
+        cached[kernels] = tuple(map(is_kernel_variable, jaxpr.outvars))
+    return cached[kernels]
 
 
 def _results(eqn: JaxprEqn, kernels: tuple[bool, ...]) -> Sequence[bool]:
@@ -87,7 +88,7 @@ def _results(eqn: JaxprEqn, kernels: tuple[bool, ...]) -> Sequence[bool]:
 
 
 def _operands(eqn: JaxprEqn, results: tuple[bool, ...]) -> Sequence[bool]:
-    """For each operand, whether it may stay a kernel, given that of each result."""
+    """Tells for each operand whether it may stay a kernel, given that of each result."""
     name = forms.name_of(eqn)
     if name in _CONTROL:
         try:
@@ -110,14 +111,14 @@ def _checkpoint(eqn: JaxprEqn, results: tuple[bool, ...]) -> Sequence[bool]:
 
 
 def scan_results(form: forms.Scan, results: tuple[bool, ...]) -> tuple[bool, ...]:
-    """Of each output of a scan's body, whether it may stay a kernel."""
-    handed_on = is_unchanged(form.body.jaxpr, form.n_consts, form.n_carry)
-    carry = [a and b for a, b in zip(handed_on, results, strict=False)]
+    """Tells for each output of a scan's body whether it may stay a kernel."""
+    unchanged = is_unchanged(form.body.jaxpr, form.n_consts, form.n_carry)
+    carry = [a and b for a, b in zip(unchanged, results, strict=False)]
     return (*carry, *results[form.n_carry :])
 
 
 def is_unchanged(body: Jaxpr, offset: int, n: int) -> list[bool]:
-    """Of each of the ``n`` carried values of a loop, whether the body hands it on unchanged."""
+    """Tells for each of the ``n`` carried values of a loop whether the body leaves it unchanged."""
     return [body.outvars[k] is body.invars[offset + k] for k in range(n)]
 
 
@@ -125,16 +126,16 @@ def _scan(eqn: JaxprEqn, results: tuple[bool, ...]) -> Sequence[bool]:
     form = forms.scan(eqn)
     inner = _inputs(form.body, scan_results(form, results))
     consts, carry, xs = form.split(inner)
-    handed_on = is_unchanged(form.body.jaxpr, form.n_consts, form.n_carry)
-    return [*consts, *(a and b for a, b in zip(carry, handed_on, strict=True)), *xs]
+    unchanged = is_unchanged(form.body.jaxpr, form.n_consts, form.n_carry)
+    return [*consts, *(a and b for a, b in zip(carry, unchanged, strict=True)), *xs]
 
 
 def _while(eqn: JaxprEqn, results: tuple[bool, ...]) -> Sequence[bool]:
     form = forms.while_loop(eqn)
-    handed_on = is_unchanged(form.body.jaxpr, form.n_body, len(results))
-    kept = tuple(a and b for a, b in zip(handed_on, results, strict=True))
-    test, body = _inputs(form.test), _inputs(form.body, kept)
-    triples = zip(handed_on, test[form.n_test :], body[form.n_body :], strict=True)
+    unchanged = is_unchanged(form.body.jaxpr, form.n_body, len(results))
+    body_results = tuple(a and b for a, b in zip(unchanged, results, strict=True))
+    test, body = _inputs(form.test), _inputs(form.body, body_results)
+    triples = zip(unchanged, test[form.n_test :], body[form.n_body :], strict=True)
     return [*test[: form.n_test], *body[: form.n_body], *map(all, triples)]
 
 

@@ -1,9 +1,9 @@
 """Moves: the primitives that take a kernel that is a low-rank sum, and give back such kernels.
 
 The frozen part goes through the very equation of the user's function, whatever its parameters are.
-A rule says only what becomes of the factors. It is called with the equation, its operands, and the
-equation's results for the frozen parts, and gives the results: kernels, or plain arrays where no
-factor is concerned. It raises :class:`Unfactored` with the reason where the sum does not stay one.
+A rule computes only the new factors. It takes the equation, its operands, and the equation's
+results for the frozen parts, and returns the results: kernels, or plain arrays where there are no
+factors. It raises :class:`Unfactored` with the reason if the result is not a low-rank sum.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ Rule = Callable[[JaxprEqn, Sequence[Any], Sequence[Array]], list]
 
 
 def _convert(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
-    """A cast. The factors keep their precision until they meet an activation."""
+    """Casts the frozen part; factors keep their precision until they meet an activation."""
     kernel, dtype = require_kernel(vals), w[0].dtype
     if not jnp.issubdtype(dtype, jnp.floating):
         raise Unfactored(f"conversion to {dtype}")
@@ -74,15 +74,17 @@ def _div(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
     return [_scale(require_kernel(vals), vals[1], w[0], jnp.divide)]
 
 
-def _scale(kernel: Kernel, scale: Any, w: Array, change: Callable) -> Kernel:
-    """A product or quotient with a number, or with an array that varies along one side only."""
+def _scale(
+    kernel: Kernel, scale: Array, w: Array, change: Callable[[Array, Array], Array]
+) -> Kernel:
+    """Multiplies or divides by a number, or by an array that varies along one side only."""
     if jnp.ndim(scale) == 0:
         b = change(kernel.b, jnp.asarray(scale, kernel.b.dtype))
         return dataclasses.replace(kernel, w=w, b=b)
     kernel = widen(kernel, w)
-    varies = [k for k, n in enumerate(scale.shape) if n != 1]
-    free = {k for k in varies if is_free(kernel, k)}
-    roles = {kernel.axes[k] for k in varies if k not in free} - {BATCH}
+    varying = [k for k, n in enumerate(scale.shape) if n != 1]
+    free = {k for k in varying if is_free(kernel, k)}
+    roles = {kernel.axes[k] for k in varying if k not in free} - {BATCH}
     if len(roles) > 1:
         raise Unfactored("multiplied or divided by an array that varies over inputs and outputs")
     side = roles.pop() if roles else OUT
@@ -91,10 +93,11 @@ def _scale(kernel: Kernel, scale: Any, w: Array, change: Callable) -> Kernel:
     )
     factor = move_rank_last(kernel) if side == OUT else kernel.a
     axes = carried_axes(kernel.axes, side)
-    thin = lax.squeeze(scale, [k for k in range(scale.ndim) if k not in axes])
-    kept = sorted(axes)
-    thin = lax.transpose(thin, [kept.index(k) for k in axes])
-    factor = change(factor, lax.expand_dims(thin, [thin.ndim]).astype(factor.dtype))
+    scale_of_side = lax.squeeze(scale, [k for k in range(scale.ndim) if k not in axes])
+    ordered = sorted(axes)
+    scale_of_side = lax.transpose(scale_of_side, [ordered.index(k) for k in axes])
+    scale_of_side = lax.expand_dims(scale_of_side, [scale_of_side.ndim])
+    factor = change(factor, scale_of_side.astype(factor.dtype))
     new = {"b": move_rank_inside(factor, kernel.axes)} if side == OUT else {"a": factor}
     return dataclasses.replace(kernel, w=w, **new)
 
@@ -136,6 +139,6 @@ MOVES: dict[str, Rule] = {
     "all_gather_invariant": placement.all_gather,
 }
 
-# With another array these make a kernel of a kernel, or an activation of an activation: which of
-# them is told by what the result is used for.
+# With another array these make a kernel of a kernel, or an activation of an activation. The uses of
+# the result tell which.
 AMBIGUOUS = {"add", "add_any", "sub", "mul", "div"}

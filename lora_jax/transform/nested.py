@@ -1,4 +1,4 @@
-"""Equations with jaxprs of their own, while roles are sought: calls, loops, branches, blocks."""
+"""Follows parameters through equations with jaxprs of their own: calls, loops, branches, blocks."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ def _call(walk: Walk, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
 
 
 def _branches(walk: Walk, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
-    """A result that is a parameter in each branch is one, whatever chooses the branch."""
+    """Follows a result that is a parameter in each branch, whatever chooses the branch."""
     level = values[0].level
     outs = [walk.enter(walk, body, values[1:]) for body in forms.cond(eqn)]
     return [_join(branches, level) for branches in zip(*outs, strict=True)]
@@ -34,21 +34,20 @@ def _join(values: Sequence[Value], level: int = FIXED) -> Value:
 def _find_fixed_point(
     walk: Walk, carry: list[Value], step: Callable[[Walk, list[Value]], list[Value]]
 ) -> list[Value]:
-    """What is known of a loop's carry in every iteration."""
-    quiet = dataclasses.replace(
+    """Finds out what is known of a loop's carry in every iteration."""
+    silent = dataclasses.replace(
         walk, is_final=False, uses={}, losses={}, hidden={}, unknown=[], pairs=[]
     )
     while True:
-        after = [
-            _join_iterations(old, new) for old, new in zip(carry, step(quiet, carry), strict=True)
-        ]
+        pairs = zip(carry, step(silent, carry), strict=True)
+        after = [_join_iterations(old, new) for old, new in pairs]
         if after == carry:
             return carry
         carry = after
 
 
 def _join_iterations(old: Value, new: Value) -> Value:
-    """A carry that leaves the loop's body as another parameter is not followed."""
+    """Joins a carry of two iterations; one that becomes another parameter is not followed."""
     level = max(old.level, new.level)
     if old.axes is None or old.axes != new.axes:
         return Value(level=level)
@@ -60,10 +59,9 @@ def _scan(walk: Walk, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     consts, carry, xs = form.split(values)
     slices = [v if v.axes is None else dataclasses.replace(v, axes=v.axes[1:]) for v in xs]
     step = lambda walk, carry: walk.enter(walk, form.body, [*consts, *carry, *slices])
+    step_carry = lambda walk, carry: step(walk, carry)[: len(carry)]
     before = list(carry)
-    carry = _find_fixed_point(
-        walk, list(carry), lambda walk, carry: step(walk, carry)[: len(carry)]
-    )
+    carry = _find_fixed_point(walk, list(carry), step_carry)
     _lose_changed(walk, eqn, before, carry)
     outs = step(walk, carry)
     stacked = [
@@ -90,7 +88,7 @@ def _while(walk: Walk, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
 
 
 def _linear_solve(walk: Walk, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
-    """``lax.custom_linear_solve``: the matrix is a constant of functions of a vector."""
+    """Walks ``lax.custom_linear_solve``: the matrix is a constant of functions of a vector."""
     rest = values
     for body, n_consts in forms.linear_solve(eqn):
         consts, rest = rest[:n_consts], rest[n_consts:]
@@ -102,14 +100,14 @@ def _linear_solve(walk: Walk, eqn: JaxprEqn, values: list[Value]) -> list[Value]
 
 
 def _pallas(walk: Walk, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
-    """``pallas_call``: the body reads blocks through references, and writes to others."""
+    """Walks ``pallas_call``: the body reads blocks through references, and writes to others."""
     body, operands = forms.pallas(eqn)
     refs = []
     for operand, ref in zip(operands, body.jaxpr.invars, strict=False):
         value = values[operand]
-        kept = [] if value.axes is None else forms.block_axes(eqn, operand)
-        fits = value.axes is None or len(kept) == len(origins.shape(ref))
-        axes = tuple(value.axes[k] for k in kept) if fits and kept else None
+        axes_of_blocks = [] if value.axes is None else forms.block_axes(eqn, operand)
+        fits = value.axes is None or len(axes_of_blocks) == len(origins.shape(ref))
+        axes = tuple(value.axes[k] for k in axes_of_blocks) if fits and axes_of_blocks else None
         refs.append(dataclasses.replace(value, axes=axes))
         if not fits:
             lose(walk, eqn, [value], "is read by 'pallas_call' in blocks of fewer axes")

@@ -1,6 +1,6 @@
-"""Moves that change where a kernel lies, and not what it is: on devices, in memory, over a mesh.
+"""Moves that change only where a kernel lies: on devices, in memory, over a mesh.
 
-The rules of :mod:`.moves` that let each factor go where the axes that it carries go.
+By these rules of :mod:`.moves` each factor goes where the axes that it carries go.
 """
 
 import dataclasses
@@ -28,13 +28,13 @@ Array = jax.Array
 
 
 def replace_frozen(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list:
-    """Marks and moves the frozen part alone; the results are one for each operand."""
+    """Replaces the frozen parts alone; there is one result for each operand."""
     pairs = zip(vals, w, strict=True)
     return [dataclasses.replace(v, w=x) if isinstance(v, Kernel) else x for v, x in pairs]
 
 
 def reshard(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
-    """``jax.reshard``: an axis of a factor lies where the kernel's does."""
+    """Reshards as ``jax.reshard``: an axis of a factor lies where the kernel's does."""
     kernel, target = require_kernel(vals), eqn.params["dst_sharding"]
     place = lambda x, spec: forms.rebind(eqn, x, dst_sharding=NamedSharding(target.mesh, spec))
     specs = factor_specs(kernel, target.spec).items()
@@ -43,7 +43,7 @@ def reshard(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
 
 
 def device_put(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list:
-    """``jax.device_put``, also from one kind of memory to another."""
+    """Moves kernels as ``jax.device_put``, also from one kind of memory to another."""
     triples = zip(vals, w, eqn.params["devices"], strict=True)
     return [_put(v, x, target) if isinstance(v, Kernel) else x for v, x, target in triples]
 
@@ -62,7 +62,7 @@ def _put(kernel: Kernel, w: Array, target: Any) -> Kernel:
 
 
 def all_gather(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
-    """``lax.all_gather`` in a ``shard_map``, along an axis of which each device has a part."""
+    """Gathers as ``lax.all_gather`` in a ``shard_map``, along an axis split over devices."""
     kernel, axis = require_kernel(vals), eqn.params["all_gather_dimension"]
     if not eqn.params["tiled"]:
         axes = kernel.axes[:axis] + _role_over_devices(eqn, kernel) + kernel.axes[axis:]
@@ -80,7 +80,7 @@ def all_gather(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel
 
 
 def _role_over_devices(eqn: JaxprEqn, kernel: Kernel) -> str:
-    """The role of an axis of devices, of which a factor that varies over them has a part each.
+    """Returns the role of an axis of devices: varying factors have a part on each.
 
     Raises:
       Unfactored: the gain varies over devices, and the factor of its side does not, or vice versa.

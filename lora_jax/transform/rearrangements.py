@@ -32,7 +32,7 @@ Array = jax.Array
 
 
 def transpose(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
-    """``lax.transpose``."""
+    """Transposes as ``lax.transpose``."""
     return [_transpose_kernel(require_kernel(vals), w[0], eqn.params["permutation"])]
 
 
@@ -44,7 +44,7 @@ def _transpose_kernel(kernel: Kernel, w: Array, order: Sequence[int]) -> Kernel:
 
 
 def reshape(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
-    """``lax.reshape``, if it splits and joins axes within one role only."""
+    """Reshapes as ``lax.reshape``, if it splits and joins axes within one role only."""
     kernel, shape, order = require_kernel(vals), w[0].shape, eqn.params.get("dimensions")
     if order is not None:
         kernel = _transpose_kernel(kernel, lax.transpose(kernel.w, order), order)
@@ -69,7 +69,9 @@ def _find_group_role(kernel: Kernel, group: Sequence[int]) -> str:
     return roles.pop() if roles else (rest or [SAME])[0]
 
 
-def _reshape_kernel(kernel: Kernel, w: Array, axes: str, sharding: Any = None) -> Kernel:
+def _reshape_kernel(
+    kernel: Kernel, w: Array, axes: str, sharding: NamedSharding | None = None
+) -> Kernel:
     def change(x: Array, old: list[int], new: list[int]) -> Array:
         sizes = [*(w.shape[k] for k in new), x.shape[-1]]
         options = {} if sharding is None else {"out_sharding": _factor_sharding(sharding, new)}
@@ -78,26 +80,26 @@ def _reshape_kernel(kernel: Kernel, w: Array, axes: str, sharding: Any = None) -
     return map_factors(kernel, w, axes, change)
 
 
-def _factor_sharding(sharding: Any, axes: Sequence[int]) -> NamedSharding:
-    """The sharding of a kernel, for a factor with its rank, which is whole, as the last axis."""
+def _factor_sharding(sharding: NamedSharding, axes: Sequence[int]) -> NamedSharding:
+    """Returns the sharding of a factor whose last axis is its rank, which stays whole."""
     entries = _entries(sharding.spec, max(axes, default=-1) + 1)
     return NamedSharding(sharding.mesh, PartitionSpec(*(entries[k] for k in axes), None))
 
 
-def _entries(spec: Any, ndim: int) -> list:
+def _entries(spec: PartitionSpec, ndim: int) -> list:
     return [*spec, *[None] * (ndim - len(spec))]
 
 
 def squeeze(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
-    """``lax.squeeze``: axes with one entry go, whatever their role."""
+    """Squeezes as ``lax.squeeze``: axes with one entry go, whatever their role."""
     kernel = require_kernel(vals)
-    gone = {k % kernel.w.ndim for k in eqn.params["dimensions"]}
-    axes = "".join(axis for k, axis in enumerate(kernel.axes) if k not in gone)
+    removed = {k % kernel.w.ndim for k in eqn.params["dimensions"]}
+    axes = "".join(axis for k, axis in enumerate(kernel.axes) if k not in removed)
     return [_reshape_kernel(kernel, w[0], axes)]
 
 
 def broadcast(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
-    """``lax.broadcast_in_dim``: along an axis that it adds or widens the sum is constant."""
+    """Broadcasts as ``lax.broadcast_in_dim``: the sum is constant along new and widened axes."""
     kernel, dims = require_kernel(vals), eqn.params["broadcast_dimensions"]
     if eqn.params.get("sharding") is not None:
         raise Unfactored("broadcast to an explicit sharding")
@@ -105,7 +107,7 @@ def broadcast(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]
 
 
 def slice_(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
-    """``lax.slice``: rows of ``a`` for input axes, columns of ``b`` for output axes."""
+    """Slices as ``lax.slice``: rows of ``a`` for input axes, columns of ``b`` for output axes."""
     kernel = require_kernel(vals)
     start, limit = eqn.params["start_indices"], eqn.params["limit_indices"]
     strides = eqn.params["strides"] or (1,) * kernel.w.ndim
@@ -123,7 +125,7 @@ def _slice_kernel(
 
 
 def dynamic_slice(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
-    """``lax.dynamic_slice``: as :func:`slice_`, from places that are data."""
+    """Slices as ``lax.dynamic_slice``, from places that are data; see :func:`slice_`."""
     kernel, sizes, indices = require_kernel(vals), eqn.params["slice_sizes"], vals[1:]
 
     def change(x: Array, old: list[int], new: list[int]) -> Array:
@@ -134,7 +136,7 @@ def dynamic_slice(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Ker
 
 
 def reverse(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
-    """``lax.rev``."""
+    """Reverses as ``lax.rev``."""
     kernel, turned_axes = require_kernel(vals), eqn.params["dimensions"]
 
     def change(x: Array, old: list[int], new: list[int]) -> Array:
@@ -144,17 +146,17 @@ def reverse(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
 
 
 def pad(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
-    """``lax.pad``: the frozen part is padded with the value, factors with 0 and a gain with 1."""
+    """Pads as ``lax.pad``: the frozen part with the value, factors with 0, and a gain with 1."""
     kernel, config = require_kernel(vals), eqn.params["padding_config"]
     side = OUT if kernel.gain is None else kernel.gain_side
-    padded = lambda k: tuple(config[k]) != (0, 0, 0)
-    free = [k for k in range(kernel.w.ndim) if padded(k) and is_free(kernel, k)]
+    is_padded = lambda k: tuple(config[k]) != (0, 0, 0)
+    free = [k for k in range(kernel.w.ndim) if is_padded(k) and is_free(kernel, k)]
     kernel = assign_roles(
         kernel, "".join(side if k in free else role for k, role in enumerate(kernel.axes))
     )
-    grows = [k for k, widths in enumerate(config) if max(widths) > 0]
-    scaled = any(kernel.axes[k] not in (BATCH, side) for k in grows)
-    if scaled and not _is_zero(vals[1]):
+    grown = [k for k, widths in enumerate(config) if max(widths) > 0]
+    is_scaled = any(kernel.axes[k] not in (BATCH, side) for k in grown)
+    if is_scaled and not _is_zero(vals[1]):
         refuse_gain([kernel], "pads a side of a kernel with a number that may not be zero")
 
     def fill_with(make: Callable) -> Callable:
@@ -168,12 +170,12 @@ def pad(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
 
 
 def _is_zero(x: Any) -> bool:
-    """Whether a number is known to be zero while the function is traced."""
+    """Tells whether a number is known to be zero while the function is traced."""
     return not isinstance(x, jax.core.Tracer) and not np.any(x)
 
 
 def tile(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
-    """``jnp.tile``: entries of a factor are repeated along the axes that it carries."""
+    """Tiles as ``jnp.tile``: entries of a factor are repeated along the axes that it carries."""
     kernel, reps = require_kernel(vals), eqn.params["reps"]
 
     def change(x: Array, old: list[int], new: list[int]) -> Array:
@@ -183,7 +185,7 @@ def tile(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
 
 
 def split(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
-    """``jnp.split``: a slice for each result."""
+    """Splits as ``jnp.split``: a slice for each result."""
     kernel, axis = require_kernel(vals), eqn.params["axis"]
     parts, start = [], [0] * kernel.w.ndim
     for size, part in zip(map(int, eqn.params["sizes"]), w, strict=True):
@@ -195,16 +197,15 @@ def split(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
 
 
 def unstack(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
-    """``jnp.unstack``, and iteration over an array: an entry of one axis for each result."""
+    """Unstacks as ``jnp.unstack`` and iteration do: an entry of one axis for each result."""
     kernel, axis = require_kernel(vals), eqn.params["axis"]
     axes = kernel.axes[:axis] + kernel.axes[axis + 1 :]
     rows = []
     for k, part in enumerate(w):
         start, limit = [0] * kernel.w.ndim, list(kernel.w.shape)
         start[axis], limit[axis] = k, k + 1
-        row = _slice_kernel(
-            kernel, lax.expand_dims(part, [axis]), start, limit, [1] * kernel.w.ndim
-        )
+        w_row = lax.expand_dims(part, [axis])
+        row = _slice_kernel(kernel, w_row, start, limit, [1] * kernel.w.ndim)
         rows.append(_reshape_kernel(row, part, axes))
     return rows
 
@@ -212,21 +213,22 @@ def unstack(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
 def pick_entries(
     eqn: JaxprEqn, kernel: Kernel, indices: Array, w: Array, rows: Sequence[int]
 ) -> list[Kernel]:
-    """``lax.gather`` of entries of batch axes: each index has a kernel of its own, and its factors.
+    """Gathers entries of batch axes, as ``lax.gather``: each index has a kernel and factors.
 
-    So experts are picked for each token, or layers by number.
+    Models use it to pick experts for each token, or layers by number.
     """
     dims, n_ids = eqn.params["dimension_numbers"], indices.ndim - 1
     columns = [k for k, axis in enumerate(dims.start_index_map) if axis in rows]
-    kept = iter(k for k in range(len(kernel.axes)) if k not in dims.collapsed_slice_dims)
+    window_axes = iter(k for k in range(len(kernel.axes)) if k not in dims.collapsed_slice_dims)
     ids = iter(range(n_ids))
     # What each axis of the result is: an axis of the indices, or of the kernel.
     labels = [
-        ("kernel", next(kept)) if p in dims.offset_dims else ("ids", next(ids))
+        ("kernel", next(window_axes)) if p in dims.offset_dims else ("ids", next(ids))
         for p in range(w.ndim)
     ]
-    role = lambda kind, k: BATCH if kind == "ids" else SAME if k in rows else kernel.axes[k]
-    axes = "".join(role(*label) for label in labels)
+    roles = {("ids", k): BATCH for k in range(n_ids)}
+    roles |= {("kernel", k): SAME if k in rows else role for k, role in enumerate(kernel.axes)}
+    axes = "".join(roles[label] for label in labels)
 
     def change(x: Array, old: list[int], new: list[int], fill: float = 0) -> Array:
         rest = [k for k in old if k not in rows]
@@ -242,9 +244,9 @@ def pick_entries(
             indices_are_sorted=eqn.params["indices_are_sorted"],
             unique_indices=eqn.params["unique_indices"],
             mode=eqn.params["mode"],
-            fill_value=fill,  # out of bounds the base's own fill value must stand
+            fill_value=fill,  # out of bounds the base's own fill value must remain
         )
-        have = [*(("ids", k) for k in range(n_ids)), *(("kernel", k) for k in rest)]
-        return lax.transpose(y, [*(have.index(labels[p]) for p in new), len(have)])
+        gathered = [*(("ids", k) for k in range(n_ids)), *(("kernel", k) for k in rest)]
+        return lax.transpose(y, [*(gathered.index(labels[p]) for p in new), len(gathered)])
 
     return [map_factors(kernel, w, axes, change, change_gain=functools.partial(change, fill=1))]

@@ -6,8 +6,8 @@ summed over are its inputs ("i"), those that are paired with axes of the other o
 axes ("b"), as are those of which one entry was taken before, and the rest are outputs ("o").
 
 An array keeps its origins only through operations whose other operands come from parameters and
-constants. So what is found does not depend on the shapes of the inputs: a position embedding that
-is added to a batch of one example becomes an activation there.
+constants. So the findings do not depend on the shapes of the inputs: a position embedding that is
+added to a batch of one example becomes an activation there.
 
 A jaxpr of a form that is not known is never passed over: its name is among the findings.
 """
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import JaxprEqn
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from lora_jax.transform import forms, origins, pairs, uses
 from lora_jax.transform.findings import LOOKUP, Findings, Walk, hide, lose, record, sides_of
@@ -27,13 +27,15 @@ from lora_jax.transform.nested import CONTROL
 from lora_jax.transform.origins import DATA, FIXED, NOISE, Value
 
 
-def find_roles(jaxpr: Any, values: Sequence[Value], *, consts_are_data: bool = False) -> Findings:
-    """Walks a closed jaxpr, given what is known of its inputs.
+def find_roles(
+    jaxpr: Jaxpr | ClosedJaxpr, values: Sequence[Value], *, consts_are_data: bool = False
+) -> Findings:
+    """Walks a closed jaxpr, given the values of its inputs.
 
     Args:
-      jaxpr: as ``jax.make_jaxpr`` gives it.
+      jaxpr: closed jaxpr that ``jax.make_jaxpr`` has made.
       values: one for each input; parameters as :func:`origins.parameter_value` makes them.
-      consts_are_data: arrays that the function closes over are inputs of its.
+      consts_are_data: whether arrays that the function closes over count as inputs.
     """
     walk = Walk(
         uses={},
@@ -55,7 +57,7 @@ def find_roles(jaxpr: Any, values: Sequence[Value], *, consts_are_data: bool = F
 def _walk(
     walk: Walk, body: Body, values: Sequence[Value], consts: Value = origins.CONSTANT
 ) -> list:
-    """What is known of the outputs of a jaxpr."""
+    """Walks a jaxpr, and returns the values of its outputs."""
     key = (id(body.jaxpr), walk.is_final, tuple(values))
     if key not in walk.seen:  # a function that is called twice with the same arrays
         env = dict.fromkeys(body.jaxpr.constvars, consts)
@@ -96,7 +98,7 @@ def _walk_equation(walk: Walk, eqn: JaxprEqn, values: list[Value]) -> list[Value
 
 
 def _follow(walk: Walk, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
-    """A rearrangement or an operation on each entry: the results may still be parameters."""
+    """Follows a rearrangement or an elementwise operation, whose results may be parameters."""
     if eqn.primitive.name in origins.ONE_TO_ONE and len(values) == len(eqn.outvars):
         return values
     level = max(v.level for v in values)
@@ -105,22 +107,23 @@ def _follow(walk: Walk, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
         return [Value(level=level)] * len(eqn.outvars)
     values = _drop_tables_beside_picked(walk, eqn, values)
     values = _drop_mixed_beside_whole(values)
-    why = _find_obstacle(eqn, values)
-    if why:
-        lose(walk, eqn, values, why)
+    reason = _find_obstacle(eqn, values)
+    if reason:
+        lose(walk, eqn, values, reason)
         return [Value(level=level)] * len(eqn.outvars)
     axes = origins.rearranged_axes(eqn, values)
     if axes is None:
         axes = origins.elementwise_axes(eqn, _drop_pairs(eqn, values))
         if not any(axes):
             lose(walk, eqn, values, f"goes into {eqn.primitive.name!r}")
-    like = origins.derive(values, level=level)
-    like = dataclasses.replace(like, is_picked=like.is_picked or _is_picked_by_data(eqn, values))
-    return [_make_result(eqn, var, a, like) for var, a in zip(eqn.outvars, axes, strict=True)]
+    common = origins.derive(values, level=level)
+    is_picked = common.is_picked or _is_picked_by_data(eqn, values)
+    common = dataclasses.replace(common, is_picked=is_picked)
+    return [_make_result(eqn, var, a, common) for var, a in zip(eqn.outvars, axes, strict=True)]
 
 
 def _is_opaque(eqn: JaxprEqn) -> bool:
-    """Whether nobody can tell what a primitive does, and it is neither known nor entry by entry."""
+    """Tells whether a primitive is unknown and not elementwise: nobody can tell what it does."""
     if forms.name_of(eqn) in (*origins.REARRANGEMENTS, *origins.REDUCTIONS):
         return False
     shapes = [origins.shape(x) for x in (*eqn.invars, *eqn.outvars) if hasattr(x.aval, "shape")]
@@ -130,15 +133,15 @@ def _is_opaque(eqn: JaxprEqn) -> bool:
     )
 
 
-def _make_result(eqn: JaxprEqn, var: Any, axes: Any, like: Value) -> Value:
+def _make_result(eqn: JaxprEqn, var: Var, axes: origins.Axes | None, like: Value) -> Value:
     if axes is None:
         return Value(level=like.level)
     larger = _size(var) > max((_size(x) for x in eqn.invars), default=0)
-    repeated = like.is_repeated or (eqn.primitive.name in origins.REPETITIONS and larger)
-    return dataclasses.replace(like, axes=axes, is_repeated=repeated)
+    is_repeated = like.is_repeated or (eqn.primitive.name in origins.REPETITIONS and larger)
+    return dataclasses.replace(like, axes=axes, is_repeated=is_repeated)
 
 
-def _size(atom: Any) -> int:
+def _size(atom: Var | Literal) -> int:
     size = 1
     for n in origins.shape(atom) if hasattr(atom.aval, "shape") else ():
         size = size * n if isinstance(n, int) else size
@@ -146,7 +149,7 @@ def _size(atom: Any) -> int:
 
 
 def _drop_tables_beside_picked(walk: Walk, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
-    """A table that is added to picked rows (positions to words) meets the inputs there."""
+    """Drops a table that is added to picked rows (positions to words), which are inputs."""
     if not any(v.axes is not None and v.is_picked for v in values):
         return values
     is_table = lambda v: v.axes is not None and not v.is_picked
@@ -155,14 +158,14 @@ def _drop_tables_beside_picked(walk: Walk, eqn: JaxprEqn, values: list[Value]) -
 
 
 def _drop_mixed_beside_whole(values: list[Value]) -> list[Value]:
-    """What a constant matrix was multiplied with is no kernel beside a parameter that is one."""
+    """Drops what a constant matrix was multiplied with beside a parameter: it is no kernel."""
     if all(v.is_mixed for v in values if v.axes is not None):
         return values
     return [Value(level=v.level) if v.is_mixed else v for v in values]
 
 
 def _drop_pairs(eqn: JaxprEqn, values: list[Value]) -> list[Value]:
-    """A product of two parameters is a kernel no more after a function that is not linear."""
+    """Drops products of two parameters at functions that are not linear."""
     if eqn.primitive.name in ("add", "sub", "add_any", "neg", "mul", "div"):
         return values
     is_pair = lambda v: any(n.startswith(pairs.PAIR) for n in origins.names(v.axes))
@@ -170,7 +173,7 @@ def _drop_pairs(eqn: JaxprEqn, values: list[Value]) -> list[Value]:
 
 
 def _find_obstacle(eqn: JaxprEqn, values: Sequence[Value]) -> str:
-    """Why the results are no parameters any more; empty if they still are."""
+    """Says why the results are no parameters any more; returns an empty text if they still are."""
     for value, atom in zip(values, eqn.invars, strict=True):
         if value.axes is not None or value.level == FIXED or not hasattr(atom.aval, "shape"):
             continue
@@ -183,7 +186,7 @@ def _find_obstacle(eqn: JaxprEqn, values: Sequence[Value]) -> str:
 
 
 def _is_choice(eqn: JaxprEqn, values: Sequence[Value]) -> bool:
-    """Whether the first operand chooses among parameters, as in a ``switch`` under ``vmap``."""
+    """Tells whether the first operand chooses among parameters: a ``switch`` under ``vmap``."""
     is_fixed = lambda v: v.axes is not None or v.level == FIXED
     return eqn.primitive.name == "select_n" and all(map(is_fixed, values[1:]))
 
@@ -223,7 +226,7 @@ def _walk_use(walk: Walk, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
 
 
 def _mix_with_constant(eqn: JaxprEqn, values: Sequence[Value], which: int) -> Value | None:
-    """The product of an array with a constant matrix, if it is one: another basis of one axis."""
+    """Returns the product with a constant matrix, which changes the basis of one axis, or None."""
     if eqn.primitive.name != "dot_general" or values[1 - which].level != FIXED:
         return None
     sides, matrix = sides_of(eqn, which), origins.shape(eqn.invars[1 - which])
@@ -239,7 +242,7 @@ def _mix_with_constant(eqn: JaxprEqn, values: Sequence[Value], which: int) -> Va
 
 
 def input_value(x: Any) -> Value:
-    """What is known of an array that is no parameter: PRNG keys give noise, the rest is data."""
+    """Returns the value of an array that is no parameter: PRNG keys are noise, the rest is data."""
     return Value(level=NOISE if _is_key(x) else DATA)
 
 

@@ -269,7 +269,7 @@ def test_a_stack_of_adapters(tmp_path, shape, name):
     lora.merge(model.params, one)
     # A file that says otherwise is damaged; one from before the axes were noted is read.
     edit(tmp_path, lambda about: about.update(stacked=[9]))
-    with pytest.raises(ValueError, match=r"noted as a stack of \[9\]"):
+    with pytest.raises(ValueError, match=r"says a stack of \[9\]"):
         lora.load(tmp_path, model.params)
     edit(tmp_path, lambda about: about.pop("stacked"))
     jax.tree.map(np.testing.assert_array_equal, lora.load(tmp_path, model.params)[0], stacked)
