@@ -113,7 +113,7 @@ def test_texts_in_batches_are_those_of_each_prompt_alone(tmp_path):
         assert text == long[: next((k for k, t in enumerate(long) if t in stop), 7)]
     run = generate.generator(*generate.causal_lm(loaded.model, gpt2.init_cache), free)
     for prompt, text in zip(prompts, whole, strict=True):
-        made = run(loaded.params, generate.left_padded([prompt], pad_id=0, length=9))
+        made = run(loaded.params, generate.pad_left([prompt], pad_id=0, length=9))
         assert text == made.tokens[0].tolist()
     assert len({tuple(text) for text in whole}) > 1 and min(map(len, written)) <= 2
     with pytest.raises(ValueError, match="prompts must have"):

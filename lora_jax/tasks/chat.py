@@ -101,7 +101,7 @@ def reply(speaker: Speaker, messages: Sequence[Message], *, seed: int = 0) -> st
     text = chat_template.render(speaker.template, messages, prompt=True).text
     ids = speaker.tokenizer.encode(text, add_special_tokens=False).ids
     length = -(-len(ids) // _STEP) * _STEP
-    batch = generate.left_padded([ids], pad_id=speaker.decoding.pad_id, length=length)
+    batch = generate.pad_left([ids], pad_id=speaker.decoding.pad_id, length=length)
     made = speaker.run(speaker.params, batch, jax.random.key(seed))
     tokens = np.asarray(made.tokens)[0, : int(made.lengths[0])].tolist()
     return speaker.tokenizer.decode([t for t in tokens if t not in speaker.decoding.stop]).strip()
