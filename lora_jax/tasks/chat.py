@@ -85,9 +85,9 @@ def stop_tokens(
 
 def _end_of_turn(template: ChatTemplate, tokenizer: tokenizers.Tokenizer) -> str:
     """The special token with which the template ends what the assistant says; "" for none."""
-    special = conversations.special_tokens(tokenizer)
+    special = conversations.list_special_tokens(tokenizer)
     probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    text, spans = conversations.assistant_spans(template, probe, special)
+    text, spans = conversations.find_assistant_spans(template, probe, special)
     said = text[slice(*spans[-1])].rstrip()
     return next((token for token in special if said.endswith(token)), "")
 

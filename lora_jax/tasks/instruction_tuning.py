@@ -142,7 +142,7 @@ def packed(
         # The same whenever a run goes on; templates may write it into the text.
         now=datetime.datetime.fromisoformat(c.date),
     )
-    return packing.pack(texts, c.max_length) if c.packing else packing.one_by_one(texts), fit
+    return packing.pack(texts, c.max_length) if c.packing else packing.pack_singly(texts), fit
 
 
 def _notes(config: ConfigDict, loaded: checkpoints.Loaded, *parts: tuple) -> tuple[str, ...]:
