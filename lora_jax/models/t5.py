@@ -194,12 +194,11 @@ class T5Stack(_Part):
     def setup(self) -> None:
         """Makes the submodules."""
         c = self.config
-        high = jnp.promote_types(self.dtype, jnp.float32)  # the scores', to which it is added
         self.relative_attention_bias = nn.Embed(
             c.relative_attention_num_buckets,
             c.num_heads,
             embedding_init=nn.initializers.normal(c.initializer_factor * c.d_model**-0.5),
-            dtype=high,
+            dtype=jnp.promote_types(self.dtype, jnp.float32),  # that of the scores
         )
         count = c.num_decoder_layers if self.decoder else c.num_layers
         layers = Layers(count, self.scan_layers, self.remat)
@@ -242,7 +241,8 @@ class T5Stack(_Part):
             self.block, x, layer_inputs, shared_inputs, deterministic=deterministic
         )
         x = self.dropout(self.final_layer_norm(x), deterministic=deterministic)
-        cache = cache and kv_cache.Cache(layers, index + jnp.int32(bias.shape[2]))
+        if cache is not None:
+            cache = kv_cache.Cache(layers, index + jnp.int32(bias.shape[2]))
         return x, cache
 
     def _make_bias(self, n: int, mask: Array, index: Array | int) -> Array:
