@@ -22,7 +22,7 @@ import lora_jax as lora
 from experiments import cli, finetuning
 from lora_jax.data import e2e_nlg
 from lora_jax.data.order import LINES, permutation
-from lora_jax.data.texts import Texts, texts
+from lora_jax.data.texts import Texts, make_texts
 from lora_jax.files import write_atomically
 from lora_jax.models import checkpoints, gpt2, hub
 from lora_jax.models.families import CAUSAL_LM, TOKENS
@@ -79,7 +79,7 @@ def packed(lines: list[str], tokenizer: tokenizers.Tokenizer, c: ConfigDict) -> 
     rows = tokenizer.encode_batch_fast(lines)
     stream = [t for k in permutation(len(rows), c.seed, stream=LINES) for t in (end, *rows[k].ids)]
     pieces = [stream[k : k + c.length] for k in range(0, len(stream), c.length)]
-    return texts([(p[:1], p[1:]) for p in pieces if len(p) > 1], pad_id=end)
+    return make_texts([(p[:1], p[1:]) for p in pieces if len(p) > 1], pad_id=end)
 
 
 def make_model(

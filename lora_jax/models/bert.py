@@ -88,7 +88,7 @@ def names(config: BertConfig, *, head: str = CLASSIFIER, scan_layers: bool = Fal
     rows = encoder.names(config, pooler=True, scan_layers=scan_layers)
     if head == ENCODER:
         return rows
-    return tables.below("bert/", "bert.", rows) + tables.linear("classifier", "classifier")
+    return tables.add_prefix("bert/", "bert.", rows) + tables.linear("classifier", "classifier")
 
 
 FAMILY = Family(
@@ -101,7 +101,7 @@ FAMILY = Family(
     # A buffer of positions, and the heads for pretraining.
     ignored=("embeddings.position_ids", "cls.*", "classifier.*", "qa_outputs.*"),
     optional=("classifier", "bert/pooler", "pooler"),
-    labelled="classifier",
+    label_module="classifier",
     targets=("query", "value"),
     trained=("classifier",),
     sharding=encoder.SHARDING,

@@ -86,7 +86,7 @@ class EncoderConfig:
         return self.classifier_dropout
 
 
-def position_ids(input_ids: Array, padding_idx: int | None) -> Array:
+def compute_position_ids(input_ids: Array, padding_idx: int | None) -> Array:
     """Computes the position of each token.
 
     Args:
@@ -97,7 +97,7 @@ def position_ids(input_ids: Array, padding_idx: int | None) -> Array:
     Returns:
       Integers ``(1, length)``, or ``(batch, length)`` with a ``padding_idx``.
 
-    >>> position_ids(jnp.array([[5, 6, 1, 1]]), 1).tolist()
+    >>> compute_position_ids(jnp.array([[5, 6, 1, 1]]), 1).tolist()
     [[2, 3, 1, 1]]
     """
     if padding_idx is None:
@@ -124,7 +124,7 @@ class Part(nn.Module):
 
 
 class Embeddings(Part):
-    """Sum of word, position and token-type embeddings, normalised."""
+    """Sum of word, position and token-type embeddings, normalized."""
 
     @nn.compact
     def __call__(
@@ -152,7 +152,7 @@ class Embeddings(Part):
 
 
 class Output(Part):
-    """A projection back to the residual stream, added to it and normalised."""
+    """A projection back to the residual stream, added to it and normalized."""
 
     @nn.compact
     def __call__(self, x: Array, residual: Array, *, deterministic: bool) -> Array:
@@ -272,7 +272,7 @@ class EncoderModel(Part):
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
         )
-        positions = position_ids(input_ids, self.config.padding_idx)
+        positions = compute_position_ids(input_ids, self.config.padding_idx)
         embeddings = self._part(Embeddings, "embeddings")
         x = embeddings(input_ids, token_type_ids, positions, deterministic=deterministic)
         stack = {"scan_layers": self.scan_layers, "remat": self.remat}
@@ -369,5 +369,7 @@ def names(config: EncoderConfig, *, pooler: bool, scan_layers: bool) -> list[Nam
     layer = [row for flax, hf in _DENSE.items() for row in tables.linear(flax, hf)]
     layer += [row for flax, hf in _NORMS.items() for row in tables.norm(flax, hf)]
     count = config.num_hidden_layers
-    rows += tables.layers("encoder/layer", "encoder.layer", layer, count=count, scan=scan_layers)
+    rows += tables.repeat_layers(
+        "encoder/layer", "encoder.layer", layer, count=count, scan=scan_layers
+    )
     return rows + (tables.linear("pooler/dense", "pooler.dense") if pooler else [])

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from lora_jax.models import config_checks, kv_cache, tables
 from lora_jax.models.attention import attention, make_causal_mask, mask_to_bias
@@ -32,7 +33,7 @@ from lora_jax.sharding import split_lookup, split_rows
 Array = jax.Array
 PyTree = Any
 
-# What a config may say of the variants that Hugging Face has and this file has not.
+# Keys of variants that Hugging Face has and this file has not, with the one value that is built.
 _BUILT = {"add_cross_attention": False}
 
 
@@ -78,12 +79,12 @@ class GPT2Config:
 
     @property
     def positions(self) -> int:
-        """How long a text may be, in tokens."""
+        """The length of the longest text, in tokens."""
         return self.n_positions
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "GPT2Config":
-        """Reads a parsed ``config.json``; keys that do not shape the model are left out.
+        """Reads a parsed ``config.json``; it leaves out keys that do not shape the model.
 
         Raises:
           ValueError: it describes another architecture, or a variant that is not built here.
@@ -94,7 +95,7 @@ class GPT2Config:
         return config_checks.read(cls, config, model_type=["gpt2"], built=_BUILT)
 
     def to_hf(self) -> dict[str, Any]:
-        """The same as the content of a ``config.json``.
+        """Returns the content of a ``config.json``.
 
         >>> GPT2Config.from_hf(GPT2Config(n_layer=24).to_hf()).n_layer
         24
@@ -106,30 +107,30 @@ def init_cache(
     config: GPT2Config,
     batch: int,
     length: int,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     *,
     scan_layers: bool = False,
 ) -> Cache:
-    """An empty cache with ``length`` slots.
+    """Makes an empty cache with ``length`` slots.
 
     >>> init_cache(GPT2Config(n_layer=2), 3, 5).layers[1]["k"].shape
     (3, 5, 12, 64)
     """
     shape = (batch, length, config.n_head, config.head_dim)
-    return kv_cache.empty(shape, dtype, count=config.n_layer, stacked=scan_layers)
+    return kv_cache.init(shape, dtype, num_layers=config.n_layer, scan_layers=scan_layers)
 
 
 class _Part(nn.Module):
-    """A module of the model: computes in ``dtype`` with float32 parameters."""
+    """A module of the model, which computes in ``dtype`` with float32 parameters."""
 
     config: GPT2Config
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def _dense(self, features: int, name: str) -> nn.Dense:
         c = self.config
         # Projections into the residual stream start smaller, by the root of their number.
-        depth = (2 * c.n_layer) ** -0.5 if name == "c_proj" else 1.0
-        init = nn.initializers.normal(depth * c.initializer_range)
+        scale = (2 * c.n_layer) ** -0.5 if name == "c_proj" else 1.0
+        init = nn.initializers.normal(scale * c.initializer_range)
         return nn.Dense(features, kernel_init=init, dtype=self.dtype, name=name)
 
     def _norm(self, name: str | None = None) -> nn.LayerNorm:
@@ -177,15 +178,15 @@ class GPT2MLP(_Part):
 
     @nn.compact
     def __call__(self, x: Array, deterministic: bool) -> Array:
-        """``(..., n_embd)`` to the same."""
+        """Maps ``(..., n_embd)`` to the same."""
         c = self.config
-        wide = self._dense(c.n_inner or 4 * c.n_embd, "c_fc")(x)
-        y = self._dense(c.n_embd, "c_proj")(ACTIVATIONS[c.activation_function](wide))
+        y = ACTIVATIONS[c.activation_function](self._dense(c.n_inner or 4 * c.n_embd, "c_fc")(x))
+        y = self._dense(c.n_embd, "c_proj")(y)
         return Dropout(c.resid_pdrop)(y, deterministic=deterministic)
 
 
 class GPT2Block(_Part):
-    """One layer: attention, then feed-forward, each normalised before and added to its input."""
+    """One layer: attention, then feed-forward, each after a norm and added to its input."""
 
     @nn.compact
     def __call__(
@@ -220,7 +221,7 @@ class GPT2Model(_Part):
     remat: str = "none"
 
     def setup(self) -> None:
-        """Makes the parts."""
+        """Makes the submodules."""
         c = self.config
         init = nn.initializers.normal(c.initializer_range)
         embed = lambda n: nn.Embed(n, c.n_embd, embedding_init=init, dtype=self.dtype)
@@ -238,10 +239,10 @@ class GPT2Model(_Part):
         cache: Cache | None,
         deterministic: bool,
     ) -> tuple[Array, Cache | None]:
-        """Token ids ``(batch, n)`` to states ``(batch, n, n_embd)``, and the cache with them."""
+        """Computes states ``(batch, n, n_embd)`` of tokens ``(batch, n)``, and the new cache."""
         n, start = input_ids.shape[1], 0 if cache is None else cache.index
         if positions is None:
-            positions = kv_cache.positions(attention_mask, start, n)
+            positions = kv_cache.compute_positions(attention_mask, start, n)
         x = split_lookup(self.wte(input_ids)) + split_lookup(self.wpe(positions))
         x = self.drop(x, deterministic=deterministic)
         bias = mask_to_bias(make_causal_mask(attention_mask, start + jnp.arange(n)))
@@ -254,22 +255,22 @@ class GPT2Model(_Part):
 
 
 class GPT2LMHeadModel(nn.Module):
-    """GPT-2 with its language-modelling head.
+    """GPT-2 with its language-modeling head.
 
     Attributes:
       config: the model's shape.
-      dtype: of the activations, float32 or bfloat16; parameters are float32.
-      scan_layers: the layers in one array a parameter, compiled once.
+      dtype: dtype of the activations, float32 or bfloat16; parameters are float32.
+      scan_layers: whether the layers are stacked, and one is compiled for all.
       remat: what the backward pass computes again; see :func:`layers.remat_layer`.
     """
 
     config: GPT2Config
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     scan_layers: bool = False
     remat: str = "none"
 
     def setup(self) -> None:
-        """Makes the parts."""
+        """Makes the submodules."""
         c = self.config
         stack = {"scan_layers": self.scan_layers, "remat": self.remat}
         self.transformer = GPT2Model(c, dtype=self.dtype, **stack)
@@ -288,23 +289,23 @@ class GPT2LMHeadModel(nn.Module):
         *,
         deterministic: bool = True,
     ) -> Array | tuple[Array, Cache]:
-        """Logits ``(batch, n, vocab_size)``, at least float32; with a cache, also the longer cache.
+        """Computes logits ``(batch, n, vocab_size)``, at least float32, and the new cache, if any.
 
         Args:
           input_ids: integers ``(batch, n)``.
-          attention_mask: ``(batch, n)``, or ``(batch, slots of the cache)`` with one; positive
-            where there is a token, 0 at padding. None for no padding.
-          positions: ``(batch, n)``; None for the number of tokens before, by the mask.
-          cache: from :func:`init_cache`, or from the call for the tokens before.
-          deterministic: without dropout; otherwise ``rngs={"dropout": key}`` is needed.
+          attention_mask: ``(batch, n)``, or ``(batch, slots)`` with a cache; positive where there
+            is a token, 0 at padding. None if there is no padding.
+          positions: ``(batch, n)``; None to count the tokens before, by the mask.
+          cache: the cache of :func:`init_cache`, or of the call for the tokens before.
+          deterministic: whether nothing is dropped; otherwise ``rngs={"dropout": key}`` is needed.
 
         Raises:
-          ValueError: shapes that do not fit, or more tokens than there are positions.
+          ValueError: the shapes do not fit, or there are more tokens than positions.
         """
-        slots = input_ids.shape[-1] if cache is None else kv_cache.slots(cache)
+        slots = input_ids.shape[-1] if cache is None else kv_cache.count_slots(cache)
         if attention_mask is None:
             attention_mask = jnp.ones((input_ids.shape[0], slots), jnp.int32)
-        kv_cache.check(input_ids, attention_mask, positions, slots)
+        kv_cache.check_inputs(input_ids, attention_mask, positions, slots)
         if slots > self.config.n_positions:
             raise ValueError(
                 f"{slots} tokens, and the model has positions for {self.config.n_positions}; "
@@ -320,10 +321,10 @@ _LINEAR = ("attn/c_attn", "attn/c_proj", "mlp/c_fc", "mlp/c_proj")
 
 
 def names(config: GPT2Config, *, head: str, scan_layers: bool = False) -> list[Name]:
-    """The table between Flax paths and Hugging Face names, one row a leaf.
+    """Makes the table between Flax paths and Hugging Face names, with one row for each leaf.
 
     Args:
-      config: gives the number of layers, and whether the head is tied.
+      config: config of the model, which gives the number of layers, and whether the head is tied.
       head: "causal-lm".
       scan_layers: whether the layers are stacked.
 
@@ -335,9 +336,9 @@ def names(config: GPT2Config, *, head: str, scan_layers: bool = False) -> list[N
     for name in _LINEAR:
         layer += tables.linear(name, name.replace("/", "."), transpose=False)
     rows = tables.embedding("wte", "wte") + tables.embedding("wpe", "wpe")
-    rows += tables.layers("h", "h", layer, count=config.n_layer, scan=scan_layers)
+    rows += tables.repeat_layers("h", "h", layer, count=config.n_layer, scan=scan_layers)
     rows += tables.norm("ln_f", "ln_f")
-    rows = tables.below("transformer/", "transformer.", rows)
+    rows = tables.add_prefix("transformer/", "transformer.", rows)
     if config.tie_word_embeddings:
         return [rows[0]._replace(tied=("lm_head.weight",)), *rows[1:]]
     return rows + tables.linear("lm_head", "lm_head", bias=False)
@@ -350,7 +351,7 @@ FAMILY = Family(
     models={CAUSAL_LM: GPT2LMHeadModel},
     architectures={CAUSAL_LM: "GPT2LMHeadModel"},
     prefix="transformer.",
-    # Buffers of the mask, in older checkpoints.
+    # Buffers of the mask, which older checkpoints have.
     ignored=("h.*.attn.bias", "h.*.attn.masked_bias"),
     targets=("c_attn",),
     init_cache=init_cache,

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from lora_jax.dropout import dropout
 
@@ -16,10 +17,11 @@ PyTree = Any
 
 @jax.checkpoint
 def _gelu(x: Array) -> Array:
-    """``x·Φ(x)`` (Hendrycks & Gimpel 2016), with erf as in the paper's code.
+    """Computes ``x·Φ(x)`` (Hendrycks & Gimpel 2016), with erf as in the paper's code.
 
-    Its gradient starts again from ``x``: erf is cheaper than writing it for the widest activations
-    of the model and reading it back. A bfloat16 ``1 + erf`` would have no digits left on the left.
+    The gradient starts again from ``x``, because these are the widest activations of the model, and
+    erf costs less than writing it to memory and reading it back. It is computed in float32: in
+    bfloat16, ``1 + erf`` has no digits left where ``x`` is far below zero.
     """
     high = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return (0.5 * high * (1 + lax.erf(high * 0.5**0.5))).astype(x.dtype)
@@ -36,9 +38,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def layer_norm(epsilon: float, dtype: Any, name: str | None = None) -> nn.LayerNorm:
-    """LayerNorm (Ba et al. 2016) as torch computes it."""
-    # Two passes over the features: E[x²] - E[x]² loses digits in float32.
+def layer_norm(epsilon: float, dtype: DTypeLike, name: str | None = None) -> nn.LayerNorm:
+    """Makes a LayerNorm (Ba et al. 2016) that computes as torch's does."""
+    # It makes two passes over the features, since E[x²] - E[x]² loses digits in float32.
     return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
 
 
@@ -46,8 +48,8 @@ class Dropout(nn.Module):
     """``nn.Dropout`` with half the random bits; see :func:`lora_jax.dropout.dropout`.
 
     Attributes:
-      rate: probability of a zero.
-      deterministic: whether nothing is dropped; here or in the call.
+      rate: probability that an entry becomes zero.
+      deterministic: whether nothing is dropped; it is given here or in the call.
     """
 
     rate: float
@@ -55,7 +57,7 @@ class Dropout(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, deterministic: bool | None = None) -> Array:
-        """Drops entries of ``x``; the key comes from the collection "dropout"."""
+        """Drops entries of ``x``, with a key of the collection "dropout"."""
         if nn.merge_param("deterministic", self.deterministic, deterministic) or not self.rate:
             return x
         return dropout(x, self.rate, self.make_rng("dropout"))
@@ -65,18 +67,18 @@ class RMSNorm(nn.Module):
     """``x / sqrt(mean(x²) + ε) · scale`` (Zhang & Sennrich 2019, eq. 4), computed in float32.
 
     Attributes:
-      epsilon: ε.
-      dtype: of the result; the scale is float32.
-      offset: added to the scale (Gemma stores ``scale - 1``).
+      epsilon: the equation's ε.
+      dtype: dtype of the result; the scale is float32.
+      offset: number that is added to the scale (Gemma stores ``scale - 1``).
     """
 
     epsilon: float
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     offset: float = 0.0
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Normalises the last axis."""
+        """Normalizes the last axis of ``x``, of any shape and floating-point dtype."""
         init = nn.initializers.constant(1.0 - self.offset)
         scale = self.param("scale", init, x.shape[-1:], jnp.float32)
         high = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -85,7 +87,7 @@ class RMSNorm(nn.Module):
         return (high * lax.rsqrt(mean + self.epsilon) * scale).astype(self.dtype)
 
 
-# Policies of jax.checkpoint_policies that are ready to use; the other names there make policies.
+# The policies in jax.checkpoint_policies; the other names there are of functions that make one.
 POLICIES = (
     "checkpoint_dots",
     "checkpoint_dots_with_no_batch_dims",
@@ -98,9 +100,9 @@ POLICIES = (
 
 def check_remat(remat: str) -> None:
     """Raises ValueError unless ``remat`` is one of "none", "full", or of :data:`POLICIES`."""
-    known = ("none", "full", *POLICIES)
-    if remat not in known:
-        raise ValueError(f"remat must be one of {', '.join(known)}; got {remat!r}")
+    choices = ("none", "full", *POLICIES)
+    if remat not in choices:
+        raise ValueError(f"remat must be one of {', '.join(choices)}; got {remat!r}")
 
 
 def remat_layer(layer: type[nn.Module], remat: str, *, scan: bool = False) -> type[nn.Module]:
@@ -209,7 +211,7 @@ def apply_layers(
 
 
 def check_inputs(positions: int, **inputs: Array) -> None:
-    """Raises ValueError unless the inputs share one shape (batch, length) that has positions."""
+    """Raises ValueError unless all inputs have one shape (batch, length), within the positions."""
     shapes = {name: x.shape for name, x in inputs.items()}
     first = next(iter(shapes.values()))
     if len(first) != 2 or len(set(shapes.values())) > 1:

@@ -130,7 +130,7 @@ def names(
     rows = encoder.names(config, pooler=head == ENCODER, scan_layers=scan_layers)
     if head == ENCODER:
         return rows
-    rows = tables.below("roberta/", "roberta.", rows)
+    rows = tables.add_prefix("roberta/", "roberta.", rows)
     for layer in ("dense", "out_proj"):
         rows += tables.linear(f"classifier/{layer}", f"classifier.{layer}")
     return rows
@@ -149,7 +149,7 @@ FAMILY = Family(
         "pooler.*", "lm_head.*", "classifier.*", "qa_outputs.*",
     ),
     optional=("classifier", "pooler"),
-    labelled="classifier/out_proj",
+    label_module="classifier/out_proj",
     targets=("query", "value"),
     trained=("classifier",),
     sharding=encoder.SHARDING,

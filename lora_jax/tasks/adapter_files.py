@@ -109,14 +109,14 @@ def start(directory: str | Path, loaded: checkpoints.Loaded) -> InitialAdapter:
       FileNotFoundError, ValueError: as :func:`load`; or the head that is not taken has low-rank
         factors.
     """
-    if not loaded.family.labelled:
+    if not loaded.family.label_module:
         return InitialAdapter(*load(directory, loaded))
     ours, theirs = loaded.model.num_labels, count_labels(directory, loaded.checkpoint.config)
     if theirs in (0, ours):
         return InitialAdapter(*load(directory, loaded))
     other = checkpoints.load(loaded.checkpoint.name, head=loaded.head, num_labels=theirs)
     adapter, config = load(directory, other)
-    module = f"params/{loaded.family.labelled.partition('/')[0]}/"
+    module = f"params/{loaded.family.label_module.partition('/')[0]}/"
     nodes, own = adapters.nodes(adapter), paths.named_leaves(loaded.params)
     head = [name for name in nodes if name.startswith(module)]
     if any(is_adapted(nodes[name]) for name in head):
@@ -141,7 +141,7 @@ def count_labels(directory: str | Path, base: dict[str, Any]) -> int:
         labels = model.get("labels") if isinstance(model, dict) else None
         return len(labels) if isinstance(labels, list) else 0
     shapes = peft.tensor_shapes(directory)
-    head = registry.find(base).labelled.replace("/", ".")
+    head = registry.find(base).label_module.replace("/", ".")
     found = (shapes.get(f"{head}.{name}") for name in ("weight", "bias"))
     return next((shape[0] for shape in found if shape), 0)
 
@@ -181,7 +181,7 @@ def save_peft(
             "with --merged."
         )
     about = {} if base is None else {"base_model_name_or_path": base}
-    head = adapters.nodes(adapter).get(f"params/{loaded.family.labelled}/kernel")
+    head = adapters.nodes(adapter).get(f"params/{loaded.family.label_module}/kernel")
     if not config.origin and head is not None and not is_adapted(head):
         about |= {"task_type": "SEQ_CLS"}
     if not config.origin and loaded.head in _TASK_TYPES:

@@ -85,9 +85,9 @@ def stop_tokens(
 
 def _end_of_turn(template: ChatTemplate, tokenizer: tokenizers.Tokenizer) -> str:
     """The special token with which the template ends what the assistant says; "" for none."""
-    special = conversations.special_tokens(tokenizer)
+    special = conversations.list_special_tokens(tokenizer)
     probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    text, spans = conversations.assistant_spans(template, probe, special)
+    text, spans = conversations.find_assistant_spans(template, probe, special)
     said = text[slice(*spans[-1])].rstrip()
     return next((token for token in special if said.endswith(token)), "")
 
@@ -101,7 +101,7 @@ def reply(speaker: Speaker, messages: Sequence[Message], *, seed: int = 0) -> st
     text = chat_template.render(speaker.template, messages, prompt=True).text
     ids = speaker.tokenizer.encode(text, add_special_tokens=False).ids
     length = -(-len(ids) // _STEP) * _STEP
-    batch = generate.left_padded([ids], pad_id=speaker.decoding.pad_id, length=length)
+    batch = generate.pad_left([ids], pad_id=speaker.decoding.pad_id, length=length)
     made = speaker.run(speaker.params, batch, jax.random.key(seed))
     tokens = np.asarray(made.tokens)[0, : int(made.lengths[0])].tolist()
     return speaker.tokenizer.decode([t for t in tokens if t not in speaker.decoding.stop]).strip()

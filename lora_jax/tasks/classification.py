@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 import lora_jax as lora
 from lora_jax.data import batches, sources, tokenization
-from lora_jax.data.examples import Examples, joined, subset, take
+from lora_jax.data.examples import Examples, concatenate, subset, take
 from lora_jax.models import checkpoints, registry
 from lora_jax.models.families import CLASSIFIER, SEQ2SEQ_LM
 from lora_jax.tasks import adapter_files, text_to_text
@@ -124,7 +124,7 @@ def make_task(config: ConfigDict, devices: Devices | None = None) -> tuple[Task,
     )
     _check_positions(config, loaded)
     training, evaluations = load_examples(config, glue)
-    evaluation = joined(evaluations)
+    evaluation = concatenate(evaluations)
     tokenizer = checkpoints.load_tokenizer(loaded.checkpoint)
     ways = scoring(loaded, config.model.labels, tokenizer, task=glue)
     tokenize = functools.partial(
@@ -257,7 +257,7 @@ def _notes(
     kind = "sentence pairs" if task.has_pairs else "sentences"
     per_epoch = batches.steps_per_epoch(n_train, config.batch_size)
     steps = durations.plan(config, per_epoch).total
-    lengths = batches.bucket_lengths_used(
+    lengths = batches.count_bucket_lengths(
         train_set,
         steps,
         seed=config.data.seed,

@@ -125,7 +125,7 @@ def tokenized(pairs: Pairs, *, writer: Writer) -> Texts:
     given = prompts(pairs.meanings, writer)
     learned = writer.tokenizer.encode_batch_fast([f" {text}" for text in pairs.texts])
     rows = [(a, [*b.ids, end]) for a, b in zip(given, learned, strict=True)]
-    return texts.texts(rows, pad_id=end)
+    return texts.make_texts(rows, pad_id=end)
 
 
 def prompts(meanings: Sequence[str], writer: Writer) -> list[list[int]]:
@@ -146,8 +146,8 @@ def write(config: ConfigDict, writer: Writer, adapter: Any = None) -> Written:
       FileNotFoundError, ValueError: data that are missing or damaged, or texts that do not fit.
     """
     c, decode = config.data, config.decode
-    pairs = e2e_nlg.first(e2e_nlg.read(c.source, c.test), c.test_meanings)
-    right = e2e_nlg.references(pairs)
+    pairs = e2e_nlg.take_first(e2e_nlg.read(c.source, c.test), c.test_meanings)
+    right = e2e_nlg.group_references(pairs)
     params = writer.loaded.params
     if adapter is not None:
         params = lora.merge(adapter_files.widened(writer.loaded).params, adapter)

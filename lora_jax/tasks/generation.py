@@ -80,7 +80,7 @@ def write(
         rows = order[at : at + batch_size]
         filled = [prompts[k] for k in [*rows, *rows[:1] * (batch_size - len(rows))]]
         length = next(b for b in buckets if b >= max(map(len, filled), default=0))
-        batch = generate.left_padded(filled, pad_id=decoding.pad_id, length=length)
+        batch = generate.pad_left(filled, pad_id=decoding.pad_id, length=length)
         key = jax.random.fold_in(jax.random.key(seed), number)
         made = run(params, batch, key)
         tokens, lengths = np.asarray(made.tokens), np.asarray(made.lengths)

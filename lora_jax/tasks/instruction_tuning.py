@@ -147,7 +147,7 @@ def packed(
         # The same whenever a run goes on; templates may write it into the text.
         now=datetime.datetime.fromisoformat(c.date),
     )
-    return packing.pack(texts, c.max_length) if c.packing else packing.one_by_one(texts), fit
+    return packing.pack(texts, c.max_length) if c.packing else packing.pack_singly(texts), fit
 
 
 def _notes(loaded: checkpoints.Loaded, *parts: tuple[Packed, conversations.Fit]) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ def template(source, **tokens):
     (talks.MARKED, ["a colour!", "a number!"]),
 ], ids=["chatml", "llama2", "thoughts", "plain", "marked"])  # fmt: skip
 def test_what_the_assistant_says(source, said):
-    text, spans = conversations.assistant_spans(template(source), talks.TALK, ENDS)
+    text, spans = conversations.find_assistant_spans(template(source), talks.TALK, ENDS)
     assert [text[begin:end] for begin, end in spans] == said
     assert text == chat_template.render(template(source), talks.TALK).text
     assert chat_template.OPEN not in text
@@ -36,7 +36,7 @@ def test_words_that_occur_elsewhere_do_not_mislead():
         {"role": "user", "content": "a<|im_end|>"}, {"role": "assistant", "content": "i"},
         {"role": "user", "content": "i"}, {"role": "assistant", "content": ""},
     ]  # fmt: skip
-    text, spans = conversations.assistant_spans(template(talks.THOUGHTS), talk, ENDS)
+    text, spans = conversations.find_assistant_spans(template(talks.THOUGHTS), talk, ENDS)
     assert [text[begin:end] for begin, end in spans] == [
         "i<|im_end|>",
         "<think>\n\n</think>\n\n<|im_end|>",
@@ -52,7 +52,7 @@ def test_words_that_occur_elsewhere_do_not_mislead():
 ])  # fmt: skip
 def test_templates_that_hide_the_turns_are_refused(source, message):
     with pytest.raises(ValueError, match=message):
-        conversations.assistant_spans(template(source), talks.TALK)
+        conversations.find_assistant_spans(template(source), talks.TALK)
 
 
 def test_what_a_template_may_use():

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers, processors
 
 from lora_jax.data import sources, tfds, tokenization
-from lora_jax.data.batches import bucket_lengths_used, eval_batches, steps_per_epoch, train_batch
+from lora_jax.data.batches import count_bucket_lengths, eval_batches, steps_per_epoch, train_batch
 from lora_jax.data.examples import Examples, read_tsv, subset
 from lora_jax.data.order import permutation
 from lora_jax.training import metrics
@@ -67,7 +67,7 @@ def write(path, content):
 
 def test_read_tsv_values(tmp_path):
     path = write(tmp_path / "train.tsv", 'sentence\tlabel\n"an open quote \t1\ncafé\u2028x\t0\n')
-    examples = read_tsv(path, labelled=True)
+    examples = read_tsv(path, require_labels=True)
     assert examples.sentences == ('"an open quote ', "café\u2028x")
     assert examples.labels.dtype == np.int32
     assert examples.labels.tolist() == [1, 0]
@@ -75,14 +75,14 @@ def test_read_tsv_values(tmp_path):
 
 def test_read_tsv_takes_windows_line_ends_a_mark_and_columns_in_any_order(tmp_path):
     content = b"\xef\xbb\xbflabel\tidx\tsentence\r\n1\t0\tone\r\n0\t1\ttwo"
-    examples = read_tsv(write(tmp_path / "x.tsv", content), labelled=True)
+    examples = read_tsv(write(tmp_path / "x.tsv", content), require_labels=True)
     assert examples.sentences == ("one", "two")
     assert examples.labels.tolist() == [1, 0]
 
 
 def test_read_tsv_without_labels(tmp_path):
     path = write(tmp_path / "test.tsv", "index\tsentence\n0\ta\n1\tb\n")
-    assert read_tsv(path, labelled=False)[:2] == (("a", "b"), None)
+    assert read_tsv(path, require_labels=False)[:2] == (("a", "b"), None)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_read_tsv_without_labels(tmp_path):
 )
 def test_read_tsv_errors_name_file_and_line(tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
-        read_tsv(write(tmp_path / "t.tsv", content), labelled=True)
+        read_tsv(write(tmp_path / "t.tsv", content), require_labels=True)
 
 
 def test_more_labels_than_two(tmp_path):
@@ -185,7 +185,7 @@ def fake_builder(rows, *, prepared=True, features=("sentence", "label", "idx"), 
 
 
 def load_fake(monkeypatch, builder, source="tfds:any", split="train"):
-    monkeypatch.setattr(tfds, "_builder", lambda source, data_dir: builder)
+    monkeypatch.setattr(tfds, "_make_builder", lambda source, data_dir: builder)
     return sources.load(source, split)
 
 
@@ -439,7 +439,7 @@ def test_bucket_lengths_used_counts_the_batches(lengths, batch_size, steps, alik
     options = {"seed": 9, "batch_size": batch_size, "buckets": (2, 5, 12), "alike": alike}
     batches = [train_batch(data, step, **options) for step in range(steps)]
     seen = Counter(batch["input_ids"].shape[1] for batch in batches)
-    used = bucket_lengths_used(data, steps, **options)
+    used = count_bucket_lengths(data, steps, **options)
     assert used == seen
     assert list(used) == sorted(used)
 
@@ -456,7 +456,7 @@ def test_buckets_must_hold_every_row():
     for call in (
         lambda: train_batch(data, 0, seed=0, batch_size=1, buckets=(4, 8)),
         lambda: eval_batches(data, batch_size=1, buckets=(4, 8)),
-        lambda: bucket_lengths_used(data, 1, seed=0, batch_size=1, buckets=(4, 8)),
+        lambda: count_bucket_lengths(data, 1, seed=0, batch_size=1, buckets=(4, 8)),
     ):
         with pytest.raises(ValueError, match="longest row, of 9 tokens: .* max_length=8"):
             call()

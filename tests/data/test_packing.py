@@ -51,7 +51,7 @@ def test_a_text_that_fits_nowhere():
 def test_packed_losses_equal_unpacked_ones(case):
     loaded = checkpoints.load(GOLDENS / case, head="causal-lm")
     texts = drawn([5, 9, 3, 4, 7, 2, 6, 12])
-    packed, single = packing.pack(texts, 12), packing.one_by_one(texts)
+    packed, single = packing.pack(texts, 12), packing.pack_singly(texts)
     assert len(packed.rows) < len(single.rows) == 8
 
     @jax.jit
@@ -90,7 +90,7 @@ def test_a_batch_is_what_it_says():
 
 
 def test_batches_of_an_epoch_hold_each_row_once():
-    packed = packing.one_by_one(drawn([4] * 7))
+    packed = packing.pack_singly(drawn([4] * 7))
     first = lambda step: packing.train_batch(packed, step, seed=1, batch_size=3)
     epochs = []
     for epoch in range(2):

@@ -15,7 +15,7 @@ SPLITS = ("train", "validation")
 
 
 def split(name):
-    return examples.read_tsv(FOLDER / f"{name}.tsv", labelled=True)
+    return examples.read_tsv(FOLDER / f"{name}.tsv", require_labels=True)
 
 
 def words(sentence):

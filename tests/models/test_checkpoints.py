@@ -611,7 +611,7 @@ def test_stored_padding_and_truncation_are_turned_off(copy):
 
 
 def test_missing_or_damaged_tokenizer(copy):
-    with pytest.raises(ValueError, match=r"No tokeniser.*config\.json.*vocab\.txt"):
+    with pytest.raises(ValueError, match=r"No tokenizer.*config\.json.*vocab\.txt"):
         tokenizer_of(copy)
     (copy / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match=r"tokenizer\.json is damaged"):

@@ -131,7 +131,7 @@ def test_table_is_a_bijection_onto_the_tree(name, head, scan_layers):
 
 def test_positions_count_tokens_that_are_not_padding():
     ids = jnp.array([[1, 1, 7, 8], [5, 1, 6, 1]])  # left padding; a gap
-    assert encoder.position_ids(ids, 1).tolist() == [[1, 1, 2, 3], [2, 1, 3, 1]]
+    assert encoder.compute_position_ids(ids, 1).tolist() == [[1, 1, 2, 3], [2, 1, 3, 1]]
 
 
 def test_every_position_of_roberta_is_used_and_no_more():

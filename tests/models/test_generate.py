@@ -76,7 +76,7 @@ PROMPTS = [[1, 4, 2], [3], [5, 0, 5, 2], [2, 2]]
 
 
 def prompts(rows=None, *, length=5):
-    return generate.left_padded(rows or PROMPTS, pad_id=0, length=length)
+    return generate.pad_left(rows or PROMPTS, pad_id=0, length=length)
 
 
 def parts():
@@ -208,7 +208,7 @@ SAMPLED = [
 def test_filters_equal_those_by_hand(options):
     settings = Decoding(max_new_tokens=1, sample=True, **options)
     logits = np.random.default_rng(0).normal(size=(20, 11)).astype(np.float32) * 2
-    ours = jax.nn.softmax(decoding.filtered(jnp.asarray(logits), settings))
+    ours = jax.nn.softmax(decoding.filter_logits(jnp.asarray(logits), settings))
     for row, mine in zip(logits.astype(np.float64), ours, strict=True):
         np.testing.assert_allclose(mine, filtered_by_hand(row, settings), atol=1e-6)
 
@@ -331,7 +331,7 @@ def test_bad_settings(options, message):
 def test_bad_prompts():
     for rows in ([], [[1], []], [[1] * 6]):
         with pytest.raises(ValueError, match="1 to 5 tokens"):
-            generate.left_padded(rows, pad_id=0, length=5)
+            generate.pad_left(rows, pad_id=0, length=5)
     run = generate.generator(*parts(), Decoding(max_new_tokens=12))
     with pytest.raises(ValueError, match="17 tokens, and the model has positions for 16"):
         run(small()[1], prompts())

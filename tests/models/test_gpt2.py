@@ -92,7 +92,7 @@ def test_with_a_cache_the_logits_are_the_same(scan_layers, pieces):
         logits, cache = run(model, params, ids[:, done : done + n], slots, cache=cache)
         parts.append(logits)
         done += n
-    assert int(cache.index) == 9 and kv_cache.slots(cache) == 11
+    assert int(cache.index) == 9 and kv_cache.count_slots(cache) == 11
     real = mask > 0
     # Sums over more keys may be taken in another order.
     whole = run(model, params, ids, mask)

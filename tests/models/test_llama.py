@@ -284,7 +284,7 @@ def test_segments_and_a_cache_do_not_go_together():
 def test_rotation_by_hand():
     """Pair i of position p turns by p·theta^(-2i/d), as complex numbers do."""
     x = np.random.default_rng(0).normal(size=(1, 5, 2, 6)).astype(np.float32)
-    cos, sin = rope.angles(Rope(rope_theta=50.0), jnp.arange(5)[None], 6)
+    cos, sin = rope.compute_angles(Rope(rope_theta=50.0), jnp.arange(5)[None], 6)
     turn = np.exp(1j * np.arange(5)[:, None] * 50.0 ** (-np.arange(3) / 3))
     turned = (x[..., :3] + 1j * x[..., 3:]) * turn[None, :, None, :]
     expected = np.concatenate([turned.real, turned.imag], -1)
@@ -293,8 +293,8 @@ def test_rotation_by_hand():
 
 def test_llama3_frequencies():
     """High ones stay, low ones are divided, and between the two bounds they blend."""
-    plain = rope.frequencies(Rope(5e5), 128)
-    scaled = rope.frequencies(Rope(5e5, "llama3", 8.0, 1.0, 4.0, 8192), 128)
+    plain = rope.compute_frequencies(Rope(5e5), 128)
+    scaled = rope.compute_frequencies(Rope(5e5, "llama3", 8.0, 1.0, 4.0, 8192), 128)
     turns = 8192 * plain / (2 * np.pi)
     np.testing.assert_array_equal(scaled[turns > 4], plain[turns > 4])
     np.testing.assert_allclose(scaled[turns < 1], plain[turns < 1] / 8, rtol=1e-6)

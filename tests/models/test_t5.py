@@ -82,7 +82,10 @@ def test_buckets_equal_transformers():
         for name, expected in file.items():
             count, furthest, both = map(int, name.split("_"))
             found = relative_positions.relative_buckets(
-                jnp.arange(-600, 601), bidirectional=bool(both), buckets=count, furthest=furthest
+                jnp.arange(-600, 601),
+                bidirectional=bool(both),
+                num_buckets=count,
+                max_distance=furthest,
             )
             np.testing.assert_array_equal(found, expected, err_msg=name)
 

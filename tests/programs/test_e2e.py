@@ -36,7 +36,7 @@ def test_lines_become_pairs(source):
     pairs = e2e_nlg.read(str(source), "test.txt")
     assert pairs.meanings[0] == "name : Bento | food : soup"
     assert pairs.texts[:2] == ("Bento serves soup .", "You can eat soup at Bento .")
-    assert [len(x) for x in e2e_nlg.references(pairs).values()] == [2, 2, 2]
+    assert [len(x) for x in e2e_nlg.group_references(pairs).values()] == [2, 2, 2]
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -296,7 +296,7 @@ def test_configs_pass_their_check():
 @pytest.mark.skipif(not (REAL / "e2e").is_dir(), reason="../shared/e2e is not there")
 def test_real_lines_and_real_tokens():
     pairs = e2e_nlg.read(str(REAL / "e2e"), "test.txt")
-    assert len(pairs.texts) == 4693 and len(e2e_nlg.references(pairs)) == 630
+    assert len(pairs.texts) == 4693 and len(e2e_nlg.group_references(pairs)) == 630
     assert pairs.meanings[0] == "name : Blue Spice | Type : coffee shop | area : city centre"
     tokenizer = e2e.read_tokenizer(REAL / "gpt2_tokenizer")
     assert tokenizer.get_vocab_size() == 50257

@@ -9,7 +9,7 @@ import pytest
 
 from configs import common, glue_minilm, roberta_base_glue
 from lora_jax.data import batches, sources, tfds, tokenization
-from lora_jax.data.examples import Examples, joined
+from lora_jax.data.examples import Examples, concatenate
 from lora_jax.models import checkpoints
 from lora_jax.sweeps import results
 from lora_jax.tasks import (
@@ -144,7 +144,7 @@ def test_broken_rows_of_qqp_are_left_out_and_said(tmp_path):
     found = sources.load(str(tmp_path), "train", layout=TASKS["qqp"].layout)
     assert len(found.sentences) == len(found.pairs) == len(found.labels) == 22
     assert found.notes == (f"{path}: 2 broken rows left out, lines 4, 7",)
-    assert joined([found, found]).notes == found.notes * 2
+    assert concatenate([found, found]).notes == found.notes * 2
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_numbers_of_tfds_out_of_the_scale():
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_names_features_that_tfds_has(task):
     """By TFDS's own builder, which needs no data for that."""
-    builder = tfds._builder(f"tfds:glue/{task}", None)
+    builder = tfds._make_builder(f"tfds:glue/{task}", None)
     features = builder.info.features
     layout = TASKS[task].layout
     assert set(layout.text) <= set(features) and "label" in features
@@ -297,7 +297,7 @@ def test_a_run_reports_the_scores_of_its_task(task, inputs, tmp_path):
     # What was saved gives, through the merged weights, the score that was logged.
     model = classifier.load(tmp_path / "adapter")
     _, evaluations = classification.load_examples(config, TASKS[config.task])
-    both = joined(evaluations)
+    both = concatenate(evaluations)
     texts = both.sentences
     if both.pairs is not None:
         texts = [f"{a}\t{b}" for a, b in zip(texts, both.pairs, strict=True)]

@@ -20,7 +20,7 @@ OPTIONS = {"batch_size": 4, "buckets": (4, 6)}
 
 
 def test_a_batch_says_what_counts():
-    batch = texts.train_batch(texts.texts(ROWS, pad_id=3), 0, seed=0, **OPTIONS)
+    batch = texts.train_batch(texts.make_texts(ROWS, pad_id=3), 0, seed=0, **OPTIONS)
     assert set(batch) == {"input_ids", "attention_mask", "counts", "weights"}
     assert batch["input_ids"].shape == (4, 6) and batch["weights"].tolist() == [1, 1, 1, 0]
     found = {}
@@ -31,14 +31,14 @@ def test_a_batch_says_what_counts():
         assert (ids[n:] == 3).all() and (counts[n:] == 0).all()
         found[tuple(ids[:n])] = counts[:n].tolist()
     assert found == {tuple(a + b): [0] * len(a) + [1] * len(b) for a, b in ROWS}
-    (whole,) = texts.eval_batches(texts.texts(ROWS), **OPTIONS)
+    (whole,) = texts.eval_batches(texts.make_texts(ROWS), **OPTIONS)
     assert whole["index"].tolist() == [0, 1, 2, 0]  # shortest first
 
 
 @pytest.mark.parametrize("row", [([], [1]), ([1], [])])
 def test_a_text_needs_both_parts(row):
     with pytest.raises(ValueError, match="text 1 has .* both must be there"):
-        texts.texts([ROWS[0], row])
+        texts.make_texts([ROWS[0], row])
 
 
 def loss_by_hand(logits, batch, smoothing):
@@ -65,7 +65,7 @@ def loss_by_hand(logits, batch, smoothing):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_loss_of_the_tokens_that_count(smoothing):
-    batch = texts.train_batch(texts.texts(ROWS), 0, seed=0, **OPTIONS)
+    batch = texts.train_batch(texts.make_texts(ROWS), 0, seed=0, **OPTIONS)
     logits = np.random.default_rng(0).normal(size=(4, 6, 11)).astype(np.float32)
     logits[0, 0, batch["input_ids"][0, 1]] = 9.0  # one that is right, if it counts
     loss = functools.partial(language_modeling.token_loss, smoothing=smoothing)
@@ -113,7 +113,7 @@ def test_texts_in_batches_are_those_of_each_prompt_alone(tmp_path):
         assert text == long[: next((k for k, t in enumerate(long) if t in stop), 7)]
     run = generate.generator(*generate.causal_lm(loaded.model, gpt2.init_cache), free)
     for prompt, text in zip(prompts, whole, strict=True):
-        made = run(loaded.params, generate.left_padded([prompt], pad_id=0, length=9))
+        made = run(loaded.params, generate.pad_left([prompt], pad_id=0, length=9))
         assert text == made.tokens[0].tolist()
     assert len({tuple(text) for text in whole}) > 1 and min(map(len, written)) <= 2
     with pytest.raises(ValueError, match="prompts must have"):

@@ -59,7 +59,7 @@ def language_task(dtype=jnp.float64, layers=1, rows=ROWS):
     task = Task(
         apply=functools.partial(language_modeling.apply, model),
         metrics=language_modeling.token_loss,
-        train_batch=lambda step: texts.train_batch(texts.texts(rows_of_tokens), step, **options),
+        train_batch=lambda step: texts.train_batch(texts.make_texts(rows_of_tokens), step, **options),
         eval_batches=None, steps_per_epoch=10, base=base, base_id="", metadata={},
     )  # fmt: skip
     return task, ("c_attn",), ()
