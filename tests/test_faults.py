@@ -50,7 +50,7 @@ HOLDS = """
 import sys, time
 from pathlib import Path
 from lora_jax.training import workdirs
-with workdirs.locked(Path(sys.argv[1])):
+with workdirs.lock(Path(sys.argv[1])):
     print("locked", flush=True)
     time.sleep(1000)
 """
@@ -84,7 +84,7 @@ def test_a_lock_is_no_way_out(tmp_path):
     (tmp_path / "target").write_text("mine")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").symlink_to(tmp_path / "target")
-    with pytest.raises(OSError, match="can't be written"), workdirs.locked(tmp_path / "run"):
+    with pytest.raises(OSError, match="can't be written"), workdirs.lock(tmp_path / "run"):
         pass
     assert (tmp_path / "target").read_text() == "mine"
 
@@ -119,7 +119,7 @@ def test_links_within_and_to_the_workdir_are_followed(left_alone, tmp_path):
     (tmp_path / "real" / "adapter").symlink_to("best")
     (tmp_path / "link").symlink_to("real")
     (tmp_path / "real" / "config.json").write_text(
-        json.dumps(workdirs.plain(small.config()), indent=2)
+        json.dumps(workdirs.to_json_types(small.config()), indent=2)
     )
     small.run(tmp_path / "link")
     assert small.outcome(tmp_path / "real") == left_alone
