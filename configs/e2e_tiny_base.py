@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     c = common.language_config()
     del c.model.name, c.model.dtype, c.model.param_dtype, c.model.scan_layers, c.model.tokenizer
     # Fields of lora_jax.models.gpt2.GPT2Config.
-    c.model.vocab_size = 1000  # at most; of the tokeniser that is made
+    c.model.vocab_size = 1000  # largest size of the tokenizer that is made
     c.model.n_positions = 192
     c.model.n_embd = 128
     c.model.n_layer = 4

@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
     c.data.holdout = 100  # number of conversations of data.train to keep for evaluation
     c.data.max_length = 1024  # tokens of a row; longer conversations are cut
     c.data.packing = True  # several conversations share a row, without seeing each other
-    c.data.date = "2024-07-26"  # what chat templates that write the date are told it is
+    c.data.date = "2024-07-26"  # date for chat templates that write one
 
     c.batch_size = 8  # rows
     c.eval_batch_size = 8

@@ -1,4 +1,4 @@
-"""Scores an adapter that is there on the evaluation set; nothing is trained or written."""
+"""Scores a trained adapter on the evaluation set; nothing is trained or written."""
 
 import json
 from pathlib import Path
@@ -11,8 +11,8 @@ from lora_jax.training.evaluation import evaluate, make_eval_step
 from lora_jax.training.task import Task
 
 
-def adapter_of(workdir: Path) -> Path:
-    """The directory of the best adapter of a run, finished or under way.
+def find_adapter(workdir: Path) -> Path:
+    """Finds the directory of the best adapter of a run, finished or under way.
 
     Raises:
       FileNotFoundError: there is none.
@@ -54,21 +54,21 @@ def report(
     if not peft.is_peft(directory):
         about |= {"step": serialize.read_metadata(directory).get("step")}
     print("\n".join([*task.notes, *_changes(config, workdir, directory)]))
-    shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+    scores = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
     at = f", of step {about['step']}" if about.get("step") is not None else ""
-    print(f"validation of the adapter in {directory}{at}: {shown}", flush=True)
+    print(f"validation of the adapter in {directory}{at}: {scores}", flush=True)
     try:
         print(json.dumps(about | values, allow_nan=False), flush=True)
     except ValueError as error:
-        raise FloatingPointError(f"Not all scores are numbers: {shown}") from error
+        raise FloatingPointError(f"Not all scores are numbers: {scores}") from error
 
 
 def _changes(config: ConfigDict, workdir: Path, directory: Path) -> list[str]:
-    """What the config has otherwise than the run that the adapter is of."""
+    """Returns the differences between the config and that of the adapter's run, as a line."""
     path = workdir / workdirs.CONFIG
     if directory != workdir / workdirs.ADAPTER or not path.exists():
         return []
-    theirs = json.loads(path.read_text(encoding="utf-8"))
-    ours = workdirs.plain(config) | {"adapter": theirs.get("adapter")}
-    changes = list(workdirs.differences(theirs, ours))
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    current = workdirs.to_json_types(config) | {"adapter": stored.get("adapter")}
+    changes = list(workdirs.differences(stored, current))
     return [f"not as the run was: {'; '.join(changes)}"] if changes else []

@@ -1,9 +1,10 @@
-"""What every task reads of a config: the adapter's settings, dtypes, options of loading."""
+"""The parts of a config that every task has: the adapter's settings, dtypes, options of loading."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 import lora_jax as lora
@@ -37,27 +38,31 @@ def check_adapter_and_dtypes(config: ConfigDict) -> None:
 
 
 def lora_config(config: ConfigDict) -> lora.LoRAConfig:
-    """The library's config from the ``lora`` part of an experiment's."""
+    """Makes the library's config from the section ``lora`` of a run's config."""
     return lora.LoRAConfig.from_dict(config.lora.to_dict())
 
 
 def to_config(config: lora.LoRAConfig) -> ConfigDict:
-    """The inverse of :func:`lora_config`: for the run's directory, what holds in the run."""
+    """Inverts :func:`lora_config`, so that a run's directory has the settings that hold in it."""
     fields = {n: x for n, x in config.to_dict().items() if n != "origin"}
     return ConfigDict({n: tuple(x) if isinstance(x, list) else x for n, x in fields.items()})
 
 
-def dtype(name: str, field: str = "dtype") -> Any:
-    """The dtype called ``name``, as a field of a config's model says."""
+def dtype(name: str, field: str = "dtype") -> DTypeLike:
+    """Returns the dtype called ``name``, the value of a field of the section ``model``.
+
+    Raises:
+      ValueError: there is no such dtype; the message names the field.
+    """
     if name not in DTYPES:
         raise ValueError(f"model.{field} must be one of {sorted(DTYPES)}, got {name!r}.")
     return DTYPES[name]
 
 
-def dtypes(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of loading, by what a config, or an adapter's metadata, says of the model."""
-    wanted = {name: model.get(name, "float32") for name in ("dtype", "param_dtype")}
-    return {field: dtype(name, field) for field, name in wanted.items()}
+def dtypes(model: Mapping[str, Any]) -> dict[str, DTypeLike]:
+    """Returns options of loading: the dtypes in a config's, or an adapter's, section ``model``."""
+    names = {field: model.get(field, "float32") for field in ("dtype", "param_dtype")}
+    return {field: dtype(name, field) for field, name in names.items()}
 
 
 def load_options(config: ConfigDict, devices: mesh.Devices | None = None) -> dict[str, Any]:

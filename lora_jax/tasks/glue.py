@@ -1,4 +1,4 @@
-"""The tasks of GLUE (Wang et al. 2018): where their examples stand, and how they are scored."""
+"""The tasks of GLUE (Wang et al. 2018): layouts of their data, labels and scores."""
 
 import dataclasses
 import difflib

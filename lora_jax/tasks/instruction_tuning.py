@@ -1,11 +1,11 @@
-"""The task of learning what the assistant says: model, conversations and metrics, from a config."""
+"""Instruction tuning from a config: the task of learning the assistant's messages."""
 
 import datetime
 import functools
 import inspect
-from typing import Any
 
 import jax
+import numpy as np
 import tokenizers
 from ml_collections import ConfigDict
 
@@ -21,13 +21,13 @@ from lora_jax.training import mesh, training_config
 from lora_jax.training.task import Score, Task
 
 
-def resolved(config: ConfigDict) -> ConfigDict:
-    """A copy of the config; it leaves nothing open."""
+def resolve(config: ConfigDict) -> ConfigDict:
+    """Returns a copy of the config, in which nothing is left open."""
     return config.copy_and_resolve_references()
 
 
 def check(config: ConfigDict) -> None:
-    """Finds mistakes in a config before anything is loaded or written.
+    """Checks a config before anything is loaded or written.
 
     Raises:
       ValueError: names all fields that are wrong, but for those of ``lora`` and the dtypes, which
@@ -71,7 +71,7 @@ def make_task(
     _check_model(config, loaded)
     tokenizer = checkpoints.load_tokenizer(loaded.checkpoint)
     training, evaluation = (
-        packed(config, some, loaded.checkpoint, tokenizer) for some in load_conversations(config)
+        pack(config, part, loaded.checkpoint, tokenizer) for part in load_conversations(config)
     )
     initial = adapter_files.load_initial(config, loaded)
     task = Task(
@@ -103,8 +103,8 @@ def _check_model(config: ConfigDict, loaded: checkpoints.Loaded) -> None:
             f"data.max_length {config.data.max_length} goes beyond the {positions} positions that "
             f"{name} was made for; lower it."
         )
-    takes = inspect.signature(type(loaded.model).__call__).parameters
-    if config.data.packing and "segment_ids" not in takes:
+    inputs = inspect.signature(type(loaded.model).__call__).parameters
+    if config.data.packing and "segment_ids" not in inputs:
         raise ValueError(
             f"{name} is a {type(loaded.model).__name__}, which can't keep several texts in a row "
             "apart: set data.packing to False."
@@ -112,62 +112,69 @@ def _check_model(config: ConfigDict, loaded: checkpoints.Loaded) -> None:
 
 
 def load_conversations(config: ConfigDict) -> tuple[list[Conversation], list[Conversation]]:
-    """Those to train on, and those to evaluate on.
+    """Loads the conversations to train on, and those to evaluate on.
 
-    With ``data.holdout`` the latter are so many of the former's file, chosen by ``data.seed``.
+    With ``data.holdout``, that number of conversations of the training file, chosen by
+    ``data.seed``, are those to evaluate on.
+
+    Raises:
+      FileNotFoundError, ValueError: a file is missing or damaged, or no conversation is left to
+        train on.
     """
     c = config.data
-    everything = conversations.read(c.train)
+    whole = conversations.read(c.train)
     if not c.holdout:
-        return everything, conversations.read(c.validation)
-    if c.holdout >= len(everything):
+        return whole, conversations.read(c.validation)
+    if c.holdout >= len(whole):
         raise ValueError(
-            f"data.holdout {c.holdout} leaves nothing of the {len(everything)} conversations in "
+            f"data.holdout {c.holdout} leaves nothing of the {len(whole)} conversations in "
             f"{c.train} to train on."
         )
-    order = permutation(len(everything), c.seed, stream=SUBSET)
-    chosen = set(order[: c.holdout].tolist())
-    part = lambda held: [x for k, x in enumerate(everything) if (k in chosen) == held]
-    return part(False), part(True)
+    order = permutation(len(whole), c.seed, stream=SUBSET)
+    evaluation, training = (sorted(part) for part in np.split(order, [c.holdout]))
+    return [whole[k] for k in training], [whole[k] for k in evaluation]
 
 
-def packed(
+def pack(
     config: ConfigDict,
-    some: list[Conversation],
+    part: list[Conversation],
     checkpoint: checkpoints.Checkpoint,
     tokenizer: tokenizers.Tokenizer,
 ) -> tuple[Packed, conversations.Fit]:
-    """Conversations as rows of tokens, and how many were too long."""
+    """Converts conversations to rows of tokens; also counts those that were too long."""
     c = config.data
     texts, fit = conversations.tokenize(
-        some,
+        part,
         chat_template.find(checkpoint),
         tokenizer,
         max_length=c.max_length,
-        # The same whenever a run goes on; templates may write it into the text.
+        # Templates may write the date into the text, which must not change when a run goes on.
         now=datetime.datetime.fromisoformat(c.date),
     )
     return packing.pack(texts, c.max_length) if c.packing else packing.pack_singly(texts), fit
 
 
 def _notes(loaded: checkpoints.Loaded, *parts: tuple[Packed, conversations.Fit]) -> tuple[str, ...]:
-    """The report at the start: where everything comes from, and what is made of it."""
+    """Returns the report at the start: the origin of model and data, and how they are packed."""
     device = jax.devices()[0]
     return (
         f"model: {loaded.checkpoint.name} from {loaded.checkpoint.origin}",
-        *(_about(name, *x) for name, x in zip(("training", "evaluation"), parts, strict=True)),
+        *(_describe(name, *x) for name, x in zip(("training", "evaluation"), parts, strict=True)),
         f"device: {jax.device_count()} x {device.device_kind} ({device.platform})",
     )
 
 
-def _about(name: str, rows: Packed, fit: conversations.Fit) -> str:
+def _describe(name: str, rows: Packed, fit: conversations.Fit) -> str:
     texts = rows.texts
-    learned, total = int(texts.counts.sum()), len(texts.ids)
-    full = total / (len(rows.rows) * rows.length)
-    long: list[Any] = [f"{fit.cut} cut to {rows.length}"] if fit.cut else []
-    long += [f"{fit.left_out} left out, as nothing to learn remained"] if fit.left_out else []
-    return (
-        f"{name}: {len(texts.offsets) - 1} conversations, {total:,} tokens ({learned:,} to learn) "
-        f"in {len(rows.rows)} rows of {rows.length} ({full:.0%} full)"
-        + (f"; {', '.join(long)}" if long else "")
+    to_learn, total = int(texts.counts.sum()), len(texts.ids)
+    fraction = total / (len(rows.rows) * rows.length)
+    line = (
+        f"{name}: {len(texts.offsets) - 1} conversations, {total:,} tokens ({to_learn:,} to learn) "
+        f"in {len(rows.rows)} rows of {rows.length} ({fraction:.0%} full)"
     )
+    too_long = []
+    if fit.cut:
+        too_long.append(f"{fit.cut} cut to {rows.length}")
+    if fit.left_out:
+        too_long.append(f"{fit.left_out} left out, as nothing to learn remained")
+    return f"{line}; {', '.join(too_long)}" if too_long else line

@@ -1,4 +1,4 @@
-"""Several processes that are one run."""
+"""Agreement among several processes that are one run."""
 
 import jax
 import numpy as np
@@ -27,6 +27,6 @@ def is_first() -> bool:
 
 
 def barrier(name: str) -> None:
-    """Waits for the other processes, if there are any."""
+    """Waits until every process of the run has come here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)

@@ -1,4 +1,4 @@
-"""The optimiser that a config describes."""
+"""The optimizer that a config describes."""
 
 import math
 from collections.abc import Iterator
@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -13,6 +14,7 @@ import lora_jax as lora
 from lora_jax.training import durations
 
 PyTree = Any
+Scalar = float | jax.Array | np.ndarray
 DECAYS = ("linear", "cosine", "none")
 _WARMUP = "optimizer.warmup"
 
@@ -43,36 +45,37 @@ def list_problems(config: ConfigDict) -> Iterator[str]:
 
 
 class Settings(NamedTuple):
-    """What the optimiser does with a gradient: numbers, or JAX scalars where a sweep varies them.
+    """Settings of the optimizer: numbers, or JAX scalars where a sweep varies them.
 
     Attributes:
-      learning_rate: at its peak.
-      warmup_steps: steps of the linear rise to it; 0 for none.
-      total_steps: the step at which the decay has come to zero.
-      weight_decay: of AdamW; it is multiplied by the learning rate.
-      clip_norm: the largest global norm of a gradient; infinite for no limit.
+      learning_rate: learning rate at its peak.
+      warmup_steps: number of steps of the linear rise to the peak; 0 for none.
+      total_steps: step at which the decay has come to zero.
+      weight_decay: weight decay of AdamW; it is multiplied by the learning rate.
+      clip_norm: largest global norm of a gradient; infinite for no limit.
     """
 
-    learning_rate: Any
-    warmup_steps: Any
-    total_steps: Any
-    weight_decay: Any
-    clip_norm: Any
+    learning_rate: Scalar
+    warmup_steps: Scalar
+    total_steps: Scalar
+    weight_decay: Scalar
+    clip_norm: Scalar
 
 
 def settings(config: ConfigDict, total_steps: int, *, per_epoch: int | None = None) -> Settings:
-    """The settings that a config describes, for a run of ``total_steps``.
+    """Returns the settings that a config describes.
 
     Args:
-      config: the section ``optimizer``.
-      total_steps: of the run.
-      per_epoch: steps of an epoch, in which the warm-up may be given; the whole run by default.
+      config: section ``optimizer`` of a config.
+      total_steps: number of steps of the run.
+      per_epoch: number of steps of an epoch, which may measure the warm-up; by default that of the
+        whole run.
 
     Raises:
       ValueError: as :func:`check`; or the warm-up takes as long as the run.
     """
     check(config)
-    warmup = durations.steps(
+    warmup = durations.to_steps(
         config.warmup, per_epoch=per_epoch or total_steps, total=total_steps, number="fraction"
     )
     if warmup and warmup >= total_steps:
@@ -90,11 +93,11 @@ def settings(config: ConfigDict, total_steps: int, *, per_epoch: int | None = No
 
 
 def schedule(settings: Settings, decay: str) -> optax.Schedule:
-    """Linear warm-up, then the decay to zero at the last step; or no decay, for "none".
+    """Returns a linear warm-up, then the decay to zero at the last step; or none, for "none".
 
-    Cosine: ``(1 + cos πx) / 2`` of the peak (Loshchilov & Hutter 2017, eq. 5), where ``x`` is the
-    part of the decay that is over. Optax's own schedules want the number of steps as a Python
-    number, where a sweep has an array.
+    The cosine is ``(1 + cos πx) / 2`` of the peak (Loshchilov & Hutter 2017, eq. 5), where ``x`` is
+    the fraction of the decay that is over. Optax's own schedules take the number of steps as a
+    Python number, and a sweep has an array.
 
     >>> rate = schedule(Settings(0.5, 2, 6, 0.0, 1.0), "linear")
     >>> [float(rate(step)) for step in range(7)]
@@ -117,7 +120,7 @@ def schedule(settings: Settings, decay: str) -> optax.Schedule:
 
 
 def adamw(settings: Settings, adapter: PyTree, decay: str) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019) on the trainable leaves; the scales stay as they are."""
+    """Returns AdamW (Loshchilov & Hutter 2019) for the leaves of an adapter that are trained."""
     clip = optax.clip_by_global_norm(settings.clip_norm)
     rule = optax.adamw(schedule(settings, decay), weight_decay=settings.weight_decay)
     parts = {"trainable": optax.chain(clip, rule), "frozen": optax.set_to_zero()}
@@ -127,9 +130,9 @@ def adamw(settings: Settings, adapter: PyTree, decay: str) -> optax.GradientTran
 def make(
     config: ConfigDict, adapter: PyTree, total_steps: int, *, per_epoch: int | None = None
 ) -> optax.GradientTransformation:
-    """The optimiser of a config.
+    """Makes the optimizer of a config, for an adapter; arguments as in :func:`settings`.
 
     Raises:
-      ValueError: as :func:`settings`, which also gets the lengths.
+      ValueError: as :func:`settings`.
     """
     return adamw(settings(config, total_steps, per_epoch=per_epoch), adapter, config.decay)

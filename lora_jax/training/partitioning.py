@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
@@ -15,6 +14,7 @@ from ml_collections import ConfigDict
 
 from lora_jax import paths, sharding
 from lora_jax.training.mesh import Devices, PyTree
+from lora_jax.training.state import TrainState
 from lora_jax.training.task import Batch, Task
 
 PMAP = "devices"  # the name of a pmap's axis
@@ -23,8 +23,8 @@ PMAP = "devices"  # the name of a pmap's axis
 def place_task(devices: Devices, task: Task, config: ConfigDict) -> Task:
     """Returns the task with its base on the devices.
 
-    A base that was not loaded onto their mesh is put there, by no table of a family's. Among
-    several processes, each makes the rows of its own devices alone.
+    A base that was not loaded onto their mesh is put there, split without the table of a family.
+    Among several processes, each makes only the rows of its own devices.
     """
     return _place_base(devices, _select_local_rows(devices, task, config))
 
@@ -59,7 +59,7 @@ def copy_base(devices: Devices, task: Task) -> Task:
     return dataclasses.replace(task, base=stack(devices, task.base)) if devices.pmap else task
 
 
-def place_state(devices: Devices, state: Any, base: PyTree) -> Any:
+def place_state(devices: Devices, state: TrainState, base: PyTree) -> TrainState:
     """Puts a training state, with integers in place of its key, onto the devices."""
     if devices.mesh is None:
         return state
@@ -78,7 +78,7 @@ def place_adapter(devices: Devices, adapter: PyTree, base: PyTree) -> PyTree:
     return sharding.place(adapter, specs, devices.mesh)
 
 
-def state_specs(state: Any, base: PyTree) -> Any:
+def state_specs(state: TrainState, base: PyTree) -> TrainState:
     """Returns the specs of a training state whose adapter is for a base that lies on a mesh."""
     adapter_specs = sharding.adapter_specs(_specs(base), state.adapter)
     return sharding.state_specs(state, state.adapter, adapter_specs)
@@ -92,7 +92,7 @@ def stack(devices: Devices, tree: PyTree) -> PyTree:
     """Copies each array onto each device of a pmap, along a new first axis."""
     where = NamedSharding(Mesh(np.array(_list(devices)), (PMAP,)), PartitionSpec(PMAP))
 
-    def copy(x: Any) -> jax.Array:
+    def copy(x: jax.typing.ArrayLike) -> jax.Array:
         pieces = [jax.device_put(np.asarray(x)[None], device) for device in _list(devices)]
         shape = (len(pieces), *np.shape(x))
         return jax.make_array_from_single_device_arrays(shape, where, pieces)
@@ -144,7 +144,9 @@ def put_batch(devices: Devices, batch: Batch) -> PyTree:
     return {name: put(x) for name, x in batch.items() if name != "index"}
 
 
-def compile_train_step(devices: Devices, step: Callable, like: Any = None) -> Callable:
+def compile_train_step(
+    devices: Devices, step: Callable, like: TrainState | None = None
+) -> Callable:
     """Compiles ``(state, base, batch) -> (state, sums)`` for the devices; the state is donated.
 
     Args:

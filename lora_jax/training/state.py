@@ -1,4 +1,4 @@
-"""The state of a run: all that changes while it trains."""
+"""The training state of a run."""
 
 from typing import Any, NamedTuple
 
@@ -51,7 +51,7 @@ def initial_state(
     Raises:
       ValueError: the config and the model do not fit.
     """
-    plan = plan or durations.plan(config, task.steps_per_epoch)
+    plan = plan or durations.make_plan(config, task.steps_per_epoch)
     key = jax.random.key(config.seed)
     init_key, run_key = jax.random.split(key)
     if task.adapter is None:
@@ -66,16 +66,20 @@ def initial_state(
     adapter = jax.tree.map(widen, adapter)
     tx = optimizer.make(config.optimizer, adapter, plan.total, per_epoch=task.steps_per_epoch)
     state = TrainState(
-        jnp.int32(0), adapter, tx.init(adapter), jax.random.key_data(run_key), nan_guard.healthy()
+        jnp.int32(0),
+        adapter,
+        tx.init(adapter),
+        jax.random.key_data(run_key),
+        nan_guard.initial_health(),
     )
     return state._replace(key=jax.random.wrap_key_data(state.key)), tx
 
 
-def storable(state: TrainState) -> TrainState:
+def unwrap_key(state: TrainState) -> TrainState:
     """Returns the state with its PRNG key as plain integers."""
     return state._replace(key=jax.random.key_data(state.key))
 
 
-def usable(stored: TrainState) -> TrainState:
-    """Inverts :func:`storable`."""
+def wrap_key(stored: TrainState) -> TrainState:
+    """Inverts :func:`unwrap_key`."""
     return stored._replace(key=jax.random.wrap_key_data(stored.key))

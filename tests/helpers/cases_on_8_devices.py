@@ -29,7 +29,7 @@ from lora_jax.tasks import classification, language_modeling
 from lora_jax.training import partitioning
 from lora_jax.training.evaluation import evaluate, make_eval_step
 from lora_jax.training.mesh import find
-from lora_jax.training.state import initial_state, storable, usable
+from lora_jax.training.state import initial_state, unwrap_key, wrap_key
 from lora_jax.training.step import make_train_step, step_options
 from tests.helpers import tiny_encoder
 from tests.helpers.collectives import collectives
@@ -58,7 +58,7 @@ def train(c, *, scores=False):
     devices = find(c)
     task, settings = classification.make_task(c)
     state, tx = initial_state(task, c, settings)
-    state = usable(partitioning.place_state(devices, storable(state), task.base))
+    state = wrap_key(partitioning.place_state(devices, unwrap_key(state), task.base))
     about = {} if devices.pmap else layout(task, state)
     task, options = partitioning.copy_base(devices, task), step_options(c)
     step = make_train_step(task, tx, settings.dropout, options, devices=devices, like=state)

@@ -36,7 +36,7 @@ def run(log, *arguments):
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    told(train, "_resumed", "resuming")
+    told(train, "_resume", "resuming")
     told(loop, "evaluate", "evaluation")
     told(lora_jax, "save", "adapter")
     told(checkpointing, "save", "save")

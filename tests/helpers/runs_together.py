@@ -39,13 +39,13 @@ def base_config(root, **changes):
 
 def add_points(root, values, **changes):
     add_all = lambda add: [add(**v) for v in values]
-    return trials.points(base_config(root, **changes), add_all, recipes.GLUE)
+    return trials.make_trials(base_config(root, **changes), add_all, recipes.GLUE)
 
 
 def alone(task, config, steps):
     """Losses, each step's, of a run by itself, and its last state."""
     lora_config = from_config.lora_config(config)
-    base = task.base if task.base_of is None else task.base_of(config.seed)
+    base = task.base if task.redraw_base is None else task.redraw_base(config.seed)
     task = dataclasses.replace(task, base=base)
     state, tx = initial_state(task, config, lora_config)
     step = make_train_step(task, tx, lora_config.dropout)
@@ -58,11 +58,11 @@ def alone(task, config, steps):
 
 def together(task, configs, steps, program):
     """The same of several, so many at a time, or by a program that was made for such runs."""
-    members = [vmapped_step.member(task, c, from_config.lora_config(c)) for c in configs]
+    members = [vmapped_step.make_member(task, c, from_config.lora_config(c)) for c in configs]
     shapes = vmapped_step.common_shapes(members)
     if isinstance(program, int):
-        program = vmapped_step.program(
-            task, program, dropout=True, options=vmapped_step.options(configs[0])
+        program = vmapped_step.make_program(
+            task, program, has_dropout=True, options=vmapped_step.make_options(configs[0])
         )
     losses, states, count = [], [], program.count
     for first in range(0, len(members), count):

@@ -12,7 +12,7 @@ import numpy as np
 import lora_jax as lora
 from configs import common
 from lora_jax.training import metric_writer, metrics, train
-from lora_jax.training.state import initial_state, storable
+from lora_jax.training.state import initial_state, unwrap_key
 from lora_jax.training.task import Task
 
 LORA = lora.LoRAConfig(rank=2, alpha=4.0, targets=("dense",))
@@ -72,7 +72,7 @@ def outcome(workdir):
 
 def state():
     """The state at step 0, as it is stored."""
-    return storable(initial_state(task(), config(), LORA)[0])
+    return unwrap_key(initial_state(task(), config(), LORA)[0])
 
 
 def same(one, two):

@@ -98,7 +98,7 @@ def test_a_run_under_way(task, config, tmp_path):
             before = traces(tmp_path / "run", but="checkpoints")  # the run may be writing one
             seen.append(
                 (
-                    scored(config, evaluating.adapter_of(tmp_path / "run"), tmp_path / "run")[0],
+                    scored(config, evaluating.find_adapter(tmp_path / "run"), tmp_path / "run")[0],
                     best(tmp_path / "run"),
                 )
             )
@@ -112,10 +112,10 @@ def test_a_run_under_way(task, config, tmp_path):
 
 def test_there_is_no_adapter(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such directory.*--adapter=DIRECTORY"):
-        evaluating.adapter_of(tmp_path / "nowhere")
+        evaluating.find_adapter(tmp_path / "nowhere")
     (tmp_path / "run").mkdir()
     with pytest.raises(FileNotFoundError, match="no evaluation has been made there yet"):
-        evaluating.adapter_of(tmp_path / "run")
+        evaluating.find_adapter(tmp_path / "run")
 
 
 def test_a_head_of_other_labels_is_not_scored(finished, config):
@@ -126,4 +126,4 @@ def test_a_head_of_other_labels_is_not_scored(finished, config):
 
 
 def test_the_flag_is_there():
-    assert flags.FLAGS["eval_only"].default is False and callable(finetuning.eval_only)
+    assert flags.FLAGS["eval_only"].default is False and callable(finetuning.is_eval_only)

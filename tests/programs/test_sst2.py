@@ -133,7 +133,7 @@ def test_export_is_the_merged_model(finished, tmp_path):
     ids = jnp.array([tokenizer.encode("the film was great").ids])
     logits = np.asarray(loaded.model.apply(loaded.params, ids, jnp.ones_like(ids)), np.float64)
     model = classifier.load(workdir / "adapter")
-    want = classifier.outputs(model, ["the film was great"])
+    want = classifier.predict(model, ["the film was great"])
     np.testing.assert_allclose(np.exp(logits) / np.exp(logits).sum(), want, atol=1e-5)
     again = run("export", f"--adapter={workdir}/adapter", f"--out={out}", "--merged")
     assert again.returncode == 2 and "not an empty directory" in again.stderr

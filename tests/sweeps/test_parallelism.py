@@ -63,10 +63,14 @@ def test_a_sweep_goes_on_when_memory_runs_out(found, tmp_path, monkeypatch):
 
     monkeypatch.setattr(vmapped_step, "call", limited)
     sweep = scheduler.Sweep(
-        points=found, mine=found, recipe=recipes.GLUE, workdir=tmp_path / "sweep", parallel=4
+        trials=found,
+        local_trials=found,
+        recipe=recipes.GLUE,
+        workdir=tmp_path / "sweep",
+        parallel=4,
     )
     compiled = scheduler.run(sweep, found[0].config)
     assert steps == {"full": 4, "fits": 4 * 4}  # four, then two at a time; then each its four steps
     assert compiled["train"] == 2  # two at a time was refused before it was compiled
-    results = [sweep_dirs.result(tmp_path / "sweep", p) for p in found]
+    results = [sweep_dirs.read_result(tmp_path / "sweep", p) for p in found]
     assert [(r["status"], r["steps"]) for r in results] == [("finished", 4)] * 4

@@ -38,9 +38,9 @@ def swept(base, tmp_path_factory):
         for rank, rate in zip((2, 4, 2), RATES, strict=True):
             add(**{"lora.rank": rank, "optimizer.learning_rate": rate})
 
-    points = trials.points(base, sweep, recipes.INSTRUCT)
+    points = trials.make_trials(base, sweep, recipes.INSTRUCT)
     asked = scheduler.Sweep(
-        points=points, mine=points, recipe=recipes.INSTRUCT, workdir=workdir, parallel=3
+        trials=points, local_trials=points, recipe=recipes.INSTRUCT, workdir=workdir, parallel=3
     )
     compiled = scheduler.run(asked, base)
     assert sum(compiled.values()) == 2  # one step and one evaluation for all
@@ -68,6 +68,6 @@ def test_the_lowest_loss_is_the_best(swept):
     header, lines = results.table(found)
     column = header.index("learning rate")
     assert [float(line[column]) for line in lines] == order
-    assert f"Best validation loss {losses[order[0]]:.4f}" in report.summary(found)
+    assert f"Best validation loss {losses[order[0]]:.4f}" in report.summarize(found)
     folder = report.write(workdir, found)
     assert (folder / "report.html").stat().st_size > 10_000

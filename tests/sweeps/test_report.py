@@ -28,7 +28,7 @@ def workdir(tmp_path):
     """Ranks 1, 4, 16 by two seeds; the last one diverged; alpha 16, or as the rank, or twice."""
     base = quickstart_sweep.get_config()
     sweep_dirs.claim(tmp_path, base, 0)
-    for point in trials.points(base, lambda add: [add(**v) for v in grid()], recipes.GLUE):
+    for point in trials.make_trials(base, lambda add: [add(**v) for v in grid()], recipes.GLUE):
         config, folder = point.config, sweep_dirs.run_dir(tmp_path, point)
         workdirs.claim(folder, config)
         rank, seed = config.lora.rank, config.seed
@@ -54,7 +54,7 @@ def grid():
 
 def test_the_table_has_means_and_spreads(workdir):
     found = results.load(workdir)
-    assert found.swept == ["lora.rank", "lora.alpha", "seed"] and found.unfinished == 0
+    assert found.varied == ["lora.rank", "lora.alpha", "seed"] and found.unfinished == 0
     header, lines = results.table(found)
     assert header[:4] == ["rank", "alpha", "runs", "validation accuracy"]
     mean, spread = np.mean([0.81, 0.91]), np.std([0.81, 0.91], ddof=1)
@@ -62,11 +62,11 @@ def test_the_table_has_means_and_spreads(workdir):
     by_run = {tuple(line[:2]): line[2:4] for line in lines}
     assert by_run["16", "32"] == ["1, 1 diverged", "0.6000"]  # a diverged run has no accuracy
     assert len(lines) == 3 * 3 - 1  # rank 16 has alpha 16 by two rules
-    assert results.as_markdown(found).count("\n") == 2 + len(lines)
+    assert results.to_markdown(found).count("\n") == 2 + len(lines)
 
 
 def test_the_csv_has_every_run(workdir):
-    rows = list(csv.DictReader(io.StringIO(results.as_csv(results.load(workdir)))))
+    rows = list(csv.DictReader(io.StringIO(results.to_csv(results.load(workdir)))))
     assert len(rows) == 16
     (row,) = [r for r in rows if (r["lora.rank"], r["lora.alpha"], r["seed"]) == ("4", "8.0", "1")]
     assert row["best_accuracy"] == "0.9" and row["status"] == "finished"
@@ -117,8 +117,8 @@ def test_a_single_run_has_a_report(workdir):
         if path != keep:
             (path / "result.json").unlink()
     found = results.load(workdir)
-    assert found.swept == [] and found.unfinished == 15
-    assert [p.name for p in plots.all_of(found)] == ["curves"]
+    assert found.varied == [] and found.unfinished == 15
+    assert [p.name for p in plots.draw_all(found)] == ["curves"]
     (keep / "result.json").unlink()
     with pytest.raises(ValueError, match="is finished yet"):
         results.load(workdir)

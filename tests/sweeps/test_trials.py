@@ -13,7 +13,7 @@ BASE = quickstart_sweep.get_config()
 
 
 def made(*values, base=BASE):
-    return trials.points(base, lambda add: [add(**v) for v in values], recipes.GLUE)
+    return trials.make_trials(base, lambda add: [add(**v) for v in values], recipes.GLUE)
 
 
 def test_a_point_is_the_base_with_some_fields_set():
@@ -21,7 +21,7 @@ def test_a_point_is_the_base_with_some_fields_set():
     assert (one.config.lora.rank, one.config.seed, one.config.lora.alpha) == (3, 7, 16.0)
     assert (other.config.lora.rank, other.config.lora.alpha) == (8, 4.0)
     assert one.id != other.id and BASE.lora.rank == 8
-    assert trials.swept([one.config, other.config]) == ["lora.rank", "lora.alpha", "seed"]
+    assert trials.varied_fields([one.config, other.config]) == ["lora.rank", "lora.alpha", "seed"]
 
 
 def test_the_id_is_that_of_the_whole_config():
@@ -38,14 +38,14 @@ def test_the_id_is_that_of_the_whole_config():
     [(quickstart_sweep, 12), (sst2_rank_sweep, (4 * 3 + 2 + 2) * 3), (sst2_alpha_lr_sweep, 75)],
 )
 def test_sweeps_of_this_project(config, runs):
-    found = trials.points(config.get_config(), config.sweep, recipes.GLUE)
+    found = trials.make_trials(config.get_config(), config.sweep, recipes.GLUE)
     assert len(found) == len({p.id for p in found}) == runs
-    assert len(trials.groups(found)) == 1
+    assert len(trials.group(found)) == 1
 
 
 def test_the_small_rank_sweep():
-    found = trials.points(sst2_rank_sweep.get_config(), sst2_rank_sweep.sweep, recipes.GLUE)
-    small = trials.only(found, ["lora.rank=1,4,16", "lora.alpha=2,8,16,32", "seed=0,1"])
+    found = trials.make_trials(sst2_rank_sweep.get_config(), sst2_rank_sweep.sweep, recipes.GLUE)
+    small = trials.select(found, ["lora.rank=1,4,16", "lora.alpha=2,8,16,32", "seed=0,1"])
     pairs = {(p.config.lora.rank, p.config.lora.alpha) for p in small}
     assert pairs == {(1, 2), (1, 16), (4, 8), (4, 16), (16, 16), (16, 32)} and len(small) == 12
 
@@ -84,13 +84,13 @@ def test_no_runs_and_no_sweep(tmp_path):
 def test_groups_share_base_data_and_shapes():
     axes = {"lora.rank": (1, 2), "batch_size": (8, 16), "seed": range(2), "lora.dropout": (0, 0.1)}
     found = made(*common.product(axes))
-    groups = trials.groups(found)
+    groups = trials.group(found)
     assert [len(g) for g in groups] == [8, 8]
     assert {len({p.config.batch_size for p in g}) for g in groups} == {1}
     for field, value in [("data.seed", 1), ("model.dtype", "bfloat16"), ("lora.train", ())]:
-        assert len(trials.groups(made({}, {field: value}))) == 2
+        assert len(trials.group(made({}, {field: value}))) == 2
     patterns = made({}, {"lora.rank_pattern": {"query": 3}}, {"lora.rank_stabilized": True})
-    assert len(patterns) == 3 and len(trials.groups(patterns)) == 1
+    assert len(patterns) == 3 and len(trials.group(patterns)) == 1
 
 
 def test_shards_share_the_runs():
@@ -117,7 +117,7 @@ def test_shards_share_the_runs():
 )
 def test_filters_that_can_not_be_meant(text, says):
     with pytest.raises(ValueError, match=says):
-        trials.only(made({"seed": 0}, {"seed": 1}), [text])
+        trials.select(made({"seed": 0}, {"seed": 1}), [text])
 
 
 def test_a_directory_is_for_one_sweep(tmp_path):
@@ -141,11 +141,11 @@ def test_a_directory_is_for_one_sweep(tmp_path):
 
 def test_two_processes_do_not_do_the_same_runs(tmp_path):
     again = pytest.raises(ValueError, match="Another process")
-    with sweep_dirs.locked(tmp_path, "1/2"), again, sweep_dirs.locked(tmp_path, "1/2"):
+    with sweep_dirs.lock(tmp_path, "1/2"), again, sweep_dirs.lock(tmp_path, "1/2"):
         pass
-    with sweep_dirs.locked(tmp_path, "1/2"), sweep_dirs.locked(tmp_path, "2/2"):
+    with sweep_dirs.lock(tmp_path, "1/2"), sweep_dirs.lock(tmp_path, "2/2"):
         pass
-    with sweep_dirs.locked(tmp_path, "1/2"):
+    with sweep_dirs.lock(tmp_path, "1/2"):
         pass
 
 
@@ -153,7 +153,9 @@ def test_two_processes_do_not_do_the_same_runs(tmp_path):
 def test_rungs(halving, runs):
     """One run is left at the end, and each rung comes later than the one before."""
     found = made(*common.product({"seed": range(runs)}))
-    sweep = scheduler.Sweep(points=found, mine=[], recipe=None, workdir=None, halving=halving)
+    sweep = scheduler.Sweep(
+        trials=found, local_trials=[], recipe=None, workdir=None, halving=halving
+    )
     rungs = scheduler.rung_count(sweep)
     left = [runs, *(scheduler.survivors(runs, halving, r) for r in range(1, rungs + 1))]
     assert left[-1] == 1 and all(b < a <= b * halving for a, b in itertools.pairwise(left))

@@ -74,14 +74,14 @@ def test_a_nan_run_is_frozen_and_disturbs_nobody(root):
     configs = [p.config for p in found]
     _, early, _, program = runs_together.together(task, configs, 8, 3)
     losses, states, *_ = runs_together.together(task, configs, 20, program)
-    assert not np.isfinite(losses[1]).all() and not states[1].alive
+    assert not np.isfinite(losses[1]).all() and not states[1].is_alive
     assert int(states[1].state.step) < 8
     for x, y in zip(jax.tree.leaves(early[1]), jax.tree.leaves(states[1]), strict=True):
         np.testing.assert_array_equal(x, y)
     good = [configs[0], configs[0].copy_and_resolve_references(), configs[2]]
     good[1].unlock().lora.rank = 4  # the same shapes, so that the same program serves
     without, *_ = runs_together.together(task, good, 20, program)
-    assert states[0].alive and states[2].alive
+    assert states[0].is_alive and states[2].is_alive
     np.testing.assert_array_equal(losses[0], without[0])
     np.testing.assert_array_equal(losses[2], without[2])
 
@@ -91,7 +91,7 @@ def test_an_untrained_fresh_head_is_each_runs_own(root):
     found = runs_together.add_points(root, [{"seed": 0}, {"seed": 1}], lora__train=())
     task, _ = classification.make_task(found[0].config)
     losses, _, members, _ = runs_together.together(task, [p.config for p in found], 5, 2)
-    assert sorted(members[1].own) == ["params/classifier/bias", "params/classifier/kernel"]
+    assert sorted(members[1].own_leaves) == ["params/classifier/bias", "params/classifier/kernel"]
     for point, loss in zip(found, losses, strict=True):
         np.testing.assert_allclose(loss, runs_together.alone(task, point.config, 5)[0], rtol=1e-5)
     single, _ = classification.make_task(found[1].config)
@@ -120,15 +120,15 @@ def test_what_no_run_changes_is_computed_once():
     )  # fmt: skip
     config = sst2_minilm.get_config().unlock()
     config.lora.targets, config.lora.train, config.lora.rank = ("last",), (), 2
-    member = vmapped_step.member(task, config, from_config.lora_config(config))
+    member = vmapped_step.make_member(task, config, from_config.lora_config(config))
 
     @functools.cache
     def flops(count):
-        program = vmapped_step.program(
-            task, count, dropout=True, options=vmapped_step.options(config)
+        program = vmapped_step.make_program(
+            task, count, has_dropout=True, options=vmapped_step.make_options(config)
         )
         stacked = vmapped_step.place(program, vmapped_step.stack([member] * count, count))
-        step = vmapped_step.compiled(program, "train", stacked, task.base, batch)
+        step = vmapped_step.compile_step(program, "train", stacked, task.base, batch)
         return step.cost_analysis()["flops"]
 
     layers = 4 * 2 * 32 * 64 * 64

@@ -263,7 +263,7 @@ def config_of(inputs, task, kind, **changes):
     fields = FIELDS | TARGETS[kind] | {k.replace("__", "."): v for k, v in changes.items()}
     fields |= {"model.name": str(inputs / kind), "data.source": str(inputs / "glue")}
     config.update_from_flattened_dict(fields)
-    config = glue_config.resolved(config.lock())
+    config = glue_config.resolve(config.lock())
     glue_config.check(config)
     return config
 
@@ -301,7 +301,7 @@ def test_a_run_reports_the_scores_of_its_task(task, inputs, tmp_path):
     texts = both.sentences
     if both.pairs is not None:
         texts = [f"{a}\t{b}" for a, b in zip(texts, both.pairs, strict=True)]
-    found = classifier.outputs(model, list(texts))
+    found = classifier.predict(model, list(texts))
     assert (model.pairs, len(model.labels)) == (both.pairs is not None, found.shape[1])
     line = next(x for x in lines if x["step"] == best.best_step)
     if task == "stsb":
@@ -336,7 +336,7 @@ def test_an_adapter_for_other_labels_goes_on_with_a_fresh_head(inputs, tmp_path)
     trained(mnli, tmp_path / "mnli")
     config = config_of(inputs, "rte", "roberta", adapter=str(tmp_path / "mnli" / "adapter"))
     loaded = checkpoints.load(inputs / "roberta", head="classifier", num_labels=2)
-    initial = adapter_files.start(config.adapter, loaded)
+    initial = adapter_files.read_initial(config.adapter, loaded)
     start = initial.adapter
     assert "that of the adapter has 3 labels" in initial.fresh_head and initial.config.rank == 2
     head = start["params"]["classifier"]["out_proj"]["kernel"]
@@ -362,8 +362,8 @@ def test_a_lone_sentence_is_no_pair(inputs):
         buckets=(16,),
         pairs=True,
     )
-    with pytest.raises(ValueError, match="parted by one tab; 'good' is none"):
-        classifier.outputs(model, ["good\tbad", "good"])
+    with pytest.raises(ValueError, match="separated by one tab; 'good' is none"):
+        classifier.predict(model, ["good\tbad", "good"])
 
 
 # --- Programs
@@ -413,7 +413,7 @@ def test_an_unknown_task_is_one_line(inputs, tmp_path):
 
 def test_the_papers_recipes():
     for task in roberta_base_glue.RECIPES:
-        config = glue_config.resolved(roberta_base_glue.get_config(task))
+        config = glue_config.resolve(roberta_base_glue.get_config(task))
         glue_config.check(config)
         assert config.data.source == f"tfds:glue/{task}"
         assert config.model.labels == TASKS[task].labels
@@ -428,8 +428,8 @@ def test_labels_must_be_the_tasks(inputs):
     config.model.name = str(inputs / "bert")
     config.update_from_flattened_dict({"model.labels": ("a", "b"), "model.num_labels": 2})
     with pytest.raises(ValueError, match="'mnli' has 3"):
-        glue_config.check(glue_config.resolved(config))
-    config = glue_config.resolved(glue_minilm.get_config("stsb").unlock())
+        glue_config.check(glue_config.resolve(config))
+    config = glue_config.resolve(glue_minilm.get_config("stsb").unlock())
     assert config.model.labels == ("similarity",) and config.model.num_labels == 1
 
 
@@ -444,10 +444,10 @@ def test_labels_must_be_the_tasks(inputs):
 def test_what_is_adapted_by_default_is_the_familys(kind, targets, train, inputs):
     config = common.glue_config("rte")
     config.model.name = str(inputs / kind)
-    found = glue_config.resolved(config)
+    found = glue_config.resolve(config)
     assert (found.lora.targets, found.lora.train) == (targets, train)
     config.lora.targets = ("default", "word_embeddings")
-    assert glue_config.resolved(config).lora.targets == (*targets, "word_embeddings")
+    assert glue_config.resolve(config).lora.targets == (*targets, "word_embeddings")
     assert config.lora.train == ("default",)  # the config itself is unchanged
 
 
@@ -483,5 +483,5 @@ def test_a_sweep_goes_by_the_score_of_its_task(inputs, tmp_path):
         assert result["score"] == "pearson" and result["best_pearson"] == best
     best = max(result["best_pearson"] for result in found)
     assert f"best validation pearson {best:.4f}" in done.stdout
-    page = results.as_csv(results.load(workdir))
+    page = results.to_csv(results.load(workdir))
     assert "best_pearson" in page.splitlines()[0]

@@ -134,7 +134,7 @@ def test_which_tokens_end_a_text(tmp_path):
 def test_sampling_follows_the_seed(tmp_path):
     loaded = loaded_model(tmp_path)
     decode = {"max_new_tokens": 5, "sample": True, "batch_size": 2, "buckets": (), "seed": 0}
-    settings = generation.decoding(ConfigDict({"decode": decode}), (2,))
+    settings = generation.make_decoding(ConfigDict({"decode": decode}), (2,))
     assert settings == Decoding(max_new_tokens=5, sample=True, stop=(2,), pad_id=2)
     run = lambda seed: generation.write(
         loaded, loaded.params, [[5], [6], [5]], decoding=settings, batch_size=2, seed=seed

@@ -43,19 +43,19 @@ def test_doctests():
 
 
 def test_words_are_the_tokens_of_the_labels_with_their_end(loaded):
-    words = text_to_text.words(LABELS, tokenizer(loaded), loaded.model.config)
+    words = text_to_text.encode_labels(LABELS, tokenizer(loaded), loaded.model.config)
     token = tokenizer(loaded).token_to_id
     negative = [token("▁negat"), token("ive"), 1]
     assert words.tokens.tolist() == [negative, [token("▁positive"), 1, 0]]
     assert words.inputs.tolist() == [[0, *negative[:2]], [0, token("▁positive"), 1]]
     assert words.mask.tolist() == [[1, 1, 1], [1, 1, 0]]
     with pytest.raises(ValueError, match="model.labels.*'yes', 'no'.*tells apart"):
-        text_to_text.words(("yes", "no"), tokenizer(loaded), loaded.model.config)
+        text_to_text.encode_labels(("yes", "no"), tokenizer(loaded), loaded.model.config)
 
 
 def test_scores_are_log_likelihoods_of_the_words(loaded):
     """Token by token, each word alone, in numpy."""
-    words = text_to_text.words(LABELS, tokenizer(loaded), loaded.model.config)
+    words = text_to_text.encode_labels(LABELS, tokenizer(loaded), loaded.model.config)
     inputs = batch(loaded)
     run = jax.jit(lambda params, b: text_to_text.apply(loaded.model, words, params, b, None))
     scores = run(loaded.params, inputs)
@@ -79,9 +79,9 @@ def test_a_regression_is_refused_and_a_pair_is_asked_about(loaded):
     with pytest.raises(
         ValueError, match="'stsb' is a regression.*choose a model with a classifier"
     ):
-        classification.scoring(loaded, ("similarity",), tokenizer(loaded), task=TASKS["stsb"])
-    ways = classification.scoring(loaded, LABELS, tokenizer(loaded), task=TASKS["qnli"])
-    asked = ways.prompts(Examples(("Who?",), None, ("A man.",)))
+        classification.make_scorer(loaded, ("similarity",), tokenizer(loaded), task=TASKS["stsb"])
+    scorer = classification.make_scorer(loaded, LABELS, tokenizer(loaded), task=TASKS["qnli"])
+    asked = scorer.to_prompts(Examples(("Who?",), None, ("A man.",)))
     assert asked.sentences == ("qnli question: Who? sentence: A man.",) and asked.pairs is None
 
 
@@ -114,7 +114,7 @@ def test_training_predicting_and_exporting(inputs, tmp_path):
     sentences = ["the film was great", "the film was awful"]
     done = run("predict", f"--adapter={adapter}", *sentences)
     assert [x.split()[0] for x in done.stdout.splitlines()] == ["positive", "negative"], done.stderr
-    expected = classifier.outputs(classifier.load(adapter), sentences)
+    expected = classifier.predict(classifier.load(adapter), sentences)
     np.testing.assert_allclose(expected.sum(-1), 1, rtol=1e-6)
 
     done = run("export", f"--adapter={adapter}", f"--out={tmp_path / 'peft'}", "--peft")
@@ -123,10 +123,10 @@ def test_training_predicting_and_exporting(inputs, tmp_path):
     assert about["task_type"] == "SEQ_2_SEQ_LM" and about["target_modules"] == sorted(kernels)
     again = classifier.load(tmp_path / "peft")
     assert again.labels == LABELS and "the words of SST-2" in again.notes[1]
-    np.testing.assert_allclose(classifier.outputs(again, sentences), expected, atol=1e-6)
+    np.testing.assert_allclose(classifier.predict(again, sentences), expected, atol=1e-6)
 
     done = run("export", f"--adapter={adapter}", f"--out={tmp_path / 'merged'}", "--merged")
     assert done.returncode == 0 and "AutoModelForSeq2SeqLM" in done.stdout, done.stderr
     merged = classification.load_model(tmp_path / "merged")
     plain = dataclasses.replace(again, loaded=merged, adapter={})
-    np.testing.assert_allclose(classifier.outputs(plain, sentences), expected, atol=1e-6)
+    np.testing.assert_allclose(classifier.predict(plain, sentences), expected, atol=1e-6)

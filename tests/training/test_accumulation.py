@@ -16,7 +16,7 @@ from configs import common
 from lora_jax.data import texts
 from lora_jax.models import gpt2
 from lora_jax.sweeps import parallelism, trial_loop, vmapped_step
-from lora_jax.sweeps.trials import Point
+from lora_jax.sweeps.trials import Trial
 from lora_jax.tasks import classification, from_config, language_modeling
 from lora_jax.training import gradients, metrics, optimizer, training_config
 from lora_jax.training.state import initial_state
@@ -117,7 +117,7 @@ def test_in_float64_it_is_the_large_batchs_gradient(make, parts):
     with jax.enable_x64(True):
         task, _, state, _ = started(make())
         fn, batch = sums_of(task, task.base), task.train_batch(0)
-        gradient = jax.jit(lambda a, b: gradients.accumulated(fn, a, b, state.key, parts=parts))
+        gradient = jax.jit(lambda a, b: gradients.accumulate(fn, a, b, state.key, parts=parts))
         found, sums = gradient(state.adapter, batch)
         mean = lambda a: (lambda s: s[0] / s[-1])(fn(a, batch, None))
         want = jax.jit(jax.grad(mean))(state.adapter)
@@ -238,7 +238,7 @@ def test_bfloat16_gradients_are_added_up_in_float32_and_clipped_once():
     total = sum(float(sums_of_part(part)[-1]) for part in parts)
     each = [trainable(one(state.adapter, part)) for part in parts]
     want = [sum(np.asarray(x, np.float64) for x in xs) / total for xs in zip(*each, strict=True)]
-    accumulated = functools.partial(gradients.accumulated, fn, parts=PARTS)
+    accumulated = functools.partial(gradients.accumulate, fn, parts=PARTS)
     found, sums = jax.jit(accumulated)(state.adapter, batch, state.key)
     assert float(sums[-1]) == total
     for x, y in zip(trainable(found), want, strict=True):
@@ -284,7 +284,7 @@ def test_dropout_differs_from_part_to_part():
         apply = lora.lift(task.apply, dropout=0.5, dropout_key=branch_key)
         return task.metrics(apply(lora.bind(base, adapter), part, model_key), part)
 
-    gradients.accumulated(fn, state.adapter, batch, state.key, parts=2)
+    gradients.accumulate(fn, state.adapter, batch, state.key, parts=2)
     jax.effects_barrier()
     assert len(set(seen)) == 2
 
@@ -312,20 +312,20 @@ def test_in_a_sweep_a_run_accumulates_as_it_does_alone(tmp_path):
     found = runs_together.add_points(root, values, **changes)
 
     task, _ = classification.make_task(found[0].config)
-    opts = vmapped_step.options(found[0].config)
+    opts = vmapped_step.make_options(found[0].config)
     group = trial_loop.Group(
-        task=task, plan=None, member=None, shapes=None, dropout=True, options=opts
+        task=task, plan=None, make_member=None, shapes=None, has_dropout=True, options=opts
     )
     assert opts == group.options == ("cosine", 4)
-    program = vmapped_step.program(task, 2, dropout=True, options=opts)
+    program = vmapped_step.make_program(task, 2, has_dropout=True, options=opts)
     losses, *_ = runs_together.together(task, [p.config for p in found], 8, program)
     for point, loss in zip(found, losses, strict=True):
         state, tx = initial_state(
-            dataclasses.replace(task, base=task.base_of(point.config.seed)), point.config,
+            dataclasses.replace(task, base=task.redraw_base(point.config.seed)), point.config,
             from_config.lora_config(point.config),
         )  # fmt: skip
         step = make_train_step(task, tx, 0.0, step_options(point.config))
-        base, want = task.base_of(point.config.seed), []
+        base, want = task.redraw_base(point.config.seed), []
         for k in range(8):
             state, (sums, _) = step(state, base, task.train_batch(k))
             want.append(float(sums[0]) / float(sums[-1]))
@@ -336,6 +336,6 @@ def test_the_key_of_a_program_tells_them_apart():
 
     keys = set()
     for changes in ({}, {"accumulate": 2}, {"optimizer__decay": "none"}, {"model__remat": "full"}):
-        keys.add(parallelism.key(Point("", {}, config(("query",), (), **changes))))
+        keys.add(parallelism.program_key(Trial("", {}, config(("query",), (), **changes))))
     assert len(keys) == 4
     assert optimizer.DECAYS == ("linear", "cosine", "none")

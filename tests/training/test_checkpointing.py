@@ -217,7 +217,7 @@ def test_all_are_damaged(stopped):
 def test_a_checkpoint_of_another_state_is_no_damage(stopped):
     with checkpointing.manager(stopped / "checkpoints") as checkpoints:
         other = {"x": np.zeros(3, np.float32)}
-        with pytest.raises(checkpointing.OtherState, match="step 10 .*other shapes or dtypes"):
+        with pytest.raises(checkpointing.StateMismatch, match="step 10 .*other shapes or dtypes"):
             checkpointing.restore(checkpoints, other)
     assert steps(stopped) == [8, 10]
 
@@ -236,7 +236,7 @@ def test_a_newer_version_s_checkpoint_is_refused(stopped, tmp_path):
     with checkpointing.manager(stopped / "checkpoints") as checkpoints:
         state, progress = checkpointing.restore(checkpoints, tiny_task.state())
         checkpointing.save(checkpoints, 11, state, progress | {"future": 1})
-    with pytest.raises(ValueError, match="notes future, which this version does not know"):
+    with pytest.raises(ValueError, match="holds future, which this version does not know"):
         tiny_task.run(stopped)
 
 

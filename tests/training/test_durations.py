@@ -38,10 +38,10 @@ STEPS = {
 @pytest.mark.parametrize("value, want", STEPS.items())
 def test_steps(value, want):
     if want is not None:
-        assert durations.steps(value, per_epoch=30, total=200) == want
+        assert durations.to_steps(value, per_epoch=30, total=200) == want
         return
     with pytest.raises(ValueError, match='whole number of steps.*"1.5 epochs" or "6%"; got'):
-        durations.steps(value, per_epoch=30, total=200)
+        durations.to_steps(value, per_epoch=30, total=200)
 
 
 def test_a_truth_value_is_no_duration():
@@ -57,21 +57,21 @@ def test_a_truth_value_is_no_duration():
 )  # fmt: skip
 def test_fractions(value, want):
     if want is not None:
-        assert durations.steps(value, per_epoch=30, total=200, number="fraction") == want
+        assert durations.to_steps(value, per_epoch=30, total=200, number="fraction") == want
         return
     with pytest.raises(ValueError, match=r"a number in \[0, 1\).*100 steps.*; got"):
-        durations.steps(value, per_epoch=30, total=200, number="fraction")
+        durations.to_steps(value, per_epoch=30, total=200, number="fraction")
 
 
 def test_the_length_of_a_run_can_not_be_a_part_of_it():
     with pytest.raises(ValueError, match="'6%' is a part of the run, whose length"):
-        durations.steps("6%", per_epoch=30)
+        durations.to_steps("6%", per_epoch=30)
     c = common.base_config()
     c.steps = "50%"
     with pytest.raises(ValueError, match="steps '50%' is a part of the run"):
         training_config.check(c)
     with pytest.raises(ValueError, match="^steps '50%' is a part"):
-        durations.plan(c, 10)
+        durations.make_plan(c, 10)
 
 
 def test_all_wrong_fields_are_in_one_message():
@@ -99,13 +99,13 @@ def test_all_wrong_fields_are_in_one_message():
 )
 def test_plans(fields, want):
     c = encoder_runs.changed(common.base_config(), **fields)
-    plan = durations.plan(c, 30)
+    plan = durations.make_plan(c, 30)
     assert plan == want
-    evaluations = [k for k in range(1, plan.total + 1) if durations.evaluates(plan, k)]
+    evaluations = [k for k in range(1, plan.total + 1) if durations.is_evaluation_due(plan, k)]
     assert evaluations[-1] == plan.total
     assert evaluations[:-1] == list(range(plan.eval_every, plan.total, plan.eval_every))
     every = plan.checkpoint_every or plan.total
-    saves = {k for k in range(1, plan.total + 1) if durations.saves(plan, k)}
+    saves = {k for k in range(1, plan.total + 1) if durations.is_checkpoint_due(plan, k)}
     assert saves == {*evaluations, *range(every, plan.total + 1, every)}
 
 
@@ -190,7 +190,7 @@ def test_the_fields_take_numbers_and_texts(config):
         c.optimizer.warmup = c.eval_every = value
         copied = c.copy_and_resolve_references()
         assert copied.optimizer.warmup == copied.eval_every == value
-        assert workdirs.plain(c)["eval_every"] == value
+        assert workdirs.to_json_types(c)["eval_every"] == value
     with pytest.raises(TypeError):
         c.epochs = "3 epochs"
     glue_config.check(encoder_runs.changed(config, optimizer__warmup="2 steps", eval_every="50%"))
@@ -219,9 +219,13 @@ def test_a_run_of_a_sweep_pauses_as_it_does_alone(config, tmp_path):
         config, steps=13, eval_every="0.5 epochs", checkpoint_every=5, log_every=50
     )
     values = [{"lora.rank": 1, "optimizer.warmup": "2 steps"}, {"lora.rank": 2, "seed": 1}]
-    found = trials.points(base, lambda add: [add(**v) for v in values], recipes.GLUE)
+    found = trials.make_trials(base, lambda add: [add(**v) for v in values], recipes.GLUE)
     sweep = scheduler.Sweep(
-        points=found, mine=found, recipe=recipes.GLUE, workdir=tmp_path / "sweep", parallel=2
+        trials=found,
+        local_trials=found,
+        recipe=recipes.GLUE,
+        workdir=tmp_path / "sweep",
+        parallel=2,
     )
     scheduler.run(sweep, base)
     for point in found:
@@ -238,7 +242,7 @@ def test_a_run_of_a_sweep_pauses_as_it_does_alone(config, tmp_path):
         ]
         assert [step for step, _ in logged[0]] == [4, 8, 12, 13]
         np.testing.assert_allclose(*logged, rtol=1e-4)
-        assert sweep_dirs.result(tmp_path / "sweep", point)["steps"] == 13
+        assert sweep_dirs.read_result(tmp_path / "sweep", point)["steps"] == 13
 
 
 def test_the_sweep_refuses_what_only_a_run_alone_can_do():
@@ -249,11 +253,11 @@ def test_the_sweep_refuses_what_only_a_run_alone_can_do():
         {"early_stopping.patience": 2}, {"guard.action": "skip"}, {"guard.spike": 4.0, "seed": 1},
     ]  # fmt: skip
     with pytest.raises(ValueError) as error:
-        trials.points(base, lambda add: [add(**v) for v in values], recipes.GLUE)
+        trials.make_trials(base, lambda add: [add(**v) for v in values], recipes.GLUE)
     assert "3 of the sweep's 3 runs are wrong" in str(error.value)
     assert "early_stopping.patience is 2" in str(error.value)
     assert str(error.value).count("leave guard.action at stop") == 2
     good = [{"optimizer.warmup": x, "optimizer.decay": d}
             for x in (0.1, "5 steps") for d in optimizer.DECAYS]  # fmt: skip
-    found = trials.points(base, lambda add: [add(**v) for v in good], recipes.GLUE)
-    assert len(trials.groups(found)) == 3  # the warm-up is a number of a run, the decay is not
+    found = trials.make_trials(base, lambda add: [add(**v) for v in good], recipes.GLUE)
+    assert len(trials.group(found)) == 3  # the warm-up is a number of a run, the decay is not

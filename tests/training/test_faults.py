@@ -48,7 +48,7 @@ HOLDS = """
 import sys, time
 from pathlib import Path
 from lora_jax.training import workdirs
-with workdirs.locked(Path(sys.argv[1])):
+with workdirs.lock(Path(sys.argv[1])):
     print("locked", flush=True)
     time.sleep(1000)
 """
@@ -82,7 +82,7 @@ def test_a_lock_is_no_way_out(tmp_path):
     (tmp_path / "target").write_text("mine")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").symlink_to(tmp_path / "target")
-    with pytest.raises(OSError, match="can't be written"), workdirs.locked(tmp_path / "run"):
+    with pytest.raises(OSError, match="can't be written"), workdirs.lock(tmp_path / "run"):
         pass
     assert (tmp_path / "target").read_text() == "mine"
 
@@ -117,7 +117,7 @@ def test_links_within_and_to_the_workdir_are_followed(left_alone, tmp_path):
     (tmp_path / "real" / "adapter").symlink_to("best")
     (tmp_path / "link").symlink_to("real")
     (tmp_path / "real" / "config.json").write_text(
-        json.dumps(workdirs.plain(tiny_task.config()), indent=2)
+        json.dumps(workdirs.to_json_types(tiny_task.config()), indent=2)
     )
     tiny_task.run(tmp_path / "link")
     assert tiny_task.outcome(tmp_path / "real") == left_alone

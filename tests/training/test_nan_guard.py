@@ -25,7 +25,7 @@ from lora_jax.training import (
     training_config,
     workdirs,
 )
-from lora_jax.training.state import initial_state, storable
+from lora_jax.training.state import initial_state, unwrap_key
 from lora_jax.training.step import PLAIN, make_train_step, step_options
 from tests.helpers import encoder_runs
 
@@ -99,7 +99,7 @@ def test_a_healthy_run_keeps_its_bits(task, config, step):
     for k in range(12):
         one, (sums, verdict) = guarded(one, task.base, task.train_batch(k))
         other, want = plain(other, task.base, task.train_batch(k))
-        assert verdict.first == -1 and verdict.skips == 0
+        assert verdict.bad_leaf == -1 and verdict.skips == 0
         same(sums, want)
     same((one.adapter, one.opt_state, one.step), (other.adapter, other.opt_state, other.step))
 
@@ -159,13 +159,15 @@ def test_the_first_offending_path():
         leaves = jax.tree.leaves(tree)
         leaves[k] = leaves[k].at[(0,) * leaves[k].ndim].set(jnp.nan)
         grads = jax.tree.unflatten(jax.tree.structure(tree), leaves)
-        verdict, health = nan_guard.judge(nan_guard.healthy(), jnp.float32(0.5), grads, spike=0.0)
+        verdict, health = nan_guard.judge(
+            nan_guard.initial_health(), jnp.float32(0.5), grads, spike=0.0
+        )
         if name.endswith("scale"):
             assert verdict.skips == 0
             continue
         want = f"The gradient is not finite at step 7, first at {name}"
-        assert nan_guard.complaint(policy, 7, jax.device_get(verdict)) == want
-        assert health.skips == 1 and health.seen == 0
+        assert nan_guard.check_step(policy, 7, jax.device_get(verdict)) == want
+        assert health.skips == 1 and health.count == 0
 
 
 def test_skipping_is_as_if_the_batch_had_not_been(task, config, tmp_path, step):
@@ -186,7 +188,7 @@ def test_skipping_is_as_if_the_batch_had_not_been(task, config, tmp_path, step):
         opt_state = jax.tree.map(tick, state.opt_state, is_leaf=clock)
         state = state._replace(step=state.step + 1, opt_state=opt_state)
     with checkpointing.manager(tmp_path / "checkpoints") as checkpoints:
-        stored, _ = checkpointing.restore(checkpoints, storable(state))
+        stored, _ = checkpointing.restore(checkpoints, unwrap_key(state))
     same(stored.adapter, state.adapter)
     same(stored.opt_state, state.opt_state)
 
@@ -218,7 +220,7 @@ def test_a_stopped_run_goes_on_by_skipping(task, config, tmp_path):
 def test_the_host_looks_one_step_late(tmp_path):
     """At a step, it reads what the step before gave, which the device has had the time to finish."""
     sums = metrics.Sums(jnp.float32(jnp.inf), jnp.float32(0), jnp.float32(1))
-    verdict, _ = nan_guard.judge(nan_guard.healthy(), sums[0], {"w": jnp.ones(2)}, spike=0.0)
+    verdict, _ = nan_guard.judge(nan_guard.initial_health(), sums[0], {"w": jnp.ones(2)}, spike=0.0)
     with metric_writer.MetricWriter(tmp_path, 0) as log:
         options = {"start": 0, "total": 9, "per_epoch": 3, "log_every": 1}
         with metric_logger.Meter(
@@ -233,37 +235,39 @@ def test_the_running_mean_is_the_exponential_one():
     """Against float64; losses of steps that are left out do not count."""
     losses = 1 + np.random.default_rng(0).random(200)
     losses[[20, 150]] = np.nan
-    health, mean, weight = nan_guard.healthy(), 0.0, 0.0
+    health, mean, weight = nan_guard.initial_health(), 0.0, 0.0
     grads = {"w": jnp.ones(2)}
     judge = jax.jit(functools.partial(nan_guard.judge, spike=5.0))
     for loss in losses:
         verdict, health = judge(health, jnp.float32(loss), grads)
         if weight:
-            np.testing.assert_allclose(verdict.usual, mean / weight, rtol=2e-5)
+            np.testing.assert_allclose(verdict.running_mean, mean / weight, rtol=2e-5)
         if np.isfinite(loss):
             mean = nan_guard.DECAY * mean + (1 - nan_guard.DECAY) * loss
             weight = nan_guard.DECAY * weight + (1 - nan_guard.DECAY)
-    assert health.seen == 198 and health.skips == 0
+    assert health.count == 198 and health.skips == 0
 
 
 def test_a_spike_counts_once_the_mean_has_settled():
     judge = jax.jit(functools.partial(nan_guard.judge, spike=3.0))
-    grads, health = {"w": jnp.ones(2)}, nan_guard.healthy()
-    for k in range(nan_guard.SETTLED + 1):
+    grads, health = {"w": jnp.ones(2)}, nan_guard.initial_health()
+    for k in range(nan_guard.MIN_LOSSES + 1):
         verdict, health = judge(health, jnp.float32(1.0), grads)
         spiked, _ = judge(health, jnp.float32(3.1), grads)
-        assert (spiked.skips == 1) == (k + 1 >= nan_guard.SETTLED)
+        assert (spiked.skips == 1) == (k + 1 >= nan_guard.MIN_LOSSES)
         below, _ = judge(health, jnp.float32(2.9), grads)
         assert below.skips == 0
     policy = nan_guard.Policy("stop", 10, 3.0, ("w",))
     with pytest.raises(FloatingPointError) as error:
-        nan_guard.complaint(policy, 60, jax.device_get(spiked))
+        nan_guard.check_step(policy, 60, jax.device_get(spiked))
     said = "".join(error.value.args)
     assert said == (
         "The training loss is 3.1 at step 60, more than guard.spike 3 times 1, its running mean"
     )
     _, health = judge(health, jnp.float32(100.0), grads)
-    np.testing.assert_allclose(judge(health, jnp.float32(1.0), grads)[0].usual, 1.0, rtol=1e-5)
+    np.testing.assert_allclose(
+        judge(health, jnp.float32(1.0), grads)[0].running_mean, 1.0, rtol=1e-5
+    )
     off, _ = nan_guard.judge(health, jnp.float32(100.0), grads, spike=0.0)
     assert off.skips == 0
 

@@ -147,14 +147,14 @@ def test_the_old_handler_is_back(tmp_path):
         assert seen == ["old"]
     finally:
         signal.signal(signal.SIGTERM, old)
-    assert not preemption.requested(1)
+    assert not preemption.is_requested(1)
 
 
 def test_outside_the_main_thread_there_is_no_handler(left_alone, tmp_path):
     before, found = signal.getsignal(signal.SIGTERM), []
 
     def run():
-        with preemption.on_sigterm():
+        with preemption.handle_sigterm():
             found.append(signal.getsignal(signal.SIGTERM))
         tiny_task.run(tmp_path)
 
