@@ -22,7 +22,7 @@ _AS_BYTES = (
 def describe_problem(x: Any) -> str:
     """Says why a file can't hold ``x``; returns an empty text if it can.
 
-    >>> problem(np.zeros(3)), problem(np.array(["text"]))
+    >>> describe_problem(np.zeros(3)), describe_problem(np.array(["text"]))
     ('', 'is no array of numbers that a file can hold, but <U4')
     """
     dtype = str(getattr(x, "dtype", type(x).__name__))

@@ -330,7 +330,7 @@ def check_with_gain(chain):
     rng = np.random.default_rng(0)
     array = lambda *shape: jnp.asarray(rng.uniform(-1, 1, size=shape), chain.dtype)
     a, b = (jnp.zeros(shape) for shape in factor_shapes(chain.shape, chain.roles, rank=1))
-    adapter = {"w": toy_method.like(LowRank(a, b, 0.5, axes=chain.roles))}
+    adapter = {"w": toy_method.make_like(LowRank(a, b, 0.5, axes=chain.roles))}
     params = {"w": array(*chain.shape)}
     compare(chain, params, adapter, array(2, *chain.example), toy_method.merge)
 

@@ -24,7 +24,7 @@ SIZES = jnp.array([2, 0, 3], jnp.int32)
 
 def node(axes, shape, seed):
     a, b = factor_shapes(shape, axes, rank=2)
-    return toy_method.like(LowRank(jnp.zeros(a), jnp.zeros(b), 1.5, axes=axes), seed)
+    return toy_method.make_like(LowRank(jnp.zeros(a), jnp.zeros(b), 1.5, axes=axes), seed)
 
 
 def conv(x, w):
@@ -183,5 +183,5 @@ def test_explicit_sharding(name):
         args = params, put(x, *x_spec)
         got, base = jax.jit(run)(adapter, *args), jax.jit(fn)(*args)
         assert jax.typeof(got) == jax.typeof(base)
-        want = jax.jit(fn)({"w": put(toy_method.merged(w, made), None, "m")}, args[1])
+        want = jax.jit(fn)({"w": put(toy_method.merge_kernel(w, made), None, "m")}, args[1])
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""The protocol of nodes: a method that `toy.py` alone knows goes through everything there is."""
+"""The protocol of nodes: a method that `toy_method.py` alone knows goes through everything there is."""
 
 import dataclasses
 import functools
@@ -39,7 +39,7 @@ def case(name):
     config = lora.LoRAConfig(rank=2, alpha=3.0, targets=model.targets, train=("head",))
     adapter = lora.init(jax.random.key(0), model.fn, model.params, config, model.x)
     is_plain = lambda x: isinstance(x, LowRank)
-    made = lambda x: toy_method.like(x, seed=x.b.size) if is_plain(x) else x
+    made = lambda x: toy_method.make_like(x, seed=x.b.size) if is_plain(x) else x
     return model, config, jax.tree.map(made, adapter, is_leaf=is_plain)
 
 
@@ -61,7 +61,7 @@ def assert_same(got, want):
 
 @pytest.mark.parametrize("name", zoo.ZOO)
 def test_lift_is_merge_is_the_definition(name):
-    """Values and gradients on every model, all uses factored; `toy.merge` is an einsum of its own."""
+    """Values and gradients on every model, all uses factored; `toy_method.merge` is an einsum of its own."""
     model, _, adapter = case(name)
     run = {
         "lift": lambda a, p, x: lora.lift(model.fn, strict=True)(lora.bind(p, a), x),
@@ -115,7 +115,7 @@ def test_bfloat16_models_stay_so():
 def test_dropout_is_on_the_branch_alone():
     params, x = {"w": jnp.ones((8, 6))}, jnp.ones((400, 8))
     fn = lambda p, x: x @ p["w"]
-    node = toy_method.like(LowRank(jnp.zeros((8, 2)), jnp.zeros((2, 6)), 1.5, dropout=0.5))
+    node = toy_method.make_like(LowRank(jnp.zeros((8, 2)), jnp.zeros((2, 6)), 1.5, dropout=0.5))
     run = lambda a, **how: lora.lift(fn, **how)(lora.bind(params, {"w": a}), x)
     dropped = run(node, dropout_key=jax.random.key(0))
     plain = run(node, dropout=0.0)
@@ -150,7 +150,7 @@ def test_labels_masks_and_counts():
 
 def test_shapes_that_do_not_fit_are_told():
     params = {"w": jnp.zeros((8, 6))}
-    node = toy_method.like(LowRank(jnp.zeros((8, 2)), jnp.zeros((2, 6)), 1.0))
+    node = toy_method.make_like(LowRank(jnp.zeros((8, 2)), jnp.zeros((2, 6)), 1.0))
     with pytest.raises(
         ValueError, match=r"w of shape \(8, 6\) needs a, d, b, g and scale of .*\(6,\)"
     ):
@@ -164,9 +164,9 @@ def test_shapes_that_do_not_fit_are_told():
 
 def test_specs_follow_the_kernels():
     plain = LowRank(jnp.zeros((3, 4, 2)), jnp.zeros((3, 2, 6)), jnp.ones(()), axes="bio")
-    made = sharding.adapter_specs({"w": P(None, "fsdp", "tensor")}, {"w": toy_method.like(plain)})[
-        "w"
-    ]
+    made = sharding.adapter_specs(
+        {"w": P(None, "fsdp", "tensor")}, {"w": toy_method.make_like(plain)}
+    )["w"]
     got = {name: tuple(getattr(made, name)) for name in Toy.table}
     assert got == {
         "a": (None, "fsdp", None), "d": (None, None), "b": (None, None, "tensor"),
@@ -175,7 +175,7 @@ def test_specs_follow_the_kernels():
 
 
 def test_widening():
-    node = toy_method.like(LowRank(jnp.zeros((8, 2)), jnp.zeros((2, 6), jnp.bfloat16), 1.5))
+    node = toy_method.make_like(LowRank(jnp.zeros((8, 2)), jnp.zeros((2, 6), jnp.bfloat16), 1.5))
     node = dataclasses.replace(node, a=node.a.astype(jnp.float16))
     wide = fields.widen(node)
     assert {getattr(wide, n).dtype for n in ("a", "d", "b", "g")} == {jnp.dtype(jnp.float32)}
@@ -183,7 +183,7 @@ def test_widening():
 
 
 def test_scales_as_data():
-    node = toy_method.like(LowRank(jnp.zeros((8, 2)), jnp.zeros((2, 6)), 1.5, dropout=0.5))
+    node = toy_method.make_like(LowRank(jnp.zeros((8, 2)), jnp.zeros((2, 6)), 1.5, dropout=0.5))
     made = adapters.as_data({"w": node})["w"]
     assert len(jax.tree.leaves(node)) == 4 and len(jax.tree.leaves(made)) == 5
     assert made.scale.dtype == jnp.float32 and float(made.scale) == 1.5 and made.dropout == 0.0
@@ -196,7 +196,7 @@ def float_of(x):
 
 def member(rank, out=6):
     plain = LowRank(jnp.zeros((8, rank)), jnp.zeros((rank, out)), jnp.float32(1.5))
-    adapter = {"w": toy_method.like(plain, seed=rank)}
+    adapter = {"w": toy_method.make_like(plain, seed=rank)}
     state = TrainState(np.array(0), adapter, jax.tree.map(jnp.zeros_like, adapter), None)
     found = vmapped_step.Member(state, np.array(True), (), 0.0, {})
     return jax.tree.map(np.asarray, found)
@@ -211,7 +211,9 @@ def test_ranks_are_padded_for_a_sweep():
         node = p.state.adapter["w"]
         assert node.a.shape == (8, 3) and node.g.shape == (6,)
         assert_close(
-            toy_method.merged(w, node), toy_method.merged(w, m.state.adapter["w"]), rtol=1e-6
+            toy_method.merge_kernel(w, node),
+            toy_method.merge_kernel(w, m.state.adapter["w"]),
+            rtol=1e-6,
         )
         assert_same(vmapped_step.cut(p, m), m)
     vmapped_step.stack(padded, 2)

@@ -50,7 +50,7 @@ class Toy(Adapted):
 is_toy = lambda x: isinstance(x, Toy)
 
 
-def like(node, seed=0):
+def make_like(node, seed=0):
     """A node for the kernel of a plain LoRA's, with random values."""
     rng = np.random.default_rng(seed)
     draw = lambda *shape: jnp.asarray(rng.uniform(-1, 1, size=shape), node.b.dtype)
@@ -62,7 +62,7 @@ def like(node, seed=0):
     )  # fmt: skip
 
 
-def merged(w, node, xp=np):
+def merge_kernel(w, node, xp=np):
     """What the node makes of a kernel, by one einsum over its axes."""
     letters = "cdefghjklm"[: len(node.axes)]
     of = lambda role: "".join(x for x, r in zip(letters, node.axes, strict=True) if r == role)
@@ -75,7 +75,7 @@ def merged(w, node, xp=np):
 def merge(params, adapter, xp=jnp):
     """The same for a whole tree, whose other entries replace leaves."""
     entries = nodes(adapter)
-    make = lambda w, x: merged(w, x, xp) if is_toy(x) else x
+    make = lambda w, x: merge_kernel(w, x, xp) if is_toy(x) else x
     leaves = paths.named_leaves(params).items()
     new = [make(w, entries[name]) if name in entries else w for name, w in leaves]
     return jax.tree.structure(params).unflatten(new)
