@@ -65,8 +65,11 @@ class GPT2Config:
     tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:
-        sizes = ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head"]
-        config_checks.check_sizes(self, sizes + ([] if self.n_inner is None else ["n_inner"]))
+        config_checks.check_sizes(
+            self, ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
+        )
+        if self.n_inner is not None:
+            config_checks.check_sizes(self, ("n_inner",))
         config_checks.check_rates(self, ("resid_pdrop", "embd_pdrop", "attn_pdrop"))
         config_checks.check_positive(self, ("layer_norm_epsilon", "initializer_range"))
         config_checks.check_one_of(self, "activation_function", ACTIVATIONS)
