@@ -12,7 +12,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
 from lora_jax.models import config_checks, kv_cache, tables
@@ -249,7 +248,8 @@ class GPT2Model(_Part):
         x = split_lookup(self.wte(input_ids)) + split_lookup(self.wpe(positions))
         x = self.drop(x, deterministic=deterministic)
         bias = mask_to_bias(make_causal_mask(attention_mask, start + jnp.arange(n)))
-        numbers = np.arange(self.config.n_layer, dtype=np.int32)
+        count = self.config.n_layer
+        numbers = jnp.arange(count) if self.scan_layers else range(count)
         layer_inputs = (None if cache is None else cache.layers, numbers)
         x, layers = apply_layers(
             self.h, x, layer_inputs, (bias, start), deterministic=deterministic
