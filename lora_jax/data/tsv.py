@@ -74,7 +74,10 @@ def read(path: str | Path, layout: Layout, *, require_labels: bool, num_labels: 
     first = 1 if header else 2
     if not header:
         header = lines[0].split("\t")
-        _check_header(path, header, [*layout.columns, *([layout.label] if require_labels else [])])
+        columns = [*layout.columns]
+        if require_labels:
+            columns.append(layout.label)
+        _check_header(path, header, columns)
         lines = lines[1:]
         if not lines:
             raise ValueError(f"{path}:1: a header and no examples below it")

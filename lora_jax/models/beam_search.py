@@ -62,7 +62,12 @@ class _Candidates(NamedTuple):
 
 
 def search(
-    next_logits: Callable, logits: Array, cache: PyTree, *, decoding: Decoding, axes: PyTree
+    next_logits: Callable[..., tuple[Array, PyTree]],
+    logits: Array,
+    cache: PyTree,
+    *,
+    decoding: Decoding,
+    axes: PyTree,
 ) -> Array:
     """Finds the best text for each prompt.
 

@@ -372,4 +372,6 @@ def names(config: EncoderConfig, *, pooler: bool, scan_layers: bool) -> list[Nam
     rows += tables.repeat_layers(
         "encoder/layer", "encoder.layer", layer, count=count, scan=scan_layers
     )
-    return rows + (tables.linear("pooler/dense", "pooler.dense") if pooler else [])
+    if pooler:
+        rows += tables.linear("pooler/dense", "pooler.dense")
+    return rows

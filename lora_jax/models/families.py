@@ -3,9 +3,12 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lora_jax.models.kv_cache import Cache
+from lora_jax.names import Name
 from lora_jax.sharding import FSDP, TENSOR
 
 CLASSIFIER, CAUSAL_LM, SEQ2SEQ_LM, ENCODER = "classifier", "causal-lm", "seq2seq-lm", "encoder"
@@ -40,8 +43,8 @@ class Family:
 
     model_type: tuple[str, ...]
     config: type
-    names: Callable
-    models: Mapping[str, Callable]
+    names: Callable[..., list[Name]]
+    models: Mapping[str, Callable[..., nn.Module]]
     architectures: Mapping[str, str]
     prefix: str
     ignored: tuple[str, ...] = ()
@@ -49,8 +52,9 @@ class Family:
     label_module: str = ""
     targets: tuple[str, ...] = ()
     trained: tuple[str, ...] = ()
-    inputs: Callable = lambda head: (TOKENS, TOKENS)  # token ids and their mask
-    init_cache: Callable | None = None
+    # Token ids and their mask.
+    inputs: Callable[[str], tuple[jax.ShapeDtypeStruct, ...]] = lambda head: (TOKENS, TOKENS)
+    init_cache: Callable[..., Cache] | None = None
     sharding: tuple[tuple[str, tuple], ...] = ()
 
 

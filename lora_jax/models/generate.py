@@ -23,9 +23,11 @@ from jax import lax
 
 from lora_jax.models import beam_search, kv_cache
 from lora_jax.models.decoding import Decoding, ban_repeats, filter_logits, is_stop
+from lora_jax.models.kv_cache import Cache
 
 Array = jax.Array
 PyTree = Any
+NextLogits = Callable[..., tuple[Array, PyTree]]  # (tokens, length, cache, beams=1)
 
 
 class Start(NamedTuple):
@@ -55,7 +57,12 @@ class Generated(NamedTuple):
     lengths: Array
 
 
-def causal_lm(model: nn.Module, init_cache: Callable) -> tuple[Callable, Callable]:
+Begin = Callable[[PyTree, PyTree, int], Start]
+Step = Callable[[PyTree, Array, Array, Array, PyTree], tuple[Array, PyTree]]
+Generate = Callable[..., Generated]
+
+
+def causal_lm(model: nn.Module, init_cache: Callable[..., Cache]) -> tuple[Begin, Step]:
     """Makes ``begin`` and ``step`` of a decoder.
 
     The inputs are ``input_ids`` and ``attention_mask``, ``(batch, n)``, padded on either side.
@@ -89,8 +96,11 @@ def causal_lm(model: nn.Module, init_cache: Callable) -> tuple[Callable, Callabl
 
 
 def seq2seq_lm(
-    model: nn.Module, init_cache: Callable, *, transform: Callable = lambda fn: fn
-) -> tuple[Callable, Callable]:
+    model: nn.Module,
+    init_cache: Callable[..., Cache],
+    *,
+    transform: Callable[[Callable], Callable] = lambda fn: fn,
+) -> tuple[Begin, Step]:
     """Makes ``begin`` and ``step`` of an encoder-decoder.
 
     The inputs are ``input_ids`` and ``attention_mask``, ``(batch, n)``, padded on either side. They
@@ -123,7 +133,7 @@ def seq2seq_lm(
     return begin, transform(step)
 
 
-def generator(begin: Callable, step: Callable, decoding: Decoding) -> Callable:
+def generator(begin: Begin, step: Step, decoding: Decoding) -> Generate:
     """Makes ``(params, inputs, key=None) -> Generated``, compiled once for each shape of inputs.
 
     Args:
@@ -205,7 +215,7 @@ class _State(NamedTuple):
 
 
 def _decode_rows(
-    next_logits: Callable, logits: Array, cache: PyTree, *, decoding: Decoding, key: Array
+    next_logits: NextLogits, logits: Array, cache: PyTree, *, decoding: Decoding, key: Array
 ) -> Generated:
     """Decodes every row by itself, greedily or by sampling."""
 
@@ -242,7 +252,7 @@ def _decode_rows(
 
 
 def _search_beams(
-    next_logits: Callable, logits: Array, cache: PyTree, *, decoding: Decoding, axes: PyTree
+    next_logits: NextLogits, logits: Array, cache: PyTree, *, decoding: Decoding, axes: PyTree
 ) -> Generated:
     tokens = beam_search.search(next_logits, logits, cache, decoding=decoding, axes=axes)
     ends = is_stop(tokens, decoding.stop)
@@ -250,7 +260,7 @@ def _search_beams(
     return Generated(tokens, jnp.where(ends.any(axis=-1), first, decoding.max_new_tokens))
 
 
-def _find_batch_axes(begin: Callable, params: PyTree, inputs: PyTree, room: int) -> PyTree:
+def _find_batch_axes(begin: Begin, params: PyTree, inputs: PyTree, room: int) -> PyTree:
     """Finds the axis along which each array of the cache grows with the batch; -1 for none."""
 
     def eval_cache(extra: int) -> PyTree:

@@ -12,7 +12,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
 from lora_jax.models import config_checks, kv_cache, tables
@@ -65,8 +64,11 @@ class GPT2Config:
     tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:
-        sizes = ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head"]
-        config_checks.check_sizes(self, sizes + ([] if self.n_inner is None else ["n_inner"]))
+        config_checks.check_sizes(
+            self, ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
+        )
+        if self.n_inner is not None:
+            config_checks.check_sizes(self, ("n_inner",))
         config_checks.check_rates(self, ("resid_pdrop", "embd_pdrop", "attn_pdrop"))
         config_checks.check_positive(self, ("layer_norm_epsilon", "initializer_range"))
         config_checks.check_one_of(self, "activation_function", ACTIVATIONS)
@@ -246,7 +248,8 @@ class GPT2Model(_Part):
         x = split_lookup(self.wte(input_ids)) + split_lookup(self.wpe(positions))
         x = self.drop(x, deterministic=deterministic)
         bias = mask_to_bias(make_causal_mask(attention_mask, start + jnp.arange(n)))
-        numbers = np.arange(self.config.n_layer, dtype=np.int32)
+        count = self.config.n_layer
+        numbers = jnp.arange(count) if self.scan_layers else range(count)
         layer_inputs = (None if cache is None else cache.layers, numbers)
         x, layers = apply_layers(
             self.h, x, layer_inputs, (bias, start), deterministic=deterministic

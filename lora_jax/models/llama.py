@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
 from lora_jax.models import kv_cache, rope
@@ -195,7 +194,9 @@ class LlamaModel(_Part):
         x = split_lookup(self.embed_tokens(input_ids))
         if c.variant.scaled_embedding:
             x = x * jnp.asarray(c.hidden_size**0.5, x.dtype)
-        is_sliding = np.array([kind == SLIDING for kind in c.layer_types])
+        is_sliding = [kind == SLIDING for kind in c.layer_types]
+        if self.scan_layers:
+            is_sliding = jnp.array(is_sliding)
         old, index = (None, None) if cache is None else cache
         x, layers = apply_layers(
             self.layers, x, (old, is_sliding), (tuple(views), index), deterministic=deterministic

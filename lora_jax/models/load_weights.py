@@ -202,15 +202,12 @@ def _find_fresh_modules(
     parts: Mapping[tuple[str, int | None], _Part], family: Family
 ) -> dict[str, str]:
     """Finds the modules that must be initialized, each with the reason."""
-    parts_of = lambda module: [
-        part for (leaf, _), part in parts.items() if leaf.startswith(f"{module}/")
-    ]
     reasons = {}
     for module in family.optional:
-        module_parts = parts_of(module)
+        module_parts = _select_parts(parts, module)
         if module_parts and not any(part.stored for part in module_parts):
             reasons[module] = "the checkpoint has none"
-    head = parts_of(family.label_module) if family.label_module else []
+    head = _select_parts(parts, family.label_module)
     if head and all(part.stored for part in head):
         expected = [names.tensor_shape(part.weights[0]) for part in head]
         shapes = [part.stored[0][1].shape for part in head]
@@ -219,6 +216,11 @@ def _find_fresh_modules(
         if count != labels and shapes == [(count, *shape[1:]) for shape in expected]:
             reasons[family.label_module] = f"the checkpoint's has {count} labels, not {labels}"
     return reasons
+
+
+def _select_parts(parts: Mapping[tuple[str, int | None], _Part], module: str) -> list[_Part]:
+    """Selects the parts of a module; there are none of the module ""."""
+    return [part for (leaf, _), part in parts.items() if leaf.startswith(f"{module}/")]
 
 
 def _check_headers(part: _Part) -> list[str]:
