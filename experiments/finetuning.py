@@ -7,7 +7,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from experiments import cli, evaluating, recipes
+from experiments import cli, evaluation, recipes
 from lora_jax.tasks import from_config
 from lora_jax.tasks.glue import find
 from lora_jax.training import mesh, train, workdirs
@@ -70,13 +70,13 @@ def fit(
     """Trains; or only evaluates, if the command line says so, and returns None.
 
     Raises:
-      As :func:`train.train` and :func:`evaluating.report`.
+      As :func:`train.train` and :func:`evaluation.report`.
     """
     if not config.adapter:  # its settings would not be known yet
         workdirs.check(workdir, config)
     task, lora_config = recipe.make_task(config, devices)
     if is_eval_only():
-        evaluating.report(task, config, workdir, devices=devices)
+        evaluation.report(task, config, workdir, devices=devices)
         return None
     if config.adapter:
         with config.unlocked():
@@ -110,7 +110,7 @@ def command_line(
     if _ADAPTER.value:
         config.adapter = _ADAPTER.value
     if _EVAL_ONLY.value and not _ADAPTER.value:
-        config.adapter = str(evaluating.find_adapter(Path(_WORKDIR.value)))
+        config.adapter = str(evaluation.find_adapter(Path(_WORKDIR.value)))
         return config, Path(_WORKDIR.value)
     overrides = config_flags.get_override_values(flags.FLAGS["config"])
     fixed = [name for name in overrides if name.startswith("lora.") and name != "lora.dropout"]

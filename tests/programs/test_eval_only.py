@@ -9,7 +9,7 @@ import json
 import pytest
 from absl import flags
 
-from experiments import evaluating, finetuning
+from experiments import evaluation, finetuning
 from lora_jax import serialize
 from lora_jax.tasks import adapter_files, classification
 from lora_jax.training import metric_writer
@@ -43,7 +43,7 @@ def scored(config, directory, workdir):
     config.adapter = str(directory)
     made, _ = classification.make_task(config)
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        evaluating.report(made, config, workdir)
+        evaluation.report(made, config, workdir)
     *human, last = out.getvalue().splitlines()
     return json.loads(last), "\n".join(human)
 
@@ -98,7 +98,7 @@ def test_a_run_under_way(task, config, tmp_path):
             before = traces(tmp_path / "run", but="checkpoints")  # the run may be writing one
             seen.append(
                 (
-                    scored(config, evaluating.find_adapter(tmp_path / "run"), tmp_path / "run")[0],
+                    scored(config, evaluation.find_adapter(tmp_path / "run"), tmp_path / "run")[0],
                     best(tmp_path / "run"),
                 )
             )
@@ -112,10 +112,10 @@ def test_a_run_under_way(task, config, tmp_path):
 
 def test_there_is_no_adapter(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such directory.*--adapter=DIRECTORY"):
-        evaluating.find_adapter(tmp_path / "nowhere")
+        evaluation.find_adapter(tmp_path / "nowhere")
     (tmp_path / "run").mkdir()
     with pytest.raises(FileNotFoundError, match="no evaluation has been made there yet"):
-        evaluating.find_adapter(tmp_path / "run")
+        evaluation.find_adapter(tmp_path / "run")
 
 
 def test_a_head_of_other_labels_is_not_scored(finished, config):
