@@ -17,6 +17,7 @@ from lora_jax import paths, sharding
 from lora_jax.files import safetensors_pieces, write_atomically
 from lora_jax.models import hub, registry
 from lora_jax.models.families import CLASSIFIER, Family
+from lora_jax.models.gguf import is_gguf
 from lora_jax.models.hub import Checkpoint, base_id, resolve
 from lora_jax.models.layers import check_remat
 from lora_jax.models.load_weights import load_params, open_tensors, shown
@@ -158,7 +159,12 @@ def _family(checkpoint: Checkpoint) -> tuple[Family, Any]:
         family = registry.find(checkpoint.config)
         return family, family.config.from_hf(checkpoint.config)
     except (ValueError, TypeError, OverflowError) as error:  # the last two: values of odd types
-        raise ValueError(f"{checkpoint.directory / 'config.json'}: {error}") from error
+        raise ValueError(f"{_config_file(checkpoint)}: {error}") from error
+
+
+def _config_file(checkpoint: Checkpoint) -> Path:
+    whole = is_gguf(checkpoint.directory)
+    return checkpoint.directory if whole else checkpoint.directory / "config.json"
 
 
 def _model(family: Family, head: str, checkpoint: Checkpoint) -> Any:
@@ -177,8 +183,8 @@ def _check_layers(config: Any, checkpoint: Checkpoint) -> None:
         value = getattr(config, field.name)
         if "layer" in field.name and type(value) is int and value > tensors:
             raise ValueError(
-                f"{checkpoint.directory / 'config.json'} has {field.name} {value}, and the files "
-                f"beside it hold {tensors} tensors: they do not belong together."
+                f"{_config_file(checkpoint)} has {field.name} {value}, and the files beside it "
+                f"hold {tensors} tensors: they do not belong together."
             )
 
 
