@@ -21,7 +21,7 @@ from lora_jax.models.gguf import is_gguf
 from lora_jax.models.hub import Checkpoint, base_id, resolve
 from lora_jax.models.layers import check_remat
 from lora_jax.models.load_weights import load_params, open_tensors, shown
-from lora_jax.models.tokenizer import load_tokenizer
+from lora_jax.models.tokenizer import load_tokenizer, tokenizer_files
 from lora_jax.names import Name
 
 __all__ = [
@@ -272,9 +272,8 @@ def save_hf(
     architecture = family.architectures[head]
     tensors = _checked(leaves, table, model, family.inputs(head), what=architecture)
     directory.mkdir(parents=True, exist_ok=True)
-    for source in (checkpoint.directory / name for name in hub.TOKENIZER_FILES):
-        if source.is_file():
-            write_atomically(directory / source.name, source.read_bytes())
+    for name, content in tokenizer_files(checkpoint).items():
+        write_atomically(directory / name, content)
     shapes = {weight.hf: tables.tensor_shape(weight) for weight in tensors}
     pieces = safetensors_pieces(shapes, _values(leaves, tensors), {"format": "pt"})
     write_atomically(directory / hub.WEIGHTS, pieces)

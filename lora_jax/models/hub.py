@@ -105,7 +105,7 @@ def resolve(name: str | Path) -> Checkpoint:
     if gguf.is_gguf(path) and path.is_file():
         return _open_gguf(name, path, "file")
     repo = ALIASES.get(name, name)
-    tried = {"directory": "there is none of this name"}
+    tried = {"file" if gguf.is_gguf(path) else "directory": "there is none of this name"}
     for origin, find in _sources(name, repo).items():
         try:
             directory = find()

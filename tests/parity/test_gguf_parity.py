@@ -18,9 +18,13 @@ quants = pytest.importorskip("gguf").quants
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import gguf_files  # noqa: E402
+import gguf_tokens  # noqa: E402
+import test_conversations as examples  # noqa: E402
 import test_gguf_models as tiny  # noqa: E402
+from tokenizers import pre_tokenizers  # noqa: E402
 
-from lora_jax.models import checkpoints, ggml, gguf, gguf_models  # noqa: E402
+from lora_jax.data import chat_template  # noqa: E402
+from lora_jax.models import checkpoints, ggml, gguf, gguf_models, gguf_tokenizer  # noqa: E402
 
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -98,3 +102,100 @@ def test_logits_of_random_models(case, kind, tmp_path):
     _, path = tiny.make(tmp_path, case, kind, changes=DEFAULTS[case], words=words)
     # Weights drawn wide make more of rounding, Gemma's seven layers most of all.
     check_logits(path, scan_layers=False, rtol=5e-5)
+
+
+# Tokenisers and chat templates.
+
+
+def texts(count=200):
+    """Sentences of many scripts, and what random draws make of their parts."""
+    rng = np.random.default_rng(0)
+    parts = [word for text in gguf_tokens.TEXTS for word in text.split(" ")]
+    parts += [
+        "2024",
+        "007",
+        "  ",
+        "\n",
+        "\n\n",
+        "\t",
+        "'s",
+        "'LL",
+        "<|im_start|>",
+        "<s>",
+        "\r\n",
+        "…",
+    ]
+    made = list(gguf_tokens.TEXTS)
+    while len(made) < count:
+        some = rng.choice(parts, rng.integers(1, 30))
+        made.append(str(rng.choice(["", " ", "\n"])).join(some.tolist()))
+    return made
+
+
+def tokenizer_of(path):
+    return transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+
+def check_ids(ours, theirs, some):
+    for text in some:
+        wanted = theirs(text).input_ids
+        assert ours.encode(text).ids == wanted, text
+        assert ours.decode(wanted) == theirs.decode(
+            wanted, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+
+def test_tokens_of_smollm2(smollm2):
+    ours, theirs = checkpoints.load_tokenizer(smollm2), tokenizer_of(smollm2.directory)
+    some = texts()
+    check_ids(ours, theirs, [text for text in some if not any(c.isnumeric() for c in text)])
+    # transformers does not know the file's way of splitting, "smollm", by which each digit is a
+    # word, as in the model's own tokenizer.json.
+    words = theirs.backend_tokenizer.pre_tokenizer
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    theirs.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
+    check_ids(ours, theirs, some)
+    assert ours.get_vocab() == theirs.get_vocab()
+
+
+def test_chat_template_of_smollm2(smollm2):
+    ours, theirs = chat_template.find(smollm2), tokenizer_of(smollm2.directory)
+    for talk in (examples.TALK, examples.TALK[:2], examples.TALK[1:4]):
+        for prompt in (False, True):
+            text = theirs.apply_chat_template(talk, tokenize=False, add_generation_prompt=prompt)
+            assert chat_template.render(ours, talk, prompt=prompt).text == text
+    assert ours.tokens == theirs.special_tokens_map
+
+
+@pytest.mark.parametrize("case, pre", [
+    ("llama", "gpt-2"), ("llama", "smaug-bpe"), ("llama", "llama-bpe"), ("llama", "tekken"),
+    ("qwen2", "qwen2"),
+])  # fmt: skip
+def test_merges_of_bytes(case, pre, tmp_path):
+    words = gguf_tokens.words(gguf_tokens.bpe(), pre) | {"tokenizer.ggml.add_bos_token": True}
+    _, path = tiny.make(tmp_path, case, words=words)
+    check_ids(gguf_tokenizer.read_tokenizer(path), tokenizer_of(path), texts())
+
+
+@pytest.mark.parametrize("case", ["llama", "gemma2", "gemma3"])
+def test_pieces_with_scores(case, tmp_path):
+    words = gguf_tokens.pieces(gemma="gemma" in case)
+    _, path = tiny.make(tmp_path, case, words=words)
+    check_ids(gguf_tokenizer.read_tokenizer(path), tokenizer_of(path), texts())
+
+
+def test_transformers_opens_what_is_exported(smollm2, tmp_path):
+    loaded = checkpoints.load(smollm2.directory, head="causal-lm")
+    checkpoints.save_hf(tmp_path, loaded.params, smollm2, head="causal-lm")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    check_ids(checkpoints.load_tokenizer(smollm2), theirs, texts())
+    template = chat_template.find(smollm2)
+    wanted = chat_template.render(template, examples.TALK, prompt=True).text
+    found = theirs.apply_chat_template(examples.TALK, tokenize=False, add_generation_prompt=True)
+    assert found == wanted
+    ids = theirs(wanted, add_special_tokens=False).input_ids
+    with torch.no_grad():
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        logits = model(torch.tensor([ids])).logits.numpy()
+    found = np.asarray(jax.jit(loaded.model.apply)(loaded.params, np.array([ids])))
+    assert np.abs(found - logits).max() < 1e-5 * np.abs(logits).max()
