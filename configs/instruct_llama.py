@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     c = common.base_config()
     del c.task
     c.model = ConfigDict()
-    c.model.name = ""  # a directory, or a name to look up in cache and Hub
+    c.model.name = ""  # a directory, a GGUF file, or a name in cache and Hub
     c.model.dtype = "bfloat16"  # of the activations: float32 or bfloat16
     c.model.param_dtype = "float32"  # of the frozen base; in bfloat16 it takes half the memory
     c.model.scan_layers = True  # one layer is compiled for all

@@ -19,7 +19,7 @@ from lora_jax.models.ggml import Codes, Layout
 SUFFIX = ".gguf"
 _VERSIONS = (2, 3)
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 10: "Q", 11: "q", 12: "d"}
-_BOOL, _STRING, _ARRAY = 7, 8, 9
+_FLOAT, _BOOL, _STRING, _ARRAY = 6, 7, 8, 9
 # Far more than any model has, so that a damaged number is an error at once.
 _MOST_KEYS, _MOST_TENSORS, _MOST_ELEMENTS = 1 << 16, 1 << 17, 1 << 24
 _LONGEST_NAME, _LONGEST_STRING = 1 << 16, 1 << 26
@@ -145,6 +145,8 @@ def _string(file: BinaryIO, size: int, longest: int) -> str:
 
 
 def _value(file: BinaryIO, size: int, kind: int, name: str) -> Any:
+    if kind == _FLOAT:  # the shortest decimal: 1e-05 rather than 9.999999747378752e-06
+        return float(str(np.float32(_number(file, "f"))))
     if kind in _SCALARS:
         return _number(file, _SCALARS[kind])
     if kind == _STRING:

@@ -236,8 +236,12 @@ def _from_tensors(header: GGUF, config: Mapping[str, Any]) -> dict[str, Any]:
     for word, name in {"attention_bias": "attn_output", "mlp_bias": "ffn_up"}.items():
         if word in words:
             found[word] = f"blk.0.{name}.bias" in there
-    if "vocab_size" not in config and "token_embd.weight" in there:
-        found["vocab_size"] = there["token_embd.weight"].shape[0]
+    if "token_embd.weight" in there:
+        shape = there["token_embd.weight"].shape
+        found["vocab_size"] = config.get("vocab_size", shape[0])
+        tokens = header.metadata.get("tokenizer.ggml.tokens")
+        if isinstance(tokens, list) and len(tokens) > shape[0]:
+            raise ValueError(f"it has {len(tokens)} tokens, and embeddings of shape {shape}.")
     return found
 
 

@@ -13,13 +13,14 @@ import numpy as np
 from lora_jax.extras import require
 from lora_jax.models import gguf
 from lora_jax.models.gguf import GGUF
-from lora_jax.models.gguf_splits import SPLITS, Split
 
 require(__name__, "models", "tokenizers")
 
 import tokenizers  # noqa: E402
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers  # noqa: E402
 from tokenizers.processors import TemplateProcessing  # noqa: E402
+
+from lora_jax.models.gguf_splits import SPLITS, Split  # noqa: E402
 
 _CONTROL, _USER_DEFINED = 3, 4
 _LONGEST = 512  # characters of a token with SentencePiece: all its pieces are looked up

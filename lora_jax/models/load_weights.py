@@ -15,10 +15,9 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from lora_jax import names, sharding
-from lora_jax.files import Stored
 from lora_jax.models.families import Family
 from lora_jax.models.hub import Checkpoint
-from lora_jax.models.weight_files import open_file, read_tensor
+from lora_jax.models.weight_files import Stored, open_file, read_tensor
 from lora_jax.names import Name, Weight
 
 _log = logging.getLogger("lora_jax.models.checkpoints")

@@ -5,12 +5,13 @@ from pathlib import Path
 import numpy as np
 
 from lora_jax import files
-from lora_jax.files import Stored
 from lora_jax.models import gguf, gguf_models
 from lora_jax.models.gguf import GGUFTensor
 
+Stored = files.Stored | GGUFTensor  # a tensor in a file, not read yet
 
-def open_file(path: str | Path) -> dict[str, Stored | GGUFTensor]:
+
+def open_file(path: str | Path) -> dict[str, Stored]:
     """The tensors of a file by Hugging Face's names; only its header is read.
 
     Raises:
@@ -19,6 +20,6 @@ def open_file(path: str | Path) -> dict[str, Stored | GGUFTensor]:
     return gguf_models.open_tensors(path) if gguf.is_gguf(path) else files.open_safetensors(path)
 
 
-def read_tensor(stored: Stored | GGUFTensor) -> np.ndarray:
+def read_tensor(stored: Stored) -> np.ndarray:
     """Reads one tensor, and no other of its file."""
     return gguf.read_tensor(stored) if isinstance(stored, GGUFTensor) else files.read_tensor(stored)

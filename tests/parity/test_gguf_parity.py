@@ -17,6 +17,7 @@ quants = pytest.importorskip("gguf").quants
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import family  # noqa: E402
 import gguf_files  # noqa: E402
 import gguf_tokens  # noqa: E402
 import test_conversations as examples  # noqa: E402
@@ -25,6 +26,7 @@ from tokenizers import pre_tokenizers  # noqa: E402
 
 from lora_jax.data import chat_template  # noqa: E402
 from lora_jax.models import checkpoints, ggml, gguf, gguf_models, gguf_tokenizer  # noqa: E402
+from lora_jax.peft import load_peft  # noqa: E402
 
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -80,6 +82,25 @@ def test_codes_of_smollm2(smollm2):
             if codes.offsets is not None:
                 values += np.repeat(codes.offsets.astype(np.float32), 32, 1)
             np.testing.assert_array_equal(values, gguf.read_tensor(tensor), err_msg=name)
+
+
+def test_twenty_steps_on_smollm2(smollm2, tmp_path):
+    """PEFT on the decoded weights, from the same factors, in float32."""
+    ids = np.random.default_rng(1).integers(20, 49152, (20, 2, 16))
+    data = [{"input_ids": x, "attention_mask": np.ones_like(x), "labels": x} for x in ids]
+    torch.manual_seed(0)  # PEFT draws A
+    case = family.Case(
+        head="causal-lm", model=None, config=None, inputs=None, targets=("q_proj", "v_proj"),
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    wrapped = family.peft_model(case, theirs_of(smollm2.directory))
+    family.quiet(wrapped.save_pretrained, tmp_path)
+    loaded = checkpoints.load(smollm2.directory, head="causal-lm", scan_layers=True)
+    adapter, _ = load_peft(tmp_path, loaded.params, names=checkpoints.names(loaded))
+    theirs = family.torch_losses(wrapped, data, "causal-lm")
+    ours, _ = family.our_losses(loaded.model.apply, loaded.params, adapter, data, "causal-lm")
+    assert theirs.std() > 0.02
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
 
 
 # What transformers does not take from a GGUF file is as its configs have it by default.
