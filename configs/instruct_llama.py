@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     """All fields set; model.name and data.train are left to the command line."""
     c = common.base_config()
     del c.task, c.model.num_labels, c.model.labels
-    c.model.name = ""  # a directory, or a name to look up in cache and Hub
+    c.model.name = ""  # a directory, a GGUF file, or a name to look up in cache and Hub
     # Half the memory for the base: --config.model.param_dtype=bfloat16; the least for the
     # activations: --config.model.remat=full.
     c.model.dtype = "bfloat16"

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import jinja2
 from jinja2 import ext, nodes, parser, sandbox
 
+from lora_jax.models import gguf_tokenizer
 from lora_jax.models.checkpoints import Checkpoint
+from lora_jax.models.gguf import is_gguf
 
 Message = Mapping[str, Any]
 
@@ -51,12 +53,14 @@ class Rendered(NamedTuple):
 
 
 def find(checkpoint: Checkpoint) -> ChatTemplate:
-    """Finds the template among the files of a checkpoint.
+    """Finds the template among the files of a checkpoint, or in the GGUF file that it is.
 
     Raises:
       ValueError: there is none, or a file is damaged.
     """
     directory = checkpoint.directory
+    if is_gguf(directory):
+        return _read_gguf(directory)
     settings = _read_json(directory / "tokenizer_config.json")
     tokens = _find_tokens(_read_json(directory / "special_tokens_map.json"))
     tokens |= _find_tokens(settings)
@@ -73,6 +77,13 @@ def find(checkpoint: Checkpoint) -> ChatTemplate:
             "tokenizer_config.json no chat_template. Copy the one of its chat version there."
         )
     return ChatTemplate(source, tokens, directory / "tokenizer_config.json")
+
+
+def _read_gguf(path: Path) -> ChatTemplate:
+    source, tokens = gguf_tokenizer.read_template(path)
+    if source is None:
+        raise ValueError(f"{path} has no chat template: its metadata lack tokenizer.chat_template.")
+    return ChatTemplate(source, tokens, path)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

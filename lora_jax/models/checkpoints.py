@@ -19,10 +19,11 @@ from lora_jax import paths, sharding
 from lora_jax.files import safetensors_pieces, write_atomically
 from lora_jax.models import hub, registry
 from lora_jax.models.families import CLASSIFIER, Family
+from lora_jax.models.gguf import is_gguf
 from lora_jax.models.hub import Checkpoint, base_id, resolve
 from lora_jax.models.layers import check_remat
 from lora_jax.models.load_weights import join_problems, load_params, open_tensors
-from lora_jax.models.tokenizer import load_tokenizer
+from lora_jax.models.tokenizer import load_tokenizer, tokenizer_files
 from lora_jax.names import Name
 
 __all__ = [
@@ -163,7 +164,12 @@ def _read_config(checkpoint: Checkpoint) -> tuple[Family, Any]:
         family = registry.find(checkpoint.config)
         return family, family.config.from_hf(checkpoint.config)
     except (ValueError, TypeError, OverflowError) as error:  # the last two: values of odd types
-        raise ValueError(f"{checkpoint.directory / 'config.json'}: {error}") from error
+        raise ValueError(f"{_config_file(checkpoint)}: {error}") from error
+
+
+def _config_file(checkpoint: Checkpoint) -> Path:
+    whole = is_gguf(checkpoint.directory)
+    return checkpoint.directory if whole else checkpoint.directory / "config.json"
 
 
 def _find_model(family: Family, head: str, checkpoint: Checkpoint) -> Callable[..., nn.Module]:
@@ -182,8 +188,8 @@ def _check_layers(config: Any, checkpoint: Checkpoint) -> None:
         value = getattr(config, field.name)
         if "layer" in field.name and type(value) is int and value > tensors:
             raise ValueError(
-                f"{checkpoint.directory / 'config.json'} has {field.name} {value}, and the files "
-                f"beside it hold {tensors} tensors: they do not belong together."
+                f"{_config_file(checkpoint)} has {field.name} {value}, and the files beside it "
+                f"hold {tensors} tensors: they do not belong together."
             )
 
 
@@ -277,9 +283,8 @@ def save_hf(
     # A tied weight is stored once, under its first name.
     tensors = tables.weights([row._replace(tied=()) for row in table], leaves)
     directory.mkdir(parents=True, exist_ok=True)
-    for source in (checkpoint.directory / name for name in hub.TOKENIZER_FILES):
-        if source.is_file():
-            write_atomically(directory / source.name, source.read_bytes())
+    for name, content in tokenizer_files(checkpoint).items():
+        write_atomically(directory / name, content)
     shapes = {weight.hf: tables.tensor_shape(weight) for weight in tensors}
     pieces = safetensors_pieces(shapes, _make_tensors(leaves, tensors), {"format": "pt"})
     write_atomically(directory / hub.WEIGHTS, pieces)

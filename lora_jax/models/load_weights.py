@@ -15,9 +15,9 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from lora_jax import names, sharding
-from lora_jax.files import Stored, open_safetensors, read_tensor
 from lora_jax.models.families import Family
 from lora_jax.models.hub import Checkpoint
+from lora_jax.models.weight_files import Stored, open_file, read_tensor
 from lora_jax.names import Name, Weight
 
 _log = logging.getLogger("lora_jax.models.checkpoints")
@@ -131,7 +131,7 @@ def open_tensors(checkpoint: Checkpoint) -> dict[str, Stored]:
     damaged = []
     for path in checkpoint.weights:
         try:
-            file_tensors = open_safetensors(path)
+            file_tensors = open_file(path)
         except ValueError as error:
             damaged.append(f"{path}: {error}")
             continue

@@ -11,12 +11,41 @@ require(__name__, "models", "tokenizers")
 import tokenizers  # noqa: E402
 from tokenizers import implementations, processors  # noqa: E402
 
-from lora_jax.models.hub import Checkpoint  # noqa: E402
+from lora_jax.models import gguf_tokenizer  # noqa: E402
+from lora_jax.models.gguf import is_gguf  # noqa: E402
+from lora_jax.models.hub import TOKENIZER_FILES, Checkpoint  # noqa: E402
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> tokenizers.Tokenizer:
     """Reads the tokenizer of a checkpoint; see :func:`read_tokenizer`."""
+    if is_gguf(checkpoint.directory):
+        return gguf_tokenizer.read_tokenizer(checkpoint.directory)
     return read_tokenizer(checkpoint.directory)
+
+
+def tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """The files of a checkpoint's tokenizer by name, as a copy of the checkpoint needs them.
+
+    Raises:
+      ValueError: a GGUF file whose tokenizer can't be read.
+    """
+    if is_gguf(checkpoint.directory):
+        return _written(checkpoint)
+    there = (checkpoint.directory / name for name in TOKENIZER_FILES)
+    return {path.name: path.read_bytes() for path in there if path.is_file()}
+
+
+def _written(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """What a GGUF file says of its tokenizer as transformers' files."""
+    made = load_tokenizer(checkpoint)
+    template, tokens = gguf_tokenizer.read_template(checkpoint.directory)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **tokens}
+    settings |= {"clean_up_tokenization_spaces": False}
+    settings |= {"chat_template": template} if template is not None else {}
+    return {
+        "tokenizer.json": made.to_str(pretty=True).encode(),
+        "tokenizer_config.json": (json.dumps(settings, indent=2) + "\n").encode(),
+    }
 
 
 def read_tokenizer(directory: str | Path) -> tokenizers.Tokenizer:

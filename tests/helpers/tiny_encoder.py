@@ -51,7 +51,7 @@ def checkpoint(directory, seed=0, kind="bert"):
 
 
 def vocabulary(directory, *, roberta):
-    """Writes a tokeniser of whole words, in the family's way; returns the size."""
+    """Writes a tokenizer of whole words, in the family's way; returns the size."""
     if not roberta:
         words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
         (directory / "vocab.txt").write_text("\n".join(words) + "\n")

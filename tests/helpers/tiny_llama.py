@@ -34,7 +34,7 @@ def tokenizer():
 
 
 def checkpoint(directory, template=CHATML, **changes):
-    """A random two-layer model with its tokeniser and chat template."""
+    """A random two-layer model with its tokenizer and chat template."""
     about = {
         "model_type": "llama", "vocab_size": len(WORDS), "hidden_size": 32, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48,

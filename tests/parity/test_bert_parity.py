@@ -96,7 +96,7 @@ def test_gradients_of_random_models(seed, tmp_path):
 
 
 def test_what_the_base_says_of_itself_is_replaced(tmp_path):
-    """Labels, and the dtype under its old and new words; the tokeniser goes with the weights."""
+    """Labels, and the dtype under its old and new words; the tokenizer goes with the weights."""
     model = family_parity.torch_model(CASE, 0)
     base, out = tmp_path / "base", tmp_path / "out"
     model.save_pretrained(base)

@@ -105,7 +105,7 @@ GPT2 = places.SHARED / "gpt2_tokenizer"
 TEXTS = ["Hello world", " two  spaces", "naïve 電影 — it's 100%\tbad…\n", "a b</s>c", ""]
 
 
-@pytest.mark.skipif(not GPT2.is_dir(), reason=f"needs GPT-2's tokeniser in {GPT2}")
+@pytest.mark.skipif(not GPT2.is_dir(), reason=f"needs GPT-2's tokenizer in {GPT2}")
 @pytest.mark.parametrize("prefix", [False, True])
 def test_tokens_of_a_vocabulary_and_merges(prefix, tmp_path):
     """RoBERTa's files: GPT-2's words, with its own special tokens before and behind them."""
