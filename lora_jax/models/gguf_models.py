@@ -231,7 +231,7 @@ def _gemma(said: Mapping[str, Any], config: Mapping[str, Any], arch: str) -> dic
 
 def _from_tensors(header: GGUF, config: Mapping[str, Any]) -> dict[str, Any]:
     """What the file says by having a tensor."""
-    there, words = header.tensors, VARIANTS[config["model_type"]].words
+    there, words = header.tensors, VARIANTS[config["model_type"]].fields
     found: dict[str, Any] = {"tie_word_embeddings": "output.weight" not in there}
     for word, name in {"attention_bias": "attn_output", "mlp_bias": "ffn_up"}.items():
         if word in words:

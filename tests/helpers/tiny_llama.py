@@ -1,6 +1,7 @@
 """A tiny Llama checkpoint that can chat, and conversations, for tests of the programs."""
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -8,6 +9,7 @@ import safetensors.numpy
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
+from configs import instruct_llama
 from lora_jax import names, paths
 from lora_jax.models import llama
 
@@ -77,3 +79,20 @@ def data(path, count=100):
         lines.append(json.dumps({"messages": messages}))
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def overrides(root):
+    """Fields of a config that make a run of this model on these conversations, of a few seconds."""
+    return {
+        "model.name": root / "model", "model.dtype": "float32", "data.train": root / "data.jsonl",
+        "data.holdout": 6, "data.max_length": 48, "batch_size": 4, "eval_batch_size": 2,
+        "epochs": 8, "lora.rank": 8, "lora.alpha": 16.0, "optimizer.learning_rate": 0.01,
+    }  # fmt: skip
+
+
+def config(root, **changes):
+    c = instruct_llama.get_config().copy_and_resolve_references()
+    with c.unlocked():
+        c.update_from_flattened_dict({k: str(v) if isinstance(v, Path) else v for k, v in
+                                      (overrides(root) | changes).items()})  # fmt: skip
+    return c

@@ -4,12 +4,11 @@ import struct
 
 import numpy as np
 import pytest
-from test_fuzz import bounded, refused
 
 from lora_jax import paths
 from lora_jax.data import chat_template
 from lora_jax.models import checkpoints, gguf, gguf_models
-from tests.helpers import damaged_files, gguf_files, gguf_tokens, tiny_llama
+from tests.helpers import damaged_files, gguf_files, gguf_tokens, limits, tiny_llama
 
 pytestmark = pytest.mark.usefixtures("quiet")
 KINDS = ("F32", "Q4_0", "Q4_1", "Q8_0")
@@ -132,11 +131,11 @@ def test_damaged_files(originals, tmp_path, mutate, count):
         original, shapes = originals[seed % len(originals)]
         data = mutate(original, rng)
         path.write_bytes(data)
-        header, _ = refused(lambda: gguf.read_header(path), len(data))
+        header, _ = limits.refused(lambda: gguf.read_header(path), len(data))
         assert header is None or isinstance(header, ValueError)
-        error, found = refused(lambda: everything(path), len(data))
+        error, found = limits.refused(lambda: everything(path), len(data))
         assert error is None or isinstance(error, ValueError)
-        refused(lambda: words(path), len(data))
+        limits.refused(lambda: words(path), len(data))
         refusals += error is not None
         if found:
             leaves = paths.named_leaves(found[1].params)
@@ -151,5 +150,5 @@ def test_an_array_of_empty_words(tmp_path):
     data = body + struct.pack("<IIQ", 9, 8, 200_000) + bytes(8 * 200_000)
     path = tmp_path / "m.gguf"
     path.write_bytes(data)
-    with bounded(len(data)):
+    with limits.bounded(len(data)):
         assert gguf.read_header(path).metadata["a"] == [""] * 200_000

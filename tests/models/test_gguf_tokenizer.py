@@ -5,14 +5,12 @@ import json
 import jax
 import numpy as np
 import pytest
-import test_instruct
-from test_gguf_models import make
 from tokenizers import pre_tokenizers
 
 from lora_jax.data import chat_template
 from lora_jax.models import checkpoints, gguf_splits, gguf_tokenizer
 from lora_jax.tasks import chat, instruction_tuning
-from tests.helpers import gguf_files, gguf_tokens, tiny_llama
+from tests.helpers import gguf_checkpoints, gguf_files, gguf_tokens, programs, tiny_llama
 from tests.helpers.gguf_tokens import TEXTS
 
 pytestmark = pytest.mark.xdist_group("instruct")
@@ -204,7 +202,7 @@ def both(tmp_path_factory):
     size = made.get_vocab_size()
     changes = {"vocab_size": size, "max_position_embeddings": 128, "num_hidden_layers": 1}
     words = gguf_tokens.words(made)
-    folder, path = make(root, "llama", changes=changes, words=words)
+    folder, path = gguf_checkpoints.make(root, "llama", changes=changes, words=words)
     made.save(str(folder / "tokenizer.json"))
     names = {"bos_token": "<s>", "eos_token": "<|im_end|>", "pad_token": "<pad>"}
     settings = {"chat_template": tiny_llama.CHATML, **names}
@@ -220,7 +218,7 @@ def test_chat_templates(both, tmp_path):
     assert (ours.source, ours.tokens, ours.origin) == (theirs.source, theirs.tokens, path)
     talk = [tiny_llama.question("red"), tiny_llama.answer("red")]
     assert chat_template.render(ours, talk).text == chat_template.render(theirs, talk).text
-    _, silent = make(tmp_path, "llama")
+    _, silent = gguf_checkpoints.make(tmp_path, "llama")
     with pytest.raises(ValueError, match="m.gguf has no chat template: .* tokenizer.chat_template"):
         chat_template.find(checkpoints.resolve(silent))
 
@@ -257,17 +255,17 @@ def test_programs(both, tmp_path):
     changes = {"epochs": 1, "data.max_length": 64, "data.holdout": 4}
     rows = []
     for model in both:
-        config = test_instruct.config(tmp_path, **changes, **{"model.name": model})
+        config = tiny_llama.config(tmp_path, **changes, **{"model.name": model})
         task, _ = instruction_tuning.make_task(config)
         rows.append(list(task.eval_batches()))
     jax.tree.map(np.testing.assert_array_equal, *rows)
-    fields = test_instruct.overrides(tmp_path) | changes | {"model.name": both[1]}
+    fields = tiny_llama.overrides(tmp_path) | changes | {"model.name": both[1]}
     flags = [f"--config.{name}={value}" for name, value in fields.items()]
     workdir = tmp_path / "run"
-    test_instruct.run(
+    programs.succeed(
         "instruct", "--config=configs/instruct_llama.py", f"--workdir={workdir}", *flags
     )
     adapter = f"--adapter={workdir / 'adapter'}"
-    assert test_instruct.run("chat", adapter, "--max_new_tokens=3", "what is two?").strip()
-    test_instruct.run("export", adapter, f"--out={tmp_path / 'merged'}", "--merged")
+    assert programs.succeed("chat", adapter, "--max_new_tokens=3", "what is two?").strip()
+    programs.succeed("export", adapter, f"--out={tmp_path / 'merged'}", "--merged")
     assert checkpoints.load(tmp_path / "merged", head="causal-lm").fresh == ()

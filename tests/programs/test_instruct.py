@@ -1,13 +1,11 @@
 """Fine-tuning on conversations and talking to the result, as a user does both."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import lora_jax as lora
-from configs import instruct_llama
 from lora_jax import peft
 from lora_jax.data import chat_template
 from lora_jax.models import checkpoints
@@ -21,20 +19,12 @@ pytestmark = pytest.mark.xdist_group("instruct")
 run = programs.succeed
 
 
-def overrides(root):
-    return {
-        "model.name": root / "model", "model.dtype": "float32", "data.train": root / "data.jsonl",
-        "data.holdout": 6, "data.max_length": 48, "batch_size": 4, "eval_batch_size": 2,
-        "epochs": 8, "lora.rank": 8, "lora.alpha": 16.0, "optimizer.learning_rate": 0.01,
-    }  # fmt: skip
-
-
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     root = tmp_path_factory.mktemp("instruct")
     tiny_llama.checkpoint(root / "model")
     tiny_llama.data(root / "data.jsonl")
-    flags = [f"--config.{name}={value}" for name, value in overrides(root).items()]
+    flags = [f"--config.{name}={value}" for name, value in tiny_llama.overrides(root).items()]
     arguments = ("--config=configs/instruct_llama.py", f"--workdir={root / 'run'}", *flags)
     done = programs.start("instruct", *arguments)
     assert done.returncode == 0, done.stderr
@@ -54,7 +44,7 @@ def test_training_learns_and_reports(finished):
 
 def test_evaluation_alone_is_the_logged_loss(finished):
     root, _ = finished
-    flags = [f"--config.{name}={value}" for name, value in overrides(root).items()]
+    flags = [f"--config.{name}={value}" for name, value in tiny_llama.overrides(root).items()]
     workdir = root / "run"
     before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
     said = run(
@@ -118,19 +108,11 @@ def test_stop_tokens_are_all_that_the_files_name(tmp_path):
     assert stop == (1, 3, tiny_llama.WORDS.index("<|im_end|>"), 7)
 
 
-def config(root, **changes):
-    c = instruct_llama.get_config().copy_and_resolve_references()
-    with c.unlocked():
-        c.update_from_flattened_dict({k: str(v) if isinstance(v, Path) else v for k, v in
-                                      (overrides(root) | changes).items()})  # fmt: skip
-    return c
-
-
 def test_all_mistakes_of_a_config_are_told(tmp_path):
     wrong = {"model.name": "", "data.train": "", "data.validation": "x", "data.date": "May"}
     with pytest.raises(ValueError) as error:
         instruction_tuning.check(
-            config(tmp_path, **wrong, **{"data.max_length": 1, "batch_size": 0})
+            tiny_llama.config(tmp_path, **wrong, **{"data.max_length": 1, "batch_size": 0})
         )
     fields = (
         "model.name",
@@ -147,13 +129,13 @@ def test_mistakes_found_with_the_data(tmp_path):
     tiny_llama.checkpoint(tmp_path / "model")
     tiny_llama.data(tmp_path / "data.jsonl", count=6)
     with pytest.raises(ValueError, match="holdout 6 leaves nothing of the 6 conversations"):
-        instruction_tuning.make_task(config(tmp_path))
+        instruction_tuning.make_task(tiny_llama.config(tmp_path))
     with pytest.raises(ValueError, match="max_length 65 goes beyond the 64 positions"):
-        instruction_tuning.make_task(config(tmp_path, **{"data.max_length": 65}))
+        instruction_tuning.make_task(tiny_llama.config(tmp_path, **{"data.max_length": 65}))
     golden = ROOT / "tests" / "goldens" / "gpt2" / "plain"  # scripts/make_gpt2_goldens.py
     with pytest.raises(ValueError, match="is a GPT2LMHeadModel.*data.packing"):
         instruction_tuning.make_task(
-            config(tmp_path, **{"model.name": golden, "data.max_length": 8})
+            tiny_llama.config(tmp_path, **{"model.name": golden, "data.max_length": 8})
         )
 
 
@@ -163,13 +145,13 @@ def test_a_file_for_validation_and_no_packing(tmp_path):
     tiny_llama.data(tmp_path / "other.jsonl", count=6)
     changes = {"data.holdout": 0, "data.validation": tmp_path / "other.jsonl"}
     task, settings = instruction_tuning.make_task(
-        config(tmp_path, **changes, **{"data.packing": False})
+        tiny_llama.config(tmp_path, **changes, **{"data.packing": False})
     )
     batches = list(task.eval_batches())
     assert sum(b["weights"].sum() for b in batches) == 6
     assert all("segment_ids" not in b for b in batches)
     assert set(settings.targets) >= {"q_proj", "down_proj"}
-    packed, _ = instruction_tuning.make_task(config(tmp_path, **changes))
+    packed, _ = instruction_tuning.make_task(tiny_llama.config(tmp_path, **changes))
     assert packed.steps_per_epoch < task.steps_per_epoch
     assert any("cut" in note for note in instruction_tuning.make_task(
-        config(tmp_path, **changes, **{"data.max_length": 14}))[0].notes)  # fmt: skip
+        tiny_llama.config(tmp_path, **changes, **{"data.max_length": 14}))[0].notes)  # fmt: skip

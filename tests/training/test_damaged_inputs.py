@@ -1,17 +1,13 @@
 """Files damaged at random: a clean error or the right values, in bounded time and memory.
 
 Adapters in the native format, base checkpoints, and checkpoints of a run; PEFT's directories are in
-``test_peft_fuzz.py``. By default a sample; with ``-m slow`` ten thousand files.
+``tests/peft``. By default a sample; with ``-m slow`` ten thousand files.
 """
 
 import contextlib
 import hashlib
 import json
-import resource
 import shutil
-import time
-import tracemalloc
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,43 +19,9 @@ from lora_jax import paths
 from lora_jax.adapter import as_data
 from lora_jax.models import checkpoints
 from lora_jax.training import checkpointing, metric_writer, workdirs
-from tests.helpers import damaged_files, tiny_encoder, tiny_llama, tiny_t5, tiny_task
+from tests.helpers import damaged_files, limits, tiny_encoder, tiny_llama, tiny_t5, tiny_task
 
-CLEAN = (ValueError, KeyError, OSError)  # FileNotFoundError is an OSError
-ROOM = 3 << 30  # bytes of address space beyond what the process has: no mutation may want them
 SAMPLE, MANY = 3, 140  # files for each case
-
-
-@contextlib.contextmanager
-def bounded(size, traced=True):
-    """Python's own memory to a multiple of a file's size, all memory and the time absolutely.
-
-    Python's tracing of its memory can crash where threads of other libraries end (CPython 3.11).
-    """
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM, limits[1]))
-    if traced:
-        tracemalloc.start()
-    begun = time.process_time()
-    try:
-        yield
-    finally:
-        peak = tracemalloc.get_traced_memory()[1]  # 0 if it is not traced
-        tracemalloc.stop()
-        resource.setrlimit(resource.RLIMIT_AS, limits)
-    assert peak < 30 * size + 20e6, peak
-    assert time.process_time() - begun < 20
-
-
-def refused(load, size, traced=True):
-    """The error, or None and what was loaded."""
-    with bounded(size, traced):
-        try:
-            return None, load()
-        except CLEAN as error:
-            assert str(error) and len(str(error)) < 20_000
-            return error, None
 
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -123,7 +85,7 @@ def test_damaged_adapters(native, tmp_path, case, count):
         (tmp_path / "adapter.json").write_bytes(about)
         (tmp_path / weights).write_bytes(data)
         size = len(about) + len(data)
-        error, found = refused(lambda: lora.load(tmp_path, BASE, base="sha256:x"), size)
+        error, found = limits.refused(lambda: lora.load(tmp_path, BASE, base="sha256:x"), size)
         assert error is None or name != "padded" or file == "weights"
         if found:
             merged = lora.merge(BASE, found[0])
@@ -172,7 +134,7 @@ def test_damaged_bases(bases, tmp_path, case, count):
         path = directory / file
         path.write_bytes(mutate(path.read_bytes(), rng))
         size = sum(p.stat().st_size for p in directory.iterdir())
-        error, found = refused(lambda: checkpoints.load(directory, head=head), size)
+        error, found = limits.refused(lambda: checkpoints.load(directory, head=head), size)
         if found:
             leaves = paths.named_leaves(found.params)
             if file == "model.safetensors":
@@ -201,7 +163,9 @@ def test_damaged_indices(bases, tmp_path, name, count):
         rng = np.random.default_rng([list(damaged_files.OF_JSON).index(name), seed, 2])
         text = damaged_files.OF_JSON[name](json.dumps(about).encode(), rng)
         (directory / "model.safetensors.index.json").write_bytes(text)
-        _, found = refused(lambda: checkpoints.load(directory, head=head), len(data) + len(text))
+        _, found = limits.refused(
+            lambda: checkpoints.load(directory, head=head), len(data) + len(text)
+        )
         assert found is None or all(p.parent == directory for p in found.checkpoint.weights)
 
 
@@ -245,7 +209,7 @@ def test_absurd_configs(bases, tmp_path, kind, changes, says):
     shutil.copytree(source, tmp_path / "model")
     path = tmp_path / "model" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    with pytest.raises(ValueError, match=says), bounded(10_000):
+    with pytest.raises(ValueError, match=says), limits.bounded(10_000):
         checkpoints.load(tmp_path / "model", head=head)
 
 
@@ -285,7 +249,7 @@ def test_damaged_checkpoints(saved, tmp_path, mutate, count):
         path = directory / files[rng.integers(len(files))]
         if data := path.read_bytes():
             path.write_bytes(mutate(data, rng))
-        error, found = refused(lambda: restored(directory), size, traced=False)
+        error, found = limits.refused(lambda: restored(directory), size, traced=False)
         refusals += error is not None
         if found:
             assert [np.asarray(x).tobytes() for x in jax.tree.leaves(found[0])] == wanted
@@ -315,7 +279,7 @@ def test_damaged_descriptions(saved, tmp_path, name, count):
             about.write_text(json.dumps(words))
         else:
             about.write_bytes(damaged_files.OF_JSON[name](data, rng))
-        error, found = refused(lambda: restored(tmp_path / "run"), 0, traced=False)
+        error, found = limits.refused(lambda: restored(tmp_path / "run"), 0, traced=False)
         if found:
             tiny_task.same(found[0], state)
             assert seed % 2 or found[1] == PROGRESS
@@ -341,16 +305,16 @@ def test_damaged_files_of_a_run(tmp_path, name, count):
         workdirs.claim(tmp_path, config)
         data = (tmp_path / "config.json").read_bytes()
         (tmp_path / "config.json").write_bytes(damaged_files.OF_JSON[name](data, rng))
-        refused(lambda: workdirs.check(tmp_path, config), 2_000_000)
+        limits.refused(lambda: workdirs.check(tmp_path, config), 2_000_000)
         at = int(rng.integers(len(lines)))
         damaged = [*lines[:at], damaged_files.OF_JSON[name](lines[at], rng), *lines[at + 1 :]]
         (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(damaged) + b"\n")
-        _, found = refused(lambda: metric_writer.read(tmp_path / "metrics.jsonl"), 2_000_000)
+        _, found = limits.refused(lambda: metric_writer.read(tmp_path / "metrics.jsonl"), 2_000_000)
         assert [json.dumps(x).encode() for x in found[:at]] == lines[:at]
 
 
 def test_too_much_memory_would_be_noticed():
-    with pytest.raises(MemoryError), bounded(10):
-        np.zeros(2 * ROOM, np.uint8)
-    with pytest.raises(AssertionError), bounded(10):
+    with pytest.raises(MemoryError), limits.bounded(10):
+        np.zeros(2 * limits.ROOM, np.uint8)
+    with pytest.raises(AssertionError), limits.bounded(10):
         bytearray(30_000_000)
