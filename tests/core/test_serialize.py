@@ -209,7 +209,8 @@ def test_a_kill_at_any_moment_leaves_a_whole_adapter(tmp_path, saved):
     params, adapter, config = saved
     lora.save(tmp_path, adapter, config)
     code = (
-        "import sys, jax, zoo, lora_jax as lora\n"
+        "import sys, jax, lora_jax as lora\n"
+        "from tests.helpers import zoo\n"
         "model = zoo.ZOO['mlp']()\n"
         "adapter, config = lora.load(sys.argv[1], model.params)\n"
         "other = jax.tree.map(lambda x: x + 1, adapter)\n"

@@ -2,12 +2,13 @@
 
 import importlib
 import importlib.util
-from pathlib import Path
 
 import jax
 import pytest
 
-FOLDER = Path(__file__).parent.parent / "examples"
+from tests.helpers.places import ROOT
+
+FOLDER = ROOT / "examples"
 EXAMPLES = {  # file: library that it needs, kernels adapted, their uses
     "nnx_transformer": ("flax", 7, 7),
     "vit": ("flax", 13, 13),
