@@ -1,6 +1,7 @@
 """The library keeps to its plan: what may import what, and how large anything is."""
 
 import ast
+import re
 import statistics
 import subprocess
 import sys
@@ -144,3 +145,9 @@ def test_tests_share_what_stands_in_helpers_alone(path):
             assert node.module.startswith("tests.helpers"), f"{path}:{node.lineno}"
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         assert not [n for n in names if n.split(".")[0] == "tests" or n.startswith("test_")]
+
+
+def test_the_readme_of_the_tests_names_every_helper():
+    text = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
+    helpers = {p.stem for p in (ROOT / "tests" / "helpers").glob("*.py")} - {"__init__"}
+    assert helpers == set(re.findall(r"`(\w+)`", text)) & helpers
