@@ -117,7 +117,7 @@ def steps(options: argparse.Namespace) -> None:
 
 
 def answers(pipe: Any, count: int, last: float) -> list[dict]:
-    """What a side tells of its cases; errors in place of all if it does not get through them."""
+    """Collects the facts of a side's cases; all are errors if they do not end in time."""
     found = []
     while len(found) < count and pipe.poll(max(last - time.monotonic(), 0)):
         found.append(pipe.recv())

@@ -245,7 +245,7 @@ def timed_compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, flo
 
 
 def finish(begun: Begun, file: str) -> tuple[dict, Callable[[int], float]]:
-    """What is known of a case that is compiled, and a function that runs so many steps."""
+    """Returns the facts of a compiled case, and a function that runs a number of steps."""
     compiled, seconds = begun.compiled.result(0)
     s, about = begun.setup, begun.about | {"compile_s": seconds} | memory(compiled)
     run = runner(compiled, s.state, s.base, s.batch)

@@ -44,7 +44,7 @@ def bert_base_state() -> TrainState:
 
 
 def measure(directory: Path, repeats: int) -> dict:
-    """Saves and restores so often; times are medians."""
+    """Saves and restores ``repeats`` times; times are medians."""
     state = bert_base_state()
     moments = optax.tree_utils.tree_get_all_with_path(state.opt_state, "mu")
     held, done, read = [], [], []

@@ -39,10 +39,8 @@ def main(argv: list[str]) -> None:
         raise ValueError("--eval_only is the validation loss alone; leave it out with --evaluate.")
     if _EVALUATE.value and jax.process_count() > 1:
         raise ValueError("Texts are written by one process: leave out the flags for several.")
-    if (
-        not config.adapter and not _EVALUATE.value
-    ):  # so that a mistake is found before the model is loaded
-        workdirs.check(workdir, config)
+    if not config.adapter and not _EVALUATE.value:
+        workdirs.check(workdir, config)  # before the model is loaded
     writer, directory = e2e.load(config, devices), config.adapter
     if not _EVALUATE.value:
         recipe = recipes.E2E._replace(make_task=functools.partial(e2e.make_task, writer=writer))

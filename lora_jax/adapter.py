@@ -27,7 +27,6 @@ from lora_jax.nodes import (
 )
 
 PyTree = Any
-Array = jax.Array
 TRAINABLE, FROZEN = "trainable", "frozen"
 
 

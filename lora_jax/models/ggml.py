@@ -20,8 +20,8 @@ class Codes(NamedTuple):
     Attributes:
       codes: int8 or uint8 ``(rows, inputs)``, one a byte.
       scales: float16 ``(rows, inputs / 32)``, one for each 32 inputs.
-      offsets: as scales; None for zero.
-      bits: how many bits of a code are in use, 4, 5 or 8.
+      offsets: float16 offsets of the shape of scales; None for zero.
+      bits: number of bits of a code that are in use: 4, 5 or 8.
     """
 
     codes: Array
@@ -35,12 +35,12 @@ class Layout(NamedTuple):
 
     Attributes:
       name: llama.cpp's.
-      block: how many numbers stand in a block.
+      block: number of values in a block.
       size: bytes of a block.
       decode: blocks, uint8 ``(n, size)``, to numbers, float32 ``(n, block)``.
       split: blocks to codes ``(n, block)``, scales ``(n, 1)`` and offsets; None if there is no
         such form.
-      bits: how many of a code are in use.
+      bits: number of bits of a code that are in use.
     """
 
     name: str
@@ -179,10 +179,10 @@ _OTHERS = {
 
 
 def layout(number: int) -> Layout:
-    """The type of a number in a file.
+    """Returns the layout of a type, by its number in files.
 
     Raises:
-      ValueError: one that is not read here; the message names it.
+      ValueError: the type is not read here; the message names it.
 
     >>> layout(12).name
     'Q4_K'

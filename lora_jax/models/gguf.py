@@ -30,14 +30,14 @@ class GGUFTensor(NamedTuple):
     """A tensor in a GGUF file, not read yet.
 
     Attributes:
-      path: of the file.
-      layout: how its numbers are packed.
-      shape: as in NumPy: outputs, inputs.
-      offset: in bytes from the file's beginning.
-      heads: of how many heads the file interleaves the halves, as llama.cpp rotates pairs of
+      path: path of the file.
+      layout: layout of its numbers in blocks.
+      shape: shape as NumPy has it, outputs before inputs.
+      offset: number of bytes before it in the file.
+      heads: number of heads whose halves the file interleaves, as llama.cpp rotates pairs of
         neighbours where transformers rotates halves; 0 for none.
-      shift: what the file adds to every number.
-      dtype: of the numbers that are read.
+      shift: number that the file adds to every value.
+      dtype: dtype of the numbers that are read.
     """
 
     path: Path
@@ -53,9 +53,9 @@ class GGUF(NamedTuple):
     """What the header of a file says.
 
     Attributes:
-      path: of the file.
-      metadata: by key: bool, int, float, str, list of str, or array.
-      tensors: by the file's names.
+      path: path of the file.
+      metadata: values by key: bool, int, float, str, list of str, or array.
+      tensors: tensors by the names in the file.
     """
 
     path: Path
@@ -64,7 +64,7 @@ class GGUF(NamedTuple):
 
 
 def is_gguf(path: str | Path) -> bool:
-    """Whether a file's name says that it is one.
+    """Returns whether a file's name is that of a GGUF file.
 
     >>> is_gguf("model.Q4_0.gguf")
     True
@@ -210,7 +210,7 @@ def _check_places(table: dict[str, GGUFTensor], start: int, step: int, size: int
 
 
 def count_bytes(tensor: GGUFTensor) -> int:
-    """How many bytes a tensor has in its file."""
+    """Counts the bytes of a tensor in its file."""
     return math.prod(tensor.shape) // tensor.layout.block * tensor.layout.size
 
 

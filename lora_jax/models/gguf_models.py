@@ -67,9 +67,9 @@ _GEMMA_NORMS = {
 
 
 def open_tensors(path: str | Path) -> dict[str, GGUFTensor]:
-    """The tensors of a GGUF file by the names that transformers gives them; none is read.
+    """Lists the tensors of a GGUF file by transformers' names, without reading them.
 
-    Those of another name keep it.
+    A tensor whose name is not known here keeps it.
 
     Raises:
       ValueError: it can't be read, or is of another architecture.
@@ -83,7 +83,7 @@ def open_tensors(path: str | Path) -> dict[str, GGUFTensor]:
         if name == _ROPE_FREQS:
             continue  # read_config has understood it
         if arch == "llama" and (part := re.fullmatch(r"blk\.\d+\.attn_([qk])\.\w+", name)):
-            tensor = _permuted(tensor, name, heads[part[1]])
+            tensor = _permute(tensor, name, heads[part[1]])
         if _is_gemma(arch) and name.endswith("norm.weight"):
             tensor = tensor._replace(shift=1.0)
         found[_standard(name, arch)] = tensor
@@ -92,7 +92,7 @@ def open_tensors(path: str | Path) -> dict[str, GGUFTensor]:
     return found
 
 
-def _permuted(tensor: GGUFTensor, name: str, heads: int) -> GGUFTensor:
+def _permute(tensor: GGUFTensor, name: str, heads: int) -> GGUFTensor:
     if tensor.shape[0] % (2 * heads):
         raise ValueError(
             f"{tensor.path}: {name} has {tensor.shape[0]} rows, which are no {heads} heads."
@@ -123,7 +123,7 @@ def _is_gemma(arch: str) -> bool:
 
 
 def read_config(header: GGUF) -> dict[str, Any]:
-    """The model's config in the words of a ``config.json``.
+    """Converts the model's config to the words of a ``config.json``.
 
     Raises:
       ValueError: another architecture, or a variant of one that is not built here.

@@ -28,7 +28,7 @@ _SPACE = "▁"
 
 
 def read_tokenizer(path: str | Path) -> tokenizers.Tokenizer:
-    """The tokenizer of a GGUF file; it neither pads nor truncates.
+    """Builds the tokenizer of a GGUF file, which neither pads nor truncates.
 
     Raises:
       ValueError: there is none, it is damaged, or of a kind that is not built here.
@@ -49,7 +49,7 @@ def read_tokenizer(path: str | Path) -> tokenizers.Tokenizer:
 
 
 def special_tokens(header: GGUF) -> dict[str, str]:
-    """The text of each special token that the file names, as ``bos_token`` and so on.
+    """Returns the texts of the special tokens that the file names, by ``bos_token`` and so on.
 
     Raises:
       ValueError: an id that is none.
@@ -69,7 +69,7 @@ def special_tokens(header: GGUF) -> dict[str, str]:
 
 
 def read_template(path: str | Path) -> tuple[str | None, dict[str, str]]:
-    """The chat template, None if there is none, and the special tokens that it may use.
+    """Returns the chat template, or None, and the special tokens that it may use.
 
     Raises:
       ValueError: the file is damaged.

@@ -264,7 +264,7 @@ class GPT2LMHeadModel(nn.Module):
       config: the model's shape.
       dtype: dtype of the activations, float32 or bfloat16; parameters are float32.
       scan_layers: whether the layers are stacked, and one is compiled for all.
-      remat: what the backward pass computes again; see :func:`layers.remat_layer`.
+      remat: what the backward pass computes again; see :func:`lora_jax.models.layers.remat_layer`.
     """
 
     config: GPT2Config

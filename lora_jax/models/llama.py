@@ -213,7 +213,7 @@ class LlamaForCausalLM(nn.Module):
       config: the model's shape and its type.
       dtype: dtype of the activations, float32 or bfloat16; parameters are float32.
       scan_layers: whether the layers are stacked, and one is compiled for all.
-      remat: what the backward pass computes again; see :func:`layers.remat_layer`.
+      remat: what the backward pass computes again; see :func:`lora_jax.models.layers.remat_layer`.
     """
 
     config: LlamaConfig

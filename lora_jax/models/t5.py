@@ -267,7 +267,7 @@ class T5ForConditionalGeneration(nn.Module):
       config: the model's shape.
       dtype: dtype of the activations, float32 or bfloat16; parameters are float32.
       scan_layers: whether the layers of each stack are stacked, and one is compiled for all.
-      remat: what the backward pass computes again; see :func:`layers.remat_layer`.
+      remat: what the backward pass computes again; see :func:`lora_jax.models.layers.remat_layer`.
     """
 
     config: T5Config

@@ -24,19 +24,19 @@ def load_tokenizer(checkpoint: Checkpoint) -> tokenizers.Tokenizer:
 
 
 def tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """The files of a checkpoint's tokenizer by name, as a copy of the checkpoint needs them.
+    """Returns the files of a checkpoint's tokenizer, by name, for a copy of the checkpoint.
 
     Raises:
-      ValueError: a GGUF file whose tokenizer can't be read.
+      ValueError: the checkpoint is a GGUF file, and its tokenizer can't be read.
     """
     if is_gguf(checkpoint.directory):
-        return _written(checkpoint)
+        return _convert_gguf(checkpoint)
     there = (checkpoint.directory / name for name in TOKENIZER_FILES)
     return {path.name: path.read_bytes() for path in there if path.is_file()}
 
 
-def _written(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """What a GGUF file says of its tokenizer as transformers' files."""
+def _convert_gguf(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """Writes the tokenizer of a GGUF file as transformers' files."""
     made = load_tokenizer(checkpoint)
     template, tokens = gguf_tokenizer.read_template(checkpoint.directory)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **tokens}

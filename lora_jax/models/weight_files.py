@@ -12,7 +12,7 @@ Stored = files.Stored | GGUFTensor  # a tensor in a file, not read yet
 
 
 def open_file(path: str | Path) -> dict[str, Stored]:
-    """The tensors of a file by Hugging Face's names; only its header is read.
+    """Lists the tensors of a file by Hugging Face's names; reads its header alone.
 
     Raises:
       ValueError: it is damaged, or holds what is not read here.

@@ -54,13 +54,13 @@ def tensor_shapes(directory: str | Path) -> dict[str, tuple[int, ...]]:
 def load_peft(
     directory: str | Path, params: PyTree, *, names: Sequence[Name], base: str | None = None
 ) -> tuple[dict[str, Any], LoRAConfig]:
-    """Reads an adapter that PEFT, or :func:`save_peft`, has written.
+    """Reads an adapter that PEFT, or :func:`lora_jax.peft.save_peft`, has written.
 
     The factors keep the dtype that they have in the file; leaves that are trained in full get the
     dtype of the base. Both namings of transformers (4 and 5) are understood where the table has
     them. Words without a field in the config (the kind of task, the name of the base) are kept in
-    ``config.origin`` for :func:`save_peft`. As in PEFT, the adapter is for inference and has no
-    dropout; to train on with the config's, call ``lift(fn, dropout=config.dropout,
+    ``config.origin`` for :func:`lora_jax.peft.save_peft`. As in PEFT, the adapter is for inference
+    and has no dropout; to train on with the config's, call ``lift(fn, dropout=config.dropout,
     dropout_key=key)``.
 
     Args:

@@ -57,7 +57,7 @@ class Options(NamedTuple):
 
     Attributes:
       decay: decay of the learning rate, as in :func:`optimizer.schedule`.
-      accumulate: as in :class:`step.StepOptions`.
+      accumulate: as in :class:`lora_jax.training.step.StepOptions`.
     """
 
     decay: str

@@ -16,7 +16,7 @@ def update(progress: Any, score: Score, value: float, config: ConfigDict) -> Any
 
     Args:
       progress: dataclass with the fields ``reference``, ``waited`` and ``ended``, such as
-        :class:`loop.Progress`.
+        :class:`lora_jax.training.loop.Progress`.
       score: says which way is better.
       value: score of this evaluation.
       config: section ``early_stopping`` of a config; with patience 0 a run never ends early.

@@ -104,7 +104,7 @@ class Evaluation(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """The compiled functions of a run, of :mod:`step` and :mod:`evaluation`."""
+    """The compiled functions of a run, of ``step.py`` and ``evaluation.py``."""
 
     train: Callable
     evaluate: Callable
@@ -123,7 +123,7 @@ def loop(
       The last step, and the progress.
 
     Raises:
-      Stopped, FloatingPointError, OSError: as :func:`train.train`.
+      Stopped, FloatingPointError, OSError: as :func:`lora_jax.training.train.train`.
     """
     start, plan = int(partitioning.on_host(run.devices, state.step)), run.plan
     start_time = time.perf_counter() - progress.seconds

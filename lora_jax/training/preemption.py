@@ -16,9 +16,8 @@ import jax
 from jax.experimental import multihost_utils
 
 _T = TypeVar("_T")
-_is_requested = (
-    False  # no threading.Event: a second signal while the first sets it would wait forever
-)
+# No threading.Event: a second signal while the first one sets it would wait forever.
+_is_requested = False
 
 
 class Stopped(Exception):

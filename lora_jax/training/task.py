@@ -36,8 +36,9 @@ class Task:
 
     Attributes:
       apply: ``(params, batch, key or None) -> logits``; there is no dropout without a key.
-      metrics: ``(logits, batch) -> sums``, a NamedTuple such as :class:`metrics.Sums`; its first
-        field is the sum of losses, its last the sum of weights.
+      metrics: ``(logits, batch) -> sums``, a NamedTuple such as
+        :class:`lora_jax.training.metrics.Sums`; its first field is the sum of losses, its last the
+        sum of weights.
       train_batch: ``step -> batch``, a pure function. Among several processes it also gets
         ``rows``, the numbers of the batch's rows to make.
       eval_batches: ``() -> batches`` of one evaluation; also gets ``rows`` among several processes.

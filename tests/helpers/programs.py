@@ -101,51 +101,6 @@ def _import_libraries():
         importlib.import_module(name)
 
 
-def _server():
-    """The process to fork from: one for each process of tests."""
-    server = subprocess.Popen(
-        [sys.executable, "-m", "tests.helpers.programs"], cwd=ROOT, text=True, bufsize=1,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    atexit.register(_close, server)
-    return server
-
-
-def _close(server):
-    server.stdin.close()
-    server.wait(timeout=60)
-
-
-def _ask(server, order, timeout):
-    server.stdin.write(json.dumps(order | {"timeout": timeout}) + "\n")
-    answer = json.loads(server.stdout.readline())
-    if "late" in answer:
-        raise subprocess.TimeoutExpired(order["argv"], timeout)
-    return answer["status"]
-
-
-# What the programs import, apart from one another.
-LIBRARIES = (
-    "flax.linen", "matplotlib.figure", "ml_collections.config_flags", "optax", "orbax.checkpoint", "tokenizers",
-    "lora_jax.sweeps.report", "lora_jax.sweeps.scheduler", "lora_jax.tasks.chat", "lora_jax.tasks.classification",
-    "lora_jax.tasks.e2e", "lora_jax.tasks.instruction_tuning", "lora_jax.training.train",
-)  # fmt: skip
-
-
-# ---- In the process that is forked ---------------------------------------------------------------
-
-
-def _import_libraries():
-    import tokenizers  # noqa: F401
-
-    import lora_jax.sweeps.report
-    import lora_jax.tasks.chat
-    import lora_jax.tasks.classification
-    import lora_jax.tasks.e2e
-    import lora_jax.tasks.instruction_tuning
-    import lora_jax.training.train  # noqa: F401
-
-
 def _serve():
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # nothing else is to be an answer

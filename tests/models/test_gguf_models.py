@@ -93,9 +93,6 @@ def test_more_ends_of_texts(tmp_path):
     assert hub.resolve(path).config["eos_token_id"] == [5, 7]
 
 
-LAYERS = np.array([True, False, True])
-
-
 @pytest.mark.parametrize(
     "words, layers",
     [

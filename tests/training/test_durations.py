@@ -18,7 +18,6 @@ from lora_jax.training.durations import Plan
 from tests.helpers import encoder_runs
 
 config, task = encoder_runs.config, encoder_runs.task
-PER_EPOCH = encoder_runs.PER_EPOCH
 
 
 @pytest.mark.parametrize("module", [durations, optimizer])

@@ -1,7 +1,7 @@
 """Meshes of 8 virtual devices give the numbers of one device, and move what they should.
 
 The devices must be asked for before JAX starts, so the cases run in processes of their own
-(eight_devices.py), a few in each.
+(tests/helpers/cases_on_8_devices.py), a few in each.
 """
 
 import json
