@@ -33,7 +33,7 @@ def bert_base_state() -> TrainState:
 
     def made(base: dict) -> TrainState:
         adapter = lora.init(jax.random.key(0), model.apply, base, config, ids, ids)
-        tx = adamw(Settings(1e-3, 0, 100, 0.01, 1.0), adapter)
+        tx = adamw(Settings(1e-3, 0, 100, 0.01, 1.0), adapter, "linear")
         step, key = jax.numpy.int32(0), jax.random.key_data(jax.random.key(0))
         return TrainState(step, adapter, tx.init(adapter), key)
 
@@ -44,7 +44,7 @@ def bert_base_state() -> TrainState:
 
 
 def measure(directory: Path, repeats: int) -> dict:
-    """Saves and restores so often; times are medians."""
+    """Saves and restores ``repeats`` times; times are medians."""
     state = bert_base_state()
     moments = optax.tree_utils.tree_get_all_with_path(state.opt_state, "mu")
     held, done, read = [], [], []

@@ -78,8 +78,8 @@ def measured(arguments: list[str]) -> dict:
 def processes(args: argparse.Namespace) -> None:
     """Prints each way of doing the runs, with its share of the time of separate processes."""
     flags = flags_for(args.steps, args.targets)
-    found = trials.points(quickstart_sweep.get_config(), quickstart_sweep.sweep, recipes.GLUE)
-    found = trials.only(found, args.only)
+    found = trials.make_trials(quickstart_sweep.get_config(), quickstart_sweep.sweep, recipes.GLUE)
+    found = trials.select(found, args.only)
     only = [f"--only={text}" for text in args.only]
     sweeps: dict[str, dict] = {}
     ways = args.parallel.split(",")
@@ -147,7 +147,7 @@ def throughput(args: argparse.Namespace) -> None:
     config = common.base_config()
     config.lora.rank, config.lora.dropout = args.rank, args.dropout
     config.lora.targets = tuple(args.targets.split(","))
-    member = vmapped_step.member(task, config, from_config.lora_config(config))
+    member = vmapped_step.make_member(task, config, from_config.lora_config(config))
     peak = matmul_tflops(args.dtype)
     first = None
     for count in (int(n) for n in args.at_once.split(",")):
@@ -165,10 +165,11 @@ def throughput(args: argparse.Namespace) -> None:
 
 def timed(task: Task, member: vmapped_step.Member, count: int, args: argparse.Namespace) -> dict:
     """Compiles the step for ``count`` runs and times it."""
-    program = vmapped_step.program(task, count, dropout=args.dropout > 0)
+    options = vmapped_step.make_options(common.base_config())
+    program = vmapped_step.make_program(task, count, has_dropout=args.dropout > 0, options=options)
     members = vmapped_step.place(program, vmapped_step.stack([member] * count, count))
     base, batch = vmapped_step.replicate(program, task.base), task.train_batch(0)
-    step = vmapped_step.compiled(program, "train", members, base, batch)
+    step = vmapped_step.compile_step(program, "train", members, base, batch)
     cost, memory = step.cost_analysis(), step.memory_analysis()
     seconds = []
     for _ in range(args.repeats + 1):

@@ -26,18 +26,18 @@ def base_config() -> ConfigDict:
     """A config with all fields set; a config file changes what it needs and locks it."""
     c = ConfigDict()
     c.task = "sst2"  # of GLUE
-    c.seed = 0  # initial draw of factors and head, and all dropout
+    c.seed = 0  # of the initial draw of factors and head, and of all dropout
 
-    c.adapter = ""  # directory of an adapter to go on from, ours or PEFT's; its settings win
+    c.adapter = ""  # directory of an adapter to start from, in either format; its settings hold
     c.model = ConfigDict()
     c.model.name = "bert-base-uncased"  # a directory, or a name to look up in cache and Hub
     c.model.num_labels = 2
-    c.model.labels = ("negative", "positive")  # what predictions are called; () for the task's own
+    c.model.labels = ("negative", "positive")  # names of the classes; () for the task's own
     c.model.dtype = "float32"  # of the activations: float32 or bfloat16
     c.model.param_dtype = "float32"  # of the frozen base; what is trained is float32
-    c.model.quantize = ""  # how its kernels are stored: "nf4_double", "int8", ...; "" for plain
-    # What the backward pass computes again rather than keeps in memory, layer by layer: "none",
-    # "full" (all of it), or the name of a policy in jax.checkpoint_policies.
+    c.model.quantize = ""  # scheme of its kernels: "nf4_double", "int8", ...; "" for plain ones
+    # Activations that the backward pass computes again, layer by layer, in place of keeping them:
+    # "none", "full" (all), or the name of a policy in jax.checkpoint_policies.
     c.model.remat = "none"
 
     c.lora = ConfigDict()  # the fields of lora_jax.LoRAConfig
@@ -55,11 +55,11 @@ def base_config() -> ConfigDict:
     c.data.source = "tfds:glue/sst2"
     c.data.data_dir = ""  # where TFDS keeps data; empty for its default
     c.data.seed = 0  # which examples are taken, and their order
-    c.data.train_examples = 5000  # the first so many of the shuffled training set; 0 for all
-    c.data.holdout = 0  # evaluate on so many other training examples, not on the validation set
+    c.data.train_examples = 5000  # number of examples of the shuffled training set; 0 for all
+    c.data.holdout = 0  # number of other training examples to evaluate on; 0: the validation set
     c.data.max_length = 128
     c.data.buckets = (32, 64, 128)  # batches are padded to the first of these that is long enough
-    c.data.alike = 0  # so many batches at a time are filled by length, to pad less; 0 for none
+    c.data.alike = 0  # number of batches at a time that are filled by length, to pad less; 0: none
 
     c.mesh = ConfigDict()  # devices; docs/scaling.md says which axis is for what
     c.mesh.data = 1  # rows of a batch are split over data x fsdp; -1 for all devices that are left
@@ -68,23 +68,23 @@ def base_config() -> ConfigDict:
     c.pmap = False  # rows split by jax.pmap, over mesh.data devices, or all if that is 1
 
     c.batch_size = 16  # rows of a step, whatever accumulate is
-    c.accumulate = 1  # parts that a batch is cut into, with the activations of one in memory
+    c.accumulate = 1  # micro-batches that a batch is split into; one is in memory at a time
     c.eval_batch_size = 64
     c.epochs = 3
-    c.steps = duration(0)  # how long to train, in place of epochs; 0 for these
+    c.steps = duration(0)  # length of the run; 0 for the number of epochs
     c.log_every = 20  # steps between lines of metrics.jsonl
     c.eval_every = duration("1 epoch")  # between evaluations; there is always one at the end
     c.checkpoint_every = duration(0)  # steps between checkpoints, besides one with each evaluation
-    c.checkpoint_keep = 2  # so many of the newest are kept; older ones are there if one is damaged
+    c.checkpoint_keep = 2  # number of checkpoints to keep; an older one helps if one is damaged
 
     c.early_stopping = ConfigDict()
-    c.early_stopping.patience = 0  # evaluations without an improvement that end the run; 0: never
-    c.early_stopping.min_delta = 0.0  # what the score must improve by to count
+    c.early_stopping.patience = 0  # evaluations without improvement that end the run; 0: never
+    c.early_stopping.min_delta = 0.0  # improvement of the score that is needed to count
 
     c.guard = ConfigDict()  # against a loss or gradient that is NaN or infinite
     c.guard.action = "stop"  # or "skip": go on without that step's update
-    c.guard.patience = 10  # so many steps in a row that are left out stop the run all the same
-    c.guard.spike = 0.0  # a loss above so many times its running mean is treated alike; 0: never
+    c.guard.patience = 10  # consecutive steps without an update that stop the run all the same
+    c.guard.spike = 0.0  # multiple of its running mean above which a loss counts as NaN; 0: never
 
     c.optimizer = ConfigDict()  # AdamW
     c.optimizer.learning_rate = 5e-4
@@ -97,9 +97,9 @@ def base_config() -> ConfigDict:
 
 
 def glue_config(task: str) -> ConfigDict:
-    """The same for a task of GLUE on all its training examples.
+    """A config for a task of GLUE on all its training examples.
 
-    Labels are the task's own; adapted and trained is what PEFT has for the model's family.
+    Labels are the task's own; targets and trained modules are those of PEFT for the model's family.
     """
     c = base_config()
     c.task = task
@@ -111,20 +111,17 @@ def glue_config(task: str) -> ConfigDict:
 
 
 def language_config() -> ConfigDict:
-    """The same fields as far as they fit a causal language model, and those of writing."""
+    """A config for a causal language model."""
     c = base_config()
     del c.task, c.model.num_labels, c.model.labels
     c.model.name = "gpt2"
-    c.model.scan_layers = False  # the layers in one array a parameter, compiled once
-    c.model.tokenizer = ""  # directory with the tokeniser's files, if not that of the model
+    c.model.scan_layers = False  # whether the layers are one array a parameter, compiled once
+    c.model.tokenizer = ""  # directory of the tokenizer; empty for that of the model
     c.lora.targets = ("c_attn",)
     c.lora.train = ()
-    c.data = ConfigDict()
+    del c.data.data_dir, c.data.train_examples, c.data.max_length
     c.data.source = ""  # directory of the files
-    c.data.seed = 0  # what is held out, and the order of the texts
-    c.data.holdout = 0  # evaluate on so many of the training file, not on a validation file
-    c.data.buckets = (64, 96, 128, 192)  # as in base_config; they must hold the longest text
-    c.data.alike = 0
+    c.data.buckets = (64, 96, 128, 192)  # they must hold the longest text
     c.label_smoothing = 0.0
     return c
 
@@ -133,7 +130,7 @@ def e2e_config() -> ConfigDict:
     """The fields that every config of the E2E NLG challenge has."""
     c = language_config()
     c.data.train, c.data.validation, c.data.test = "train.txt", "valid.txt", "test.txt"
-    c.data.test_meanings = 0  # write for the first so many meanings of the test file; 0 for all
+    c.data.test_meanings = 0  # number of meanings of the test file to write for; 0 for all
     c.decode = ConfigDict()  # the fields of lora_jax.models.decoding.Decoding
     c.decode.max_new_tokens = 64
     c.decode.beams = 10

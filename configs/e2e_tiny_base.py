@@ -16,13 +16,13 @@ from configs import common
 def get_config() -> ConfigDict:
     """Four layers of width 128, all parameters trained."""
     c = common.language_config()
-    c.model = ConfigDict()  # fields of lora_jax.models.gpt2.GPT2Config
-    c.model.vocab_size = 1000  # at most; of the tokeniser that is made
+    del c.model.name, c.model.dtype, c.model.param_dtype, c.model.scan_layers, c.model.tokenizer
+    # Fields of lora_jax.models.gpt2.GPT2Config.
+    c.model.vocab_size = 1000  # largest size of the tokenizer that is made
     c.model.n_positions = 192
     c.model.n_embd = 128
     c.model.n_layer = 4
     c.model.n_head = 4
-    c.model.remat = "none"
     c.model.resid_pdrop = c.model.embd_pdrop = c.model.attn_pdrop = 0.0
     c.lora.targets = ()
     c.lora.train = ("re:.*",)

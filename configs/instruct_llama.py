@@ -15,14 +15,12 @@ from configs import common
 def get_config() -> ConfigDict:
     """All fields set; model.name and data.train are left to the command line."""
     c = common.base_config()
-    del c.task
-    c.model = ConfigDict()
-    c.model.name = ""  # a directory, or a name to look up in cache and Hub
-    c.model.dtype = "bfloat16"  # of the activations: float32 or bfloat16
-    c.model.param_dtype = "float32"  # of the frozen base; in bfloat16 it takes half the memory
-    c.model.quantize = ""  # "nf4_double": its kernels take an eighth; needs model.scan_layers
+    del c.task, c.model.num_labels, c.model.labels
+    c.model.name = ""  # a directory, a GGUF file, or a name to look up in cache and Hub
+    # Half the memory for the base: --config.model.param_dtype=bfloat16; an eighth for its kernels:
+    # --config.model.quantize=nf4_double; the least for the activations: --config.model.remat=full.
+    c.model.dtype = "bfloat16"
     c.model.scan_layers = True  # one layer is compiled for all
-    c.model.remat = "none"  # as in base_config; "full" takes the least memory
 
     c.lora.rank = 16
     c.lora.alpha = 32.0
@@ -31,14 +29,13 @@ def get_config() -> ConfigDict:
     c.lora.train = ()
     c.lora.dropout = 0.05
 
-    c.data = ConfigDict()
+    del c.data.source, c.data.data_dir, c.data.train_examples, c.data.buckets, c.data.alike
     c.data.train = ""  # JSON lines, one conversation each
     c.data.validation = ""  # the same; or
-    c.data.holdout = 100  # so many conversations of data.train
-    c.data.seed = 0  # which are held out, and the order of the others
+    c.data.holdout = 100  # number of conversations of data.train to keep for evaluation
     c.data.max_length = 1024  # tokens of a row; longer conversations are cut
     c.data.packing = True  # several conversations share a row, without seeing each other
-    c.data.date = "2024-07-26"  # what chat templates that write the date are told it is
+    c.data.date = "2024-07-26"  # date for chat templates that write one
 
     c.batch_size = 8  # rows
     c.eval_batch_size = 8

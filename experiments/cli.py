@@ -11,21 +11,21 @@ from lora_jax.training import preemption
 
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 
-# What the library raises for bad input, bad files and a system that says no.
+# Errors that the library raises for bad input, bad files and what the system refuses.
 _MISTAKES = (ValueError, KeyError, AttributeError, TypeError, OSError, FloatingPointError)
 
 
 def run(main: Callable[[list[str]], None]) -> None:
     """Runs ``main(positional arguments)`` as a program.
 
-    It exits with 0, also if it was asked to stop and can go on; 1 where the training diverged; 2
-    after a mistake; 3 where another process of the run has ended before its time; 130 if
+    The program exits with 0, also if it was asked to stop and can go on; 1 if the training
+    diverged; 2 after a mistake; 3 if another process of the run has ended early; 130 if it was
     interrupted.
     """
 
-    def guarded(argv: Sequence[str]) -> int:
+    def run_main(argv: Sequence[str]) -> int:
         if not _DEBUG.value:
-            logging.set_verbosity(logging.FATAL)  # Orbax tells of every file it reads or writes
+            logging.set_verbosity(logging.FATAL)  # Orbax logs every file it reads or writes
         try:
             processes.start()
             main(list(argv[1:]))
@@ -43,7 +43,7 @@ def run(main: Callable[[list[str]], None]) -> None:
             return _fail(ValueError(f"another process has ended, or can't be reached ({error})"), 3)
         return 0
 
-    app.run(guarded, flags_parser=_parse)
+    app.run(run_main, flags_parser=_parse)
 
 
 def say(text: str) -> None:
@@ -70,11 +70,11 @@ def _text(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; a training run goes on from its last checkpoint if started again"
     if isinstance(error, OSError) and error.strerror:
-        # One of ours has a sentence where the system's have a word or two and a file.
+        # The library's errors have a sentence here; the system's have a word or two, and a file.
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     inner = error.args[0] if error.args else error
     if isinstance(error, KeyError) or isinstance(inner, KeyError):
-        # ml_collections wraps what it says of a config field in a KeyError, sometimes in two.
-        said = inner.args[0] if isinstance(inner, KeyError) else inner
-        return f"unknown config field {said} (configs/common.py lists all)".replace("\n", ": ")
+        # ml_collections wraps its message on a config field in a KeyError, sometimes in two.
+        message = inner.args[0] if isinstance(inner, KeyError) else inner
+        return f"unknown config field {message} (configs/common.py lists all)".replace("\n", ": ")
     return str(error)

@@ -23,27 +23,28 @@ from ml_collections import ConfigDict
 from experiments import cli, finetuning, recipes
 from lora_jax.files import write_atomically
 from lora_jax.tasks import adapter_files, e2e
-from lora_jax.tasks.e2e import Writer, Written
+from lora_jax.tasks.e2e import ScoredTexts, Writer
 from lora_jax.training import workdirs
 
 _EVALUATE = flags.DEFINE_bool("evaluate", False, "Train nothing; score the model as it is.")
 
+PyTree = Any
 SCORES, TEXTS = "scores.json", "texts.jsonl"
 
 
 def main(argv: list[str]) -> None:
     """Trains, writes and scores."""
-    config, workdir = finetuning.prepare(argv, recipes.E2E)
-    if finetuning.eval_only() and _EVALUATE.value:
+    config, workdir, devices = finetuning.prepare(argv, recipes.E2E)
+    if finetuning.is_eval_only() and _EVALUATE.value:
         raise ValueError("--eval_only is the validation loss alone; leave it out with --evaluate.")
     if _EVALUATE.value and jax.process_count() > 1:
-        raise ValueError("Texts are written by one process: leave out what tells of others.")
-    if not config.adapter and not _EVALUATE.value:  # a mistake is found before the model is loaded
-        workdirs.check(workdir, config)
-    writer, directory = e2e.load(config), config.adapter
+        raise ValueError("Texts are written by one process: leave out the flags for several.")
+    if not config.adapter and not _EVALUATE.value:
+        workdirs.check(workdir, config)  # before the model is loaded
+    writer, directory = e2e.load(config, devices), config.adapter
     if not _EVALUATE.value:
         recipe = recipes.E2E._replace(make_task=functools.partial(e2e.make_task, writer=writer))
-        best = finetuning.fit(config, workdir, recipe)
+        best = finetuning.fit(config, workdir, recipe, devices)
         if best is None:
             return
         directory = workdir / workdirs.ADAPTER
@@ -54,13 +55,13 @@ def main(argv: list[str]) -> None:
     if jax.process_count() > 1:
         print(f"Next: let one process score it, with --evaluate --adapter={directory}")
         return
-    found = {}
+    results = {}
     if config.decode.unadapted or not directory:
-        found["unadapted"] = _scored("unadapted", config, writer)
+        results["unadapted"] = _write_and_score("unadapted", config, writer)
     if directory:
         adapter, _ = adapter_files.load(directory, writer.loaded)
-        found["adapted"] = _scored("adapted", config, writer, adapter)
-    _report(workdir, found)
+        results["adapted"] = _write_and_score("adapted", config, writer, adapter)
+    _report(workdir, results)
     if directory:
         print(
             f"Next:\n  python -m experiments.export --adapter={directory} "
@@ -68,21 +69,23 @@ def main(argv: list[str]) -> None:
         )
 
 
-def _scored(name: str, config: ConfigDict, writer: Writer, adapter: Any = None) -> Written:
+def _write_and_score(
+    name: str, config: ConfigDict, writer: Writer, adapter: PyTree | None = None
+) -> ScoredTexts:
     written = e2e.write(config, writer, adapter)
     scores = ", ".join(f"{score} {x:.2f}" for score, x in written.scores.items())
     print(f"{name}: {scores} ({len(written.texts)} meanings)", flush=True)
     return written
 
 
-def _report(workdir: Path, found: dict[str, Written]) -> None:
-    """Puts scores and texts into files."""
+def _report(workdir: Path, results: dict[str, ScoredTexts]) -> None:
+    """Writes scores and texts into files."""
     workdir.mkdir(parents=True, exist_ok=True)
-    scores = {name: written.scores for name, written in found.items()}
+    scores = {name: written.scores for name, written in results.items()}
     write_atomically(workdir / SCORES, (json.dumps(scores, indent=2) + "\n").encode())
-    meanings = next(iter(found.values())).texts
+    meanings = next(iter(results.values())).texts
     lines = [
-        {"meaning": meaning} | {name: written.texts[meaning] for name, written in found.items()}
+        {"meaning": meaning} | {name: written.texts[meaning] for name, written in results.items()}
         for meaning in meanings
     ]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

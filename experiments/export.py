@@ -3,7 +3,7 @@
 python -m experiments.export --adapter=runs/quickstart/adapter --out=runs/merged --merged
 python -m experiments.export --adapter=runs/quickstart/adapter --out=runs/peft --peft
 
-The adapter may be one that training has left, or a directory in PEFT's format.
+The adapter may be in this library's format or in PEFT's.
 """
 
 import sys
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     for note in model.notes:
         print(f"assumed: {note}", file=sys.stderr)
     if _PEFT.value:
-        # A name that PEFT wrote stays, unless the base has moved.
+        # PEFT's name of the base stays, unless the base has moved.
         base = _MODEL.value if model.config.origin else model.loaded.checkpoint.name
         adapter_files.save_peft(out, model.loaded, model.adapter, model.config, base=base)
         print(f"Wrote {out}: open it with peft, PeftModel.from_pretrained(base, directory).")

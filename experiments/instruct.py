@@ -16,8 +16,8 @@ from lora_jax.training import workdirs
 
 def main(argv: list[str]) -> None:
     """Trains, and says what to do next."""
-    config, workdir = finetuning.prepare(argv, recipes.INSTRUCT)
-    best = finetuning.fit(config, workdir, recipes.INSTRUCT)
+    config, workdir, devices = finetuning.prepare(argv, recipes.INSTRUCT)
+    best = finetuning.fit(config, workdir, recipes.INSTRUCT, devices)
     if best is None:
         return
     adapter = workdir / workdirs.ADAPTER

@@ -3,8 +3,8 @@ r"""Classifies sentences with a trained adapter.
 python -m experiments.predict --adapter=runs/quickstart/adapter "The movie was wonderful!"
 python -m experiments.predict --adapter=runs/quickstart/adapter --json < sentences.txt
 
-The adapter may be one that training has left, or a directory in PEFT's format. Where its task is
-on pairs of sentences, the two are parted by a tab: $"A man eats.\tSomebody eats."
+The adapter may be in this library's format or in PEFT's. If its task is
+on pairs of sentences, the two are separated by a tab: $"A man eats.\tSomebody eats."
 """
 
 import json
@@ -23,27 +23,27 @@ _JSON = flags.DEFINE_bool("json", False, "Print one JSON object a line.")
 
 
 def sentences(arguments: list[str], file: str | None) -> list[str]:
-    """The sentences from the arguments, a file, or stdin; blank lines are left out.
+    """Returns the sentences of the arguments, a file, or stdin, without blank lines.
 
     Raises:
-      ValueError: there are none, or both arguments and a file.
+      ValueError: there are no sentences, or there are both arguments and a file.
       OSError: the file can't be read.
     """
     if arguments and file:
         raise ValueError("Give sentences as arguments or in --file, not both.")
     # Not splitlines(), which also splits at characters that stand within sentences (U+0085, ...).
     lines = arguments or _read(file).split("\n")
-    found = [line.strip() for line in lines if line.strip()]
-    if not found:
+    result = [line.strip() for line in lines if line.strip()]
+    if not result:
         raise ValueError(
             "No sentences: give them as arguments, in --file, or on stdin, one a line."
         )
-    return found
+    return result
 
 
 def _read(file: str | None) -> str:
     if (not file or file == "-") and sys.stdin.isatty():
-        return ""  # nobody knows that a program waits for a line
+        return ""  # a person would not know that the program waits for a line
     data = Path(file).read_bytes() if file and file != "-" else sys.stdin.buffer.read()
     try:
         return data.decode("utf-8-sig")
@@ -56,18 +56,20 @@ def _read(file: str | None) -> str:
 
 def main(argv: list[str]) -> None:
     """Prints a label and its probability for each sentence, or the number of a regression."""
-    given = sentences(argv, _FILE.value)
+    texts = sentences(argv, _FILE.value)
     model = classifier.load(_ADAPTER.value, model=_MODEL.value)
     for note in model.notes:
         print(f"assumed: {note}", file=sys.stderr)
-    for sentence, row in zip(given, classifier.outputs(model, given), strict=True):
+    for sentence, row in zip(texts, classifier.predict(model, texts), strict=True):
         best = int(row.argmax())
         label, value = model.labels[best], round(float(row[best]), 4)
         if len(model.labels) == 1:
-            found, text = {label: value}, f"{label} {value:.4f}"
+            fields, text = {label: value}, f"{label} {value:.4f}"
         else:
-            found, text = {"label": label, "probability": value}, f"{label} ({value:.4f})"
-        print(json.dumps({"sentence": sentence, **found}) if _JSON.value else f"{text}\t{sentence}")
+            fields, text = {"label": label, "probability": value}, f"{label} ({value:.4f})"
+        print(
+            json.dumps({"sentence": sentence, **fields}) if _JSON.value else f"{text}\t{sentence}"
+        )
 
 
 if __name__ == "__main__":

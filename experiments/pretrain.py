@@ -4,8 +4,8 @@ r"""Trains a small GPT-2 from nothing, as a plain language model, on the lines o
         --config.data.source=DIRECTORY_OF_E2E
 
 Each meaning representation and each reference is a text of its own, and texts follow each other in
-random order, as in GPT-2's own training: the model learns both languages, and nothing of how the
-one is put into the other. The tokeniser is made from the same texts. ``WORKDIR/model`` is a
+random order, as in GPT-2's own training: the model learns both languages, but not how
+to turn the one into the other. The tokenizer is made from the same texts. ``WORKDIR/model`` is a
 directory as Hugging Face has it. Training in full is a value of the adapter's config: the loop is
 the one that adapts.
 """
@@ -22,36 +22,32 @@ import lora_jax as lora
 from experiments import cli, finetuning
 from lora_jax.data import e2e_nlg
 from lora_jax.data.order import LINES, permutation
-from lora_jax.data.texts import Texts, texts
+from lora_jax.data.texts import Texts, make_texts
 from lora_jax.files import write_atomically
 from lora_jax.models import checkpoints, gpt2, hub
 from lora_jax.models.families import CAUSAL_LM, TOKENS
 from lora_jax.tasks import language_modeling
-from lora_jax.training import optimizer, train, training_config, workdirs
+from lora_jax.training import train, workdirs
 
 START, MODEL = "start", "model"
 _END = "<|endoftext|>"
-_LEAST = {
-    "data.holdout": 1, "data.alike": 0, "data.length": 2, "model.vocab_size": 257,
-}  # fmt: skip
+_LEAST = {"data.holdout": 1, "data.length": 2, "model.vocab_size": 257}
 
 
 def main(argv: list[str]) -> None:
-    """Makes tokeniser and model, trains, and saves."""
+    """Makes tokenizer and model, trains, and saves."""
     config, workdir = finetuning.command_line(argv, lambda c: c.copy_and_resolve_references())
     logging.getLogger("lora_jax").setLevel(logging.ERROR)
-    if finetuning.eval_only():
+    if finetuning.is_eval_only():
         raise ValueError("--eval_only is for adapters, and this trains a model from nothing.")
-    optimizer.check(config.optimizer)
-    training_config.check_sizes(config, _LEAST)
-    training_config.check(config)
+    language_modeling.check(config, _LEAST)
     workdirs.check(workdir, config)
     pairs = e2e_nlg.read(config.data.source, config.data.train)
     parts = e2e_nlg.split(pairs, config.data.holdout, config.data.seed)
     training, evaluation = (_lines(part) for part in parts)
     tokenizer = make_tokenizer(training, config.model.vocab_size)
     loaded = make_model(workdir / START, config, tokenizer)
-    texts = [packed(lines, tokenizer, config.data) for lines in (training, evaluation)]
+    texts = [pack(lines, tokenizer, config.data) for lines in (training, evaluation)]
     task, settings = language_modeling.make_task(config, loaded, *texts)
     best = train.train(task, config, settings, workdir, say=cli.say)
     adapter, _ = lora.load(workdir / workdirs.ADAPTER, loaded.params, base=loaded.base_id)
@@ -64,32 +60,32 @@ def main(argv: list[str]) -> None:
 
 
 def _lines(pairs: e2e_nlg.Pairs) -> list[str]:
-    """Texts with a space before them, as what is written after a meaning has; meanings once."""
+    """Returns each meaning once, and the texts with a space before them, as after a meaning."""
     return [*dict.fromkeys(pairs.meanings), *(f" {text}" for text in pairs.texts)]
 
 
 def make_tokenizer(lines: list[str], vocab_size: int) -> tokenizers.Tokenizer:
-    """A byte-level BPE like GPT-2's, from these lines; the same lines always give the same."""
-    made = tokenizers.ByteLevelBPETokenizer()
-    made.train_from_iterator(
+    """Makes a byte-level BPE like GPT-2's from lines; the result depends on them alone."""
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator(
         lines, vocab_size=vocab_size, special_tokens=[_END], show_progress=False
     )
-    return tokenizers.Tokenizer.from_str(made.to_str())
+    return tokenizers.Tokenizer.from_str(bpe.to_str())
 
 
-def packed(lines: list[str], tokenizer: tokenizers.Tokenizer, c: ConfigDict) -> Texts:
-    """All lines in random order, each after the token that ends one, cut to ``c.length`` tokens."""
+def pack(lines: list[str], tokenizer: tokenizers.Tokenizer, c: ConfigDict) -> Texts:
+    """Joins all lines in random order, each after the token that ends one, and cuts the whole."""
     end = tokenizer.token_to_id(_END)
     rows = tokenizer.encode_batch_fast(lines)
     stream = [t for k in permutation(len(rows), c.seed, stream=LINES) for t in (end, *rows[k].ids)]
     pieces = [stream[k : k + c.length] for k in range(0, len(stream), c.length)]
-    return texts([(p[:1], p[1:]) for p in pieces if len(p) > 1], pad_id=end)
+    return make_texts([(p[:1], p[1:]) for p in pieces if len(p) > 1], pad_id=end)
 
 
 def make_model(
     directory: Path, config: ConfigDict, tokenizer: tokenizers.Tokenizer
 ) -> checkpoints.Loaded:
-    """A model with random values, drawn by the config's seed, in a directory of its own."""
+    """Makes a model of random values, drawn by the config's seed, and writes it."""
     end = tokenizer.token_to_id(_END)
     sizes = {n: x for n, x in config.model.to_dict().items() if n in _SIZES}
     shape = gpt2.GPT2Config(**sizes | {"vocab_size": tokenizer.get_vocab_size()})

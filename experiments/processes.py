@@ -1,11 +1,11 @@
-"""Several processes that are one run: how each of them finds the others, and how it ends.
+"""Several processes that are one run: how each of them joins the others, and how it ends.
 
-Each process has some of the devices, and runs the same program. The first one writes, and speaks.
+Each process has some of the devices, and runs the same program. The first one writes and prints.
 """
 
 import os
 import sys
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jax
 from absl import flags
@@ -14,35 +14,36 @@ _COORDINATOR = flags.DEFINE_string("coordinator", None, "Address of process 0, H
 _PROCESSES = flags.DEFINE_integer("processes", None, "How many processes the run has.", 1)
 _PROCESS = flags.DEFINE_integer("process", None, "Number of this process, from 0.", 0)
 _DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "Find the other processes by what Slurm, Kubernetes or a TPU pod tells."
+    "distributed", False, "Find the other processes by Slurm, Kubernetes or a TPU pod."
 )
 
-# Seconds. A process that has died is noticed by a connection that breaks, or after this time.
+# Seconds. A process that has died is detected when its connection breaks, or after this time.
 _START, _HEARTBEAT, _END = 300, 30, 60
 
 
 def start() -> None:
-    """Joins the other processes, if the flags or the environment tell of any.
+    """Joins the other processes, if flags or environment name any.
 
     Raises:
-      ValueError: what they tell is not complete, or wrong; or the others are not there in time.
+      ValueError: flags and environment are not complete, or wrong; or the others do not come in
+        time.
     """
-    given = _given()
-    missing = [f"--{name}" for name, value in given.items() if value is None]
-    if len(missing) == len(given) and not _DISTRIBUTED.value:
+    settings = _read_settings()
+    missing = [f"--{name}" for name, value in settings.items() if value is None]
+    if len(missing) == len(settings) and not _DISTRIBUTED.value:
         return
     if missing and not _DISTRIBUTED.value:
         raise ValueError(
             f"{', '.join(missing)} must be given, too, to make one run of several processes; or "
-            "--distributed alone, where Slurm, Kubernetes or a TPU pod tells them."
+            "--distributed alone, under Slurm, Kubernetes or on a TPU pod."
         )
-    _check(given)
+    _check(settings)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(
-            coordinator_address=given["coordinator"],
-            num_processes=given["processes"],
-            process_id=given["process"],
+            coordinator_address=settings["coordinator"],
+            num_processes=settings["processes"],
+            process_id=settings["process"],
             cluster_detection_method=None if _DISTRIBUTED.value else "deactivate",
             initialization_timeout=_START,
             heartbeat_timeout_seconds=_HEARTBEAT,
@@ -57,19 +58,27 @@ def start() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
-def _given() -> dict[str, Any]:
-    """What the flags say, or else the variables that JAX has for the same."""
-    number = lambda name: int(text) if (text := os.environ.get(name, "")).isdecimal() else None
-    either = lambda flag, other: other if flag.value is None else flag.value
+def _read_settings() -> dict[str, str | int | None]:
+    """Reads the flags, or else the variables that JAX has for the same."""
+    coordinator = _COORDINATOR.value
+    if coordinator is None:
+        coordinator = os.environ.get("JAX_COORDINATOR_ADDRESS")
     return {
-        "coordinator": either(_COORDINATOR, os.environ.get("JAX_COORDINATOR_ADDRESS")),
-        "processes": either(_PROCESSES, number("JAX_NUM_PROCESSES")),
-        "process": either(_PROCESS, number("JAX_PROCESS_ID")),
+        "coordinator": coordinator,
+        "processes": _number(_PROCESSES, "JAX_NUM_PROCESSES"),
+        "process": _number(_PROCESS, "JAX_PROCESS_ID"),
     }
 
 
-def _check(given: dict) -> None:
-    coordinator, count, number = given.values()
+def _number(flag: flags.FlagHolder, variable: str) -> int | None:
+    if flag.value is not None:
+        return flag.value
+    text = os.environ.get(variable, "")
+    return int(text) if text.isdecimal() else None
+
+
+def _check(settings: dict) -> None:
+    coordinator, count, number = settings.values()
     if coordinator and not coordinator.rpartition(":")[2].isdecimal():
         raise ValueError(f"--coordinator={coordinator}: an address has the form HOST:PORT.")
     if None not in (count, number) and number >= count:
@@ -81,7 +90,7 @@ def _check(given: dict) -> None:
 def fail(status: int) -> int:
     """Ends a process that has failed, at once if there are others, so that they notice.
 
-    A usual end would wait for them, who wait for this one.
+    A usual end would wait for the others, which wait for this one.
     """
     if jax.distributed.is_initialized() and jax.process_count() > 1:
         _leave(status)

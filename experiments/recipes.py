@@ -3,10 +3,10 @@
 from lora_jax.tasks import classification, e2e, glue_config, instruction_tuning
 from lora_jax.training.task import Recipe
 
-GLUE = Recipe(glue_config.resolved, glue_config.check, classification.make_task)
-E2E = Recipe(e2e.resolved, e2e.check, e2e.make_task)
+GLUE = Recipe(glue_config.resolve, glue_config.check, classification.make_task)
+E2E = Recipe(e2e.resolve, e2e.check, e2e.make_task)
 INSTRUCT = Recipe(
-    instruction_tuning.resolved, instruction_tuning.check, instruction_tuning.make_task
+    instruction_tuning.resolve, instruction_tuning.check, instruction_tuning.make_task
 )
 
 RECIPES = {"glue": GLUE, "e2e_nlg": E2E, "instruct": INSTRUCT}

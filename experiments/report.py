@@ -1,8 +1,8 @@
-"""Writes what a sweep has found: a table, pictures, and one page that holds it all.
+"""Writes the report of a sweep: a table, figures, and one page that holds it all.
 
     python -m experiments.report runs/quickstart_sweep
 
-Takes whatever is finished: all shards of the sweep, or the part of it that has been done so far.
+It has the runs that are finished: those of all shards, or those that have been done so far.
 """
 
 from pathlib import Path
@@ -16,9 +16,11 @@ def main(argv: list[str]) -> None:
     if len(argv) != 1:
         raise ValueError("Give the directory of one sweep: python -m experiments.report DIRECTORY")
     workdir = Path(argv[0])
-    found = results.load(workdir)
-    folder = report.write(workdir, found)
-    print(f"{results.as_markdown(found)}\n{report.summary(found)}\nWrote {folder / 'report.html'}")
+    sweep = results.load(workdir)
+    folder = report.write(workdir, sweep)
+    print(
+        f"{results.to_markdown(sweep)}\n{report.summarize(sweep)}\nWrote {folder / 'report.html'}"
+    )
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@ r"""Fine-tunes a whole sweep: many ranks, alphas, rates and seeds through one co
     python -m experiments.sweep --config=configs/quickstart_sweep.py --workdir=runs/sweep
 
 The config file defines ``sweep(add)`` beside ``get_config()``. Run again, with or without more
-points in the file, it does what is left to do. Then ``python -m experiments.report runs/sweep``.
+runs in the file, it trains the runs that are left. The next command is
+``python -m experiments.report runs/sweep``.
 """
 
 import logging
@@ -25,13 +26,13 @@ _PROGRAM = flags.DEFINE_enum(
     "program", "glue", sorted(recipes.RECIPES), "Whose runs these are: glue stands for sst2 too."
 )
 _HALVING = flags.DEFINE_integer(
-    "halving", 0, "Go on with one of so many runs at each rung; 0 to train all to the end."
+    "halving", 0, "Number of runs of which one goes on at each rung; 0 to train all to the end."
 )
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Say what would be run, and stop.")
 flags.mark_flag_as_required("config")
 
 
-# What is done with the best adapter of each program.
+# The next command for the best adapter of each program.
 _NEXT = {
     "glue": 'experiments.predict --adapter={adapter} "The movie was wonderful!"',
     "e2e_nlg": "experiments.export --adapter={adapter} --out=merged --merged",
@@ -40,14 +41,14 @@ _NEXT = {
 
 
 def main(argv: list[str]) -> None:
-    """Trains what is left of the sweep, and says what to do next."""
+    """Trains the runs of the sweep that are left, and says what to do next."""
     if argv:
         raise ValueError(f"Unexpected arguments {argv}; options start with --.")
     logging.getLogger("lora_jax").setLevel(logging.ERROR)  # the notes say what is fresh
     base, workdir = _CONFIG.value, Path(_WORKDIR.value)
-    sweep = _asked_for(base, workdir)
+    sweep = _read_command_line(base, workdir)
     sweep_dirs.check(workdir, base, sweep.halving)
-    print(_plan(sweep), flush=True)
+    print(_list_runs(sweep), flush=True)
     if _DRY_RUN.value:
         return
     begin = time.perf_counter()
@@ -56,19 +57,19 @@ def main(argv: list[str]) -> None:
     print(f"{time.perf_counter() - begin:.1f} s; compiled: {times}\n{_outcome(sweep)}")
 
 
-def _asked_for(base: ConfigDict, workdir: Path) -> scheduler.Sweep:
+def _read_command_line(base: ConfigDict, workdir: Path) -> scheduler.Sweep:
     path = config_flags.get_config_filename(flags.FLAGS["config"])
     recipe = recipes.RECIPES[_PROGRAM.value]
-    everything = trials.points(base, trials.load_sweep(path), recipe)
-    everything = trials.only(everything, _ONLY.value)
+    runs = trials.make_trials(base, trials.load_sweep(path), recipe)
+    runs = trials.select(runs, _ONLY.value)
     if _HALVING.value and (_HALVING.value < 2 or _SHARD.value != "1/1"):
         raise ValueError(
             f"--halving={_HALVING.value} --shard={_SHARD.value}: halving is by 2 or more, and "
             "compares all runs, so that it can't go with shards."
         )
     return scheduler.Sweep(
-        points=everything,
-        mine=trials.shard(everything, _SHARD.value),
+        trials=runs,
+        local_trials=trials.shard(runs, _SHARD.value),
         recipe=recipe,
         workdir=workdir,
         parallel=_parallel(_PARALLEL.value),
@@ -86,31 +87,36 @@ def _parallel(text: str) -> int | None:
     return int(text)
 
 
-def _plan(sweep: scheduler.Sweep) -> str:
-    """All runs of this process, by group."""
-    swept = trials.swept([p.config for p in sweep.points])
+def _list_runs(sweep: scheduler.Sweep) -> str:
+    """Lists the runs of this process, by group."""
+    varied = trials.varied_fields([t.config for t in sweep.trials])
     lines = []
-    for number, members in enumerate(trials.groups(sweep.mine), 1):
+    for number, members in enumerate(trials.group(sweep.local_trials), 1):
         left = scheduler.unfinished(sweep, members)
         lines.append(f"group {number}: {len(members)} runs, {len(left)} to do")
-        for point in members if _DRY_RUN.value else []:
-            found = sweep_dirs.result(sweep.workdir, point)
-            state = found["status"] if found else "to do"
-            lines.append(f"  {point.id}  {trials.label(point, swept)}: {state}")
+        if _DRY_RUN.value:
+            lines += [_describe_run(sweep, trial, varied) for trial in members]
     return "\n".join(lines)
 
 
+def _describe_run(sweep: scheduler.Sweep, trial: trials.Trial, varied: list[str]) -> str:
+    result = sweep_dirs.read_result(sweep.workdir, trial)
+    status = result["status"] if result else "to do"
+    return f"  {trial.id}  {trials.describe(trial, varied)}: {status}"
+
+
 def _outcome(sweep: scheduler.Sweep) -> str:
-    """The best run, and the next commands."""
-    results = [(sweep_dirs.result(sweep.workdir, p), p) for p in sweep.mine]
-    statuses = [found["status"] for found, _ in results]
-    counts = {s: statuses.count(s) for s in sorted(set(statuses))}
+    """Says which run is the best, and which commands come next."""
+    results = [(sweep_dirs.read_result(sweep.workdir, t), t) for t in sweep.local_trials]
+    statuses = [result["status"] for result, _ in results]
+    counts = {status: statuses.count(status) for status in sorted(set(statuses))}
     lines = [", ".join(f"{count} runs {status}" for status, count in counts.items())]
-    good = [(*sweep_dirs.best(r), p) for r, p in results if sweep_dirs.best(r)[1] is not None]
-    if good:
-        score, value, point = max(good, key=lambda found: found[0].merit(found[1]))
-        run = trials.label(point, trials.swept([p.config for p in sweep.points]))
-        adapter = sweep_dirs.run_dir(sweep.workdir, point) / "adapter"
+    scored = [(*sweep_dirs.best_score(result), trial) for result, trial in results]
+    scored = [(score, value, trial) for score, value, trial in scored if value is not None]
+    if scored:
+        score, value, trial = max(scored, key=lambda entry: entry[0].merit(entry[1]))
+        run = trials.describe(trial, trials.varied_fields([t.config for t in sweep.trials]))
+        adapter = sweep_dirs.run_dir(sweep.workdir, trial) / "adapter"
         lines += [
             f"best validation {score.name} {value:.4f}: {run}",
             "Next:",

@@ -29,12 +29,11 @@ from lora_jax.nodes import (
 from lora_jax.quantized import as_array, is_quantized, numbers
 
 PyTree = Any
-Array = jax.Array
 TRAINABLE, FROZEN = "trainable", "frozen"
 
 
 def nodes(adapter: PyTree) -> dict[str, Any]:
-    """The entries of an adapter by path: the node of a method, or a plain array.
+    """Returns the entries of an adapter by path: nodes of methods, and plain arrays.
 
     Raises:
       ValueError: this is a bound tree.
@@ -45,27 +44,27 @@ def nodes(adapter: PyTree) -> dict[str, Any]:
             f"Got a bound tree where an adapter is expected: {paths.listing(bound)} is already "
             "bound to a kernel. Pass the adapter itself, as it was given to `bind`."
         )
-    return {name: _unboxed(node) for name, node in entries.items()}
+    return {name: _unbox(node) for name, node in entries.items()}
 
 
-def _unboxed(node: Any) -> Any:
-    """The node with plain arrays, where each is in a box, as ``jax.tree.map(nnx.Param, adapter)``.
+def _unbox(node: Any) -> Any:
+    """Takes the arrays of a node out of boxes, as ``jax.tree.map(nnx.Param, adapter)`` makes them.
 
-    :func:`lora_jax.paths.named_leaves` looks into the boxes of leaves that are trained in full.
+    :func:`lora_jax.paths.named_leaves` opens the boxes of leaves that are trained in full.
     """
     if not is_adapted(node):
         return node
     boxes = {name: getattr(node, name) for name in node.table if not is_static(node, name)}
-    inner = {name: jax.tree.leaves(box) for name, box in boxes.items()}
-    changed = {n: x[0] for n, x in inner.items() if len(x) == 1 and x[0] is not boxes[n]}
-    return dataclasses.replace(node, **changed) if changed else node
+    contents = {name: jax.tree.leaves(box) for name, box in boxes.items()}
+    unboxed = {n: x[0] for n, x in contents.items() if len(x) == 1 and x[0] is not boxes[n]}
+    return dataclasses.replace(node, **unboxed) if unboxed else node
 
 
 def base_leaves(params: PyTree) -> dict[str, Any]:
-    """The leaves of a parameter tree by path.
+    """Returns the leaves of a parameter tree by path.
 
     Raises:
-      ValueError: an adapter is bound to it; or as :func:`lora_jax.paths.named_leaves`.
+      ValueError: an adapter is bound to the tree; or as :func:`lora_jax.paths.named_leaves`.
     """
     leaves = paths.named_leaves(params, is_leaf=is_node)
     if bound := [name for name, node in leaves.items() if is_node(node)]:
@@ -94,17 +93,17 @@ def merge(params: PyTree, adapter: PyTree) -> PyTree:
     """Rewrites the tree to plain arrays, each adapted kernel being ``W + s·BA``.
 
     This is the definition of what an adapter means. The result has the structure, shapes and
-    dtypes of ``params``, which is left as it is; the sum is rounded once to the kernel's dtype.
+    dtypes of ``params``, which does not change; the sum is rounded once to the kernel's dtype.
     Quantized leaves become plain arrays, adapted or not.
 
     Raises:
       ValueError: as :func:`bind`.
     """
-    merged = _overlay(params, adapter, lambda name, leaf, x: _merged(leaf, as_node(x)))
+    merged = _overlay(params, adapter, lambda name, leaf, x: _merge_leaf(leaf, as_node(x)))
     return jax.tree.map(as_array, merged, is_leaf=is_quantized)
 
 
-def _merged(leaf: Any, node: Node) -> Array:
+def _merge_leaf(leaf: Any, node: Node) -> jax.Array:
     if not is_quantized(leaf):
         return node.merge(leaf)
     return node.merge(numbers(leaf)).astype(leaf.dtype)  # which alone rounds
@@ -116,8 +115,8 @@ def _overlay(params: PyTree, adapter: PyTree, put: Callable) -> PyTree:
     problems = misfits(leaves, entries)
     if problems:
         raise ValueError("The adapter does not fit the parameters: " + "; ".join(problems) + ".")
-    new = [put(n, x, entries[n]) if n in entries else x for n, x in leaves.items()]
-    return jax.tree.structure(params, is_leaf=is_quantized).unflatten(new)
+    merged = [put(n, x, entries[n]) if n in entries else x for n, x in leaves.items()]
+    return jax.tree.structure(params, is_leaf=is_quantized).unflatten(merged)
 
 
 def misfits(
@@ -126,9 +125,9 @@ def misfits(
     """Says where an adapter's entries do not fit the leaves of a parameter tree.
 
     Args:
-      leaves: of the parameters, by path.
-      entries: of the adapter, by path.
-      stacked: leading axes that each array of the adapter has, one entry an adapter.
+      leaves: leaves of the parameters by path.
+      entries: entries of the adapter by path.
+      stacked: leading axes of each array of the adapter, with one entry for each adapter.
     """
     unknown = [name for name in entries if name not in leaves]
     problems = [_misfit(n, leaves[n], x, stacked) for n, x in entries.items() if n in leaves]
@@ -137,24 +136,24 @@ def misfits(
             f"no parameter at {paths.listing(unknown)}; parameters here: {paths.listing(leaves)}"
         )
     problems = [p for p in problems if p]
-    if problems and not stacked and (found := leading_axes(entries)):
+    if problems and not stacked and (axes := leading_axes(entries)):
         problems.append(
-            f"the adapter is a stack with leading axes {found}: map over it with jax.vmap, or take "
+            f"the adapter is a stack with leading axes {axes}: map over it with jax.vmap, or take "
             "one of it with jax.tree.map(lambda x: x[0], adapter)"
         )
     return problems
 
 
 def leading_axes(entries: Mapping[str, Any]) -> tuple[int, ...]:
-    """The axes that every factor has before its own: those of a stack of adapters.
+    """Returns the axes that every factor has before its own: those of a stack of adapters.
 
     >>> from lora_jax.lowrank import LowRank
     >>> node = LowRank(jnp.zeros((5, 3, 1)), jnp.zeros((5, 1, 2)), 2.0)
     >>> leading_axes({"kernel": node})
     (5,)
     """
-    found = {fields.leading_axes(x) for x in entries.values() if is_adapted(x)}
-    return found.pop() if len(found) == 1 else ()
+    axes = {fields.leading_axes(x) for x in entries.values() if is_adapted(x)}
+    return axes.pop() if len(axes) == 1 else ()
 
 
 def _misfit(name: str, leaf: Any, x: Any, stacked: tuple[int, ...]) -> str:
@@ -163,26 +162,26 @@ def _misfit(name: str, leaf: Any, x: Any, stacked: tuple[int, ...]) -> str:
         return (
             f"{name} has shape {shape}, but its adapter is for {len(node.axes)} axes {node.axes!r}"
         )
-    want = {n: (*stacked, *own) for n, own in fields.shapes(node, shape).items()}
-    have = {n: jnp.shape(getattr(node, n)) for n in want}
-    number = lambda n: have[n] == () and node.table[n].scales
-    if all(have[n] == want[n] or number(n) for n in want):
+    expected = {n: (*stacked, *sizes) for n, sizes in fields.shapes(node, shape).items()}
+    actual = {n: jnp.shape(getattr(node, n)) for n in expected}
+    is_number = lambda n: actual[n] == () and node.table[n].scales
+    if all(actual[n] == expected[n] or is_number(n) for n in expected):
         return ""
     if not is_adapted(node):
-        return f"{name} has shape {want['value']}, not {have['value']}"
-    *names, last = want
+        return f"{name} has shape {expected['value']}, not {actual['value']}"
+    *names, last = expected
     return (
-        f"{name} of shape {shape} needs {', '.join(names)} and {last} of {(*want.values(),)}, not "
-        f"{(*have.values(),)}"
+        f"{name} of shape {shape} needs {', '.join(names)} and {last} of "
+        f"{(*expected.values(),)}, not {(*actual.values(),)}"
     )
 
 
 def as_data(adapter: PyTree) -> PyTree:
-    """The adapter with its scales as arrays, and without rates of dropout.
+    """Turns the scales of an adapter into arrays, and removes its rates of dropout.
 
-    Adapters that differ in alpha and dropout are then of one structure, so that they can be stacked
-    and mapped over in one compiled program; rates are an argument of :func:`lora_jax.lift`. The
-    scales are leaves now, which :func:`labels` calls frozen.
+    Adapters that differ in alpha and dropout then have the same structure, so that they can be
+    stacked and mapped over in one compiled program; rates are an argument of
+    :func:`lora_jax.lift`. The scales become leaves, which :func:`labels` calls frozen.
 
     >>> from lora_jax.lowrank import LowRank
     >>> node = LowRank(jnp.zeros((3, 1)), jnp.zeros((1, 2)), 2.0, dropout=0.1)
@@ -190,16 +189,21 @@ def as_data(adapter: PyTree) -> PyTree:
     >>> made.scale, made.dropout
     (Array(2., dtype=float32), 0.0)
     """
-    data = lambda x: dataclasses.replace(with_array_scale(x), dropout=0.0) if is_adapted(x) else x
-    return jax.tree.map(data, adapter, is_leaf=is_node)
+
+    def convert(x: Any) -> Any:
+        if not is_adapted(x):
+            return x
+        return dataclasses.replace(with_array_scale(x), dropout=0.0)
+
+    return jax.tree.map(convert, adapter, is_leaf=is_node)
 
 
 def labels(tree: PyTree) -> PyTree:
     """Labels each leaf "trainable" or "frozen", for ``optax.multi_transform``.
 
-    Takes an adapter or a bound tree, whose structure the result has. Factors and leaves trained in
-    full are trainable; in a bound tree the base is frozen, and so are scales that are arrays. An
-    adapter as :func:`lora_jax.init` makes it has no frozen leaf, and needs no labels.
+    The tree is an adapter or a bound tree, and the result has its structure. Factors and leaves
+    that are trained in full are trainable; in a bound tree the base is frozen, and so are scales
+    that are arrays. An adapter from :func:`lora_jax.init` has no frozen leaf and needs no labels.
 
     >>> from lora_jax.lowrank import LowRank
     >>> node = LowRank(jnp.zeros((3, 1)), jnp.zeros((1, 2)), 2.0)
@@ -213,31 +217,33 @@ def labels(tree: PyTree) -> PyTree:
     def label(x: Any) -> Any:
         if bound and not is_node(x):
             return FROZEN
-        made = fields.map_fields(_label, x)
-        return dataclasses.replace(made, w=_all_of(x.w, FROZEN)) if is_adapted(x) else made
+        labelled = fields.map_fields(_label, x)
+        if not is_adapted(x):
+            return labelled
+        return dataclasses.replace(labelled, w=_label_arrays(x.w, FROZEN))
 
     return jax.tree.map(label, tree, is_leaf=is_node)
 
 
 def _label(name: str, field: Field, value: Any) -> Any:
-    return _all_of(value, TRAINABLE if field.is_trained else FROZEN)
+    return _label_arrays(value, TRAINABLE if field.is_trained else FROZEN)
 
 
-def _all_of(value: Any, label: str) -> Any:
-    """The label in place of an array, which may be in a box; of the frozen kernel None stays."""
+def _label_arrays(value: Any, label: str) -> Any:
+    """Puts a label in place of each array, which may be in a box; an absent kernel stays None."""
     return jax.tree.map(lambda _: label, value)
 
 
 def mask(tree: PyTree) -> PyTree:
-    """True for each trainable leaf, for ``optax.masked``; see :func:`labels`."""
+    """Marks each trainable leaf with True, for ``optax.masked``; see :func:`labels`."""
     return jax.tree.map(lambda label: label == TRAINABLE, labels(tree))
 
 
 def summary(params: PyTree, adapter: PyTree) -> str:
     """Counts parameters, in PEFT's words.
 
-    Factors are trainable and added to the total; a leaf trained in full is counted once, where
-    PEFT counts it twice (frozen original and copy).
+    Factors are trainable and are added to the total; a leaf that is trained in full counts once,
+    where PEFT counts it twice (as the frozen original and as its copy).
 
     Raises:
       ValueError: ``params`` or ``adapter`` are a bound tree.

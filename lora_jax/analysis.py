@@ -12,7 +12,7 @@ Array = jax.Array
 
 
 def subspace_similarity(a1: Array, a2: Array) -> Array:
-    """How much the leading directions of two ``a`` have in common (Hu et al. 2021, section 7.2).
+    """Measures what the leading directions of two ``a`` have in common (Hu et al. 2021, sec. 7.2).
 
     ``φ(A₁, A₂, i, j) = ‖U₁ⁱᵀ U₂ʲ‖²_F / min(i, j)`` (equation 4), where the columns of ``Uⁱ`` are
     the right-singular vectors of ``A`` with the ``i`` largest singular values: 1 if one subspace
@@ -44,13 +44,13 @@ def subspace_similarity(a1: Array, a2: Array) -> Array:
 
 
 def _directions(a: Array) -> Array:
-    """Left-singular vectors of ``a``, those of the largest singular values first."""
+    """Returns the left-singular vectors of ``a``, those of the largest singular values first."""
     flat = jnp.reshape(a, (-1, jnp.shape(a)[-1]))
     return jnp.linalg.svd(flat, full_matrices=False)[0]
 
 
 def random_similarity(inputs: int, rank: int) -> float:
-    """The expected similarity of two random subspaces, for comparison.
+    """Returns the expected similarity of two random subspaces, for comparison.
 
     Each of the ``rank²`` squared cosines is ``1 / inputs`` on average, and ``rank`` divides them.
 
@@ -61,7 +61,7 @@ def random_similarity(inputs: int, rank: int) -> float:
 
 
 def singular_values(a: Array, b: Array, scale: Array | float = 1.0) -> Array:
-    """The ``rank`` largest singular values of ``ΔW = s·a·b``, which is not formed.
+    """Returns the ``rank`` largest singular values of ``ΔW = s·a·b`` without forming it.
 
     With ``a = Q₁R₁`` and ``bᵀ = Q₂R₂``, they are those of the small matrix ``s·R₁R₂ᵀ``.
 
@@ -80,7 +80,7 @@ def singular_values(a: Array, b: Array, scale: Array | float = 1.0) -> Array:
 
 
 def _core(a: Array, b: Array, scale: Array | float) -> tuple[Array, Array, Array]:
-    """``ΔW = q1 · core · q2ᵀ``, with orthonormal columns in ``q1`` and ``q2``."""
+    """Factors ``ΔW = q1 · core · q2ᵀ``, with orthonormal columns in ``q1`` and ``q2``."""
     flat_a = jnp.reshape(a, (-1, jnp.shape(a)[-1]))
     flat_b = jnp.reshape(b, (jnp.shape(b)[0], -1))
     (q1, r1), (q2, r2) = jnp.linalg.qr(flat_a), jnp.linalg.qr(flat_b.T)
@@ -88,7 +88,7 @@ def _core(a: Array, b: Array, scale: Array | float) -> tuple[Array, Array, Array
 
 
 def effective_rank(a: Array, b: Array) -> Array:
-    """How many directions ``ΔW`` really has, between 1 and the rank (Roy & Vetterli 2007, eq. 2).
+    """Measures the number of directions of ``ΔW``, from 1 to the rank (Roy & Vetterli 2007, eq. 2).
 
     ``exp(-Σ pᵢ log pᵢ)`` with ``pᵢ = σᵢ / Σσ``; 0 where ``ΔW`` is zero, as it is at the start. The
     scale does not matter.
@@ -104,7 +104,7 @@ def effective_rank(a: Array, b: Array) -> Array:
 
 
 def amplification_factor(w: Array, a: Array, b: Array, scale: Array | float = 1.0) -> Array:
-    """How much ``ΔW`` amplifies directions that ``W`` has little of (section 7.3, table 7).
+    """Measures how much ``ΔW`` amplifies directions that are weak in ``W`` (sec. 7.3, table 7).
 
     ``‖ΔW‖_F / ‖Uᵀ W V‖_F``, where the columns of ``U`` and ``V`` are the left- and right-singular
     vectors of ``ΔW`` that its rank leaves.
@@ -121,9 +121,9 @@ def amplification_factor(w: Array, a: Array, b: Array, scale: Array | float = 1.
     """
     q1, core, q2 = _core(a, b, scale)
     left, sigma, right = jnp.linalg.svd(core, full_matrices=False)
-    # Directions without a singular value are not ΔW's: a rank beyond what was used.
-    used = sigma > sigma[0] * jnp.finfo(sigma.dtype).eps * max(q1.shape[0], q2.shape[0])
+    # Directions with a singular value of zero are not in ΔW, whose rank is lower then.
+    is_used = sigma > sigma[0] * jnp.finfo(sigma.dtype).eps * max(q1.shape[0], q2.shape[0])
     flat = jnp.reshape(w, (q1.shape[0], q2.shape[0]))
     projected = left.T @ (q1.T @ flat @ q2) @ right.T
-    kept = jnp.where(used[:, None] & used[None, :], projected, 0.0)
-    return jnp.linalg.norm(sigma) / jnp.linalg.norm(kept)
+    w_in_subspace = jnp.where(is_used[:, None] & is_used[None, :], projected, 0.0)
+    return jnp.linalg.norm(sigma) / jnp.linalg.norm(w_in_subspace)

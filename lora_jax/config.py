@@ -6,7 +6,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 from lora_jax import hints, paths
@@ -14,24 +14,24 @@ from lora_jax import hints, paths
 ALL_LINEAR = "all-linear"
 
 
-def _refuses_other_words(cls: type) -> type:
-    """Makes the error for an unknown keyword one that names the field that is meant."""
+def _refuse_unknown_fields(cls: type) -> type:
+    """Makes the error for an unknown keyword name the field that is meant."""
     init, known = cls.__init__, [f.name for f in dataclasses.fields(cls)]
 
     @functools.wraps(init)
-    def checked(self: Any, *args: Any, **fields: Any) -> None:
+    def check_and_init(self: Any, *args: Any, **fields: Any) -> None:
         if unknown := [name for name in fields if name not in known]:
             raise TypeError(hints.unknown_fields(unknown, known))
         init(self, *args, **fields)
 
-    cls.__init__ = checked
+    cls.__init__ = check_and_init
     return cls
 
 
-@_refuses_other_words
+@_refuse_unknown_fields
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
-    """What to adapt and how; checked when made, and the same after a trip through JSON.
+    """What to adapt and how; it is checked when it is made, and survives a trip through JSON.
 
     With rank ``r`` a kernel becomes ``W + s·BA`` with ``s = alpha / r`` (Hu et al. 2021, eq. 3), or
     ``s = alpha / sqrt(r)`` when ``rank_stabilized`` (Kalajdzievski 2023, eq. 2).
@@ -49,10 +49,11 @@ class LoRAConfig:
       rank_pattern: rank of the kernels matching a pattern; the first pattern that matches wins.
       alpha_pattern: alpha of the kernels matching a pattern; the first pattern that matches wins.
       roles: roles of the axes of the leaves matching a pattern, one letter an axis: "i" (input),
-        "o" (output), "b" (batch: every entry is a kernel of its own). For leaves whose use can't be
-        seen, and where another choice than the one found is wanted; the first that matches wins.
-      origin: what a file in another format says besides, in JSON types, kept for writing that
-        format again; it means nothing here and makes no difference to equality.
+        "o" (output), "b" (batch: every entry is a kernel of its own). They are for leaves whose use
+        can't be seen, or whose roles are to be others than those of their use; the first pattern
+        that matches wins.
+      origin: further content of a file in another format, in JSON types, which is kept for writing
+        that format again; it means nothing here and makes no difference to equality.
 
     Raises:
       TypeError: there is no such field; for another library's word the message names the field.
@@ -81,15 +82,17 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         put = lambda name, value: object.__setattr__(self, name, value)  # the dataclass is frozen
-        put("rank", _whole("rank", self.rank))
-        put("alpha", _positive("alpha", self.alpha))
-        put("targets", _patterns("targets", self.targets))
-        put("train", _patterns("train", self.train))
-        put("dropout", _number("dropout", self.dropout))
-        put("rank_pattern", _by_pattern("rank_pattern", self.rank_pattern, _whole))
-        put("alpha_pattern", _by_pattern("alpha_pattern", self.alpha_pattern, _positive))
-        put("roles", _by_pattern("roles", self.roles, _roles))
-        put("origin", _json_object("origin", self.origin))
+        put("rank", _check_whole("rank", self.rank))
+        put("alpha", _check_positive("alpha", self.alpha))
+        put("targets", _check_patterns("targets", self.targets))
+        put("train", _check_patterns("train", self.train))
+        put("dropout", _check_number("dropout", self.dropout))
+        put("rank_pattern", _check_by_pattern("rank_pattern", self.rank_pattern, _check_whole))
+        put(
+            "alpha_pattern", _check_by_pattern("alpha_pattern", self.alpha_pattern, _check_positive)
+        )
+        put("roles", _check_by_pattern("roles", self.roles, _check_roles))
+        put("origin", _copy_json_object("origin", self.origin))
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}.")
         if not isinstance(self.rank_stabilized, bool):
@@ -105,17 +108,17 @@ class LoRAConfig:
             )
 
     def kernel_rank(self, name: str) -> int:
-        """The rank for the kernel called ``name``."""
+        """Returns the rank for the kernel called ``name``."""
         return _first_match(self.rank_pattern, name, self.rank)
 
     def kernel_scale(self, name: str, rank: int | None = None) -> float:
-        """The scale ``s`` for the kernel called ``name``, or for another rank than is asked for."""
+        """Returns the scale ``s`` for the kernel called ``name``, at its own or the given rank."""
         rank = self.kernel_rank(name) if rank is None else rank
         alpha = _first_match(self.alpha_pattern, name, self.alpha)
         return alpha / math.sqrt(rank) if self.rank_stabilized else alpha / rank
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON types."""
+        """Returns the fields as JSON types."""
         fields = dataclasses.asdict(self)
         for optional in ("origin", "roles"):
             if not fields[optional]:
@@ -123,12 +126,12 @@ class LoRAConfig:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
     def to_json(self) -> str:
-        """The fields as a JSON object."""
+        """Returns the fields as a JSON object."""
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
-        """The inverse of :meth:`to_dict`; an unknown field is an error.
+        """Inverts :meth:`to_dict`; an unknown field is an error.
 
         Raises:
           ValueError: a field is unknown, or a value is out of its range.
@@ -141,7 +144,7 @@ class LoRAConfig:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """The inverse of :meth:`to_json`.
+        """Inverts :meth:`to_json`.
 
         Raises:
           ValueError: not a JSON object, an unknown field, or a value out of its range.
@@ -152,27 +155,27 @@ class LoRAConfig:
         return cls.from_dict(fields)
 
 
-def _number(name: str, value: Any) -> float:
+def _check_number(name: str, value: Any) -> float:
     # A bool is an int to Python, but `alpha=True` is a mistake.
-    known = isinstance(value, int | float) and not isinstance(value, bool)
-    if not known or not abs(value) <= sys.float_info.max:  # also for an int beyond every float
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not abs(value) <= sys.float_info.max:  # also for an int beyond every float
         raise ValueError(f"{name} must be a finite number, got {value!r}.")
     return float(value)
 
 
-def _positive(name: str, value: Any) -> float:
-    if _number(name, value) <= 0:
+def _check_positive(name: str, value: Any) -> float:
+    if _check_number(name, value) <= 0:
         raise ValueError(f"{name} must be positive, got {value!r}.")
     return float(value)
 
 
-def _whole(name: str, value: Any) -> int:
+def _check_whole(name: str, value: Any) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
     return int(value)
 
 
-def _roles(name: str, value: Any) -> str:
+def _check_roles(name: str, value: Any) -> str:
     if not isinstance(value, str) or set(value) - set("iob") or not {"i", "o"} <= set(value):
         raise ValueError(
             f"{name} must hold one letter for each axis, i (input), o (output) or b (batch), with "
@@ -181,7 +184,7 @@ def _roles(name: str, value: Any) -> str:
     return value
 
 
-def _patterns(name: str, value: Any) -> tuple[str, ...]:
+def _check_patterns(name: str, value: Any) -> tuple[str, ...]:
     entries = (value,) if isinstance(value, str) else tuple(value)
     for entry in entries:
         _check_pattern(name, entry)
@@ -190,7 +193,7 @@ def _patterns(name: str, value: Any) -> tuple[str, ...]:
     return entries
 
 
-def _by_pattern(name: str, values: Any, check: Any) -> dict[str, Any]:
+def _check_by_pattern(name: str, values: Any, check: Callable[[str, Any], Any]) -> dict[str, Any]:
     if not isinstance(values, Mapping):
         raise ValueError(f"{name} must map patterns to values, got {values!r}.")
     for pattern in values:
@@ -198,7 +201,7 @@ def _by_pattern(name: str, values: Any, check: Any) -> dict[str, Any]:
     return {pattern: check(f"{name}[{pattern!r}]", v) for pattern, v in values.items()}
 
 
-def _json_object(name: str, value: Any) -> dict[str, Any]:
+def _copy_json_object(name: str, value: Any) -> dict[str, Any]:
     try:
         copy = json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:

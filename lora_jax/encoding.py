@@ -1,4 +1,4 @@
-"""Arrays of every dtype in a safetensors file: as they are, or as bytes with their dtype noted."""
+"""Arrays of every dtype in a safetensors file: as they are, or as bytes with a dtype beside."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ _NATIVE = (
     "bool", "int8", "int16", "int32", "int64", "uint8", "float16", "bfloat16", "float32", "float64",
     "float8_e4m3fn", "float8_e5m2",
 )  # fmt: skip
-# safetensors, or some of its versions, has no name for them.
+# Dtypes that safetensors, or some of its versions, has no name for.
 _AS_BYTES = (
     "int2", "int4", "uint2", "uint4", "uint16", "uint32", "uint64", "complex64", "complex128",
     "float4_e2m1fn", "float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz", "float8_e4m3fnuz",
@@ -19,22 +19,22 @@ _AS_BYTES = (
 )  # fmt: skip
 
 
-def problem(x: Any) -> str:
-    """Says why a file can't hold ``x``; empty if it can.
+def describe_problem(x: Any) -> str:
+    """Says why a file can't hold ``x``; returns an empty text if it can.
 
-    >>> problem(np.zeros(3)), problem(np.array(["text"]))
+    >>> describe_problem(np.zeros(3)), describe_problem(np.array(["text"]))
     ('', 'is no array of numbers that a file can hold, but <U4')
     """
     dtype = str(getattr(x, "dtype", type(x).__name__))
-    holds = dtype in (*_NATIVE, *_AS_BYTES) and not isinstance(x, jax.ShapeDtypeStruct)
-    return "" if holds else f"is no array of numbers that a file can hold, but {dtype}"
+    is_supported = dtype in (*_NATIVE, *_AS_BYTES) and not isinstance(x, jax.ShapeDtypeStruct)
+    return "" if is_supported else f"is no array of numbers that a file can hold, but {dtype}"
 
 
 def encode(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Replaces arrays whose dtype safetensors lacks by their bytes, along one more axis.
 
     Returns:
-      The tensors, and the dtypes of those that were replaced, by name.
+      The tensors, and the dtypes of the replaced ones by name.
 
     >>> tensors, dtypes = encode({"x": np.zeros(3, np.uint16), "y": np.zeros(3)})
     >>> tensors["x"].shape, dtypes
@@ -48,14 +48,14 @@ def encode(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], di
 def decode(
     tensors: Mapping[str, np.ndarray], dtypes: Any
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The inverse of :func:`encode`, with what is wrong with the dtypes that a file notes."""
+    """Inverts :func:`encode`, and says what is wrong with the dtypes that a file records."""
     if not isinstance(dtypes, dict):
-        return dict(tensors), [f"the dtypes that are noted are {dtypes!r}, and not by name"]
+        return dict(tensors), [f"its dtypes are {dtypes!r}, and must be given by name"]
     typed, problems = dict(tensors), []
     for name, dtype in dtypes.items():
         x = tensors.get(name)
         if x is None:
-            problems.append(f"a dtype is noted for {name}, which is no tensor")
+            problems.append(f"a dtype is given for {name}, which is no tensor")
             continue
         size = jnp.dtype(dtype).itemsize if dtype in _AS_BYTES else 0
         if x.dtype != np.uint8 or x.shape[-1:] != (size,):

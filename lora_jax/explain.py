@@ -14,7 +14,12 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class KernelUse:
-    """How one adapted kernel is used: ``factored`` times as a sum, and formed for these reasons."""
+    """How one adapted kernel is used.
+
+    Attributes:
+      factored: number of uses that keep the sum factored.
+      fallbacks: for each use that forms ``W + s·BA``, the primitive, the reason and the place.
+    """
 
     factored: int
     fallbacks: tuple[str, ...]
@@ -38,10 +43,10 @@ class Explanation:
 def explain(
     fn: Callable, params: PyTree, adapter: PyTree, *args: Any, **kwargs: Any
 ) -> Explanation:
-    """Tells, per adapted kernel, how often it stays factored and where ``W + s·BA`` is formed.
+    """Tells for each adapted kernel how often it stays factored, and where ``W + s·BA`` is formed.
 
-    Each place in the code counts once, also inside a loop. ``fn`` is traced, never run; arrays may
-    be given as ``jax.ShapeDtypeStruct``. Dropout makes no difference.
+    Each place in the code counts once, also inside a loop. ``fn`` is traced and never run; arrays
+    may be given as ``jax.ShapeDtypeStruct``. Dropout makes no difference.
 
     Raises:
       ValueError: as :func:`lora_jax.bind`.
@@ -49,11 +54,11 @@ def explain(
     names = [n for n, node in nodes(adapter).items() if is_adapted(node)]
     events = trace(fn, (bind(params, adapter), *args), kwargs)
     uses = {name: [e for e in events if name in e.names] for name in names}
-    return Explanation({name: _kernel_use(found) for name, found in uses.items()})
+    return Explanation({name: _kernel_use(uses[name]) for name in names})
 
 
 def _kernel_use(events: list[interpreter.Event]) -> KernelUse:
-    formed = [e for e in events if e.reason]
-    place = lambda e: f" at {e.source}" if e.source else ""
-    reasons = tuple(f"{e.primitive} ({e.reason}){place(e)}" for e in formed)
-    return KernelUse(len(events) - len(formed), reasons)
+    fallbacks = [e for e in events if e.reason]
+    format_source = lambda e: f" at {e.source}" if e.source else ""
+    reasons = tuple(f"{e.primitive} ({e.reason}){format_source(e)}" for e in fallbacks)
+    return KernelUse(len(events) - len(fallbacks), reasons)

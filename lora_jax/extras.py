@@ -4,15 +4,15 @@ import importlib.util
 
 
 def require(part: str, extra: str, *modules: str) -> None:
-    """Sees that modules are installed, without importing them.
+    """Checks that modules are installed, without importing them.
 
     Args:
-      part: the package that needs them.
-      extra: the extra of lora_jax that brings them.
+      part: name of the package that needs them.
+      extra: name of the extra of lora_jax that brings them.
       modules: names of top-level modules.
 
     Raises:
-      ModuleNotFoundError: some are not; the message says what to install.
+      ModuleNotFoundError: some are not installed; the message says what to install.
 
     >>> require("lora_jax.models", "models", "no_such_module")
     Traceback (most recent call last):

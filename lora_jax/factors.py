@@ -34,7 +34,7 @@ A_AXES, B_AXES, GAIN_AXES = BATCH + IN + RANK, BATCH + RANK + OUT, BATCH + OUT
 
 
 def positions(axes: Sequence[Any], roles: str) -> list[int]:
-    """Axes of the kernel with the given roles, role by role.
+    """Returns the axes of the kernel that have the given roles, role by role.
 
     >>> positions("bioi", "bi")
     [0, 1, 3]
@@ -43,30 +43,30 @@ def positions(axes: Sequence[Any], roles: str) -> list[int]:
 
 
 def places(letters: str, axes: str) -> list[int | str]:
-    """Where each axis of an array comes from: an axis of the kernel, or a letter of its own.
+    """Tells where each axis of an array comes from: a kernel axis, or a letter of its own.
 
     Args:
-      letters: one for each group of axes, in the array's order: a role stands for all axes of the
-        kernel that have it, any other letter for an axis of the array's own, such as the rank.
+      letters: one letter for each group of axes, in the array's order. A role stands for all axes
+        of the kernel that have it, any other letter for an axis of the array's own (the rank).
       axes: roles of the kernel's axes.
 
     >>> places("bir", "bioi")
     [0, 1, 3, 'r']
     """
-    of = lambda letter: positions(axes, letter) if letter in ROLES else [letter]
-    return [place for letter in letters for place in of(letter)]
+    expand = lambda letter: positions(axes, letter) if letter in ROLES else [letter]
+    return [place for letter in letters for place in expand(letter)]
 
 
 def shape_of(
     letters: str, axes: str, shape: Sequence[int], sizes: Mapping[str, int]
 ) -> tuple[int, ...]:
-    """The shape of an array that carries axes of a kernel; see :func:`places`.
+    """Returns the shape of an array that carries axes of a kernel; see :func:`places`.
 
     Args:
-      letters: of the array.
+      letters: letters of the array, as in :func:`places`.
       axes: roles of the kernel's axes.
-      shape: of the kernel.
-      sizes: of the axes of the array's own, by letter.
+      shape: shape of the kernel.
+      sizes: sizes of the array's own axes, by letter.
 
     >>> shape_of("bro", "bioo", (12, 768, 12, 64), {"r": 8})
     (12, 8, 12, 64)
@@ -75,18 +75,18 @@ def shape_of(
 
 
 def spec_of(letters: str, axes: str, spec: Sequence[Any]) -> PartitionSpec:
-    """The spec of such an array: its axes lie where the kernel's do, and its own are whole.
+    """Returns the spec of such an array: its axes lie where the kernel's do, its own are whole.
 
     >>> tuple(spec_of("bir", "bio", PartitionSpec(None, "fsdp", "tensor")))
     (None, 'fsdp', None)
     """
     entries = [*spec, *[None] * (len(axes) - len(spec))]
-    of = lambda place: entries[place] if isinstance(place, int) else None
-    return PartitionSpec(*map(of, places(letters, axes)))
+    entry = lambda place: entries[place] if isinstance(place, int) else None
+    return PartitionSpec(*map(entry, places(letters, axes)))
 
 
 def factor_shapes(shape: Sequence[int], axes: str, rank: int) -> tuple[tuple, tuple]:
-    """Shapes of ``a`` and ``b`` for a kernel.
+    """Returns the shapes of ``a`` and ``b`` for a kernel.
 
     >>> factor_shapes((12, 768, 12, 64), "bioo", rank=8)
     ((12, 768, 8), (12, 8, 12, 64))
@@ -100,8 +100,8 @@ def spread(x: Array, where: Sequence[int], ndim: int) -> Array:
 
     Args:
       x: any array.
-      where: which of the axes each of its own is.
-      ndim: of the result.
+      where: position in the result of each axis of ``x``.
+      ndim: number of axes of the result.
 
     >>> spread(jnp.zeros((3, 2)), [2, 0], 4).shape
     (2, 1, 3, 1)
@@ -112,13 +112,13 @@ def spread(x: Array, where: Sequence[int], ndim: int) -> Array:
 
 
 def max_rank(shape: Sequence[int], axes: str) -> int:
-    """The largest rank that ``ΔW`` can have: the smaller of the kernel's two sides."""
-    side = lambda role: math.prod(shape[k] for k in positions(axes, role))
-    return min(side(IN), side(OUT))
+    """Returns the largest rank that ``ΔW`` can have: the smaller of the kernel's two sides."""
+    size_of = lambda role: math.prod(shape[k] for k in positions(axes, role))
+    return min(size_of(IN), size_of(OUT))
 
 
 def delta(a: Array, b: Array, axes: str) -> Array:
-    """The product ``a·b`` with its axes in the kernel's order; the paper's ``(BA)ᵀ``."""
+    """Computes ``a·b`` with its axes in the kernel's order; the paper's ``(BA)ᵀ``."""
     n = axes.count(BATCH)
     batch = tuple(range(n))
     product = lax.dot_general(a, b, (((a.ndim - 1,), (n,)), (batch, batch)))
@@ -127,7 +127,7 @@ def delta(a: Array, b: Array, axes: str) -> Array:
 
 
 def wide_dtype(*dtypes: Any) -> Any:
-    """The widest of floating-point dtypes, and float32 at least.
+    """Returns the widest of floating-point dtypes, which is float32 at least.
 
     >>> wide_dtype(jnp.bfloat16), wide_dtype(jnp.float8_e4m3fn, jnp.float16)
     (dtype('float32'), dtype('float32'))
@@ -137,15 +137,15 @@ def wide_dtype(*dtypes: Any) -> Any:
     return functools.reduce(jnp.promote_types, wide, jnp.dtype(jnp.float32))
 
 
-def dense(w: Array, a: Array, b: Array, axes: str, gain: Array | None = None) -> Array:
-    """``gain ⊙ w + a·b`` in float32 or wider, rounded once to the kernel's dtype.
+def materialize(w: Array, a: Array, b: Array, axes: str, gain: Array | None = None) -> Array:
+    """Computes ``gain ⊙ w + a·b`` in float32 or wider, rounded once to the kernel's dtype.
 
     Args:
       w: the frozen kernel.
       a: ``(*batch, *in, rank)``.
       b: ``(*batch, rank, *out)``, with the scale.
       axes: roles of the kernel's axes.
-      gain: of a shape that broadcasts to the kernel's; see :func:`spread`.
+      gain: array that broadcasts to the kernel's shape; see :func:`spread`.
     """
     wide = wide_dtype(a.dtype, b.dtype)
     change = delta(a.astype(wide), b.astype(wide), axes)
@@ -157,7 +157,7 @@ def dense(w: Array, a: Array, b: Array, axes: str, gain: Array | None = None) ->
 
 
 def swap_sides(a: Array, b: Array, axes: str) -> tuple[Array, Array, str]:
-    """The same product with inputs and outputs exchanged: ``(a·b)ᵀ = bᵀ·aᵀ``.
+    """Exchanges inputs and outputs of the same product: ``(a·b)ᵀ = bᵀ·aᵀ``.
 
     With it a rule for contracting the inputs serves for contracting the outputs (a tied head).
     """
@@ -177,7 +177,7 @@ def contract(
     out_sharding: Any = None,
     **options: Any,
 ) -> Array:
-    """``(x·a)·b`` in the layout that ``lax.dot_general`` gives to ``x`` times the kernel.
+    """Computes ``(x·a)·b`` in the layout that ``lax.dot_general`` gives to ``x`` times the kernel.
 
     Args:
       x: the other operand.
@@ -192,23 +192,24 @@ def contract(
       **options: ``precision`` and ``preferred_element_type`` of the second product.
     """
     (x_in, k_in), (x_batch, k_batch) = dims
-    lead = next((d for d in range(x.ndim) if d in x_in), x.ndim)
-    by_rows = lead > 1 and not x_batch and jax.default_backend() == "cpu"
-    if by_rows and out_sharding is None and not _is_sharded(x, range(lead)):
-        return _by_rows(x, a, b, axes, dims=dims, x_first=x_first, lead=lead, **options)
+    n_lead = next((d for d in range(x.ndim) if d in x_in), x.ndim)
+    by_rows = n_lead > 1 and not x_batch and jax.default_backend() == "cpu"
+    if by_rows and out_sharding is None and not _is_sharded(x, range(n_lead)):
+        return _contract_rows(x, a, b, axes, dims=dims, x_first=x_first, n_lead=n_lead, **options)
     a_axes, b_axes = positions(axes, BATCH + IN), positions(axes, BATCH)
     free_batch = [k for k in b_axes if k not in k_batch]
     x_free = [d for d in range(x.ndim) if d not in (*x_in, *x_batch)]
 
     # t: (shared batch, free axes of x, batch axes of the kernel that x lacks, rank)
-    # y: (shared batch, free batch of the kernel, free axes of x, out); wanted: shared batch, then
-    # the free axes of the left operand and of the right one, the kernel's in its own order.
+    # y: (shared batch, free batch axes of the kernel, free axes of x, out)
+    # result: shared batch, then the free axes of the left operand and of the right one, those of
+    # the kernel in its own order.
     batch = [("s", k) for k in range(len(k_batch))]
     rows, stacked = [("x", k) for k in x_free], [("k", k) for k in free_batch]
-    have = batch + stacked + rows + [("k", k) for k in positions(axes, OUT)]
-    kernel = sorted(axis for axis in have if axis[0] == "k")
-    want = batch + (rows + kernel if x_first else kernel + rows)
-    sharding = _sharding_by_axis(out_sharding, want)
+    axes_of_y = batch + stacked + rows + [("k", k) for k in positions(axes, OUT)]
+    kernel = sorted(axis for axis in axes_of_y if axis[0] == "k")
+    axes_of_result = batch + (rows + kernel if x_first else kernel + rows)
+    sharding = _sharding_by_axis(out_sharding, axes_of_result)
 
     a_dims = ([a_axes.index(k) for k in k_in], [a_axes.index(k) for k in k_batch])
     t = lax.dot_general(
@@ -222,27 +223,29 @@ def contract(
     t_batch = [*range(shared), *range(first_free, t.ndim - 1)]
     b_batch = [b_axes.index(k) for k in (*k_batch, *free_batch)]
     dims = (((t.ndim - 1,), (len(b_axes),)), (t_batch, b_batch))
-    y = lax.dot_general(t, b, dims, **options, **sharding(have))
-    return y if have == want else lax.transpose(y, [have.index(axis) for axis in want])
+    y = lax.dot_general(t, b, dims, **options, **sharding(axes_of_y))
+    if axes_of_y == axes_of_result:
+        return y
+    return lax.transpose(y, [axes_of_y.index(axis) for axis in axes_of_result])
 
 
-def _sharding_by_axis(out_sharding: Any, want: list) -> Callable[[list], dict[str, Any]]:
-    """From the explicit sharding of a result with axes ``want``, that of arrays with its axes."""
+def _sharding_by_axis(out_sharding: Any, result_axes: list) -> Callable[[list], dict[str, Any]]:
+    """Derives the sharding of arrays with some of the axes ``want`` from that of the result."""
     if out_sharding is None:
         return lambda axes: {}
-    spec = [*out_sharding.spec, *[None] * (len(want) - len(out_sharding.spec))]
-    entries = dict(zip(want, spec, strict=True))
-    of = lambda axes: PartitionSpec(*(entries.get(axis) for axis in axes))
-    return lambda axes: {"out_sharding": NamedSharding(out_sharding.mesh, of(axes))}
+    spec = [*out_sharding.spec, *[None] * (len(result_axes) - len(out_sharding.spec))]
+    entries = dict(zip(result_axes, spec, strict=True))
+    spec_of_axes = lambda axes: PartitionSpec(*(entries.get(axis) for axis in axes))
+    return lambda axes: {"out_sharding": NamedSharding(out_sharding.mesh, spec_of_axes(axes))}
 
 
 def _is_sharded(x: Array, axes: Iterable[int]) -> bool:
-    """Whether the type of ``x`` says that one of the axes is split over devices."""
+    """Tells whether the type of ``x`` says that one of the axes is split over devices."""
     spec = getattr(getattr(jax.typeof(x), "sharding", None), "spec", ())
     return any(spec[k] is not None for k in axes if k < len(spec))
 
 
-def _by_rows(
+def _contract_rows(
     x: Array,
     a: Array,
     b: Array,
@@ -250,10 +253,10 @@ def _by_rows(
     *,
     dims: tuple,
     x_first: bool,
-    lead: int,
+    n_lead: int,
     **options: Any,
 ) -> Array:
-    """:func:`contract` with the first ``lead`` axes of ``x``, which are free, joined to rows.
+    """Contracts with the first ``n_lead`` axes of ``x``, which are free, joined to rows.
 
     The gradients of the factors are sums over these axes. XLA for CPU prepares a sum over two axes
     by writing the wide operand once more, transposed, with all that computes it: a quarter of a
@@ -261,8 +264,8 @@ def _by_rows(
     Elsewhere the axes stay apart, since each of them may be sharded.
     """
     (x_in, k_in), batch = dims
-    sizes, rest = x.shape[:lead], x.shape[lead:]
-    dims = (tuple(d - lead + 1 for d in x_in), k_in), batch
+    sizes, rest = x.shape[:n_lead], x.shape[n_lead:]
+    dims = (tuple(d - n_lead + 1 for d in x_in), k_in), batch
     rows = x.reshape(math.prod(sizes), *rest)
     y = contract(rows, a, b, axes, dims=dims, x_first=x_first, **options)
     return y.reshape((*sizes, *y.shape[1:]) if x_first else (*y.shape[:-1], *sizes))

@@ -1,4 +1,4 @@
-"""What follows from the table of a class of nodes: shapes, names in files, counts, specs, dtypes.
+"""Facts that follow from the table of a class of nodes: shapes, names in files, counts, specs.
 
 Each function takes an entry of an adapter: the node of a method, or a leaf that is trained in full.
 """
@@ -27,17 +27,17 @@ from lora_jax.nodes import (
 def map_fields(change: Callable[[str, Field, Any], Any], x: Any) -> Any:
     """Puts ``change(name, field, value)`` in place of each array of an adapter's entry.
 
-    Numbers of the structure stay as they are. The result is a plain array where ``x`` is one.
+    Numbers of the structure stay as they are. The result is a plain array if ``x`` is one.
     """
     node = as_node(x)
     names = [name for name in node.table if not is_static(node, name)]
-    new = {name: change(name, node.table[name], getattr(node, name)) for name in names}
-    made = dataclasses.replace(node, **new)
-    return made if is_node(x) else made.value
+    values = {name: change(name, node.table[name], getattr(node, name)) for name in names}
+    changed = dataclasses.replace(node, **values)
+    return changed if is_node(x) else changed.value
 
 
 def tensors(path: str, x: Any) -> dict[str, Any]:
-    """The arrays of an adapter's entry by the names that they have in a file.
+    """Returns the arrays of an adapter's entry by the names that they have in a file.
 
     >>> list(tensors("head/bias", jnp.zeros(2)))
     ['head/bias']
@@ -48,7 +48,7 @@ def tensors(path: str, x: Any) -> dict[str, Any]:
 
 
 def tensor_name(path: str, cls: type[Node], name: str) -> str:
-    """The name in a file of a field: the path of the leaf, and what the field is called in it."""
+    """Returns the name of a field in a file: the leaf's path, and the field's name behind it."""
     return path if cls.table[name].axes == WHOLE else f"{path}/{name}"
 
 
@@ -57,57 +57,58 @@ def _axes(node: Node, ndim: int) -> str:
 
 
 def sizes(node: Node) -> dict[str, int]:
-    """The sizes of the axes that the node's arrays have of their own, by letter.
+    """Returns the sizes, by letter, of the axes that the node's arrays have of their own.
 
-    Each is read off the first array that has it.
+    Each size is read off the first array that has the axis.
     """
-    found: dict[str, int] = {}
+    by_letter: dict[str, int] = {}
     for name, field in node.table.items() if is_adapted(node) else ():
-        where, shape = places(field.axes, node.axes), np.shape(getattr(node, name))
-        for k, place in enumerate(where):
-            back = k - len(where)
+        axes, shape = places(field.axes, node.axes), np.shape(getattr(node, name))
+        for k, place in enumerate(axes):
+            index = k - len(axes)
             if isinstance(place, str):
-                found.setdefault(place, shape[back] if len(shape) >= -back else 0)
-    return found
+                by_letter.setdefault(place, shape[index] if len(shape) >= -index else 0)
+    return by_letter
 
 
 def shapes(x: Any, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """The shapes that the arrays of an adapter's entry must have for a leaf of the given shape."""
+    """Returns the shapes that the arrays of an entry must have for a leaf of the given shape."""
     node = as_node(x)
-    axes, own = _axes(node, len(shape)), sizes(node)
-    return {name: shape_of(field.axes, axes, shape, own) for name, field in node.table.items()}
+    axes, own_sizes = _axes(node, len(shape)), sizes(node)
+    fields = node.table.items()
+    return {name: shape_of(field.axes, axes, shape, own_sizes) for name, field in fields}
 
 
 def leading_axes(node: Adapted) -> tuple[int, ...]:
-    """The axes that the node's arrays have before their own: those of a stack of adapters."""
+    """Returns the axes that the node's arrays have before their own, as in a stack of adapters."""
     name, field = next(iter(node.table.items()))
     shape = np.shape(getattr(node, name))
     return shape[: max(len(shape) - len(places(field.axes, node.axes)), 0)]
 
 
 def is_consistent(node: Adapted, stacked: tuple[int, ...]) -> bool:
-    """Whether the shapes of a node belong together, after the leading axes of a stack."""
-    known: dict[int | str, int] = {}
+    """Tells whether the shapes of a node belong together, after the leading axes of a stack."""
+    known_sizes: dict[int | str, int] = {}
     for name, field in node.table.items():
-        shape, where = np.shape(getattr(node, name)), places(field.axes, node.axes)
+        shape, axes = np.shape(getattr(node, name)), places(field.axes, node.axes)
         if field.scales and shape == ():
             continue
-        lead, rest = shape[: len(stacked)], shape[len(stacked) :]
-        if lead != stacked or len(rest) != len(where):
+        leading, rest = shape[: len(stacked)], shape[len(stacked) :]
+        if leading != stacked or len(rest) != len(axes):
             return False
-        if any(known.setdefault(p, n) != n for p, n in zip(where, rest, strict=True)):
+        if any(known_sizes.setdefault(p, n) != n for p, n in zip(axes, rest, strict=True)):
             return False
     return True
 
 
 def specs(x: Any, spec: PartitionSpec) -> Any:
-    """The specs of the arrays of an adapter's entry, for a leaf with the given spec."""
+    """Returns the specs of the arrays of an adapter's entry, for a leaf with the given spec."""
     axes = _axes(as_node(x), len(spec))
     return map_fields(lambda name, field, value: spec_of(field.axes, axes, spec), x)
 
 
 def widen(node: Adapted) -> Adapted:
-    """The same node with its factors in one precision, float32 at least."""
+    """Casts the factors of a node to one precision, float32 at least."""
     is_real = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
     arrays = [getattr(node, name) for name, field in node.table.items() if not field.scales]
     dtype = wide_dtype(*(x.dtype for x in arrays if is_real(x)))
@@ -116,7 +117,7 @@ def widen(node: Adapted) -> Adapted:
 
 
 def count(x: Any) -> tuple[int, int]:
-    """The numbers of an adapter's entry that are trained, and those that the base does not have."""
+    """Counts the numbers of an entry that are trained, and those that the base does not have."""
     node = as_node(x)
     size = lambda name: int(np.prod(np.shape(getattr(node, name)), dtype=np.int64))
     arrays = {name: field for name, field in node.table.items() if not field.scales}

@@ -26,7 +26,7 @@ _DTYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
-# Where a model's weights are they need scales, which the caller has to look for.
+# Dtypes that need scales of their own in a model's weights, for which the caller has to look.
 _FLOAT8 = {
     "F8_E4M3": jnp.float8_e4m3fn,
     "F8_E5M2": jnp.float8_e5m2,
@@ -37,14 +37,14 @@ _FLOAT8 = {
 
 
 def read_safetensors(data: bytes, *, float8: bool = False) -> dict[str, np.ndarray]:
-    """The tensors in the content of a safetensors file.
+    """Reads the tensors in the content of a safetensors file.
 
     Args:
-      data: the content.
-      float8: whether dtypes of 8-bit floats are read, too.
+      data: content of the file.
+      float8: whether to read dtypes of 8-bit floats, too.
 
     Raises:
-      ValueError: not a safetensors file, or a dtype that has no counterpart in numpy.
+      ValueError: this is not a safetensors file, or a dtype has no counterpart in numpy.
     """
     try:
         entries = safetensors.deserialize(data)
@@ -70,10 +70,10 @@ class Stored(NamedTuple):
 
 
 def open_safetensors(path: str | Path) -> dict[str, Stored]:
-    """The tensors of a safetensors file by name; only its header is read.
+    """Lists the tensors of a safetensors file by name; only the header is read.
 
     Raises:
-      ValueError: not a whole safetensors file, or a dtype that has no counterpart in numpy.
+      ValueError: this is not a whole safetensors file, or a dtype has no counterpart in numpy.
     """
     path = Path(path)
     try:
@@ -112,11 +112,11 @@ def read_tensor(stored: Stored) -> np.ndarray:
 def safetensors_pieces(
     shapes: Mapping[str, Any], values: Iterable[np.ndarray], metadata: Mapping[str, str]
 ) -> Iterable[bytes]:
-    """The content of a safetensors file of float32 tensors, in pieces, so that it need not fit.
+    """Yields the content of a safetensors file of float32 tensors in pieces, to save memory.
 
     Args:
-      shapes: of the tensors by name.
-      values: the tensors in the same order, each asked for when the one before is written.
+      shapes: shapes of the tensors by name.
+      values: tensors in the same order; each is requested when the one before has been written.
       metadata: strings for the header.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -135,11 +135,11 @@ def write_atomically(path: str | Path, data: bytes | Iterable[bytes]) -> None:
     """Writes ``data`` to ``path`` through a temporary file, fsync and rename.
 
     Args:
-      path: in a directory that exists.
-      data: the whole content, at once or in pieces.
+      path: file in a directory that exists.
+      data: whole content, at once or in pieces.
 
     Raises:
-      OSError: no space, no permission, ...; the file that was there before is intact.
+      OSError: there is no space, no permission, ...; the previous file is intact.
     """
     path = Path(path)
     try:

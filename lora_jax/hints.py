@@ -1,9 +1,9 @@
-"""What other libraries call the fields of :class:`~lora_jax.config.LoRAConfig`, for its errors."""
+"""Other libraries' names for the fields of :class:`~lora_jax.config.LoRAConfig`, for its errors."""
 
 import difflib
 from collections.abc import Iterable
 
-_NAMES = {
+_OTHER_NAMES = {
     "alpha": ("lora_alpha",),
     "dropout": ("lora_dropout", "dropout_rate"),
     "rank": ("r", "lora_rank", "lora_r", "lora_dim"),
@@ -14,8 +14,8 @@ _NAMES = {
     ),
     "train": ("modules_to_save", "trainable", "trainable_modules"),
 }  # fmt: skip
-_FIELDS = {word: field for field, words in _NAMES.items() for word in words}
-_INSTEAD = {
+_FIELDS = {word: field for field, words in _OTHER_NAMES.items() for word in words}
+_ALTERNATIVES = {
     "bias": 'to train biases use train, for example train=("re:.*/bias",)',
     "exclude_modules": 'a regular expression in targets can do it, as "re:(?!.*head).*"',
     "fan_in_fan_out": "which axes of a kernel are inputs is read off the function",
@@ -32,20 +32,20 @@ _INSTEAD = {
 
 
 def unknown_fields(unknown: Iterable[str], fields: Iterable[str]) -> str:
-    """Says which fields a config lacks, and what is there instead.
+    """Says which fields a config lacks, and which ones to use instead.
 
     >>> unknown_fields(["r"], ["rank", "alpha"])
     "Unknown LoRAConfig fields ['r']; the fields are ['rank', 'alpha']. rank is this library's name for r."
     """  # noqa: E501
     unknown, fields = list(unknown), list(fields)
-    told = [hint for name in unknown if (hint := _hint(name, fields))]
-    return " ".join([f"Unknown LoRAConfig fields {unknown}; the fields are {fields}.", *told])
+    hints = [hint for name in unknown if (hint := _hint(name, fields))]
+    return " ".join([f"Unknown LoRAConfig fields {unknown}; the fields are {fields}.", *hints])
 
 
 def _hint(name: str, fields: list[str]) -> str:
     if name in _FIELDS:
         return f"{_FIELDS[name]} is this library's name for {name}."
-    if name in _INSTEAD:
-        return f"There is no {name} here: {_INSTEAD[name]}."
+    if name in _ALTERNATIVES:
+        return f"There is no {name} here: {_ALTERNATIVES[name]}."
     near = difflib.get_close_matches(name, fields, n=1)
     return f"Did you mean {near[0]} for {name}?" if near else ""

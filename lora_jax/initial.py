@@ -1,4 +1,4 @@
-"""Which kernels an adapter has, and the values that it starts with."""
+"""Chooses the kernels of an adapter, and makes its first values."""
 
 import dataclasses
 import math
@@ -10,11 +10,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax import kernels, paths
+from lora_jax import paths
 from lora_jax.adapter import base_leaves
 from lora_jax.config import ALL_LINEAR, LoRAConfig
 from lora_jax.factors import factor_shapes, wide_dtype
-from lora_jax.kernels import Kernels, Leaf, find_kernels
+from lora_jax.kernels import (
+    KERNEL,
+    Kernels,
+    Leaf,
+    Row,
+    Table,
+    find_kernels,
+    is_real,
+    max_rank,
+)
 from lora_jax.lowrank import LowRank, init_a
 from lora_jax.quantized import as_array
 
@@ -34,7 +43,7 @@ def init(
 
     Args:
       key: PRNG key.
-      fn: the function to adapt, of the parameters and then anything.
+      fn: function to adapt, whose first argument is the parameters.
       params: its parameters: arrays or ``jax.ShapeDtypeStruct`` in any containers.
       config: what to adapt and train.
       *args: example arguments; arrays may be given as ``jax.ShapeDtypeStruct``.
@@ -49,8 +58,8 @@ def init(
     Raises:
       ValueError: an entry of the config matches nothing, or nothing that can be adapted; targets
         and train overlap; a rank exceeds the smaller side of a kernel that the config names
-        ("all-linear" takes the largest rank that each kernel allows); a scale that the factors'
-        dtype can't hold; or ``params`` are bound to an adapter.
+        ("all-linear" takes the largest rank that each kernel allows); the factors' dtype can't hold
+        a scale; or ``params`` are bound to an adapter.
 
     Warns:
       UserWarning: a kernel that was asked for can't be adapted; an equation has a form that is not
@@ -64,8 +73,9 @@ def init(
     >>> jax.tree.map(jnp.shape, adapter)["dense"]["kernel"].b
     (2, 6)
     """
-    choice = choose(fn, params, config, args, kwargs)
-    leaves, trained = base_leaves(params), choice.trained
+    leaves = base_leaves(params)
+    choice = choose(fn, params, config, args, kwargs, leaves=leaves)
+    trained = choice.trained
     abstract = [n for n in trained if isinstance(leaves[n], jax.ShapeDtypeStruct)]
     if abstract:
         raise ValueError(
@@ -78,13 +88,11 @@ def init(
     return paths.nest({n: (nodes | full)[n] for n in leaves if n in nodes or n in full})
 
 
-def tabulate(
-    fn: Callable, params: PyTree, config: LoRAConfig, *args: Any, **kwargs: Any
-) -> kernels.Table:
+def tabulate(fn: Callable, params: PyTree, config: LoRAConfig, *args: Any, **kwargs: Any) -> Table:
     """Lists every leaf of the parameters: what it is, and what becomes of it, or why nothing does.
 
     Args:
-      fn: the function to adapt, as for :func:`init`; traced, never run.
+      fn: function to adapt, as for :func:`init`; it is traced, never run.
       params: its parameters: arrays or ``jax.ShapeDtypeStruct`` in any containers.
       config: what to adapt and train.
       *args: example arguments; arrays may be given as ``jax.ShapeDtypeStruct``.
@@ -103,23 +111,25 @@ def tabulate(
     dense/bias   2     other       frozen       is a vector or a number: it has no two sides
     dense/kernel 10×2  kernel io   adapted 2    the rank is lowered from 4 to what the kernel allows
     """
-    choice = choose(fn, params, config, args, kwargs)
-    # Where nothing is to be adapted, `init` has no need to know the kernels.
-    found = choice.kernels if config.targets else find_kernels(fn, params, args, kwargs, config)
-    rows = {n: _row(n, leaf, choice, config) for n, leaf in found.leaves.items()}
-    return kernels.Table(rows=rows, unknown=found.unknown)
+    leaves = base_leaves(params)
+    choice = choose(fn, params, config, args, kwargs, leaves=leaves)
+    kernels = choice.kernels
+    if not config.targets:  # where nothing is to be adapted, `choose` does not look for kernels
+        kernels = find_kernels(fn, params, args, kwargs, config, leaves=leaves)
+    rows = {n: _make_row(n, leaf, choice, config) for n, leaf in kernels.leaves.items()}
+    return Table(rows=rows, unknown=kernels.unknown)
 
 
-def _row(name: str, leaf: Leaf, choice: "Choice", config: LoRAConfig) -> kernels.Row:
+def _make_row(name: str, leaf: Leaf, choice: "Choice", config: LoRAConfig) -> Row:
     if name in choice.trained:
-        return kernels.Row(leaf=leaf, action="trained", note="in full")
+        return Row(leaf=leaf, action="trained", note="in full")
     if name not in choice.ranks:
         skipped = "" if leaf.reason or not leaf.axes else "not among the targets"
-        return kernels.Row(leaf=leaf, action="frozen", note=leaf.reason or skipped)
+        return Row(leaf=leaf, action="frozen", note=leaf.reason or skipped)
     rank, wanted = choice.ranks[name], config.kernel_rank(name)
     lowered = f"the rank is lowered from {wanted} to what the kernel allows"
     note = lowered if rank < wanted else ""
-    return kernels.Row(leaf=leaf, action="adapted", rank=rank, note=note)
+    return Row(leaf=leaf, action="adapted", rank=rank, note=note)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,25 +137,39 @@ class Choice:
     """What a config chooses among the leaves of a parameter tree.
 
     Attributes:
-      kernels: every leaf.
-      ranks: of each kernel to adapt, in the order of the leaves.
-      trained: the leaves to train in full.
-      left_out: leaves that were asked for and can't be adapted, and those that "all-linear" leaves
-        out since they can't be, or since their use can't be seen, with the reasons.
+      kernels: all leaves, with what each is to the function.
+      ranks: rank of each kernel to adapt, in the order of the leaves.
+      trained: names of the leaves to train in full.
+      omissions: reasons why leaves are not adapted: those that were asked for and can't be, and
+        those that "all-linear" leaves out since they can't be, or since their use can't be seen.
     """
 
     kernels: Kernels
     ranks: Mapping[str, int]
     trained: frozenset[str]
-    left_out: Mapping[str, str]
+    omissions: Mapping[str, str]
 
 
 def choose(
-    fn: Callable, params: PyTree, config: LoRAConfig, args: tuple, kwargs: Mapping[str, Any]
+    fn: Callable,
+    params: PyTree,
+    config: LoRAConfig,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    *,
+    leaves: Mapping[str, Any],
 ) -> Choice:
-    """Finds the kernels of ``fn`` and chooses those that the config wants; see :func:`init`."""
-    leaves = base_leaves(params)
-    real = [n for n, x in leaves.items() if kernels.is_real(x)]
+    """Finds the kernels of ``fn`` and chooses those that the config wants; see :func:`init`.
+
+    Args:
+      fn: function to adapt.
+      params: its parameters.
+      config: what to adapt and train.
+      args: example arguments after the parameters.
+      kwargs: example keyword arguments.
+      leaves: leaves of ``params`` by name.
+    """
+    real = [n for n, x in leaves.items() if is_real(x)]
     train_hits = paths.select(config.train, real, what="train")
     trained = frozenset(n for hits in train_hits.values() for n in hits)
     explicit = [entry for entry in config.targets if entry != ALL_LINEAR]
@@ -154,38 +178,39 @@ def choose(
     if not config.targets:
         _check_patterns(config, [])
         none = Kernels(leaves={})
-        return Choice(kernels=none, ranks={}, trained=trained, left_out={})
-    found = find_kernels(fn, params, args, kwargs, config)
+        return Choice(kernels=none, ranks={}, trained=trained, omissions={})
+    kernels = find_kernels(fn, params, args, kwargs, config, leaves=leaves)
     named = {n for names in hits.values() for n in names}
-    found = _with_usual_roles(found, named)
-    usable = found.adaptable()
-    _check_explicit(hits, found)
-    chosen = named | (_all_linear(found, trained) if ALL_LINEAR in config.targets else set())
+    kernels = _assume_usual_roles(kernels, named)
+    usable = kernels.adaptable()
+    _check_explicit(hits, kernels)
+    chosen = set(named)
+    if ALL_LINEAR in config.targets:
+        chosen |= _select_all_linear(kernels, trained)
     _check_patterns(config, [n for n in usable if n in chosen])
-    ranks = {n: _rank(n, usable[n], config, n in named) for n in usable if n in chosen}
-    left_out = {n: found.leaves[n].reason for n in leaves if _is_missed(found, n, named, config)}
-    return Choice(kernels=found, ranks=ranks, trained=trained, left_out=left_out)
+    ranks = {n: _choose_rank(n, usable[n], config, n in named) for n in usable if n in chosen}
+    missed = [n for n in leaves if _is_missed(kernels, n, named, config)]
+    omissions = {n: kernels.leaves[n].reason for n in missed}
+    return Choice(kernels=kernels, ranks=ranks, trained=trained, omissions=omissions)
 
 
-def _with_usual_roles(found: Kernels, named: set[str]) -> Kernels:
-    """Takes matrices whose use can't be seen for kernels with inputs first, if they are named.
+def _assume_usual_roles(kernels: Kernels, named: set[str]) -> Kernels:
+    """Gives named matrices whose use can't be seen the roles of kernels with inputs first.
 
-    Either way round they have the same adapters; only the scale of the first values depends on it.
+    With either roles they have the same adapters; only the scale of the first values differs.
     """
-    hidden = [n for n in found.leaves if n in named and _is_hidden_matrix(found.leaves[n])]
-    usual = {
-        n: dataclasses.replace(found.leaves[n], kind=kernels.KERNEL, axes="io") for n in hidden
-    }
-    return dataclasses.replace(found, leaves={**found.leaves, **usual})
+    hidden = [n for n in kernels.leaves if n in named and _is_hidden_matrix(kernels.leaves[n])]
+    usual = {n: dataclasses.replace(kernels.leaves[n], kind=KERNEL, axes="io") for n in hidden}
+    return dataclasses.replace(kernels, leaves={**kernels.leaves, **usual})
 
 
 def _is_hidden_matrix(leaf: Leaf) -> bool:
     return bool(leaf.hidden_in) and len(leaf.shape or ()) == 2 and not leaf.axes
 
 
-def _is_missed(found: Kernels, name: str, named: set[str], config: LoRAConfig) -> bool:
-    """Whether a matrix was asked for and can't be adapted; a bias beside a kernel is no news."""
-    leaf = found.leaves[name]
+def _is_missed(kernels: Kernels, name: str, named: set[str], config: LoRAConfig) -> bool:
+    """Tells whether a matrix was asked for and can't be adapted; biases do not count."""
+    leaf = kernels.leaves[name]
     if "bias" in name.rpartition("/")[2]:
         return False
     if leaf.axes or len(leaf.shape or ()) < 2 or not leaf.is_weight:
@@ -203,53 +228,53 @@ def _check_overlap(hits: Mapping[str, Iterable[str]], trained: Iterable[str]) ->
         )
 
 
-def _check_explicit(hits: Mapping[str, Iterable[str]], found: Kernels) -> None:
-    usable = found.adaptable()
+def _check_explicit(hits: Mapping[str, Iterable[str]], kernels: Kernels) -> None:
+    usable = kernels.adaptable()
     missing = {entry: names for entry, names in hits.items() if not set(names) & set(usable)}
     if missing:
-        reasons = [f"{n}: {found.leaves[n].reason}" for names in missing.values() for n in names]
+        reasons = [f"{n}: {kernels.leaves[n].reason}" for names in missing.values() for n in names]
         raise ValueError(
             f"targets entries {list(missing)} match parameters, but none that the function "
             f"contracts, convolves or looks up, so there is no kernel to adapt. "
-            f"{_shortened(reasons)}. Kernels here: {paths.listing(usable)}. If one of them is a "
+            f"{_shorten(reasons)}. Kernels here: {paths.listing(usable)}. If one of them is a "
             "kernel all the same, say which axes are inputs (i), outputs (o) and batch (b): "
-            f'roles={{"{next(iter(missing))}": "io"}}.{_not_understood(found)}'
+            f'roles={{"{next(iter(missing))}": "io"}}.{_describe_unknown(kernels)}'
         )
 
 
-def _shortened(reasons: list[str], most: int = 8) -> str:
+def _shorten(reasons: list[str], most: int = 8) -> str:
     reasons = list(dict.fromkeys(reasons))
     return "; ".join([*reasons[:most], *(["..."] if len(reasons) > most else [])])
 
 
-def _not_understood(found: Kernels) -> str:
+def _describe_unknown(kernels: Kernels) -> str:
     """Says which equations were not understood: kernels may be behind them."""
-    if not found.unknown:
+    if not kernels.unknown:
         return ""
     return (
         " Kernels may be missing, since the jaxpr of the function is not understood: "
-        + "; ".join(found.unknown)
+        + "; ".join(kernels.unknown)
         + "."
     )
 
 
-def _all_linear(found: Kernels, trained: Iterable[str]) -> set[str]:
+def _select_all_linear(kernels: Kernels, trained: Iterable[str]) -> set[str]:
     linear = {
-        n for n, leaf in found.adaptable().items() if leaf.kind == kernels.KERNEL and leaf.is_weight
+        n for n, leaf in kernels.adaptable().items() if leaf.kind == KERNEL and leaf.is_weight
     } - set(trained)
     if not linear:
         raise ValueError(
             f"targets {ALL_LINEAR!r} finds no kernel: the function contracts none of its "
             f"parameters, or `train` names them all. Kernels here: "
-            f"{paths.listing(found.adaptable())}.{_hidden(found)}{_not_understood(found)}"
+            f"{paths.listing(kernels.adaptable())}.{_describe_hidden(kernels)}{_describe_unknown(kernels)}"
         )
     return linear
 
 
-def _hidden(found: Kernels) -> str:
-    """Says which leaves go into what can't be looked into: if they are named, they are adapted."""
-    hidden = [f"{n} {leaf.reason}" for n, leaf in found.leaves.items() if leaf.hidden_in]
-    return f" Name those among these that are kernels: {_shortened(hidden)}." if hidden else ""
+def _describe_hidden(kernels: Kernels) -> str:
+    """Says which leaves go into primitives that can't be looked into; naming them adapts them."""
+    hidden = [f"{n} {leaf.reason}" for n, leaf in kernels.leaves.items() if leaf.hidden_in]
+    return f" Name those among these that are kernels: {_shorten(hidden)}." if hidden else ""
 
 
 def _check_patterns(config: LoRAConfig, names: Iterable[str]) -> None:
@@ -257,9 +282,9 @@ def _check_patterns(config: LoRAConfig, names: Iterable[str]) -> None:
         paths.select(getattr(config, what), names, what=what)
 
 
-def _rank(name: str, leaf: Leaf, config: LoRAConfig, is_named: bool) -> int:
-    """The rank of a kernel; where "all-linear" has chosen it, what the kernel allows at most."""
-    rank, most = config.kernel_rank(name), kernels.max_rank(leaf)
+def _choose_rank(name: str, leaf: Leaf, config: LoRAConfig, is_named: bool) -> int:
+    """Chooses the rank of a kernel; for "all-linear" it is what the kernel allows at most."""
+    rank, most = config.kernel_rank(name), max_rank(leaf)
     explicit = is_named or any(paths.matches(p, name) for p in config.rank_pattern)
     if rank > most and explicit:
         raise ValueError(
@@ -271,21 +296,21 @@ def _rank(name: str, leaf: Leaf, config: LoRAConfig, is_named: bool) -> int:
 
 
 def _warn(choice: Choice) -> None:
-    found = choice.kernels
+    kernels = choice.kernels
     say = lambda text: warnings.warn(text, UserWarning, stacklevel=4)
-    if found.unknown:
-        say(f"Some kernels may not be adapted.{_not_understood(found)}")
-    if choice.left_out:
-        reasons = [f"{name} {reason}" for name, reason in choice.left_out.items()]
-        say(f"Not adapted: {_shortened(reasons)}. lora_jax.tabulate lists every leaf.")
-    guessed = [n for n in choice.ranks if found.leaves[n].hidden_in]
+    if kernels.unknown:
+        say(f"Some kernels may not be adapted.{_describe_unknown(kernels)}")
+    if choice.omissions:
+        reasons = [f"{name} {reason}" for name, reason in choice.omissions.items()]
+        say(f"Not adapted: {_shorten(reasons)}. lora_jax.tabulate lists every leaf.")
+    guessed = [n for n in choice.ranks if kernels.leaves[n].hidden_in]
     if guessed:
         say(
             f"The use of {paths.listing(guessed)} can't be seen, since a primitive hides it: taken "
             'for a kernel whose first axis is its input. Say so (roles={"...": "io"}), or say '
             'otherwise (roles={"...": "oi"}), to be rid of this warning.'
         )
-    wide = [n for n, r in choice.ranks.items() if _is_wide(found.leaves[n], r)]
+    wide = [n for n, r in choice.ranks.items() if _is_wide(kernels.leaves[n], r)]
     if wide:
         say(
             f"The adapters of {paths.listing(wide)} are not smaller than their kernels: a lower "
@@ -294,10 +319,10 @@ def _warn(choice: Choice) -> None:
 
 
 def _is_wide(leaf: Leaf, rank: int) -> bool:
-    """Whether the factors hold as many numbers as the kernel, at a rank that was not lowered."""
+    """Tells whether the factors are as large as the kernel, at a rank that was not lowered."""
     shapes = factor_shapes(leaf.shape or (), leaf.axes, rank)
     size = sum(math.prod(shape) for shape in shapes)
-    return size >= math.prod(leaf.shape or ()) and rank < kernels.max_rank(leaf)
+    return size >= math.prod(leaf.shape or ()) and rank < max_rank(leaf)
 
 
 def _init_node(key: Array, name: str, choice: Choice, config: LoRAConfig) -> LowRank:
@@ -308,13 +333,13 @@ def _init_node(key: Array, name: str, choice: Choice, config: LoRAConfig) -> Low
     return LowRank(
         a=init_a(key, leaf.shape, leaf.axes, rank, dtype),
         b=jnp.zeros(factor_shapes(leaf.shape, leaf.axes, rank)[1], dtype),
-        scale=_checked_scale(name, config.kernel_scale(name, rank), dtype),
+        scale=_check_scale(name, config.kernel_scale(name, rank), dtype),
         axes=leaf.axes,
         dropout=config.dropout,
     )
 
 
-def _checked_scale(name: str, scale: float, dtype: Any) -> float:
+def _check_scale(name: str, scale: float, dtype: Any) -> float:
     limits = jnp.finfo(dtype)
     if not float(limits.tiny) <= scale <= float(limits.max):
         raise ValueError(

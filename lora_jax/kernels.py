@@ -1,4 +1,4 @@
-"""Which leaves of a parameter tree are kernels: every leaf, with its roles or a reason."""
+"""Finds out which leaves of a parameter tree are kernels: every leaf has roles, or a reason."""
 
 import dataclasses
 import sys
@@ -24,15 +24,15 @@ class Leaf:
     """One leaf of a parameter tree, and how the function uses it.
 
     Attributes:
-      shape: of the leaf; None if it is no array.
-      dtype: likewise.
+      shape: shape of the leaf; None if it is no array.
+      dtype: dtype of the leaf; None if it is no array.
       kind: "kernel" if it is contracted or convolved with what depends on the inputs, "lookup" if
         rows of it are looked up and nothing else, "other" if it can't be adapted.
-      axes: the role of each axis, as in :mod:`lora_jax.factors`; empty for the kind "other".
+      axes: role of each axis, as in :mod:`lora_jax.factors`; empty for the kind "other".
       is_weight: whether "all-linear" may choose it. Variables of other collections than "params",
         and of other types than ``nnx.Param``, are adapted only if a target names them.
-      reason: why it can't be adapted, or why "all-linear" leaves it out.
-      hidden_in: the primitive that uses it, if that can't be looked into.
+      reason: reason why it can't be adapted, or why "all-linear" leaves it out.
+      hidden_in: name of the primitive that uses it, if that can't be looked into.
       is_looked_up: whether rows of it are looked up, also if it is contracted elsewhere.
     """
 
@@ -54,37 +54,48 @@ class Kernels:
     unknown: tuple[str, ...] = ()
 
     def adaptable(self) -> dict[str, Leaf]:
-        """The leaves that have roles."""
+        """Returns the leaves that have roles."""
         return {name: leaf for name, leaf in self.leaves.items() if leaf.axes}
 
 
 def find_kernels(
-    fn: Callable, params: PyTree, args: tuple, kwargs: Mapping[str, Any], config: LoRAConfig
+    fn: Callable,
+    params: PyTree,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    config: LoRAConfig,
+    *,
+    leaves: Mapping[str, Any],
 ) -> Kernels:
     """Tells of every leaf of ``params`` what it is to ``fn(params, *args, **kwargs)``.
 
-    ``fn`` is traced, never run. What is found does not depend on the sizes of the inputs.
+    ``fn`` is traced, never run. The result does not depend on the sizes of the inputs.
+
+    Args:
+      fn: any function that JAX can trace.
+      params: its parameters.
+      args: its other arguments.
+      kwargs: its keyword arguments.
+      config: gives roles, and the names of leaves that are adapted although they are state.
+      leaves: the leaves of ``params`` by name.
 
     Raises:
       ValueError: roles that the config gives do not fit the leaf that they are for.
     """
-    leaves = paths.named_leaves(params)
     named = [entry for entry in config.targets if entry != ALL_LINEAR]
     is_named = lambda name: any(paths.matches(entry, name) for entry in named)
-    states = {n: why for n, why in _states(leaves, params).items() if not is_named(n)}
-    given = _given_roles(leaves, config)
-    followed = {
+    states = {n: why for n, why in _find_states(leaves, params).items() if not is_named(n)}
+    roles_of = _select_roles(leaves, config)
+    followed_names = {
         k: name
         for k, (name, x) in enumerate(leaves.items())
         if _is_followed(x) and name not in states
     }
     plain = jax.tree.map(abstract, params, is_leaf=is_quantized)
-    found = trace_roles(fn, plain, args, dict(kwargs), names=followed)
-    result = {
-        name: _with_roles(_leaf(name, x, found, states.get(name, "")), given.get(name))
-        for name, x in leaves.items()
-    }
-    return Kernels(leaves=result, unknown=tuple(found.unknown))
+    findings = trace_roles(fn, plain, args, dict(kwargs), names=followed_names)
+    describe = lambda name, x: _describe_leaf(name, x, findings, states.get(name, ""))
+    result = {n: _assign_roles(describe(n, x), roles_of.get(n)) for n, x in leaves.items()}
+    return Kernels(leaves=result, unknown=tuple(findings.unknown))
 
 
 def _is_followed(x: Any) -> bool:
@@ -92,13 +103,13 @@ def _is_followed(x: Any) -> bool:
 
 
 def is_real(x: Any) -> bool:
-    """Whether ``x`` is an array, or a shape, of floating-point numbers."""
+    """Tells whether ``x`` is an array, or a shape, of floating-point numbers."""
     return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
 
 
-def _given_roles(leaves: Mapping[str, Any], config: LoRAConfig) -> dict[str, str]:
+def _select_roles(leaves: Mapping[str, Any], config: LoRAConfig) -> dict[str, str]:
     hits = paths.select(config.roles, leaves, what="roles")
-    given: dict[str, str] = {}
+    roles: dict[str, str] = {}
     for pattern, names in hits.items():
         for name in names:
             axes, shape = config.roles[pattern], getattr(leaves[name], "shape", ())
@@ -113,27 +124,27 @@ def _given_roles(leaves: Mapping[str, Any], config: LoRAConfig) -> dict[str, str
                     f"roles[{pattern!r}] is for {name}, which holds {leaves[name].dtype}: only "
                     "floating-point numbers can be adapted."
                 )
-            given.setdefault(name, axes)
-    return given
+            roles.setdefault(name, axes)
+    return roles
 
 
-def _with_roles(leaf: Leaf, axes: str | None) -> Leaf:
+def _assign_roles(leaf: Leaf, axes: str | None) -> Leaf:
     if axes is None:
         return leaf
     return dataclasses.replace(leaf, kind=KERNEL, axes=axes, reason="", hidden_in="")
 
 
-def _leaf(name: str, x: Any, found: Findings, state: str) -> Leaf:
+def _describe_leaf(name: str, x: Any, findings: Findings, state: str) -> Leaf:
     if not hasattr(x, "dtype"):
         return Leaf(shape=None, dtype=None, kind=OTHER, reason="is no array")
-    shape, uses = tuple(x.shape), found.uses.get(name, [])
-    best = min((u for u in uses if has_two_sides(u.roles)), key=_order, default=None)
+    shape, uses = tuple(x.shape), findings.uses.get(name, [])
+    best = min((u for u in uses if has_two_sides(u.roles)), key=_priority, default=None)
     make = lambda kind, axes="", reason="": Leaf(
         shape=shape, dtype=x.dtype, kind=kind, axes=axes, is_weight=not state, reason=reason
     )
     if best is None:
-        leaf = make(OTHER, reason=_reason(x, uses, found.losses.get(name, []), state))
-        return dataclasses.replace(leaf, hidden_in=found.hidden.get(name, ""))
+        leaf = make(OTHER, reason=_explain_other(x, uses, findings.losses.get(name, []), state))
+        return dataclasses.replace(leaf, hidden_in=findings.hidden.get(name, ""))
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         return make(
             OTHER,
@@ -146,8 +157,8 @@ def _leaf(name: str, x: Any, found: Findings, state: str) -> Leaf:
     return dataclasses.replace(leaf, is_looked_up=best.primitive == LOOKUP)
 
 
-def _order(use: Use) -> int:
-    """Which of several uses gives a leaf its roles: the smallest number wins, the first of equals.
+def _priority(use: Use) -> int:
+    """Ranks a use: of several uses, the first with the smallest number gives a leaf its roles.
 
     Experts that are looked up by token and then contracted have the roles of the product. A tied
     embedding has those of its lookup. Products with what depends on the inputs come before those
@@ -165,7 +176,7 @@ def _order(use: Use) -> int:
     return order.index(True)
 
 
-def _reason(x: Any, uses: list[Use], losses: list[str], state: str) -> str:
+def _explain_other(x: Any, uses: list[Use], losses: list[str], state: str) -> str:
     if state:
         return state
     if not jnp.issubdtype(x.dtype, jnp.inexact):
@@ -176,17 +187,17 @@ def _reason(x: Any, uses: list[Use], losses: list[str], state: str) -> str:
     return "; ".join(dict.fromkeys([*sided, *losses])) or "is not used by the function"
 
 
-# ---- Leaves that are no weights ------------------------------------------------------------------
+# ---- Leaves that are state -----------------------------------------------------------------------
 
 
-def _states(leaves: Mapping[str, Any], params: PyTree) -> dict[str, str]:
-    """The leaves that are state of a model (statistics, caches, code books), and what they are."""
-    by_collection = _other_collections(leaves)
-    return by_collection | _other_variables(list(leaves), params)
+def _find_states(leaves: Mapping[str, Any], params: PyTree) -> dict[str, str]:
+    """Finds the leaves that are state of a model (statistics, caches), and says what each is."""
+    by_collection = _find_other_collections(leaves)
+    return by_collection | _find_other_variables(list(leaves), params)
 
 
-def _other_collections(names: Iterable[str]) -> dict[str, str]:
-    """Linen's collections: whatever stands beside "params"."""
+def _find_other_collections(names: Iterable[str]) -> dict[str, str]:
+    """Finds the leaves of Linen's other collections, which stand beside "params"."""
     parts = {name: name.split("/") for name in names}
     parents = {tuple(p[: p.index("params")]) for p in parts.values() if "params" in p[:-1]}
     collections = {
@@ -201,8 +212,8 @@ def _other_collections(names: Iterable[str]) -> dict[str, str]:
     }
 
 
-def _other_variables(names: list[str], params: PyTree) -> dict[str, str]:
-    """NNX variables of other types than ``nnx.Param``."""
+def _find_other_variables(names: list[str], params: PyTree) -> dict[str, str]:
+    """Finds NNX variables of other types than ``nnx.Param``."""
     nnx = sys.modules.get("flax.nnx")
     if nnx is None:
         return {}
@@ -220,7 +231,7 @@ def _other_variables(names: list[str], params: PyTree) -> dict[str, str]:
     }
 
 
-# ---- Telling -------------------------------------------------------------------------------------
+# ---- Tables --------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -228,10 +239,10 @@ class Row:
     """A leaf, with what a config makes of it.
 
     Attributes:
-      leaf: the leaf itself.
+      leaf: leaf of the parameters.
       action: "adapted", "trained", or "frozen".
-      rank: of its adapter; 0 if it has none.
-      note: what one should know: a rank that was lowered, a reason.
+      rank: rank of its adapter; 0 if it has none.
+      note: remark for the reader: a rank that was lowered, a reason.
     """
 
     leaf: Leaf
@@ -249,14 +260,14 @@ class Table:
 
     def __str__(self) -> str:
         lines = [("leaf", "shape", "kind", "axes", "action", "rank", "")]
-        lines += [_line(name, row) for name, row in self.rows.items()]
+        lines += [_make_line(name, row) for name, row in self.rows.items()]
         widths = [max(len(line[k]) for line in lines) for k in range(6)]
         pad = lambda line: [cell.ljust(n) for cell, n in zip(line, widths, strict=False)]
         text = [" ".join([*pad(line), line[-1]]).rstrip() for line in lines]
         return "\n".join([*text, *(f"not understood: {u}" for u in self.unknown)])
 
 
-def _line(name: str, row: Row) -> tuple[str, ...]:
+def _make_line(name: str, row: Row) -> tuple[str, ...]:
     leaf = row.leaf
     shape = "" if leaf.shape is None else "×".join(map(str, leaf.shape))
     rank = str(row.rank) if row.rank else ""
@@ -264,5 +275,5 @@ def _line(name: str, row: Row) -> tuple[str, ...]:
 
 
 def max_rank(leaf: Leaf) -> int:
-    """The largest rank that the change of the kernel can have."""
+    """Returns the largest rank that the change of the kernel can have."""
     return factors.max_rank(leaf.shape or (), leaf.axes)

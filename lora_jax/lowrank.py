@@ -30,9 +30,9 @@ class LowRank(Adapted):
       a: ``(*batch, *in, rank)``, the paper's ``A`` transposed.
       b: ``(*batch, rank, *out)``, the paper's ``B`` transposed.
       scale: ``s``, a finite number, which becomes a Python float, or a scalar array.
-      w: the frozen kernel in a bound tree; None in an adapter.
-      axes: the role of each kernel axis, for example "io".
-      name: the kernel's path in a bound tree, for messages.
+      w: frozen kernel in a bound tree; None in an adapter.
+      axes: role of each kernel axis, for example "io".
+      name: path of the kernel in a bound tree, for messages.
       dropout: rate in [0, 1) of the dropout on the input of the branch, for :func:`lora_jax.lift`.
 
     Raises:
@@ -60,12 +60,12 @@ class LowRank(Adapted):
     dropout: float = 0.0
 
     def terms(self, w: Array) -> Terms:
-        """``a`` and ``s·b``; the frozen kernel stays as it is."""
+        """Returns ``a`` and ``s·b``; the frozen kernel stays as it is."""
         return Terms(self.a, scaled_b(self))
 
 
 def scaled_b(node: LowRank) -> Array:
-    """``s·b`` in the wider precision of the two: the cheapest place for the scale, and most exact.
+    """Computes ``s·b`` in the wider precision of the two, where the scale costs least.
 
     No gradient reaches the scale, which is a hyperparameter.
     """

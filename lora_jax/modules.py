@@ -21,19 +21,19 @@ def from_nnx(module: Any, *, method: str = "__call__") -> tuple[Callable, dict[s
 
     The parameters are the ``nnx.Param`` variables; the dictionary has their attribute paths, with
     the numbers of a list as strings. All other variables (batch statistics, caches, random states,
-    ...) stay in the function with the values that they have now, and each call starts from them:
-    what a call changes in them is dropped. So dropout draws the same mask in each call, unless
-    its random numbers are an argument, ``fn(params, x, rngs=nnx.Rngs(dropout=key))``.
+    ...) stay in the function with the values that they have now. Each call starts from these
+    values, and its changes are dropped. So dropout draws the same mask in each call, unless its
+    random numbers are an argument, ``fn(params, x, rngs=nnx.Rngs(dropout=key))``.
 
     Args:
-      module: is neither changed nor held on to.
-      method: the name of the method to call.
+      module: the module, which is neither changed nor kept.
+      method: name of the method to call.
 
     Returns:
       ``fn(params, *args, **kwargs)`` and ``params``, arrays of the module's shapes and dtypes.
 
     Raises:
-      ValueError: the module has no ``nnx.Param``; in the function: ``params`` with other paths.
+      ValueError: the module has no ``nnx.Param``; in the function: ``params`` has other paths.
 
     >>> from flax import nnx
     >>> module = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.relu)
@@ -50,7 +50,7 @@ def from_nnx(module: Any, *, method: str = "__call__") -> tuple[Callable, dict[s
     names, structure = list(named), jax.tree.structure(state)
 
     def fn(params: PyTree, *args: Any, **kwargs: Any) -> Any:
-        new = structure.unflatten(_in_order(params, names))
+        new = structure.unflatten(_order_leaves(params, names))
         # A copy: NNX refuses to change, inside a trace, variables that were made outside.
         return getattr(nnx.merge(graph, new, rest, copy=True), method)(*args, **kwargs)
 
@@ -61,11 +61,11 @@ def update_nnx(module: Any, params: PyTree) -> None:
     """Puts parameters into an NNX module, in place: the inverse of :func:`from_nnx`.
 
     Args:
-      module: as given to :func:`from_nnx`.
-      params: with the paths that the parameters have there, such as merged ones.
+      module: the module that was given to :func:`from_nnx`.
+      params: parameters with the same paths as there, such as merged ones.
 
     Raises:
-      ValueError: other paths or shapes than the module's.
+      ValueError: the paths or shapes are not the module's.
 
     >>> from flax import nnx
     >>> module = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
@@ -78,7 +78,7 @@ def update_nnx(module: Any, params: PyTree) -> None:
 
     state = nnx.state(module, nnx.Param)
     named = paths.named_leaves(state)
-    leaves = _in_order(params, named)
+    leaves = _order_leaves(params, named)
     _check_shapes(named, leaves)
     nnx.update(module, jax.tree.structure(state).unflatten(leaves))
 
@@ -88,21 +88,20 @@ def from_keras(model: Any) -> tuple[Callable, dict[str, Any]]:
 
     The parameters are the trainable variables; the dictionary has their Keras paths, layer by
     layer. All other variables (moving averages, states of random generators, ...) stay in the
-    function with the values that they have now, and each call starts from them: what a call
-    changes in them is dropped, so that dropout with ``training=True`` draws the same mask each
-    time.
+    function with the values that they have now. Each call starts from these values, and its changes
+    are dropped, so that dropout with ``training=True`` draws the same mask each time.
 
     Args:
-      model: a built ``keras.Model`` or layer; it is not changed, and is held on to.
+      model: built ``keras.Model`` or layer; the function keeps it, and does not change it.
 
     Returns:
       ``fn(params, *args, **kwargs)``, which gives what ``model(*args, **kwargs)`` does, and
       ``params``.
 
     Raises:
-      ImportError: Keras is not there.
+      ImportError: Keras is not installed.
       ValueError: Keras has another backend; the model is not built, or has no trainable variable;
-        in the function: ``params`` with other paths.
+        in the function: ``params`` has other paths.
 
     >>> import keras  # doctest: +SKIP
     >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4)])  # doctest: +SKIP
@@ -115,7 +114,7 @@ def from_keras(model: Any) -> tuple[Callable, dict[str, Any]]:
     names, rest = list(named), [variable.value for variable in model.non_trainable_variables]
 
     def fn(params: PyTree, *args: Any, **kwargs: Any) -> Any:
-        return model.stateless_call(_in_order(params, names), rest, *args, **kwargs)[0]
+        return model.stateless_call(_order_leaves(params, names), rest, *args, **kwargs)[0]
 
     return fn, paths.nest(named)
 
@@ -124,14 +123,14 @@ def update_keras(model: Any, params: PyTree) -> None:
     """Puts parameters into a Keras model, in place: the inverse of :func:`from_keras`.
 
     Args:
-      model: as given to :func:`from_keras`.
-      params: with the paths that the parameters have there, such as merged ones.
+      model: the model that was given to :func:`from_keras`.
+      params: parameters with the same paths as there, such as merged ones.
 
     Raises:
-      ImportError, ValueError: as :func:`from_keras`; or shapes other than the model's.
+      ImportError, ValueError: as :func:`from_keras`; or the shapes are not the model's.
     """
     variables = _keras_variables(model)
-    leaves = _in_order(params, variables)
+    leaves = _order_leaves(params, variables)
     _check_shapes(variables, leaves)
     for variable, leaf in zip(variables.values(), leaves, strict=True):
         variable.assign(leaf)
@@ -143,14 +142,15 @@ def _named_params(state: Any, problem: str) -> dict[str, Array]:
     return paths.named_leaves(state)
 
 
-def _in_order(params: PyTree, names: Sequence[str] | Mapping[str, Any]) -> list[Any]:
-    """The leaves of a parameter tree in the order of their names in the module."""
+def _order_leaves(params: PyTree, names: Sequence[str] | Mapping[str, Any]) -> list[Any]:
+    """Returns the leaves of a parameter tree in the order of their names in the module."""
     named = paths.named_leaves(params)
     if set(named) != set(names):
-        missing, more = [n for n in names if n not in named], [n for n in named if n not in names]
+        missing = [n for n in names if n not in named]
+        unknown = [n for n in named if n not in names]
         raise ValueError(
             f"The parameters are not those of the module: {paths.listing(missing)} missing, "
-            f"{paths.listing(more)} unknown; the module has {paths.listing(names)}."
+            f"{paths.listing(unknown)} unknown; the module has {paths.listing(names)}."
         )
     return [named[name] for name in names]
 
@@ -166,7 +166,7 @@ def _check_shapes(named: Mapping[str, Any], leaves: Sequence[Any]) -> None:
 
 
 def _keras_variables(model: Any) -> dict[str, Any]:
-    """The trainable variables by path; one with the path of another gets a number."""
+    """Returns the trainable variables by path; one with the path of another gets a number."""
     try:
         import keras
     except ImportError as error:

@@ -1,7 +1,7 @@
 """Tables of names: which leaf of a model here is which tensor of a Hugging Face checkpoint.
 
-A model family has one table, a list of :class:`Name`; checkpoints and adapters are read and written
-by it. The layouts of the two sides differ, and this file is where they are turned into each other.
+A model family has one table, a list of :class:`Name`, by which checkpoints and adapters are read
+and written. The layouts of the two sides differ, and this file converts them.
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 LINEAR, EMBEDDING, CONV = "linear", "embedding", "conv"
-STACK = "{}"  # in a tensor's name: the number of the layer, one tensor for each
+STACK = "{}"  # placeholder in a tensor's name for the number of the layer
 
 
 class Name(NamedTuple):
@@ -19,18 +19,18 @@ class Name(NamedTuple):
 
     Attributes:
       flax: path of the leaf, its components joined by "/".
-      hf: name of the tensor in a Hugging Face checkpoint. With ``{}`` for a number in it, the leaf
-        has a leading axis of layers (a scan), and there is one tensor for each.
+      hf: name of the tensor in a Hugging Face checkpoint. If it has ``{}`` in place of a number,
+        the leaf has a leading axis of layers (a scan), and there is one tensor for each layer.
       transpose: whether the tensor is the leaf transposed (a torch Linear is ``(d_out, d_in)``).
         GPT-2's Conv1D is stored ``(d_in, d_out)`` on both sides.
       axes: role of each axis of a kernel after the axis of layers, "i" for input and "o" for
         output, if it is not "io": "ioo" for ``(d, heads, head_dim)``. The tensor is a matrix.
       kind: "linear", "embedding" or "conv" (the tensor is ``(out, in, *window)``, the leaf
         ``(*window, in, out)``); by default a leaf called "embedding" is one, and others are linear.
-      older: the tensor's name in transformers 4, where it has changed since.
+      older: name of the tensor in transformers 4, if it has changed since.
       tied: names of further tensors that are the same weight (an output head tied to the embedding)
         and so have no leaf of their own.
-      otherwise: the tensor to read where a checkpoint lacks this one: they are then equal.
+      otherwise: name of the tensor to read if a checkpoint lacks this one, to which it is equal.
     """
 
     flax: str
@@ -47,11 +47,11 @@ class Weight(NamedTuple):
     """One tensor of the checkpoint, and where it is here.
 
     Attributes:
-      hf: the tensor's name.
+      hf: name of the tensor.
       leaf: path of the leaf.
-      layer: its place along the leaf's leading axis; None where the leaf is not stacked.
-      shape: of the leaf, without the axis of layers.
-      row: its row in the table.
+      layer: place along the leaf's leading axis; None if the leaf is not stacked.
+      shape: shape of the leaf, without the axis of layers.
+      row: row of the tensor in the table.
     """
 
     hf: str
@@ -61,15 +61,17 @@ class Weight(NamedTuple):
     row: Name
 
 
-def weights(table: Sequence[Name], leaves: Mapping[str, Any], *, older: bool = False) -> list:
-    """The tensors that the leaves of a model are made of, in the table's order.
+def weights(
+    table: Sequence[Name], leaves: Mapping[str, Any], *, older: bool = False
+) -> list[Weight]:
+    """Returns the tensors that the leaves of a model are made of, in the table's order.
 
     Args:
-      table: rows without a leaf are left out (a headless model, say).
+      table: rows of names; those without a leaf are left out (in a headless model, say).
       leaves: arrays or shapes by path; Linen's collection ``params/`` may precede the paths.
-      older: with the names of transformers 4 where a row has one.
+      older: whether to take the names of transformers 4 where a row has one.
     """
-    found = []
+    result = []
     for row in table:
         leaf = next((n for n in (row.flax, f"params/{row.flax}") if n in leaves), None)
         if leaf is None:
@@ -77,22 +79,22 @@ def weights(table: Sequence[Name], leaves: Mapping[str, Any], *, older: bool = F
         shape = tuple(np.shape(leaves[leaf]))
         for hf in ((row.older if older and row.older else row.hf), *row.tied):
             if STACK in hf:
-                found += [
+                result += [
                     Weight(hf.replace(STACK, str(k)), leaf, k, shape[1:], row)
                     for k in range(shape[0])
                 ]
             else:
-                found.append(Weight(hf, leaf, None, shape, row))
-    return found
+                result.append(Weight(hf, leaf, None, shape, row))
+    return result
 
 
 def module(tensor: str) -> str:
-    """Name of the torch module that holds a tensor."""
+    """Returns the name of the torch module that holds a tensor."""
     return tensor.rpartition(".")[0]
 
 
 def kind(weight: Weight) -> str:
-    """What the leaf is: a linear or convolution kernel, an embedding, or "" for anything else."""
+    """Tells what the leaf is: a linear or convolution kernel, an embedding, or "" for the rest."""
     if weight.hf.rpartition(".")[2] == "bias" or len(weight.shape) < 2:
         return ""
     by_name = EMBEDDING if weight.leaf.rpartition("/")[2] == "embedding" else LINEAR
@@ -100,7 +102,7 @@ def kind(weight: Weight) -> str:
 
 
 def axes(weight: Weight) -> str:
-    """Roles of the axes of a kernel, without the axis of layers; "" where the table is silent."""
+    """Returns the roles of a kernel's axes without that of layers; "" where the table is silent."""
     if weight.row.axes:
         return weight.row.axes
     if kind(weight) == CONV:
@@ -109,17 +111,17 @@ def axes(weight: Weight) -> str:
 
 
 def is_conv1d(weight: Weight) -> bool:
-    """Whether torch has the linear layer as ``(d_in, d_out)``, as GPT-2's Conv1D does."""
+    """Tells whether torch stores the linear layer as ``(d_in, d_out)``, as GPT-2's Conv1D does."""
     return kind(weight) == LINEAR and axes(weight).startswith("i") and not weight.row.transpose
 
 
 def tensor_shape(weight: Weight) -> tuple[int, ...]:
-    """Shape of the tensor in a checkpoint."""
+    """Returns the shape of the tensor in a checkpoint."""
     return to_tensor(weight, np.broadcast_to(np.int8(0), weight.shape)).shape
 
 
 def to_tensor(weight: Weight, value: np.ndarray) -> np.ndarray:
-    """The checkpoint's tensor of a leaf (of one layer of it)."""
+    """Converts a leaf (one layer of it) to the checkpoint's tensor."""
     if kind(weight) == CONV:
         n = value.ndim
         return value.transpose(n - 1, n - 2, *range(n - 2))
@@ -130,14 +132,14 @@ def to_tensor(weight: Weight, value: np.ndarray) -> np.ndarray:
 
 
 def from_tensor(weight: Weight, value: np.ndarray) -> np.ndarray:
-    """The inverse of :func:`to_tensor`."""
+    """Inverts :func:`to_tensor`."""
     if kind(weight) == CONV:
         return value.transpose(*range(2, value.ndim), 1, 0)
     return (value.T if weight.row.transpose else value).reshape(weight.shape)
 
 
 def _matrix(weight: Weight) -> tuple[int, int]:
-    """The leaf's shape with the axes of each side joined; the sides must not be mixed."""
+    """Returns the leaf's shape with the axes of each side joined; the sides must not be mixed."""
     roles = axes(weight)
     first = len(roles) - len(roles.lstrip(roles[0]))
     if len(roles) != len(weight.shape) or len(set(roles[first:])) != 1:

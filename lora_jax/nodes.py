@@ -8,7 +8,7 @@ padding of ranks in a sweep: see :mod:`lora_jax.fields`. The decorator
 :func:`lora_jax.registration.register` makes the class known by its kind.
 
 A leaf that is trained in full is a plain array in an adapter, so that an adapter is a tree like its
-parameters. :func:`as_node` gives such an array the row that it has in all of this.
+parameters. :func:`as_node` turns such an array into a node with a table, too.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lora_jax.factors import GAIN_AXES, WHOLE, dense, positions, spread, wide_dtype
+from lora_jax.factors import GAIN_AXES, WHOLE, materialize, positions, spread, wide_dtype
 from lora_jax.quantized import as_array
 
 Array = jax.Array
@@ -31,11 +31,11 @@ class Field(NamedTuple):
     """What a class of nodes says of one of its arrays.
 
     Attributes:
-      axes: one letter for each group of axes, in the array's order: "b", "i" and "o" are all axes
-        of the kernel that have this role, other letters are axes of the array's own. "r" is the
+      axes: one letter for each group of axes, in the array's order. "b", "i" and "o" stand for all
+        axes of the kernel with this role, other letters for axes of the array's own. "r" is the
         rank: zeros along it, in every field that has it, change nothing.
-      is_trained: whether it is; if not, no gradient reaches it.
-      scales: the field that this one multiplies, if it is a scale: a number that belongs to the
+      is_trained: whether the array is trained; if not, no gradient reaches it.
+      scales: name of the field that this one multiplies, if it is a scale. A scale belongs to the
         structure of the tree while it is a Python float, and is a leaf if it is an array.
     """
 
@@ -59,22 +59,22 @@ class Terms(NamedTuple):
 
 
 class Node:
-    """What an adapter has for one leaf.
+    """The content of an adapter for one leaf.
 
     Attributes:
-      kind: the name of the class in files.
-      table: its arrays, in the order in which they are leaves and are given to the class.
+      kind: name of the class in files.
+      table: rows of its arrays, in the order of the leaves and of the arguments of the class.
     """
 
     kind: ClassVar[str]
     table: ClassVar[Mapping[str, Field]]
 
     def bind(self, w: Array, name: str) -> "Node":
-        """The node as it stands in a bound tree, for the leaf ``w`` called ``name``."""
+        """Returns the node as it stands in a bound tree, for the leaf ``w`` called ``name``."""
         raise NotImplementedError
 
     def merge(self, w: Array) -> Array:
-        """The plain array that the node makes of the leaf ``w``."""
+        """Returns the plain array that the node makes of the leaf ``w``."""
         raise NotImplementedError
 
 
@@ -88,11 +88,11 @@ class Trained(Node):
     value: Array
 
     def bind(self, w: Array, name: str) -> "Trained":
-        """The node itself, since the frozen leaf is not used."""
+        """Returns the node itself, since the frozen leaf is not used."""
         return self
 
     def merge(self, w: Array) -> Array:
-        """The trained array."""
+        """Returns the trained array."""
         return self.value
 
 
@@ -104,9 +104,9 @@ class Adapted(Node):
 
     Attributes:
       reads_kernel: whether ``terms`` makes use of the frozen kernel, which may be quantized.
-      w: the frozen kernel in a bound tree; None in an adapter.
-      axes: the role of each kernel axis, for example "io"; see :mod:`lora_jax.factors`.
-      name: the kernel's path in a bound tree, for messages.
+      w: frozen kernel in a bound tree; None in an adapter.
+      axes: role of each kernel axis, for example "io"; see :mod:`lora_jax.factors`.
+      name: path of the kernel in a bound tree, for messages.
       dropout: rate in [0, 1) of the dropout on the input of the branch, for :func:`lora_jax.lift`.
 
     Raises:
@@ -121,9 +121,9 @@ class Adapted(Node):
     dropout: float
 
     def __post_init__(self) -> None:
-        tell_observers()
+        notify_observers()
         for name in scales(type(self)):
-            object.__setattr__(self, name, _checked_scale(name, getattr(self, name)))
+            object.__setattr__(self, name, _check_scale(name, getattr(self, name)))
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(
                 f"The dropout of a low-rank term must be a number in [0, 1), got {self.dropout!r}; "
@@ -132,42 +132,42 @@ class Adapted(Node):
         object.__setattr__(self, "dropout", float(self.dropout))  # the dataclass is frozen
 
     def terms(self, w: Array) -> Terms:
-        """The terms of the adapted kernel, made of the fields and the frozen kernel ``w``."""
+        """Computes the terms of the adapted kernel from the fields and the frozen kernel ``w``."""
         raise NotImplementedError
 
     def bind(self, w: Array, name: str) -> "Adapted":
-        """The unevaluated sum."""
+        """Returns the unevaluated sum."""
         return dataclasses.replace(self, w=w, name=name)
 
     def merge(self, w: Array) -> Array:
-        """``gain ⊙ W + a·b``, with the shape and dtype of ``w``."""
+        """Computes ``gain ⊙ W + a·b``, with the shape and dtype of ``w``."""
         a, b, gain = terms(self, w)
         if gain is not None:
             gain = spread(gain, positions(self.axes, GAIN_AXES), w.ndim)
-        return dense(w, a, b, self.axes, gain)
+        return materialize(w, a, b, self.axes, gain)
 
 
-KINDS: dict[str, type[Node]] = {}  # filled by `registration.register`
+KINDS: dict[str, type[Node]] = {}  # `registration.register` fills it
 
 _observers: list[Callable[[], bool]] = []
 
 
 def observe(observer: Callable[[], bool]) -> None:
-    """Has ``observer`` called whenever a node is made, until it returns True.
+    """Registers a function that is called whenever a node is made, until it returns True.
 
-    So a library that is imported later can still be told of these classes.
+    By it these classes become known to a library that is imported later.
     """
     _observers.append(observer)
 
 
-def tell_observers() -> None:
-    """Calls those that have not returned True yet."""
+def notify_observers() -> None:
+    """Calls the observers that have not returned True yet."""
     if _observers:
         _observers[:] = [observer for observer in _observers if not observer()]
 
 
 def terms(node: Adapted, w: Array) -> Terms:
-    """The terms of an adapted kernel, with no gradient to fields that are not trained."""
+    """Computes the terms of an adapted kernel, with no gradient to fields that are not trained."""
     frozen = [n for n, field in node.table.items() if not field.is_trained and not field.scales]
     if frozen:
         node = dataclasses.replace(node, **{n: lax.stop_gradient(getattr(node, n)) for n in frozen})
@@ -175,28 +175,28 @@ def terms(node: Adapted, w: Array) -> Terms:
 
 
 def is_node(x: Any) -> bool:
-    """Whether ``x`` is a node that this library puts in place of an array."""
+    """Tells whether ``x`` is a node that this library puts in place of an array."""
     return isinstance(x, Node)
 
 
 def is_adapted(x: Any) -> bool:
-    """Whether ``x`` is the node of a method, not a leaf that is trained in full."""
+    """Tells whether ``x`` is the node of a method, not a leaf that is trained in full."""
     return isinstance(x, Adapted)
 
 
 def is_bound(x: Any) -> bool:
-    """Whether ``x`` is a node that :func:`lora_jax.bind` has put into a tree."""
+    """Tells whether ``x`` is a node that :func:`lora_jax.bind` has put into a tree."""
     return isinstance(x, Trained) or (is_adapted(x) and x.w is not None)
 
 
 def as_node(x: Any) -> Node:
-    """The node that an entry of an adapter stands for; a plain array is trained in full."""
+    """Returns the node that an entry of an adapter stands for; a plain array is trained in full."""
     return x if is_node(x) else Trained(x)
 
 
 # ---- Scales --------------------------------------------------------------------------------------
 
-LEAF_SCALES = "_leaf_scales"  # those of a node made by a map over leaves, whatever the map gave
+LEAF_SCALES = "_leaf_scales"  # names of scales that are leaves of a node made by a tree map
 
 
 def _is_number(x: Any) -> bool:
@@ -205,7 +205,7 @@ def _is_number(x: Any) -> bool:
     return isinstance(x, int | float | np.floating | np.integer) and not isinstance(x, bool)
 
 
-def _checked_scale(name: str, value: Any) -> Any:
+def _check_scale(name: str, value: Any) -> Any:
     if not _is_number(value):
         return value
     if not math.isfinite(value):
@@ -214,12 +214,12 @@ def _checked_scale(name: str, value: Any) -> Any:
 
 
 def scales(cls: type[Node]) -> list[str]:
-    """The names of the fields that are scales."""
+    """Returns the names of the fields that are scales."""
     return [name for name, field in cls.table.items() if field.scales]
 
 
 def is_static(node: Node, name: str) -> bool:
-    """Whether a field is a number of the structure, not a leaf."""
+    """Tells whether a field is a number of the structure, not a leaf."""
     return (
         bool(node.table[name].scales)
         and isinstance(getattr(node, name), float)
@@ -228,7 +228,7 @@ def is_static(node: Node, name: str) -> bool:
 
 
 def scale_array(node: Node, name: str = "scale") -> np.ndarray:
-    """A scale as it is computed and saved: of the precision of what it scales, or float32."""
+    """Returns a scale as it is saved: in the precision of what it scales, float32 at least."""
     value = getattr(node, name)
     if not is_static(node, name):
         return np.asarray(value)
@@ -240,7 +240,7 @@ def _scale_dtype(node: Node, name: str) -> Any:
 
 
 def with_array_scale(node: Adapted) -> Adapted:
-    """The same node with its scales as arrays, over which a sweep can map."""
+    """Replaces the scales of a node by arrays, over which a sweep can map."""
     static = [name for name in scales(type(node)) if is_static(node, name)]
     new = {name: jnp.asarray(getattr(node, name), _scale_dtype(node, name)) for name in static}
     return dataclasses.replace(node, **new) if new else node

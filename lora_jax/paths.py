@@ -1,8 +1,8 @@
 """Names of leaves in a parameter tree, and matching of names against patterns.
 
 A leaf's *name* is its path with the components joined by ``/``: ``params/encoder/query/kernel``.
-Dictionaries, lists, NamedTuples, dataclasses and NNX states all get names in the same way, so that
-everything above this file speaks of leaves by name and knows nothing of containers.
+Leaves of dictionaries, lists, NamedTuples, dataclasses and NNX states all get names in the same
+way, so that all other files use names and know nothing of containers.
 """
 
 import difflib
@@ -25,15 +25,15 @@ def named_leaves(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> 
     A leaf that is stored in fewer bits is one leaf; see :mod:`lora_jax.quantized`.
 
     Raises:
-      ValueError: two leaves have one name (say, the keys ``1`` and ``"1"``, or the key ``"a/b"``
-        and ``b`` in ``a``); a key is empty; or ``tree`` is a bare array, which has no name.
+      ValueError: two leaves have the same name (by the keys ``1`` and ``"1"``, or by the key
+        ``"a/b"`` and ``b`` in ``a``); a key is empty; or ``tree`` is a bare array without a name.
 
     >>> named_leaves({"dense": {"kernel": 1, "bias": 2}, "layers": [3, 4]})
     {'dense/bias': 2, 'dense/kernel': 1, 'layers/0': 3, 'layers/1': 4}
     """
-    with_paths = _with_paths(tree, is_leaf)
+    with_paths = _flatten_with_paths(tree, is_leaf)
     named: dict[str, Any] = {}
-    names = _names([path for path, _ in with_paths])
+    names = _make_names([path for path, _ in with_paths])
     for name, (_, leaf) in zip(names, with_paths, strict=True):
         if not name and any(path for path, _ in with_paths):
             raise ValueError("A leaf of the tree has an empty key; name it.")
@@ -48,7 +48,7 @@ def named_leaves(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> 
     return named
 
 
-def _with_paths(tree: PyTree, is_leaf: Callable[[Any], bool] | None) -> list[tuple]:
+def _flatten_with_paths(tree: PyTree, is_leaf: Callable[[Any], bool] | None) -> list[tuple]:
     stops = lambda x: is_quantized(x) or (is_leaf is not None and is_leaf(x))
     try:
         return jax.tree_util.tree_flatten_with_path(tree, is_leaf=stops)[0]
@@ -61,8 +61,8 @@ def _with_paths(tree: PyTree, is_leaf: Callable[[Any], bool] | None) -> list[tup
         ) from error
 
 
-def _names(paths: list[tuple]) -> list[str]:
-    """Names of key paths. The ``.value`` of a boxed leaf (NNX variable, Linen box) is left out.
+def _make_names(paths: list[tuple]) -> list[str]:
+    """Makes names of key paths, without the ``.value`` of a boxed leaf (NNX variable, Linen box).
 
     Boxes put one more component behind every leaf, which is noise to a reader, and would make the
     pattern "value" (an attention layer's usual name) match everything.
@@ -82,7 +82,7 @@ def _names(paths: list[tuple]) -> list[str]:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether ``pattern`` selects the leaf called ``name``.
+    """Tells whether ``pattern`` selects the leaf called ``name``.
 
     A plain pattern is a module or leaf name, or several joined by ``/``; it selects every leaf at
     or below a path that ends in it. Only whole components count: ``"query"`` does not select
@@ -107,22 +107,22 @@ def select(patterns: Iterable[str], names: Iterable[str], *, what: str) -> dict[
     """Returns for each pattern the names that it matches.
 
     Args:
-      patterns: as in :func:`matches`.
-      names: the names to choose from.
-      what: how the patterns are called in the error, for example "targets".
+      patterns: patterns as in :func:`matches`.
+      names: names to choose from.
+      what: name of the patterns in the error, for example "targets".
 
     Raises:
       ValueError: some patterns match nothing; the message lists them all, and what exists.
     """
     names = list(names)
-    found = {pattern: [n for n in names if matches(pattern, n)] for pattern in patterns}
-    missing = [pattern for pattern, hits in found.items() if not hits]
+    matched = {pattern: [n for n in names if matches(pattern, n)] for pattern in patterns}
+    missing = [pattern for pattern, hits in matched.items() if not hits]
     if missing:
-        raise ValueError(no_match(missing, names, what=what))
-    return found
+        raise ValueError(f"{describe_misses(missing, names, what=what)}.")
+    return matched
 
 
-def no_match(missing: Iterable[str], names: Iterable[str], *, what: str) -> str:
+def describe_misses(missing: Iterable[str], names: Iterable[str], *, what: str) -> str:
     """Says which patterns matched nothing, with near misses and the names that exist."""
     names = list(names)
     words = sorted({part for name in names for part in name.split("/") if not part.isdigit()})
@@ -133,30 +133,30 @@ def no_match(missing: Iterable[str], names: Iterable[str], *, what: str) -> str:
         if near and not hint:
             hint = f"did you mean {', '.join(map(repr, near))}?"
         lines.append(f"{what} entry {pattern!r} matches no parameter{hint and f' ({hint})'}")
-    return "; ".join(lines) + f". Parameters here: {listing(names)}."
+    return "; ".join(lines) + f". Parameters here: {listing(names)}"
 
 
 def _expression_hint(pattern: str, names: Iterable[str]) -> str:
-    """What to write instead of a regular expression in another library's convention."""
-    marked, path = pattern.startswith(REGEX), pattern.replace(".", "/")
+    """Says what to write instead of a regular expression in another library's convention."""
+    is_expression, path = pattern.startswith(REGEX), pattern.replace(".", "/")
     if path != pattern and any(matches(path, name) for name in names):
         return f"the parts of a path are joined by '/': {path!r}"
     text = pattern.removeprefix(REGEX)
-    if not marked and not re.search(r"[\\*+?\[\](){}|^$]|\.", text):
+    if not is_expression and not re.search(r"[\\*+?\[\](){}|^$]|\.", text):
         return ""
     slashes = re.sub(r"\\\.|\.(?![*+?{])", "/", text).strip("^$")
     forms = [text, text.strip("^$"), slashes, text.replace("*", ".*")]
-    tries = [(form, form) for form in forms] if not marked else []
+    tries = [(form, form) for form in forms] if not is_expression else []
     tries += [(form, new) for form in forms for new in (f"{form}/[^/]*", f".*{form}.*")]
-    right = next((new for _, new in tries if _any_match(new, names)), None)
-    if marked:
-        said = "a regular expression must match the whole path of a leaf, joined by '/'"
+    right = next((new for _, new in tries if _has_match(new, names)), None)
+    if is_expression:
+        rule = "a regular expression must match the whole path of a leaf, joined by '/'"
     else:
-        said = f"a regular expression begins with {REGEX!r}, and matches whole paths, joined by '/'"
-    return said + (f": {REGEX + right!r} does" if right else "")
+        rule = f"a regular expression begins with {REGEX!r}, and matches whole paths, joined by '/'"
+    return rule + (f": {REGEX + right!r} does" if right else "")
 
 
-def _any_match(expression: str, names: Iterable[str]) -> bool:
+def _has_match(expression: str, names: Iterable[str]) -> bool:
     try:
         return any(re.fullmatch(expression, name) for name in names)
     except re.error:
@@ -164,7 +164,7 @@ def _any_match(expression: str, names: Iterable[str]) -> bool:
 
 
 def listing(names: Iterable[str], most: int = 40) -> str:
-    """Names separated by commas; repeated layers are shown once, with ``*`` for their numbers.
+    """Joins names by commas; repeated layers are shown once, with ``*`` for their numbers.
 
     >>> listing(["layer_0/kernel", "layer_1/kernel", "head"])
     'layer_*/kernel, head'
@@ -177,8 +177,8 @@ def listing(names: Iterable[str], most: int = 40) -> str:
 def nest(named: Mapping[str, Any]) -> dict[str, Any]:
     """Builds the nested dictionary whose leaves have the given names.
 
-    Where one name begins with another (from a key with a ``/`` in it), the longer one keeps its
-    rest as one key beside the shorter.
+    If one name begins with another (because a key has a ``/`` in it), the rest of the longer name
+    becomes one key beside the shorter name.
 
     >>> nest({"dense/kernel": 1, "dense/bias": 2})
     {'dense': {'kernel': 1, 'bias': 2}}

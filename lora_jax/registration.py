@@ -2,7 +2,7 @@
 
 An exported function can take an adapter as an argument, and ``flax.serialization`` writes and reads
 adapters, alone or in a state that holds them. Flax, with all that it imports, is not imported for
-that: it is told as soon as it is there and a node is made.
+that: the classes are registered with it when a node is made after something else has imported it.
 """
 
 import dataclasses
@@ -21,15 +21,16 @@ N = TypeVar("N", bound=type[Node])
 
 
 def register(cls: N) -> N:
-    """Makes a class of nodes known, as a decorator of the dataclass.
+    """Registers a class of nodes; a decorator of the dataclass.
 
     Raises:
       ValueError: its fields are not those of its table and of :class:`lora_jax.nodes.Adapted`, or
         another class has its kind.
     """
-    have, want = [f.name for f in dataclasses.fields(cls)], [*_leaves(cls, ()), *_structure(cls)]
-    if have != want:
-        raise ValueError(f"{cls.__name__} has the fields {have}, and its table says {want}.")
+    fields = [f.name for f in dataclasses.fields(cls)]
+    expected = [*_leaf_fields(cls, ()), *_structure_fields(cls)]
+    if fields != expected:
+        raise ValueError(f"{cls.__name__} has the fields {fields}, and its table says {expected}.")
     if cls.kind in nodes.KINDS:
         raise ValueError(
             f"{cls.__name__} has the kind {cls.kind!r}, which is that of "
@@ -49,13 +50,13 @@ def register(cls: N) -> N:
     return cls
 
 
-def _structure(cls: type[Node]) -> tuple[str, ...]:
-    """The fields that belong to the structure of the tree."""
+def _structure_fields(cls: type[Node]) -> tuple[str, ...]:
+    """Returns the fields that belong to the structure of the tree."""
     return ("axes", "name", "dropout") if issubclass(cls, nodes.Adapted) else ()
 
 
-def _leaves(cls: type[Node], numbers: Container[str]) -> list[str]:
-    """The fields that are leaves, where those of the table in ``numbers`` are none."""
+def _leaf_fields(cls: type[Node], numbers: Container[str]) -> list[str]:
+    """Returns the fields that are leaves: all arrays except those in ``numbers``."""
     kernel = ["w"] if issubclass(cls, nodes.Adapted) else []
     return [*(name for name in cls.table if name not in numbers), *kernel]
 
@@ -74,22 +75,22 @@ def _flatten_with_keys(node: Node) -> tuple[tuple, tuple]:
 
 
 def _parts(node: Node) -> tuple[list[str], tuple]:
-    """The names of the leaves, and the values of the structure; None for a scale that is a leaf."""
+    """Returns names of leaves and values of the structure, None for a scale that is a leaf."""
     cls, scales = type(node), nodes.scales(type(node))
     numbers = {name: getattr(node, name) for name in scales if nodes.is_static(node, name)}
-    structure = [getattr(node, name) for name in _structure(cls)]
-    return _leaves(cls, numbers), (*map(numbers.get, scales), *structure)
+    structure = [getattr(node, name) for name in _structure_fields(cls)]
+    return _leaf_fields(cls, numbers), (*map(numbers.get, scales), *structure)
 
 
 def _unflatten(cls: type[Node], rest: tuple, children: Sequence[Any]) -> Node:
     """Puts any objects into the places of the leaves: no check, no conversion."""
-    nodes.tell_observers()
-    values = dict(zip([*nodes.scales(cls), *_structure(cls)], rest, strict=True))
+    nodes.notify_observers()
+    values = dict(zip([*nodes.scales(cls), *_structure_fields(cls)], rest, strict=True))
     leaf_scales = tuple(name for name in nodes.scales(cls) if values[name] is None)
     numbers = set(nodes.scales(cls)).difference(leaf_scales)
     node = object.__new__(cls)
     node.__dict__.update(values)  # the dataclass is frozen
-    node.__dict__.update(zip(_leaves(cls, numbers), children, strict=True))
+    node.__dict__.update(zip(_leaf_fields(cls, numbers), children, strict=True))
     if leaf_scales:
         node.__dict__[nodes.LEAF_SCALES] = leaf_scales
     return node
@@ -107,7 +108,7 @@ def _aux_from_bytes(data: bytes) -> tuple:
 
 
 def _register_with_flax(cls: type[Node]) -> bool:
-    """Tells ``flax.serialization`` of a class, if it has been imported; says whether it was."""
+    """Registers a class with ``flax.serialization``; returns False if that is not imported yet."""
     serialization = sys.modules.get("flax.serialization")
     if not hasattr(serialization, "from_bytes"):  # or is being imported
         return False
@@ -116,8 +117,8 @@ def _register_with_flax(cls: type[Node]) -> bool:
 
 
 def _state_names(node: Node) -> list[str]:
-    """The fields of the state: all arrays and scales, and the kernel if the node is bound."""
-    return [n for n in _leaves(type(node), ()) if n != "w" or node.w is not None]
+    """Returns the fields of the state: all arrays and scales, and the kernel of a bound node."""
+    return [n for n in _leaf_fields(type(node), ()) if n != "w" or node.w is not None]
 
 
 def _to_state_dict(node: Node) -> dict[str, Any]:
@@ -127,7 +128,7 @@ def _to_state_dict(node: Node) -> dict[str, Any]:
 
 
 def _from_state_dict(node: Node, state: dict[str, Any]) -> Node:
-    """The node with the arrays and scales of the state; shapes must be those of the node.
+    """Fills a node with the arrays and scales of a state; shapes must be those of the node.
 
     Raises:
       ValueError: the state is not one of such a node.
@@ -140,12 +141,12 @@ def _from_state_dict(node: Node, state: dict[str, Any]) -> Node:
             f"The state of a node of the kind {node.kind!r} has the entries {sorted(wanted)}, and "
             f"this one has {sorted(state)}."
         )
-    new = {
+    values = {
         name: serialization.from_state_dict(getattr(node, name), state[name], name=name)
         for name in wanted
     }
     static = [name for name in nodes.scales(type(node)) if nodes.is_static(node, name)]
-    return dataclasses.replace(node, **new | {name: float(new[name]) for name in static})
+    return dataclasses.replace(node, **values | {name: float(values[name]) for name in static})
 
 
 register(nodes.Trained)

@@ -1,9 +1,9 @@
 """Adapters on disk: a directory with one safetensors file and one JSON file.
 
 ``adapter.json`` holds the config, the id of the base model, versions, the kind of each node with
-the roles of its kernel's axes, and the name and SHA-256 of the weights file; also the leading axes
-of a stack of adapters, and the dtypes of tensors that are stored as bytes since safetensors has no
-name for their dtype (see :mod:`lora_jax.manifest`).
+the roles of its kernel's axes, and the name and SHA-256 of the weights file. It also holds the
+leading axes of a stack of adapters, and the dtypes of tensors that are stored as bytes since
+safetensors has no name for their dtype (see :mod:`lora_jax.manifest`).
 The weights file is named after its content, and ``adapter.json`` is replaced after it, in one
 rename: whatever happens while saving, the directory holds the previous adapter or the new one,
 whole. Nothing in it is ever executed or unpickled.
@@ -44,10 +44,10 @@ def save(
     """Writes an adapter to ``directory``, replacing the adapter there, if any, in one step.
 
     Args:
-      directory: made if need be.
-      adapter: as made by :func:`lora_jax.init`, or a stack of them, as ``jax.vmap`` of it makes,
-        whose arrays have the same leading axes; saved exactly, in its own dtypes.
-      config: saved beside it.
+      directory: directory to write to; it is made if it does not exist.
+      adapter: adapter from :func:`lora_jax.init`, or a stack of them from ``jax.vmap`` of it, whose
+        arrays have the same leading axes; it is saved exactly, in its own dtypes.
+      config: config to save with the adapter.
       base: id of the base model, for :func:`load` to compare: any string, such as a content hash.
       metadata: further values of JSON types to keep, for :func:`read_metadata`.
 
@@ -61,17 +61,17 @@ def save(
         raise ValueError(f"config must be a LoRAConfig, got {type(config).__name__}.")
     nodes = adapters.nodes(adapter)
     stacked = adapters.leading_axes(nodes)
-    problems = _malformed(nodes, stacked) or _unsaveable(nodes)
+    problems = _find_malformed(nodes, stacked) or _find_unsaveable(nodes)
     tensors = {} if problems else {name: np.asarray(x) for name, x in _tensors(nodes).items()}
-    bad = _non_finite(tensors)
-    problems += [f"NaN or infinity in {paths.listing(bad)}"] if bad else []
+    not_finite = _find_non_finite(tensors)
+    problems += [f"NaN or infinity in {paths.listing(not_finite)}"] if not_finite else []
     if problems:
         raise ValueError(f"The adapter is not saved: {'; '.join(problems)}.")
     tensors, dtypes = encoding.encode(tensors)
     data = safetensors.numpy.save(tensors)
     digest = hashlib.sha256(data).hexdigest()
     weights = f"adapter-{digest[:16]}.safetensors"
-    about = {
+    content = {
         "format": manifest.FORMAT,
         "format_version": manifest.FORMAT_VERSION,
         "library_version": __version__,
@@ -81,10 +81,10 @@ def save(
         "nodes": {name: manifest.describe(x) for name, x in nodes.items()},
         "metadata": dict(metadata or {}),
     }
-    about |= {"stacked": list(stacked)} if stacked else {}
-    about |= {"dtypes": dtypes} if dtypes else {}
+    content |= {"stacked": list(stacked)} if stacked else {}
+    content |= {"dtypes": dtypes} if dtypes else {}
     try:
-        text = json.dumps(about, indent=2, allow_nan=False)
+        text = json.dumps(content, indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"metadata must hold JSON types only: {error}") from error
     directory.mkdir(parents=True, exist_ok=True)
@@ -105,8 +105,8 @@ def load(
     ``lift(fn, dropout=config.dropout, dropout_key=key)``.
 
     Args:
-      directory: as written by :func:`save`.
-      params: the base parameters (arrays or ``jax.ShapeDtypeStruct``), to check against.
+      directory: directory that :func:`save` has written.
+      params: base parameters (arrays or ``jax.ShapeDtypeStruct``) that the adapter must fit.
       base: id of the base model at hand; None leaves it unchecked.
 
     Raises:
@@ -115,36 +115,36 @@ def load(
         missing, unexpected and misshapen tensors, wrong dtypes, NaN, another base.
     """
     directory = Path(directory)
-    about = manifest.read(directory)
-    tensors = _read_tensors(directory, about["weights"])
-    config = _config(directory, about["config"])
-    tensors, problems = encoding.decode(tensors, about.get("dtypes", {}))
-    nodes, more = _nodes(manifest.node_classes(directory, about), tensors, config)
+    content = manifest.read(directory)
+    tensors = _read_tensors(directory, content["weights"])
+    config = _read_config(directory, content["config"])
+    tensors, problems = encoding.decode(tensors, content.get("dtypes", {}))
+    nodes, node_problems = _make_nodes(manifest.node_classes(directory, content), tensors, config)
     leaves = adapters.base_leaves(params)
-    stacked, wrong = _stacked(about, nodes, leaves)
-    problems += more + wrong
-    problems += adapters.misfits(leaves, nodes, stacked) + _wrong_dtypes(leaves, nodes)
-    bad = _non_finite(tensors)
-    problems += [f"NaN or infinity in {paths.listing(bad)}"] if bad else []
-    if base is not None and about.get("base") is not None and base != about["base"]:
-        problems.append(f"it was made for base {about['base']!r}, and this base is {base!r}")
+    stacked, wrong = _find_leading_axes(content, nodes, leaves)
+    problems += node_problems + wrong
+    problems += adapters.misfits(leaves, nodes, stacked) + _find_wrong_dtypes(leaves, nodes)
+    not_finite = _find_non_finite(tensors)
+    problems += [f"NaN or infinity in {paths.listing(not_finite)}"] if not_finite else []
+    if base is not None and content.get("base") is not None and base != content["base"]:
+        problems.append(f"it was made for base {content['base']!r}, and this base is {base!r}")
     if problems:
         raise ValueError(f"The adapter in {directory} can't be used: " + "; ".join(problems) + ".")
     return paths.nest(jax.tree.map(jnp.asarray, nodes)), config
 
 
 def read_metadata(directory: str | Path) -> dict[str, Any]:
-    """The ``metadata`` given to :func:`save`, with ``"base"`` added if that was given.
+    """Reads the ``metadata`` given to :func:`save`, with ``"base"`` added if that was given.
 
     Raises:
       FileNotFoundError, ValueError: as :func:`load`.
     """
-    about = manifest.read(Path(directory))
-    base = {} if about.get("base") is None else {"base": about["base"]}
-    return about["metadata"] | base
+    content = manifest.read(Path(directory))
+    base = {} if content.get("base") is None else {"base": content["base"]}
+    return content["metadata"] | base
 
 
-def _config(directory: Path, values: dict[str, Any]) -> LoRAConfig:
+def _read_config(directory: Path, values: dict[str, Any]) -> LoRAConfig:
     try:
         return LoRAConfig.from_dict(values)
     except (ValueError, TypeError) as error:
@@ -159,10 +159,10 @@ def _read_tensors(directory: Path, weights: Mapping[str, Any]) -> dict[str, np.n
     if not path.is_file():
         raise ValueError(f"The weights file {path} of the adapter is missing.")
     data = path.read_bytes()
-    found = hashlib.sha256(data).hexdigest()
-    if found != digest:
+    actual = hashlib.sha256(data).hexdigest()
+    if actual != digest:
         raise ValueError(
-            f"{path} is damaged (truncated or changed): its SHA-256 is {found}, and "
+            f"{path} is damaged (truncated or changed): its SHA-256 is {actual}, and "
             f"{JSON_NAME} says {digest}. Copy or train the adapter again."
         )
     try:
@@ -172,11 +172,11 @@ def _read_tensors(directory: Path, weights: Mapping[str, Any]) -> dict[str, np.n
 
 
 def _tensors(nodes: Mapping[str, Any]) -> dict[str, Any]:
-    """Names the arrays of an adapter: ``path`` of a leaf, ``path/a`` and so on of a factor."""
+    """Returns the arrays of an adapter by name: ``path`` of a leaf, ``path/a`` of a factor."""
     return {n: x for path, node in nodes.items() for n, x in fields.tensors(path, node).items()}
 
 
-def _malformed(nodes: Mapping[str, Any], stacked: tuple[int, ...]) -> list[str]:
+def _find_malformed(nodes: Mapping[str, Any], stacked: tuple[int, ...]) -> list[str]:
     """Says which shapes do not belong together; those of the parameters are not known here."""
     problems = []
     for name, node in nodes.items():
@@ -188,19 +188,19 @@ def _malformed(nodes: Mapping[str, Any], stacked: tuple[int, ...]) -> list[str]:
                 )
         elif not fields.is_consistent(node, stacked):
             *names, last = node.table
-            have = tuple(np.shape(getattr(node, field)) for field in node.table)
+            shapes = tuple(np.shape(getattr(node, field)) for field in node.table)
             problems.append(
-                f"{name} has {', '.join(names)} and {last} of shapes {have}, which do not belong "
+                f"{name} has {', '.join(names)} and {last} of shapes {shapes}, which do not belong "
                 f"to axes {node.axes!r}" + (f" with leading axes {stacked}" if stacked else "")
             )
     return problems
 
 
-def _unsaveable(nodes: Mapping[str, Any]) -> list[str]:
+def _find_unsaveable(nodes: Mapping[str, Any]) -> list[str]:
     problems, seen = [], set()
     parts = (part for path, x in nodes.items() for part in fields.tensors(path, x).items())
     for name, x in parts:
-        if problem := encoding.problem(x):
+        if problem := encoding.describe_problem(x):
             problems.append(f"{name} {problem}")
         if name in seen:
             problems.append(f"two tensors would be called {name!r}; rename a key of the parameters")
@@ -208,31 +208,32 @@ def _unsaveable(nodes: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _stacked(
-    about: Mapping[str, Any], nodes: Mapping[str, Any], leaves: Mapping[str, Any]
+def _find_leading_axes(
+    content: Mapping[str, Any], nodes: Mapping[str, Any], leaves: Mapping[str, Any]
 ) -> tuple[tuple[int, ...], list[str]]:
-    """The leading axes of a stack of adapters: of its factors, or else of what is trained."""
-    found = adapters.leading_axes(nodes)
+    """Finds the leading axes of a stack of adapters: of its factors, or else of what is trained."""
+    axes = adapters.leading_axes(nodes)
     if not any(map(is_adapted, nodes.values())):
-        extra = {
+        candidates = {
             np.shape(x)[: max(np.ndim(x) - np.ndim(leaves[n]), 0)]
             for n, x in nodes.items()
             if n in leaves
         }
-        found = extra.pop() if len(extra) == 1 else ()
-    noted = about.get("stacked", list(found))
-    if noted != list(found):
-        return found, [f"it is noted as a stack of {noted}, and has leading axes {list(found)}"]
-    return found, []
+        axes = candidates.pop() if len(candidates) == 1 else ()
+    recorded = content.get("stacked", list(axes))
+    if recorded != list(axes):
+        problem = f"{JSON_NAME} says a stack of {recorded}, and the leading axes are {list(axes)}"
+        return axes, [problem]
+    return axes, []
 
 
-def _nodes(
+def _make_nodes(
     known: Mapping[str, tuple[type[Node], Any]],
     tensors: dict[str, np.ndarray],
     config: LoRAConfig,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Puts the tensors back into nodes, and says which are missing or left over."""
-    wrong = [n for n, (cls, axes) in known.items() if cls is not Trained and not _are_roles(axes)]
+    """Makes nodes of the tensors, and says which tensors are missing or left over."""
+    wrong = [n for n, (cls, axes) in known.items() if cls is not Trained and not _is_axes(axes)]
     problems = [f"axes {known[n][1]!r} of {n} are no roles" for n in wrong]
     wanted = {
         n: {field: fields.tensor_name(n, cls, field) for field in cls.table}
@@ -246,62 +247,64 @@ def _nodes(
     for name, keys in wanted.items():
         if expected.intersection(keys.values()) <= set(tensors):
             values = {field: tensors[key] for field, key in keys.items()}
-            nodes[name] = _node(name, *known[name], values, config)
+            nodes[name] = _make_node(name, *known[name], values, config)
     return nodes, problems
 
 
-def _node(
+def _make_node(
     name: str, cls: type[Node], axes: Any, values: dict[str, np.ndarray], config: LoRAConfig
 ) -> Any:
     if cls is Trained:
         return values["value"]
     node = cls(**values, axes=axes)
-    rank = max(fields.sizes(node).get(RANK, 1), 1)  # 0 in a damaged file, which is told
+    rank = max(fields.sizes(node).get(RANK, 1), 1)  # it is 0 in a damaged file, which is reported
     wanted = config.kernel_scale(name, rank)
-    numbers = {n: _scale(values[n], wanted) for n, field in cls.table.items() if field.scales}
+    numbers = {
+        n: _restore_scale(values[n], wanted) for n, field in cls.table.items() if field.scales
+    }
     return dataclasses.replace(node, **numbers)
 
 
-def _scale(stored: np.ndarray, wanted: float) -> Any:
-    """The number that was saved: that of the config, if it is the one that was rounded for it."""
-    if stored.ndim or not np.isfinite(stored):  # of a stack; or damaged, which is told
+def _restore_scale(stored: np.ndarray, wanted: float) -> Any:
+    """Restores the number that was saved: the config's scale, if its rounded value was saved."""
+    if stored.ndim or not np.isfinite(stored):  # a stack; or damaged, which is reported
         return stored
     with np.errstate(over="ignore"):
         return wanted if stored.dtype.type(wanted) == stored else float(stored)
 
 
-def _are_roles(axes: Any) -> bool:
+def _is_axes(axes: Any) -> bool:
     return isinstance(axes, str) and set(axes) <= {IN, OUT, BATCH}
 
 
-def _wrong_dtypes(leaves: Mapping[str, Any], nodes: Mapping[str, Any]) -> list[str]:
+def _find_wrong_dtypes(leaves: Mapping[str, Any], nodes: Mapping[str, Any]) -> list[str]:
     problems = []
     for name, x in nodes.items():
         node = as_node(x)
         for field, row in node.table.items():
-            problem = _wrong_dtype(name, row, getattr(node, field), leaves)
+            problem = _describe_wrong_dtype(name, row, getattr(node, field), leaves)
             problems += [problem] if problem else []
-    wide = {
+    wide_tensors = {
         n for n, x in _tensors(nodes).items() if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype
     }
-    if wide:
+    if wide_tensors:
         problems.append(
-            f"{paths.listing(wide)} is 64 bits wide; set jax_enable_x64 to load it exactly"
+            f"{paths.listing(wide_tensors)} is 64 bits wide; set jax_enable_x64 to load it exactly"
         )
     return problems
 
 
-def _wrong_dtype(name: str, field: Field, x: Any, leaves: Mapping[str, Any]) -> str:
+def _describe_wrong_dtype(name: str, field: Field, x: Any, leaves: Mapping[str, Any]) -> str:
     if field.axes == WHOLE:
         wrong = name in leaves and x.dtype != leaves[name].dtype
         return f"{name} has dtype {leaves[name].dtype}, not {x.dtype}" if wrong else ""
-    # Of what is not trained, numbers of rows may be integers.
+    # Fields that are not trained may be integers, such as numbers of rows.
     real = jnp.issubdtype(getattr(x, "dtype", float), jnp.floating)
     if real or not (field.is_trained or field.scales):
         return ""
     return f"{name} has factors of dtype {x.dtype}, which are not real numbers"
 
 
-def _non_finite(tensors: Mapping[str, np.ndarray]) -> list[str]:
+def _find_non_finite(tensors: Mapping[str, np.ndarray]) -> list[str]:
     # ml_dtypes' bfloat16 is not a numpy floating type, but isfinite takes it.
     return [name for name, x in tensors.items() if not np.all(np.isfinite(x))]

@@ -1,7 +1,7 @@
 """How a base and its adapter are laid out over the devices of a mesh.
 
 A short table of path patterns says how a model's kernels are split; what an adapter's factors and
-an optimiser's moments need follows from it. Everything here makes or takes plain JAX: trees of
+an optimizer's moments need follows from it. Everything here makes or takes plain JAX: trees of
 ``PartitionSpec``, so that any other way to make specs serves as well. GSPMD does the rest.
 
 The axes of a mesh may have any names. Those that this library's own models use are ``data`` (rows
@@ -28,7 +28,7 @@ Rules = Sequence[tuple[str, Sequence[Any]]]
 Entry = tuple[str, ...]  # the mesh axes that one axis of an array is split over
 
 AXES = DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
-BATCH = PartitionSpec((DATA, FSDP))  # of arrays whose first axis is the rows of a batch
+BATCH = PartitionSpec((DATA, FSDP))  # the spec of arrays whose first axis is the rows of a batch
 
 
 def specs(
@@ -41,18 +41,18 @@ def specs(
 ) -> PyTree:
     """Makes a ``PartitionSpec`` for each parameter from a short table.
 
-    The first rule whose pattern matches a leaf gives the spec of its *last* axes; those before
+    The first rule whose pattern matches a leaf gives the spec of its *last* axes; the axes before
     them, such as the layers that a scan has stacked, stay whole. A mesh axis that does not divide
-    the array's is left out there. Where that happens to the mesh axis ``fill``, it goes to the
-    largest other axis of the rule that it divides; and so it does in leaves that no rule names,
-    among all their axes, the first one last. What then remains whole is no error:
-    :func:`replicated` lists it.
+    an axis of the array is left out there. If that is the mesh axis ``fill``, it moves to the
+    largest other axis of the rule that it divides. In a leaf that no rule matches, ``fill`` goes to
+    the largest axis that it divides, to the first one only if no other can be divided. A leaf that
+    remains whole is no error: :func:`replicated` lists it.
 
     Args:
-      params: arrays, or anything with a shape, in any containers.
+      params: parameters: arrays, or anything with a shape, in any containers.
       rules: pairs of a pattern, as in ``LoRAConfig.targets``, and a spec.
-      mesh: its axes are those that rules may name.
-      fill: the mesh axis that is to split every leaf; without effect if the mesh has none such.
+      mesh: mesh whose axes the rules may name.
+      fill: name of the mesh axis that is to split every leaf, if the mesh has it.
       strict: whether a pattern that matches nothing is an error.
 
     Returns:
@@ -69,42 +69,48 @@ def specs(
     ((None, 'fsdp', 'tensor'), (None, 'fsdp'))
     """
     leaves = paths.named_leaves(params)
-    table = [(pattern, [_entry(x) for x in spec]) for pattern, spec in rules]
-    chosen = {name: next((r for r in table if paths.matches(r[0], name)), None) for name in leaves}
-    problems = _rule_problems(table, mesh)
+    parsed_rules = [(pattern, [_entry(x) for x in spec]) for pattern, spec in rules]
+    find_rule = lambda name: next((r for r in parsed_rules if paths.matches(r[0], name)), None)
+    rule_of = {name: find_rule(name) for name in leaves}
+    problems = _rule_problems(parsed_rules, mesh)
     problems += [
-        f"{name!r} has {np.ndim(x)} axes, fewer than the spec of {rule[0]!r}, {_shown(rule[1])}"
+        f"{name!r} has {np.ndim(x)} axes, fewer than the spec of {rule[0]!r}, {_format(rule[1])}"
         for name, x in leaves.items()
-        if (rule := chosen[name]) and len(rule[1]) > np.ndim(x)
+        if (rule := rule_of[name]) and len(rule[1]) > np.ndim(x)
     ]
-    idle = [p for p, _ in table if not any(paths.matches(p, name) for name in leaves)]
-    if strict and idle:
-        problems.append(paths.no_match(idle, leaves, what="rules").removesuffix("."))
+    unused = [p for p, _ in parsed_rules if not any(paths.matches(p, name) for name in leaves)]
+    if strict and unused:
+        problems.append(paths.describe_misses(unused, leaves, what="rules"))
     if problems:
         raise ValueError(f"These sharding rules can't be used: {'; '.join(problems)}.")
     sizes = dict(mesh.shape)
-    new = [_spec(np.shape(x), chosen[name], sizes, fill) for name, x in leaves.items()]
-    return jax.tree.structure(params, is_leaf=is_quantized).unflatten(new)
+    choose = lambda name, x: _choose_spec(np.shape(x), rule_of[name], sizes, fill)
+    chosen = [choose(n, x) for n, x in leaves.items()]
+    return jax.tree.structure(params, is_leaf=is_quantized).unflatten(chosen)
 
 
-def _entry(x: Any) -> Entry:
-    return () if x is None else (x,) if isinstance(x, str) else tuple(x)
+def _entry(x: str | Sequence[str] | None) -> Entry:
+    if x is None:
+        return ()
+    return (x,) if isinstance(x, str) else tuple(x)
 
 
-def _shown(entries: Iterable[Entry]) -> str:
-    return str(_made(entries)).replace("PartitionSpec", "P")
+def _format(entries: Iterable[Entry]) -> str:
+    return str(_make_spec(entries)).replace("PartitionSpec", "P")
 
 
-def _made(entries: Iterable[Entry]) -> PartitionSpec:
-    single = lambda e: None if not e else e[0] if len(e) == 1 else e
-    return PartitionSpec(*map(single, entries))
+def _make_spec(entries: Iterable[Entry]) -> PartitionSpec:
+    plain = lambda entry: entry if len(entry) > 1 else next(iter(entry), None)
+    return PartitionSpec(*map(plain, entries))
 
 
-def _rule_problems(table: Sequence[tuple[str, list[Entry]]], mesh: Any) -> list[str]:
+def _rule_problems(
+    table: Sequence[tuple[str, list[Entry]]], mesh: Mesh | AbstractMesh
+) -> list[str]:
     problems = []
     for pattern, entries in table:
         used = [axis for entry in entries for axis in entry]
-        where = f"the spec of {pattern!r}, {_shown(entries)},"
+        where = f"the spec of {pattern!r}, {_format(entries)},"
         if unknown := sorted(set(used) - set(mesh.shape)):
             has = ", ".join(map(repr, mesh.shape))
             problems.append(f"{where} names {unknown}, and the mesh has the axes {has}")
@@ -113,29 +119,31 @@ def _rule_problems(table: Sequence[tuple[str, list[Entry]]], mesh: Any) -> list[
     return problems
 
 
-def _spec(
+def _choose_spec(
     shape: Sequence[int], rule: tuple | None, sizes: Mapping[str, int], fill: str
 ) -> PartitionSpec:
     wanted = rule[1] if rule else []
     first = len(shape) - len(wanted)
     entries: list[Entry] = [()] * first
-    entries += [_dividing(n, entry, sizes) for n, entry in zip(shape[first:], wanted, strict=True)]
-    asked = not rule or any(fill in entry for entry in wanted)
-    if asked and fill in sizes and not any(fill in entry for entry in entries):
+    entries += [
+        _drop_indivisible(n, entry, sizes) for n, entry in zip(shape[first:], wanted, strict=True)
+    ]
+    is_filled = not rule or any(fill in entry for entry in wanted)
+    if is_filled and fill in sizes and not any(fill in entry for entry in entries):
         _fill(entries, shape, range(first, len(shape)) if rule else range(len(shape)), sizes, fill)
-    return _made(entries)
+    return _make_spec(entries)
 
 
-def _dividing(size: int, entry: Entry, sizes: Mapping[str, int]) -> Entry:
-    """The mesh axes of an entry, without those that make pieces of different sizes."""
-    kept: Entry = ()
+def _drop_indivisible(size: int, entry: Entry, sizes: Mapping[str, int]) -> Entry:
+    """Drops the mesh axes of an entry that would make pieces of different sizes."""
+    divisible: Entry = ()
     for axis in entry:
-        if size % (_pieces(kept, sizes) * sizes[axis]) == 0:
-            kept = (*kept, axis)
-    return kept
+        if size % (_count_pieces(divisible, sizes) * sizes[axis]) == 0:
+            divisible = (*divisible, axis)
+    return divisible
 
 
-def _pieces(entry: Entry, sizes: Mapping[str, int]) -> int:
+def _count_pieces(entry: Entry, sizes: Mapping[str, int]) -> int:
     return math.prod(sizes[axis] for axis in entry)
 
 
@@ -150,22 +158,22 @@ def _fill(
     # The first axis may be that of a scan's layers, each of which would then have to be fetched.
     for k in sorted(among, key=lambda k: (k == 0, -shape[k], -k)):
         entry = (*entries[k], fill)
-        if shape[k] % _pieces(entry, sizes) == 0:
+        if shape[k] % _count_pieces(entry, sizes) == 0:
             entries[k] = entry
             return
 
 
 def adapter_specs(param_specs: PyTree, adapter: PyTree) -> PyTree:
-    """The specs of an adapter, derived from those of the parameters that it is for.
+    """Derives the specs of an adapter from those of the parameters that it is for.
 
-    An axis of a factor is split as the kernel's axis that it belongs to, by ``node.axes``; axes of
-    its own, such as the rank, and a scale that is an array, are on every device. A leaf that is
-    replaced in full is split as it is in the base.
+    An axis of a factor is split as the axis of the kernel that it belongs to, by ``node.axes``. Its
+    own axes, such as the rank, stay whole, and a scale that is an array is on every device. A leaf
+    that is replaced in full is split as it is in the base.
 
     Args:
-      param_specs: the parameters' tree with ``PartitionSpec`` or ``NamedSharding``, whoever made
-        them.
-      adapter: of arrays, or shapes.
+      param_specs: tree of the parameters with ``PartitionSpec`` or ``NamedSharding``, from any
+        source.
+      adapter: adapter of arrays, or of shapes.
 
     Returns:
       The adapter's tree with a ``PartitionSpec`` for each array.
@@ -181,18 +189,18 @@ def adapter_specs(param_specs: PyTree, adapter: PyTree) -> PyTree:
     >>> tuple(made.a), tuple(made.b)
     (('fsdp', None), (None, 'tensor'))
     """
-    known = {name: _plain(x) for name, x in paths.named_leaves(param_specs).items()}
+    known = {name: _as_spec(x) for name, x in paths.named_leaves(param_specs).items()}
     entries = nodes(adapter)
     if unknown := [name for name in entries if name not in known]:
         raise ValueError(
             f"The adapter has {paths.listing(unknown)}, for which there is no spec; specs here: "
             f"{paths.listing(known)}."
         )
-    new = [_node_specs(name, known[name], node) for name, node in entries.items()]
-    return jax.tree.structure(adapter, is_leaf=is_node).unflatten(new)
+    entry_specs = [_node_specs(name, known[name], node) for name, node in entries.items()]
+    return jax.tree.structure(adapter, is_leaf=is_node).unflatten(entry_specs)
 
 
-def _plain(x: Any) -> PartitionSpec:
+def _as_spec(x: Any) -> PartitionSpec:
     spec = getattr(x, "spec", x)
     if not isinstance(spec, PartitionSpec):
         raise ValueError(f"A PartitionSpec or a NamedSharding is needed for each leaf, got {x!r}.")
@@ -206,15 +214,15 @@ def _node_specs(name: str, spec: PartitionSpec, node: Any) -> Any:
 
 
 def state_specs(state: PyTree, adapter: PyTree, specs: PyTree) -> PyTree:
-    """The specs of a state that holds trees like the adapter, such as an optimiser's.
+    """Derives the specs of a state that holds trees like the adapter, such as an optimizer's.
 
-    An array whose path ends in that of one of the adapter's, and which has its shape, is split as
-    that one is: moments, averages, accumulated gradients. All else is on every device.
+    An array with the shape of an array of the adapter, and a path that ends in that array's path,
+    is split like it: moments, averages, accumulated gradients. All else is on every device.
 
     Args:
-      state: arrays, or shapes, in any containers.
-      adapter: likewise.
-      specs: of the adapter, from :func:`adapter_specs`.
+      state: state of arrays, or of shapes, in any containers.
+      adapter: adapter of arrays, or of shapes.
+      specs: specs of the adapter, from :func:`adapter_specs`.
 
     >>> adapter, split = {"up": np.zeros((4, 2))}, {"up": PartitionSpec("fsdp")}
     >>> state = {"count": np.zeros(()), "mu": {"up": np.zeros((4, 2))}}
@@ -223,21 +231,21 @@ def state_specs(state: PyTree, adapter: PyTree, specs: PyTree) -> PyTree:
     (('fsdp',), ())
     """
     arrays, _ = jax.tree_util.tree_flatten_with_path(adapter)
-    known = {
+    by_path = {
         path: (np.shape(x), spec)
         for (path, x), spec in zip(arrays, jax.tree.leaves(specs), strict=True)
     }
 
     def spec(path: tuple, x: Any) -> PartitionSpec:
-        ends = (known.get(path[k:]) for k in range(len(path)))
-        shape, found = next((end for end in ends if end), (None, None))
-        return found if found is not None and shape == np.shape(x) else PartitionSpec()
+        ends = (by_path.get(path[k:]) for k in range(len(path)))
+        shape, spec_of_array = next((end for end in ends if end), (None, PartitionSpec()))
+        return spec_of_array if shape == np.shape(x) else PartitionSpec()
 
     return jax.tree_util.tree_map_with_path(spec, state)
 
 
 def shardings(specs: PyTree, mesh: Mesh) -> PyTree:
-    """The specs as ``NamedSharding`` on a mesh, for ``jax.jit`` and ``jax.device_put``."""
+    """Makes ``NamedSharding`` of the specs on a mesh, for ``jax.jit`` and ``jax.device_put``."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
@@ -249,17 +257,17 @@ def place(tree: PyTree, specs: PyTree, mesh: Mesh) -> PyTree:
 def put(x: Any, sharding: NamedSharding, dtype: Any = None) -> Any:
     """Puts one array onto the devices of a mesh, each device receiving its own piece alone.
 
-    With several processes each gives the whole array, with the same values, or one that already
-    lies on the mesh. As with ``jax.device_put``, the result may share memory with a JAX array that
-    is given: do not use that one after the result has been donated.
-
-    Args:
-      x: the array.
-      sharding: of the result.
-      dtype: that of the result where ``x`` is a numpy array of another one.
+    With several processes each process gives the whole array with the same values, or an array that
+    already lies on the mesh. As with ``jax.device_put``, the result may share memory with ``x``: do
+    not use ``x`` after the result has been donated.
 
     A quantized kernel is split with all its parts, along blocks; where it is split over ``fsdp``,
     its codes are gathered for a product, and not its numbers.
+
+    Args:
+      x: array to put.
+      sharding: sharding of the result.
+      dtype: dtype of the result where ``x`` is a numpy array of another one.
     """
     if is_quantized(x):
         specs = part_specs(x, sharding.spec, dict(sharding.mesh.shape))
@@ -268,7 +276,7 @@ def put(x: Any, sharding: NamedSharding, dtype: Any = None) -> Any:
     if isinstance(x, jax.Array) and (not x.is_fully_addressable or jax.process_count() == 1):
         return jax.device_put(x, sharding)
     x = np.asarray(x)
-    # A piece of its own memory: a view would keep the whole array alive on a CPU.
+    # Pieces are copied: on a CPU a view would keep the whole array alive.
     return jax.make_array_from_callback(x.shape, sharding, lambda index: np.array(x[index], dtype))
 
 
@@ -280,14 +288,14 @@ def put_layers(
     Host memory holds the pieces of this process' devices, and one layer.
 
     Args:
-      shape: of the stack.
-      dtype: of the result.
-      layers: as many arrays as the first axis is long, one after the other.
-      sharding: of the result.
+      shape: shape of the stack.
+      dtype: dtype of the result.
+      layers: arrays to stack, as many as the first axis is long.
+      sharding: sharding of the result.
     """
-    where = sharding.addressable_devices_indices_map(tuple(shape))
+    index_of = sharding.addressable_devices_indices_map(tuple(shape))
     pieces: dict[tuple, np.ndarray] = {}  # devices that hold the same piece share it
-    keys = {device: _bounds(index, shape) for device, index in where.items()}
+    keys = {device: _bounds(index, shape) for device, index in index_of.items()}
     for key in keys.values():
         pieces.setdefault(key, np.empty([high - low for low, high in key], dtype))
     for k, layer in enumerate(layers):
@@ -302,18 +310,19 @@ def _bounds(index: tuple, shape: Sequence[int]) -> tuple:
 
 
 def replicated(params: PyTree, specs: PyTree) -> list[str]:
-    """Names of the leaves that every device holds whole.
+    """Lists the leaves that every device holds whole.
 
     >>> params = {"odd": np.zeros(3), "even": np.zeros(4)}
     >>> replicated(params, specs(params, (), AbstractMesh((2,), ("fsdp",))))
     ['odd']
     """
-    of = paths.named_leaves(specs)
-    return [name for name in paths.named_leaves(params) if not any(map(_entry, _plain(of[name])))]
+    named_specs = paths.named_leaves(specs)
+    is_split = lambda name: any(map(_entry, _as_spec(named_specs[name])))
+    return [name for name in paths.named_leaves(params) if not is_split(name)]
 
 
 def bytes_per_device(params: PyTree, specs: PyTree, mesh: Mesh | AbstractMesh) -> int:
-    """What one device of the mesh holds of the parameters, in bytes.
+    """Returns the number of bytes of the parameters that one device of the mesh holds.
 
     >>> mesh = AbstractMesh((8,), ("fsdp",))
     >>> bytes_per_device({"w": np.zeros((64, 2), np.float32)}, {"w": PartitionSpec("fsdp")}, mesh)
@@ -323,10 +332,13 @@ def bytes_per_device(params: PyTree, specs: PyTree, mesh: Mesh | AbstractMesh) -
 
     def size(x: Any, spec: Any) -> int:
         if is_quantized(x):
-            return sum(jax.tree.leaves(jax.tree.map(size, x, part_specs(x, _plain(spec), sizes))))
-        entries = [_entry(e) for e in _plain(spec)]
+            specs_of_parts = part_specs(x, _as_spec(spec), sizes)
+            return sum(jax.tree.leaves(jax.tree.map(size, x, specs_of_parts)))
+        entries = [_entry(e) for e in _as_spec(spec)]
         return (
-            math.prod(x.shape) * x.dtype.itemsize // math.prod(_pieces(e, sizes) for e in entries)
+            math.prod(x.shape)
+            * x.dtype.itemsize
+            // math.prod(_count_pieces(e, sizes) for e in entries)
         )
 
     return sum(jax.tree.leaves(jax.tree.map(size, params, specs, is_leaf=is_quantized)))
@@ -335,33 +347,33 @@ def bytes_per_device(params: PyTree, specs: PyTree, mesh: Mesh | AbstractMesh) -
 def split_rows(x: jax.Array) -> jax.Array:
     """Keeps the first axis of an activation, the rows of a batch, split over ``data`` and ``fsdp``.
 
-    For a model's residual stream. Without it the compiler may rather split an activation as the
-    kernels are, and gather the rows of the whole batch on each device. It counts for functions that
-    are compiled under ``jax.set_mesh(mesh)``; elsewhere, or if the rows can't be divided, it does
-    nothing.
+    It is for a model's residual stream, where the compiler might otherwise split an activation as
+    the kernels are, and gather the rows of the whole batch on each device. It acts in functions
+    that are compiled under ``jax.set_mesh(mesh)``; elsewhere, or if the rows can't be divided, it
+    does nothing.
     """
-    return _constrained(x, (DATA, FSDP))
+    return _constrain(x, (DATA, FSDP))
 
 
 def split_lookup(x: jax.Array) -> jax.Array:
-    """:func:`split_rows` for what was looked up in a table whose columns are split over ``fsdp``.
+    """Does as :func:`split_rows`, for rows of a table whose columns are split over ``fsdp``.
 
     Each device looks up its columns for the rows of its neighbours along ``fsdp``, and then they
     exchange them; the compiler alone would look up all rows on every device.
     """
-    columns = _split(jax.sharding.get_abstract_mesh(), (FSDP,), x.shape[-1])
-    return split_rows(_constrained(x, (DATA,), last=columns) if columns else x)
+    columns = _select_axes(jax.sharding.get_abstract_mesh(), (FSDP,), x.shape[-1])
+    return split_rows(_constrain(x, (DATA,), last=columns) if columns else x)
 
 
-def _constrained(x: jax.Array, rows: Entry, last: Entry = ()) -> jax.Array:
-    axes = _split(jax.sharding.get_abstract_mesh(), rows, x.shape[0])
+def _constrain(x: jax.Array, rows: Entry, last: Entry = ()) -> jax.Array:
+    axes = _select_axes(jax.sharding.get_abstract_mesh(), rows, x.shape[0])
     if not axes and not last:
         return x
-    return jax.lax.with_sharding_constraint(x, _made([axes, *[()] * (x.ndim - 2), last]))
+    return jax.lax.with_sharding_constraint(x, _make_spec([axes, *[()] * (x.ndim - 2), last]))
 
 
-def _split(mesh: AbstractMesh, axes: Entry, size: int) -> Entry:
-    """Those of the axes that the mesh really has, if they divide the size; else none."""
+def _select_axes(mesh: AbstractMesh, axes: Entry, size: int) -> Entry:
+    """Returns those of the axes that the mesh has, if they divide the size; else none."""
     sizes = dict(mesh.shape)
     axes = tuple(name for name in axes if sizes.get(name, 1) > 1)
-    return () if size % _pieces(axes, sizes) else axes
+    return () if size % _count_pieces(axes, sizes) else axes

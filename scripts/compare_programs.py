@@ -3,9 +3,9 @@
     git archive BEFORE lora_jax | tar x -C OLD
     python scripts/compare_programs.py OLD
 
-For each model of tests/zoo.py, with a trained head and without: the lifted function, its gradient
-with dropout and without, and the merged tree. Compared are the text of the jaxpr, and what XLA says
-of the compiled program: FLOPs, bytes accessed, temporary, argument and output bytes.
+For each model of tests/helpers/zoo.py, with a trained head and without: the lifted function, its
+gradient with dropout and without, and the merged tree. Compared are the text of the jaxpr, and what
+XLA says of the compiled program: FLOPs, bytes accessed, temporary, argument and output bytes.
 """
 
 import hashlib
@@ -20,12 +20,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def measure():
-    sys.path.append(str(ROOT / "tests"))
+    sys.path.append(str(ROOT))
     import jax
     import jax.numpy as jnp
-    import zoo
 
     import lora_jax as lora
+    from tests.helpers import zoo
 
     def program(fn, *args):
         text = re.sub(r"0x[0-9a-f]+", "", str(jax.make_jaxpr(fn)(*args)))

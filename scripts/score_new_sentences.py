@@ -19,9 +19,9 @@ import lora_jax as lora
 from configs import sst2_minilm
 from lora_jax.data import batches, examples, sources, tokenization
 from lora_jax.models.checkpoints import load_tokenizer, resolve
-from lora_jax.tasks import classification, from_config
+from lora_jax.tasks import classification, from_config, glue
 from lora_jax.training import checkpointing, durations, workdirs
-from lora_jax.training.state import initial_state, storable
+from lora_jax.training.state import initial_state, unwrap_key
 
 WORDS, SHARED, COUNT = 10, 5, 2500
 
@@ -45,8 +45,8 @@ def new_sentences(training, others):
 def last_adapter(run, task, config):
     state, _ = initial_state(task, config, from_config.lora_config(config))
     with checkpointing.manager(run / workdirs.CHECKPOINTS) as checkpoints:
-        stored, _ = checkpointing.restore(checkpoints, storable(state))
-    done, total = int(stored.step), durations.plan(config, task.steps_per_epoch).total
+        stored, _ = checkpointing.restore(checkpoints, unwrap_key(state))
+    done, total = int(stored.step), durations.make_plan(config, task.steps_per_epoch).total
     if done < total:
         raise SystemExit(f"{run} stands at step {done} of {total}: finish it first.")
     return stored.adapter
@@ -58,7 +58,7 @@ def accuracy(run, source):
     config.data.source = source
     everything = sources.load(source, "train", num_labels=2)
     config.data.holdout = len(everything.labels) - config.data.train_examples
-    training, (others,) = classification.load_examples(config)
+    training, (others,) = classification.load_examples(config, glue.find(config.task))
     chosen = new_sentences(training, others)
     config.data.holdout = 1  # the task is there for its model and its training examples
     task, _ = classification.make_task(config)

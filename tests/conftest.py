@@ -31,12 +31,12 @@ def quiet():
 
 @pytest.fixture(scope="session")
 def left_alone(tmp_path_factory):
-    """The outcome of a run of ``small`` that nothing happened to."""
-    import small  # and with it all that the experiments need, where a test wants it
+    """The outcome of a run of ``tiny_task`` that nothing happened to."""
+    from tests.helpers import tiny_task
 
     workdir = tmp_path_factory.mktemp("left_alone")
-    small.run(workdir)
-    return small.outcome(workdir)
+    tiny_task.run(workdir)
+    return tiny_task.outcome(workdir)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Labelled sentences, conversations and texts: where they come from, and batches of them."""
+"""Reads labelled sentences, conversations and texts, and makes batches of them."""
 
 from lora_jax.extras import require
 

@@ -1,4 +1,4 @@
-"""Labelled sentences in memory, and parts of them."""
+"""Labelled sentences in memory, and selections of them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,11 +15,11 @@ class Examples(NamedTuple):
     """Sentences, or pairs of them, with their labels.
 
     Attributes:
-      sentences: one string per example.
-      labels: ``(n,)`` int32, float32 for a regression, or None for a test split whose labels are
+      sentences: one string for each example.
+      labels: ``(n,)`` int32, or float32 for a regression; None for a test split whose labels are
         not published.
       pairs: the second sentence of each example, or None.
-      notes: what was left out.
+      notes: descriptions of rows that were left out.
     """
 
     sentences: tuple[str, ...]
@@ -29,12 +29,12 @@ class Examples(NamedTuple):
 
 
 def subset(examples: Examples, count: int | None, seed: int) -> Examples:
-    """The first ``count`` examples after a shuffle that depends on ``seed`` alone.
+    """Takes the first ``count`` examples after a shuffle that depends on ``seed`` alone.
 
-    ``count`` None or 0 gives all examples, in their own order.
+    It takes all examples, in their original order, if ``count`` is None or 0.
 
     Raises:
-      ValueError: ``count`` is negative or more than there are.
+      ValueError: ``count`` is negative, or larger than the number of examples.
 
     >>> subset(Examples(("a", "b", "c"), np.array([0, 1, 0], np.int32)), 2, seed=1).sentences
     ('a', 'c')
@@ -50,34 +50,36 @@ def subset(examples: Examples, count: int | None, seed: int) -> Examples:
 
 
 def take(examples: Examples, rows: Sequence[int]) -> Examples:
-    """The examples with these numbers."""
-    some = lambda texts: tuple(texts[row] for row in rows)
+    """Takes the examples with these numbers."""
+    choose = lambda texts: tuple(texts[row] for row in rows)
     return Examples(
-        some(examples.sentences),
+        choose(examples.sentences),
         None if examples.labels is None else examples.labels[rows],
-        None if examples.pairs is None else some(examples.pairs),
+        None if examples.pairs is None else choose(examples.pairs),
         examples.notes,
     )
 
 
-def joined(parts: Sequence[Examples]) -> Examples:
-    """The examples of several splits, one after the other."""
-    texts = lambda field: tuple(text for part in parts for text in getattr(part, field))
+def concatenate(parts: Sequence[Examples]) -> Examples:
+    """Concatenates the examples of several splits."""
+    join = lambda field: tuple(text for part in parts for text in getattr(part, field))
     labels = [part.labels for part in parts]
     return Examples(
-        texts("sentences"),
+        join("sentences"),
         None if any(x is None for x in labels) else np.concatenate(labels),
-        None if parts[0].pairs is None else texts("pairs"),
-        texts("notes"),
+        None if parts[0].pairs is None else join("pairs"),
+        join("notes"),
     )
 
 
-def read_tsv(path: str | Path, *, labelled: bool, num_labels: int = 2) -> Examples:
+def read_tsv(path: str | Path, *, require_labels: bool, num_labels: int = 2) -> Examples:
     """Reads a file with the columns ``sentence`` and ``label``; see :func:`tsv.read`."""
-    return from_table(tsv.read(path, SENTENCES, labelled=labelled, num_labels=num_labels))
+    return from_table(
+        tsv.read(path, SENTENCES, require_labels=require_labels, num_labels=num_labels)
+    )
 
 
 def from_table(table: tsv.Table) -> Examples:
-    """The rows of a file as examples."""
+    """Makes examples of the rows of a file."""
     pairs = table.texts[1] if len(table.texts) > 1 else None
     return Examples(table.texts[0], table.labels, pairs, (table.note,) if table.note else ())

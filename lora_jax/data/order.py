@@ -1,33 +1,33 @@
-"""Every random order of data: each a pure function of a seed and a stream of its own."""
+"""Makes every random order of data, as a pure function of a seed and a stream."""
 
 import functools
 
 import numpy as np
 
-# The streams. Each epoch has two: one with its number for the order of its examples, and BATCHES
-# later one for the order of its batches.
+# The streams. Epoch k has the stream k for the order of its examples, and the stream BATCHES + k
+# for the order of its batches.
 BATCHES = 2**63
-SUBSET = 2**64 - 1  # which examples are trained on, and which are held out
-MEANINGS = 0  # which meaning representations of E2E are held out
-LINES = 0  # the lines that a model is pretrained on
+SUBSET = 2**64 - 1  # the examples to train on, and those to hold out
+MEANINGS = 0  # the meaning representations of E2E to hold out
+LINES = 0  # the lines to pretrain a model on
 
 
 def permutation(n: int, seed: int, *, stream: int) -> np.ndarray:
-    """A random order of ``n`` things that depends on ``(n, seed, stream)`` alone.
+    """Draws a random order of ``n`` items that depends on ``(n, seed, stream)`` alone.
 
-    It sorts the raw output of Philox, which numpy promises never to change, rather than call
-    ``Generator.permutation``, whose algorithm a numpy release may change.
+    It sorts the raw output of Philox, which numpy promises never to change. It does not call
+    ``Generator.permutation``, whose algorithm may change from one release of numpy to the next.
 
     Args:
-      n: how many.
-      seed: in ``[0, 2**64)``.
-      stream: in ``[0, 2**64)``, such as the number of the epoch.
+      n: number of items.
+      seed: integer in ``[0, 2**64)``.
+      stream: integer in ``[0, 2**64)``, such as the number of the epoch.
 
     Returns:
       ``(n,)`` int64.
 
     Raises:
-      ValueError: ``seed`` or ``stream`` out of range.
+      ValueError: ``seed`` or ``stream`` is out of range.
     """
     for name, value in (("seed", seed), ("stream", stream)):
         if not 0 <= value < 2**64:
@@ -38,9 +38,9 @@ def permutation(n: int, seed: int, *, stream: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=1)
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of ``n`` examples in an epoch: ``(n,)`` int64, read-only."""
+    """Draws the order of ``n`` examples in an epoch: ``(n,)`` int64, read-only."""
     order = permutation(n, seed, stream=epoch)
-    order.flags.writeable = False  # every step of the epoch gets a view of this one array
+    order.flags.writeable = False  # all steps of the epoch get views of this array
     return order
 
 
@@ -48,14 +48,14 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 def order_by_length(
     offsets: bytes, seed: int, epoch: int, batch_size: int, alike: int
 ) -> np.ndarray:
-    """The order in an epoch of which the examples of a batch have similar lengths.
+    """Draws an order for an epoch in which the examples of a batch have similar lengths.
 
-    Windows of ``alike`` batches are sorted by length and cut into batches, which are then shuffled.
+    It sorts windows of ``alike`` batches by length, cuts them into batches, and shuffles these.
 
     Args:
-      offsets: bytes of ``(n + 1,)`` int64, where each example begins; bytes, since the cache needs
-        something with a hash.
-      seed: in ``[0, 2**64)``.
+      offsets: bytes of ``(n + 1,)`` int64, the places where examples begin; they are bytes because
+        the cache needs an argument with a hash.
+      seed: integer in ``[0, 2**64)``.
       epoch: 0, 1, ...
       batch_size: number of examples of a batch.
       alike: number of batches in a window.

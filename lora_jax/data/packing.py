@@ -1,6 +1,6 @@
-"""Several texts in one row of a batch, so that little of it is padding.
+"""Packs several texts into one row of a batch, so that little of it is padding.
 
-A text sees itself alone: its tokens have a segment number of their own, and positions from 0.
+A text sees only itself: its tokens have their own segment number, and positions from 0.
 """
 
 import bisect
@@ -16,12 +16,12 @@ from lora_jax.data.texts import Texts
 
 
 class Packed(NamedTuple):
-    """Texts, and which of them stand in each row.
+    """Texts, and their distribution over rows.
 
     Attributes:
-      texts: all of them.
-      rows: numbers of the texts of each row.
-      length: tokens of a row; shorter ones are padded.
+      texts: all texts.
+      rows: numbers of the texts in each row.
+      length: number of tokens of a row; shorter ones are padded.
     """
 
     texts: Texts
@@ -29,39 +29,39 @@ class Packed(NamedTuple):
     length: int
 
     @property
-    def shared(self) -> bool:
-        """Whether texts share a row anywhere."""
+    def has_shared_rows(self) -> bool:
+        """Whether a row holds more than one text."""
         return any(len(row) > 1 for row in self.rows)
 
 
 def pack(texts: Texts, length: int) -> Packed:
-    """Fills rows of ``length`` tokens: the longest texts first, each where it fits best.
+    """Fills rows of ``length`` tokens, with the longest texts first, each where it fits best.
 
     Raises:
-      ValueError: a text is longer than that.
+      ValueError: a text is longer than a row.
     """
     lengths = np.diff(texts.offsets)
     return Packed(texts, tuple(map(tuple, fill(lengths.tolist(), length))), length)
 
 
-def one_by_one(texts: Texts) -> Packed:
-    """Each text in a row of its own, all as long as the longest."""
+def pack_singly(texts: Texts) -> Packed:
+    """Puts each text into a separate row; all rows are as long as the longest text."""
     count = len(texts.offsets) - 1
     return Packed(texts, tuple((k,) for k in range(count)), int(np.diff(texts.offsets).max()))
 
 
 def fill(sizes: Sequence[int], room: int) -> list[list[int]]:
-    """Distributes things over containers (best fit, in decreasing size).
+    """Distributes items over containers (best fit, in decreasing size).
 
     Args:
-      sizes: of the things.
-      room: of each container.
+      sizes: sizes of the items.
+      room: size of each container.
 
     Returns:
-      Numbers of the things in each container.
+      Numbers of the items in each container.
 
     Raises:
-      ValueError: a thing that fits in none.
+      ValueError: an item is larger than a container.
 
     >>> fill([3, 5, 2, 2], 7)
     [[1, 2], [0, 3]]
@@ -69,70 +69,77 @@ def fill(sizes: Sequence[int], room: int) -> list[list[int]]:
     if sizes and max(sizes) > room:
         raise ValueError(f"a text of {max(sizes)} tokens does not fit in rows of {room}")
     containers: list[list[int]] = []
-    left: list[tuple[int, int]] = []  # room that is left, and the container's number; ascending
+    free: list[tuple[int, int]] = []  # free room and number of each container, ascending
     for k in sorted(range(len(sizes)), key=lambda k: (-sizes[k], k)):
-        at = bisect.bisect_left(left, (sizes[k], -1))
-        if at < len(left):
-            free, number = left.pop(at)
+        place = bisect.bisect_left(free, (sizes[k], -1))
+        if place < len(free):
+            free_room, number = free.pop(place)
         else:
-            free, number = room, len(containers)
+            free_room, number = room, len(containers)
             containers.append([])
         containers[number].append(k)
-        bisect.insort(left, (free - sizes[k], number))
+        bisect.insort(free, (free_room - sizes[k], number))
     return containers
 
 
 def train_batch(
     packed: Packed, step: int, *, seed: int, batch_size: int, rows: np.ndarray | None = None
 ) -> Batch:
-    """The training batch of ``step``, a pure function of its arguments.
+    """Makes the training batch of ``step``, a pure function of the arguments.
 
-    Each epoch has an order of its own, and each row once; a last batch that is not full is filled
-    with copies, of weight 0, of its first row. With ``rows`` only these are made, as in
+    Every epoch has a different order, in which each row occurs once; a last batch that is not full
+    is filled with copies of its first row, of weight 0. With ``rows`` only these are made, as in
     :func:`batches.train_batch`.
 
     Returns:
       ``input_ids``, ``attention_mask`` and ``counts``, each ``(batch_size, length)`` int32, and
-      ``weights`` ``(batch_size,)`` float32; where texts share rows, ``positions`` and
-      ``segment_ids`` as well.
+      ``weights`` ``(batch_size,)`` float32; if texts share rows, also ``positions`` and
+      ``segment_ids``, int32 of the first shape.
     """
     epoch, place = divmod(step, batches.steps_per_epoch(len(packed.rows), batch_size))
     order = epoch_order(len(packed.rows), seed, epoch)
-    return _batch(packed, order[place * batch_size : (place + 1) * batch_size], batch_size, rows)
+    return _make_batch(
+        packed, order[place * batch_size : (place + 1) * batch_size], batch_size, rows
+    )
 
 
 def eval_batches(
     packed: Packed, *, batch_size: int, rows: np.ndarray | None = None
 ) -> Iterator[Batch]:
-    """All rows once; batches as those of :func:`train_batch`."""
+    """Yields all rows once, in batches as those of :func:`train_batch`."""
     steps = batches.steps_per_epoch(len(packed.rows), batch_size)
-    everything = np.arange(len(packed.rows))
+    order = np.arange(len(packed.rows))
     for step in range(steps):
-        chosen = everything[step * batch_size : (step + 1) * batch_size]
-        yield _batch(packed, chosen, batch_size, rows)
+        chosen = order[step * batch_size : (step + 1) * batch_size]
+        yield _make_batch(packed, chosen, batch_size, rows)
 
 
-def _batch(packed: Packed, chosen: np.ndarray, batch_size: int, rows: np.ndarray | None) -> Batch:
+def _make_batch(
+    packed: Packed, chosen: np.ndarray, batch_size: int, rows: np.ndarray | None
+) -> Batch:
     rows = np.arange(batch_size) if rows is None else rows
-    filled = np.concatenate([chosen, np.repeat(chosen[:1], batch_size - len(chosen))])[rows]
-    made = [_row(packed, packed.rows[k]) for k in filled]
-    batch = {name: np.stack([row[name] for row in made]) for name in made[0]}
+    numbers = np.concatenate([chosen, np.repeat(chosen[:1], batch_size - len(chosen))])[rows]
+    row_arrays = [_make_row(packed, packed.rows[k]) for k in numbers]
+    batch = {name: np.stack([row[name] for row in row_arrays]) for name in row_arrays[0]}
     batch["attention_mask"] = (batch["segment_ids"] > 0).astype(np.int32)
-    if not packed.shared:
+    if not packed.has_shared_rows:
         del batch["positions"], batch["segment_ids"]
     return batch | {"weights": (rows < len(chosen)).astype(np.float32)}
 
 
-def _row(packed: Packed, numbers: Sequence[int]) -> Batch:
+def _make_row(packed: Packed, numbers: Sequence[int]) -> Batch:
+    """Makes a row of the texts with these numbers, each array int32 ``(length,)``."""
     texts = packed.texts
     parts = [slice(texts.offsets[k], texts.offsets[k + 1]) for k in numbers]
     sizes = [part.stop - part.start for part in parts]
-    padded = lambda pieces, value=0: np.concatenate(
-        [*pieces, np.full(packed.length - sum(sizes), value)], dtype=np.int32
-    )
+
+    def join(pieces: Sequence[np.ndarray], pad: int = 0) -> np.ndarray:
+        padding = np.full(packed.length - sum(sizes), pad)
+        return np.concatenate([*pieces, padding], dtype=np.int32)
+
     return {
-        "input_ids": padded([texts.ids[part] for part in parts], texts.pad_id),
-        "counts": padded([texts.counts[part] for part in parts]),
-        "positions": padded([np.arange(size) for size in sizes]),
-        "segment_ids": padded([np.full(size, k) for k, size in enumerate(sizes, 1)]),
+        "input_ids": join([texts.ids[part] for part in parts], texts.pad_id),
+        "counts": join([texts.counts[part] for part in parts]),
+        "positions": join([np.arange(size) for size in sizes]),
+        "segment_ids": join([np.full(size, k) for k, size in enumerate(sizes, 1)]),
     }

@@ -1,4 +1,4 @@
-"""Where labelled sentences come from: TFDS, the embedded reviews, or files in the GLUE layout.
+"""Loads labelled sentences from TFDS, the embedded reviews, or files in the GLUE layout.
 
 A source is a string, so that a config can name it:
 
@@ -6,7 +6,7 @@ A source is a string, so that a config can name it:
 - ``"reviews"``, the small set that comes with the package;
 - the path of a directory that holds ``train.tsv``, ``dev.tsv`` and ``test.tsv``.
 
-Other tasks of GLUE have other features and columns: their layouts are in ``lora_jax.tasks.glue``.
+Other tasks of GLUE have other features and columns; their layouts are in ``lora_jax.tasks.glue``.
 """
 
 from pathlib import Path
@@ -27,18 +27,18 @@ def load(
     num_labels: int = 2,
     layout: Layout = SENTENCES,
 ) -> Examples:
-    """The examples of one split, in the order of the original files.
+    """Loads the examples of one split, in the order of the original files.
 
     Args:
       source: ``"tfds:NAME"``, ``"reviews"``, or a directory in the GLUE layout.
       split: ``"train"``, ``"validation"`` or ``"test"``; or another that the layout has.
-      data_dir: where TFDS keeps prepared data; None for its own default.
-      num_labels: labels are integers in ``[0, num_labels)``.
-      layout: the features or columns.
+      data_dir: directory of data that TFDS has prepared; None for its default.
+      num_labels: number of classes; labels are integers in ``[0, num_labels)``.
+      layout: features in TFDS, or columns in files.
 
     Raises:
-      FileNotFoundError: no such source, or it is not prepared and cannot be prepared here.
-      ValueError: an unknown split, or a row, feature or label that is not as it should be.
+      FileNotFoundError: there is no such source, or it is not prepared and can't be prepared here.
+      ValueError: the split is unknown, or a row, feature or label is wrong.
     """
     if split not in dict(layout.files):
         raise ValueError(f"split {split!r}, where there are {list(dict(layout.files))}")
@@ -51,7 +51,7 @@ def load(
             f"is not one of TFDS: leave data_dir out ({SOURCES})"
         )
     path = _find_tsv(source, split, layout)
-    return from_table(tsv.read(path, layout, labelled=split != "test", num_labels=num_labels))
+    return from_table(tsv.read(path, layout, require_labels=split != "test", num_labels=num_labels))
 
 
 def _find_tsv(source: str, split: str, layout: Layout) -> Path:
@@ -60,7 +60,7 @@ def _find_tsv(source: str, split: str, layout: Layout) -> Path:
         state = "is a file" if directory.exists() else "does not exist"
         raise FileNotFoundError(f"source {source!r}: {directory.absolute()} {state}; {SOURCES}")
     name = dict(layout.files)[split]
-    # The directory of the task, or the one that has those of all tasks.
+    # The source is the directory of the task, or that of all tasks.
     path = directory / layout.folder / name
     path = path if path.is_file() else directory / name
     if not path.is_file():

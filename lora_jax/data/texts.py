@@ -1,4 +1,4 @@
-"""Texts as batches: rows of tokens of which some are to be learned."""
+"""Makes batches of texts: rows of tokens, some of which are to be learned."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -10,13 +10,13 @@ from lora_jax.data.batches import Batch
 
 
 class Texts(NamedTuple):
-    """Tokens of ``n`` texts, ragged: text ``i`` is ``ids[offsets[i]:offsets[i + 1]]``.
+    """Tokens of ``n`` texts, one after the other: text ``i`` is ``ids[offsets[i]:offsets[i + 1]]``.
 
     Attributes:
       ids: ``(total,)`` int32.
       offsets: ``(n + 1,)`` int64.
       counts: ``(total,)`` int32, 1 for each token that is to be learned, from those before it.
-      pad_id: what fills a batch to its length; the attention mask hides it.
+      pad_id: token of padding, which the attention mask hides.
     """
 
     ids: np.ndarray
@@ -25,52 +25,53 @@ class Texts(NamedTuple):
     pad_id: int = 0
 
 
-def texts(rows: Sequence[tuple[Sequence[int], Sequence[int]]], *, pad_id: int = 0) -> Texts:
-    """Texts from pairs of tokens: those that are given, then those that are to be learned.
+def make_texts(rows: Sequence[tuple[Sequence[int], Sequence[int]]], *, pad_id: int = 0) -> Texts:
+    """Makes texts from pairs of a prompt and the tokens to learn after it.
 
     Raises:
-      ValueError: a text has nothing to learn, or nothing to learn it from.
+      ValueError: a text has nothing to learn, or no prompt.
 
-    >>> made = texts([([7, 8], [9]), ([5], [6, 6])])
-    >>> made.ids.tolist(), made.counts.tolist()
+    >>> texts = make_texts([([7, 8], [9]), ([5], [6, 6])])
+    >>> texts.ids.tolist(), texts.counts.tolist()
     ([7, 8, 9, 5, 6, 6], [0, 0, 1, 0, 1, 1])
     """
-    for k, (given, learned) in enumerate(rows):
-        if not len(given) or not len(learned):
+    for k, (prompt, target) in enumerate(rows):
+        if not len(prompt) or not len(target):
             raise ValueError(
-                f"text {k} has {len(given)} tokens that are given and {len(learned)} to learn; "
+                f"text {k} has {len(prompt)} tokens that are given and {len(target)} to learn; "
                 "both must be there"
             )
-    whole = [np.array([*given, *learned], np.int32) for given, learned in rows]
-    counts = [np.repeat([0, 1], [len(given), len(learned)]) for given, learned in rows]
+    ids = [np.array([*prompt, *target], np.int32) for prompt, target in rows]
+    counts = [np.repeat([0, 1], [len(prompt), len(target)]) for prompt, target in rows]
     join = lambda parts: np.concatenate([np.zeros(0, np.int32), *parts], dtype=np.int32)
-    offsets = np.cumsum([0, *map(len, whole)], dtype=np.int64)
-    return Texts(join(whole), offsets, join(counts), pad_id)
+    offsets = np.cumsum([0, *map(len, ids)], dtype=np.int64)
+    return Texts(join(ids), offsets, join(counts), pad_id)
 
 
 def train_batch(texts: Texts, step: int, **options: Any) -> Batch:
-    """The training batch of ``step``, a pure function; options as :func:`batches.train_batch`.
+    """Makes the training batch of ``step``; the options are those of :func:`batches.train_batch`.
 
     Returns:
       ``input_ids``, ``attention_mask``, ``counts``, each ``(B, L)`` int32, and ``weights`` ``(B,)``
       float32, 1 for a text and 0 for a row that fills the batch.
     """
-    return _batch(batches.train_batch(_tokenized(texts), step, **options))
+    return _rename(batches.train_batch(_to_tokenized(texts), step, **options))
 
 
 def eval_batches(texts: Texts, **options: Any) -> Iterator[Batch]:
-    """All texts once, by :func:`batches.eval_batches`; batches as those of :func:`train_batch`."""
-    return map(_batch, batches.eval_batches(_tokenized(texts), **options))
+    """Yields all texts once, as :func:`batches.eval_batches`; batches as :func:`train_batch`."""
+    return map(_rename, batches.eval_batches(_to_tokenized(texts), **options))
 
 
-def _tokenized(texts: Texts) -> tokenization.Tokenized:
-    # There, what is said of each token is which sentence of a pair it is of; here, if it counts.
+def _to_tokenized(texts: Texts) -> tokenization.Tokenized:
+    # Types of tokens are the numbers of sentences there; here they carry the counts.
     unused = np.zeros(len(texts.offsets) - 1, np.int32)
     return tokenization.Tokenized(
         texts.ids, texts.offsets, unused, texts.pad_id, types=texts.counts
     )
 
 
-def _batch(batch: Batch) -> Batch:
+def _rename(batch: Batch) -> Batch:
+    """Gives the arrays of a batch the names that texts have."""
     names = {"token_type_ids": "counts"}
     return {names.get(name, name): x for name, x in batch.items() if name != "labels"}

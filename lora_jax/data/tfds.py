@@ -1,20 +1,23 @@
-"""TensorFlow Datasets, read without TensorFlow."""
+"""Reads TensorFlow Datasets without TensorFlow."""
 
 import contextlib
 import importlib
 import importlib.util
 import io
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lora_jax.data.examples import Examples
 from lora_jax.data.tsv import SPLIT_FILES, Layout
 
+if TYPE_CHECKING:  # slow to import
+    from tensorflow_datasets.core import DatasetBuilder
+
 REVIEWS = ("reviews", "tfds:lora_reviews")
 
-# Builders that TFDS ships but does not list until their module has been imported.
+# Builders of TFDS that it does not list until their module has been imported.
 _BUILDER_MODULES = {"glue": "tensorflow_datasets.text.glue"}
 
 SOURCES = (
@@ -23,25 +26,22 @@ SOURCES = (
 )
 
 
-# TensorFlow Datasets, read without TensorFlow.
-
-
 def read(
     source: str, split: str, *, data_dir: str | None, text: Sequence[str]
 ) -> Sequence[dict[str, Any]]:
-    """The rows of a split, as TFDS has them; prepares the data set first if need be.
+    """Reads the rows of a split in TFDS's order, and prepares the data set if it is not yet.
 
     Args:
       source: ``"tfds:NAME"`` or ``"reviews"``.
-      split: such as ``"train"``.
-      data_dir: where TFDS keeps prepared data; None for its own default.
-      text: the features that must be there, besides the label.
+      split: name of the split, such as ``"train"``.
+      data_dir: directory of data that TFDS has prepared; None for its default.
+      text: features that must exist besides the label.
 
     Raises:
       FileNotFoundError: there is no such data set, or it can't be prepared here.
-      ValueError: it lacks the split or a feature, or is stored in another form.
+      ValueError: the data set lacks the split or a feature, or is stored in another form.
     """
-    builder = _builder(source, data_dir)
+    builder = _make_builder(source, data_dir)
     missing = {*text, "label"} - set(builder.info.features or ())
     if missing:
         raise ValueError(
@@ -61,38 +61,41 @@ def read(
             f"source {source!r}: the data in {builder.data_path} are not array_record files, "
             f"which alone are read without TensorFlow; give another data_dir, to prepare them anew"
         ) from error
-    # One read of all: by single examples, each would unpack the block of records it stands in.
+    # All rows are read at once, as each read unpacks whole blocks of records.
     return rows.__getitems__(list(range(len(rows))))
 
 
 def from_rows(
     source: str, rows: Sequence[dict[str, Any]], num_labels: int, layout: Layout
 ) -> Examples:
-    """Examples from the rows of a split, in the order of the original file.
+    """Makes examples of the rows of a split, in the order of the original file.
 
     Raises:
-      ValueError: there are no rows, or a label is not as it should be.
+      ValueError: there are no rows, or a label is wrong.
     """
     if not rows:
         raise ValueError(f"source {source!r} has no examples in this split")
-    # TFDS shuffles when it writes; idx gives back the order of the original file.
+    # TFDS shuffles rows when it writes them; idx is their order in the original file.
     if "idx" in rows[0]:
         rows = sorted(rows, key=lambda row: int(row["idx"]))
-    texts = [tuple(_text(row[field]) for row in rows) for field in layout.text]
+    texts = [tuple(_decode(row[field]) for row in rows) for field in layout.text]
     values = [row["label"] for row in rows]
-    read = _tfds_numbers if layout.scale else _tfds_labels
-    return Examples(texts[0], read(source, values, layout.scale or num_labels), *texts[1:])
+    if layout.scale:
+        labels = _check_numbers(source, values, layout.scale)
+    else:
+        labels = _check_labels(source, values, num_labels)
+    return Examples(texts[0], labels, *texts[1:])
 
 
-def _text(value: bytes | str) -> str:
+def _decode(value: bytes | str) -> str:
     return value.decode("utf-8") if isinstance(value, bytes) else str(value)
 
 
-def _tfds_labels(source: str, values: Sequence[Any], num_labels: int) -> np.ndarray | None:
+def _check_labels(source: str, values: Sequence[Any], num_labels: int) -> np.ndarray | None:
     labels = np.asarray(values)
     if labels.dtype.kind not in "iu":
         raise ValueError(f"source {source!r} has labels of dtype {labels.dtype}, not integers")
-    # TFDS writes -1 where the label is not published.
+    # TFDS writes -1 for labels that are not published.
     if np.all(labels == -1):
         return None
     outside = sorted({int(label) for label in labels if not 0 <= label < num_labels})
@@ -101,11 +104,11 @@ def _tfds_labels(source: str, values: Sequence[Any], num_labels: int) -> np.ndar
     return labels.astype(np.int32)
 
 
-def _tfds_numbers(
+def _check_numbers(
     source: str, values: Sequence[Any], scale: tuple[float, float]
 ) -> np.ndarray | None:
     labels = np.asarray(values, np.float32)
-    # TFDS writes -1 where the label is not published.
+    # TFDS writes -1 for labels that are not published.
     if np.all(labels == -1):
         return None
     low, high = scale
@@ -115,8 +118,8 @@ def _tfds_numbers(
     return labels
 
 
-def _prepare(builder: Any, source: str, data_dir: str | None) -> Any:
-    """Downloads and writes the data of ``builder``; returns a builder that reads them."""
+def _prepare(builder: "DatasetBuilder", source: str, data_dir: str | None) -> "DatasetBuilder":
+    """Downloads and writes the data of ``builder``, and returns a builder that reads them."""
     if source not in REVIEWS and importlib.util.find_spec("tensorflow") is None:
         raise FileNotFoundError(
             f"source {source!r} is not prepared: looked in {builder.data_path}. To prepare it, "
@@ -124,32 +127,32 @@ def _prepare(builder: Any, source: str, data_dir: str | None) -> Any:
             f"again. If it is prepared elsewhere, give its data_dir; {SOURCES}"
         )
     try:
-        with _quietly() if source in REVIEWS else contextlib.nullcontext():
+        with _hide_output() if source in REVIEWS else contextlib.nullcontext():
             builder.download_and_prepare(file_format="array_record")
     except Exception as error:
-        # Another process may have prepared the same data meanwhile: the rename then fails.
+        # The rename fails if another process has prepared the same data meanwhile.
         if not builder.is_prepared():
             error.add_note(f"source {source!r} could not be prepared here; {SOURCES}")
             raise
-    return _builder(source, data_dir)
+    return _make_builder(source, data_dir)
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Hides what TFDS prints, and its progress bars: many lines for a second's work."""
+def _hide_output() -> Iterator[None]:
+    """Hides what TFDS prints, and its progress bars, which are many lines for a second's work."""
     import tensorflow_datasets as tfds
 
     bar = tfds.core.utils.tqdm(disable=True)
-    had_bars = not isinstance(bar, tfds.core.utils.tqdm_utils.EmptyTqdm)
+    has_bars = not isinstance(bar, tfds.core.utils.tqdm_utils.EmptyTqdm)
     tfds.display_progress_bar(enable=False)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
-        tfds.display_progress_bar(enable=had_bars)
+        tfds.display_progress_bar(enable=has_bars)
 
 
-def _builder(source: str, data_dir: str | None) -> Any:
+def _make_builder(source: str, data_dir: str | None) -> "DatasetBuilder":
     if source in REVIEWS:
         return importlib.import_module("lora_jax.data.reviews").builder(data_dir=data_dir)
     import tensorflow_datasets as tfds  # slow to import, and of use only here

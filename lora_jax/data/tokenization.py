@@ -1,4 +1,4 @@
-"""Sentences as token ids."""
+"""Tokenizes sentences."""
 
 from typing import NamedTuple
 
@@ -9,15 +9,15 @@ from lora_jax.data.examples import Examples
 
 
 class Tokenized(NamedTuple):
-    """Token ids of ``n`` examples, ragged: example ``i`` is ``ids[offsets[i]:offsets[i + 1]]``.
+    """Tokens of ``n`` examples: example ``i`` is ``ids[offsets[i]:offsets[i + 1]]``.
 
     Attributes:
       ids: ``(total,)`` int32, all examples one after the other.
       offsets: ``(n + 1,)`` int64.
-      labels: ``(n,)`` int32 or float32, or None where there are none.
-      pad_id: what fills a batch to its length; the attention mask hides it.
-      types: ``(total,)`` int32, which sentence of a pair each token is of; None for a model that
-        is not told.
+      labels: ``(n,)`` int32 or float32; None if there are none.
+      pad_id: token of padding, which the attention mask hides.
+      types: ``(total,)`` int32, the number of the sentence in a pair that each token is of; None
+        for a model without token types.
     """
 
     ids: np.ndarray
@@ -30,16 +30,16 @@ class Tokenized(NamedTuple):
 def tokenize(
     examples: Examples, tokenizer: tokenizers.Tokenizer, *, max_length: int, types: bool = False
 ) -> Tokenized:
-    """Token ids of every example, cut to ``max_length``, special tokens included, not padded.
+    """Tokenizes every example with its special tokens, and cuts it to ``max_length``, unpadded.
 
-    Of a pair, the longer sentence is cut first. The tokenizer's own settings for truncation and
-    padding are neither used nor changed.
+    In a pair, the longer sentence is cut first. The tokenizer's settings for truncation and padding
+    are neither used nor changed.
 
     Args:
       examples: sentences or pairs.
-      tokenizer: the model's own.
-      max_length: in tokens.
-      types: whether the model is told which sentence of a pair each token is of.
+      tokenizer: the model's tokenizer.
+      max_length: largest number of tokens of an example.
+      types: whether the model has token types, which tell the sentences of a pair apart.
 
     Raises:
       ValueError: ``max_length`` leaves no room for a word, or a sentence has no tokens at all.
@@ -62,23 +62,23 @@ def tokenize(
         row = int(empty[0])
         raise ValueError(f"example {row} has no tokens: {examples.sentences[row]!r}; leave it out")
     ids = np.concatenate([np.zeros(0, np.int32), *rows], dtype=np.int32)
-    made = Tokenized(ids, offsets, examples.labels, _pad_id(tokenizer))
+    tokenized = Tokenized(ids, offsets, examples.labels, _find_pad_id(tokenizer))
     if not (pairs and types):
-        return made
-    of_rows = [np.array(row.type_ids, np.int32) for row in encoded]
-    return made._replace(types=np.concatenate([np.zeros(0, np.int32), *of_rows]))
+        return tokenized
+    row_types = [np.array(row.type_ids, np.int32) for row in encoded]
+    return tokenized._replace(types=np.concatenate([np.zeros(0, np.int32), *row_types]))
 
 
 def _encode(
     texts: list[str] | list[tuple[str, str]], tokenizer: tokenizers.Tokenizer, max_length: int
 ) -> list[tokenizers.Encoding]:
-    own = tokenizers.Tokenizer.from_str(tokenizer.to_str())
-    own.no_padding()
-    own.enable_truncation(max_length)
+    tokenizer = tokenizers.Tokenizer.from_str(tokenizer.to_str())  # a copy
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(max_length)
     # Without offsets into the text, encoding takes about half the time.
-    return own.encode_batch_fast(texts)
+    return tokenizer.encode_batch_fast(texts)
 
 
-def _pad_id(tokenizer: tokenizers.Tokenizer) -> int:
-    found = (tokenizer.token_to_id(token) for token in ("[PAD]", "<pad>"))
-    return next((token for token in found if token is not None), 0)
+def _find_pad_id(tokenizer: tokenizers.Tokenizer) -> int:
+    ids = (tokenizer.token_to_id(token) for token in ("[PAD]", "<pad>"))
+    return next((token_id for token_id in ids if token_id is not None), 0)

@@ -1,34 +1,34 @@
-r"""Files in the GLUE layout: one example a line, fields parted by tabs.
+r"""Reads files in the GLUE layout, with one example a line and tabs between its fields.
 
-A quote character is a character like any other, and a line ends at ``\n`` (or ``\r\n``) only.
+A quote character has no special meaning, and a line ends only at ``\n`` (or ``\r\n``).
 """
 
 import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-_MOST = 10  # lines that a note names
+_MAX_LINES = 10  # number of lines that a note lists
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Where a task's examples stand: its fields in TFDS, and its columns in GLUE's files.
+    """The layout of a task's examples: its fields in TFDS, and its columns in GLUE's files.
 
     Attributes:
       text: one or two fields of TFDS with text; the label is in "label".
-      columns: the columns with the same text.
-      label: the column with the label.
-      words: what the files call the classes, in the order of their numbers; empty where they have
-        the numbers themselves.
-      header: the names of the columns, where the files have no line that says them.
-      files: the file of each split.
-      folder: the directory that GLUE unpacks the task to.
-      scale: where labels are real numbers, the lowest and the highest.
-      gaps: whether the published files have broken rows, which are then left out, and said.
+      columns: columns with the same text.
+      label: column with the label.
+      words: names of the classes in files, in the order of their numbers; empty if files have the
+        numbers.
+      header: names of the columns, if the files have no line with them.
+      files: file of each split.
+      folder: directory that GLUE unpacks the task to.
+      scale: the lowest and the highest label, if labels are real numbers.
+      gaps: whether the published files have broken rows; they are then left out, and noted.
     """
 
     text: tuple[str, ...] = ("sentence",)
@@ -43,53 +43,72 @@ class Layout:
 
 
 class Table(NamedTuple):
-    """The columns of a file: text by column, labels ``(n,)`` or None, and what was left out."""
+    """The columns of a file.
+
+    Attributes:
+      texts: texts of each column with text.
+      labels: ``(n,)`` int32, or float32 for real numbers; None if the file has none.
+      note: description of rows that were left out; "" if there are none.
+    """
 
     texts: tuple[tuple[str, ...], ...]
     labels: np.ndarray | None
     note: str = ""
 
 
-def read(path: str | Path, layout: Layout, *, labelled: bool, num_labels: int) -> Table:
+def read(path: str | Path, layout: Layout, *, require_labels: bool, num_labels: int) -> Table:
     """Reads a file.
 
     Args:
-      path: the file.
-      layout: its columns; others are not read.
-      labelled: the label's column must be there. Where it need not be, it is read if it is.
-      num_labels: classes are integers in ``[0, num_labels)``.
+      path: path of the file.
+      layout: layout with the columns to read.
+      require_labels: whether the column of the label must exist; if it does exist, it is always
+        read.
+      num_labels: number of classes, which are integers in ``[0, num_labels)``.
 
     Raises:
-      ValueError: names the file and the line that is not as it should be.
-      FileNotFoundError: no such file.
+      ValueError: a line is wrong; the message names the file and the line.
+      FileNotFoundError: there is no such file.
     """
-    lines, header = _lines(Path(path)), list(layout.header)
+    lines, header = _read_lines(Path(path)), list(layout.header)
     first = 1 if header else 2
     if not header:
         header = lines[0].split("\t")
-        _check_header(path, header, [*layout.columns, *([layout.label] if labelled else [])])
+        columns = [*layout.columns]
+        if require_labels:
+            columns.append(layout.label)
+        _check_header(path, header, columns)
         lines = lines[1:]
         if not lines:
             raise ValueError(f"{path}:1: a header and no examples below it")
-    rows, gaps = {}, []
+    rows: dict[int, dict[str, str]] = {}
+    broken = []
     for number, line in enumerate(lines, first):
         try:
-            rows[number] = _fields(path, number, line, header=header, columns=layout.columns)
+            rows[number] = _parse_fields(path, number, line, header=header, columns=layout.columns)
         except ValueError:
             if not layout.gaps:
                 raise
-            gaps.append(number)
-    shown = ", ".join(map(str, gaps[:_MOST])) + (", ..." if len(gaps) > _MOST else "")
-    note = f"{path}: {len(gaps)} broken rows left out, lines {shown}" if gaps else ""
+            broken.append(number)
+    note = _describe_broken(path, broken) if broken else ""
     texts = tuple(tuple(row[column] for row in rows.values()) for column in layout.columns)
     if layout.label not in header:
         return Table(texts, None, note)
-    one = lambda number, row: _label(path, number, row[layout.label], layout, num_labels)
-    labels = [one(number, row) for number, row in rows.items()]
+    labels = [
+        _parse_label(path, number, row[layout.label], layout, num_labels)
+        for number, row in rows.items()
+    ]
     return Table(texts, np.array(labels, np.float32 if layout.scale else np.int32), note)
 
 
-def _lines(path: Path) -> list[str]:
+def _describe_broken(path: str | Path, lines: Sequence[int]) -> str:
+    listing = ", ".join(map(str, lines[:_MAX_LINES]))
+    if len(lines) > _MAX_LINES:
+        listing += ", ..."
+    return f"{path}: {len(lines)} broken rows left out, lines {listing}"
+
+
+def _read_lines(path: Path) -> list[str]:
     data = path.read_bytes()
     try:
         text = data.decode("utf-8-sig")
@@ -101,7 +120,7 @@ def _lines(path: Path) -> list[str]:
         ) from error
     if not text.strip():
         raise ValueError(f"{path}: empty file, where a header and examples were expected")
-    # Not splitlines(), which also splits at characters that stand within sentences (U+0085, ...).
+    # splitlines() would also split at characters that occur within sentences (U+0085, ...).
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
 
 
@@ -113,7 +132,7 @@ def _check_header(path: str | Path, header: list[str], wanted: list[str]) -> Non
         )
 
 
-def _fields(
+def _parse_fields(
     path: str | Path, number: int, line: str, *, header: list[str], columns: Sequence[str]
 ) -> dict[str, str]:
     if not line.strip():
@@ -130,9 +149,11 @@ def _fields(
     return row
 
 
-def _label(path: str | Path, number: int, field: str, layout: Layout, num_labels: int) -> Any:
+def _parse_label(
+    path: str | Path, number: int, field: str, layout: Layout, num_labels: int
+) -> int | float:
     if layout.scale:
-        return _number(path, number, field, layout.scale)
+        return _parse_number(path, number, field, layout.scale)
     if layout.words:
         if field not in layout.words:
             raise ValueError(f"{path}:{number}: label {field!r} is not one of {layout.words}")
@@ -145,7 +166,7 @@ def _label(path: str | Path, number: int, field: str, layout: Layout, num_labels
     return int(field)
 
 
-def _number(path: str | Path, number: int, field: str, scale: tuple[float, float]) -> float:
+def _parse_number(path: str | Path, number: int, field: str, scale: tuple[float, float]) -> float:
     low, high = scale
     if not re.fullmatch(r"[0-9]+(\.[0-9]*)?", field, re.ASCII) or not low <= float(field) <= high:
         raise ValueError(f"{path}:{number}: label {field!r} is no number from {low:g} to {high:g}")

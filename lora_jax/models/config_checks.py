@@ -1,30 +1,33 @@
-"""Checks that the families' config dataclasses share, and their reading from ``config.json``."""
+"""Reads the families' config dataclasses from ``config.json``, and checks their fields."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def read(
-    cls: type, config: Mapping[str, Any], *, model_type: Iterable[str], built: Mapping[str, Any]
-) -> Any:
-    """Makes a config dataclass from a parsed ``config.json``; other keys are left out.
+    cls: type[T], config: Mapping[str, Any], *, model_type: Iterable[str], built: Mapping[str, Any]
+) -> T:
+    """Makes a config dataclass from a parsed ``config.json``, and leaves out other keys.
 
     Args:
       cls: the dataclass, with field names as in the file.
       config: the file's content.
-      model_type: what it may be.
-      built: keys of variants that the model has not, with the one value that is built. A key that
-        is absent or null is no variant.
+      model_type: the model types that the dataclass describes.
+      built: keys of variants that the model does not have, with the one value that is built. A key
+        that is absent or null names no variant.
 
     Raises:
-      ValueError: another architecture, or variants that are not built, all in one message.
+      ValueError: the config is of another architecture, or it has variants that are not built; all
+        are in one message.
     """
-    kinds = tuple(model_type)
-    if config.get("model_type") not in kinds:
+    model_types = tuple(model_type)
+    if config.get("model_type") not in model_types:
         raise ValueError(
             f"model_type is {config.get('model_type')!r} in this config; "
-            f"only {' or '.join(map(repr, kinds))} is built here."
+            f"only {' or '.join(map(repr, model_types))} is built here."
         )
     variants = [
         f"{name} is {config[name]!r} in this config; only {value!r} is built."
@@ -47,7 +50,7 @@ def check_sizes(config: Any, names: Iterable[str]) -> None:
 
 
 def check_at_most(config: Any, name: str, most: int) -> None:
-    """Raises ValueError if the field is larger: something of that size would be made at once."""
+    """Raises ValueError if the field is larger than ``most``, as an array of that size is made."""
     if getattr(config, name) > most:
         raise ValueError(f"{name} must be at most {most}, got {getattr(config, name)}.")
 
@@ -57,8 +60,9 @@ def check_rates(config: Any, names: Iterable[str], *, optional: Iterable[str] = 
     optional = tuple(optional)
     for name in (*names, *optional):
         value = getattr(config, name)
-        none = name in optional and value is None
-        if not none and not (isinstance(value, int | float) and 0 <= value < 1):
+        if name in optional and value is None:
+            continue
+        if not isinstance(value, int | float) or not 0 <= value < 1:
             raise ValueError(f"{name} must be a number in [0, 1), got {value!r}.")
 
 
@@ -70,11 +74,11 @@ def check_positive(config: Any, names: Iterable[str]) -> None:
             raise ValueError(f"{name} must be a positive number below 2**128, got {value!r:.60}.")
 
 
-def check_one_of(config: Any, name: str, known: Iterable[str]) -> None:
-    """Raises ValueError unless the field is one of the known words."""
+def check_one_of(config: Any, name: str, choices: Iterable[str]) -> None:
+    """Raises ValueError unless the field is one of the choices."""
     value = getattr(config, name)
-    if not isinstance(value, str) or value not in known:
-        raise ValueError(f"{name} {value!r} is not one of {sorted(known)}.")
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} {value!r} is not one of {sorted(choices)}.")
 
 
 def check_divides(config: Any, whole: str, part: str) -> None:

@@ -1,4 +1,4 @@
-"""How tokens are chosen: the settings of a decoder, and what they do to the logits."""
+"""Chooses tokens: the settings of a decoder, and what they do to the logits."""
 
 import dataclasses
 import math
@@ -12,28 +12,28 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """How new tokens are chosen; greedily by default.
+    """How new tokens are chosen; by default, the likeliest one is.
 
     Attributes:
-      max_new_tokens: how many there are at most.
+      max_new_tokens: largest number of new tokens.
       stop: tokens that end a text; they are part of it.
-      pad_id: what stands after the end.
-      sample: whether tokens are drawn from the distribution of the model.
-      temperature: when sampling, divides the logits.
-      top_k: when sampling, only so many tokens with the highest logits; 0 for all.
-      top_p: when sampling, only the fewest tokens that together have this probability (Holtzman et
-        al. 2019).
-      beams: the texts that beam search follows at a time; 1 for no beam search.
-      length_penalty: of beam search; a text's score is its log-probability divided by its number of
-        tokens to this power.
-      early_stopping: of beam search, as in ``transformers``: True to end as soon as there are
-        ``beams`` ended texts; False to end when the best open one scores lower at its present
-        length than the worst of them; "never" to go on as long as any length could score higher.
-      no_repeat_ngram: no sequence of so many new tokens occurs twice; 0 for no such rule. The
-        prompt does not count, as in the LoRA paper's code (in ``transformers`` it does).
+      pad_id: token that fills the row after the end.
+      sample: whether tokens are drawn from the model's distribution.
+      temperature: divisor of the logits in sampling.
+      top_k: number of tokens with the highest logits that sampling chooses from; 0 for all.
+      top_p: probability of the smallest set of likeliest tokens that sampling chooses from
+        (Holtzman et al. 2019).
+      beams: number of texts that beam search follows at a time; 1 for no beam search.
+      length_penalty: exponent in beam search; the score of a text is its log-probability divided by
+        its number of tokens to this power.
+      early_stopping: when beam search ends, as in ``transformers``. True: as soon as there are
+        ``beams`` finished texts. False: when the best open text scores lower, at its present
+        length, than the worst of them. "never": when no length could give it a higher score.
+      no_repeat_ngram: length of sequences of new tokens of which none occurs twice; 0 for no such
+        rule. The prompt does not count, as in the LoRA paper's code (in ``transformers`` it does).
 
     Raises:
-      ValueError: values out of their range, or settings that would have no effect.
+      ValueError: values are out of their range, or settings would have no effect.
 
     >>> Decoding(max_new_tokens=5, top_k=3)
     Traceback (most recent call last):
@@ -55,19 +55,19 @@ class Decoding:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", tuple(self.stop))
-        problems = [*self._out_of_range(), *self._without_effect()]
+        problems = [*self._find_invalid(), *self._find_ineffective()]
         if problems:
             raise ValueError(f"Decoding: {'; '.join(problems)}.")
 
-    def _out_of_range(self) -> list[str]:
-        least = {"max_new_tokens": 1, "beams": 1, "pad_id": 0, "top_k": 0, "no_repeat_ngram": 0}
-        whole = {name: getattr(self, name) for name in least}
-        whole |= {f"stop[{k}]": token for k, token in enumerate(self.stop)}
-        is_whole = lambda x: isinstance(x, int) and not isinstance(x, bool)
+    def _find_invalid(self) -> list[str]:
+        minimums = {"max_new_tokens": 1, "beams": 1, "pad_id": 0, "top_k": 0, "no_repeat_ngram": 0}
+        integers = {name: getattr(self, name) for name in minimums}
+        integers |= {f"stop[{k}]": token for k, token in enumerate(self.stop)}
+        is_integer = lambda x: isinstance(x, int) and not isinstance(x, bool)
         problems = [
-            f"{name} must be a whole number of at least {least.get(name, 0)}, got {x!r}"
-            for name, x in whole.items()
-            if not is_whole(x) or x < least.get(name, 0)
+            f"{name} must be a whole number of at least {minimums.get(name, 0)}, got {x!r}"
+            for name, x in integers.items()
+            if not is_integer(x) or x < minimums.get(name, 0)
         ]
         if not 0 < self.temperature < math.inf:
             problems.append(f"temperature must be positive, got {self.temperature!r}")
@@ -81,82 +81,89 @@ class Decoding:
             )
         return problems
 
-    def _without_effect(self) -> list[str]:
-        needs = {"temperature": "sample=True", "top_k": "sample=True", "top_p": "sample=True"}
+    def _find_ineffective(self) -> list[str]:
+        conditions = dict.fromkeys(("temperature", "top_k", "top_p"), "sample=True")
         if self.sample:
-            needs = {"beams": "sample=False"}
+            conditions = {"beams": "sample=False"}
         if self.beams == 1:
-            needs |= dict.fromkeys(("length_penalty", "early_stopping"), "beams above 1")
+            conditions |= dict.fromkeys(("length_penalty", "early_stopping"), "beams above 1")
         return [
             f"{field.name} is {getattr(self, field.name)!r}, which has an effect with "
-            f"{needs[field.name]} only"
+            f"{conditions[field.name]} only"
             for field in dataclasses.fields(self)
-            if field.name in needs and getattr(self, field.name) != field.default
+            if field.name in conditions and getattr(self, field.name) != field.default
         ]
 
 
 def is_stop(tokens: Array, stop: tuple[int, ...]) -> Array:
-    """Whether each token is one of those that end a text."""
-    ends = jnp.zeros(tokens.shape, bool)
+    """Tells for each token, in any shape, whether it is one of those that end a text."""
+    result = jnp.zeros(tokens.shape, bool)
     for token in stop:
-        ends |= tokens == token
-    return ends
+        result |= tokens == token
+    return result
 
 
-def filtered(logits: Array, decoding: Decoding) -> Array:
-    """Logits ``(batch, vocab)`` of the distribution that is sampled: temperature, top-k, top-p."""
+def filter_logits(logits: Array, decoding: Decoding) -> Array:
+    """Applies temperature, top-k and top-p to logits ``(batch, vocab)`` before a draw."""
     logits = logits / decoding.temperature
     if decoding.top_k:
-        logits = top_k(logits, decoding.top_k)
-    return top_p(logits, decoding.top_p) if decoding.top_p < 1 else logits
+        logits = keep_top_k(logits, decoding.top_k)
+    return keep_top_p(logits, decoding.top_p) if decoding.top_p < 1 else logits
 
 
-def top_k(logits: Array, k: int) -> Array:
-    """Minus infinity for all but the ``k`` highest logits, and those equal to the lowest of them.
+def keep_top_k(logits: Array, k: int) -> Array:
+    """Keeps the ``k`` highest of logits ``(..., vocab)``, and sets others to minus infinity.
 
-    >>> top_k(jnp.array([[1.0, 3.0, 2.0]]), 2).tolist()
+    Logits that equal the lowest of the ``k`` stay, too.
+
+    >>> keep_top_k(jnp.array([[1.0, 3.0, 2.0]]), 2).tolist()
     [[-inf, 3.0, 2.0]]
     """
-    least = lax.top_k(logits, min(k, logits.shape[-1]))[0][..., -1:]
-    return jnp.where(logits < least, -jnp.inf, logits)
+    lowest = lax.top_k(logits, min(k, logits.shape[-1]))[0][..., -1:]
+    return jnp.where(logits < lowest, -jnp.inf, logits)
 
 
-def top_p(logits: Array, p: float) -> Array:
-    """Minus infinity for each token before which, in order of probability, there is ``p`` or more.
+def keep_top_p(logits: Array, p: float) -> Array:
+    """Keeps the likeliest tokens that together have probability ``p``, of logits ``(..., vocab)``.
+
+    The logit of a token becomes minus infinity if likelier tokens together have ``p`` or more.
 
     >>> logits = jnp.log(jnp.array([[0.2, 0.5, 0.3]]))
-    >>> jnp.isfinite(top_p(logits, 0.6)).tolist()
+    >>> jnp.isfinite(keep_top_p(logits, 0.6)).tolist()
     [[False, True, True]]
     """
     order = jnp.argsort(-logits, axis=-1)
     sorted_probs = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), order, axis=-1)
     before = jnp.cumsum(sorted_probs, axis=-1) - sorted_probs
-    # The first has nothing before it, so that one always stays.
+    # Nothing is before the likeliest token, so that one always stays.
     keep = jnp.take_along_axis(before < p, jnp.argsort(order, axis=-1), axis=-1)
     return jnp.where(keep, logits, -jnp.inf)
 
 
-def no_repeat(logits: Array, tokens: Array, made: Array | int, size: int) -> Array:
-    """Minus infinity for each token that would repeat a sequence of ``size`` tokens.
+def ban_repeats(logits: Array, tokens: Array, length: Array | int, size: int) -> Array:
+    """Sets the logit of each token that would repeat a sequence to minus infinity.
 
     Args:
       logits: ``(batch, vocab)``.
-      tokens: ``(batch, room)``, of which the first ``made`` are there.
-      made: their number.
-      size: of the sequences; 0 for no such rule.
+      tokens: integers ``(batch, max_length)``; those from ``length`` on are not read.
+      length: number of tokens so far, an integer scalar.
+      size: number of tokens of a sequence; 0 for no such rule.
+
+    Returns:
+      Logits ``(batch, vocab)``.
 
     >>> tokens = jnp.array([[1, 2, 1, 0, 0]])
-    >>> no_repeat(jnp.zeros((1, 4)), tokens, 3, 2).tolist()
+    >>> ban_repeats(jnp.zeros((1, 4)), tokens, 3, 2).tolist()
     [[0.0, 0.0, -inf, 0.0]]
     """
-    batch, room = tokens.shape
-    if not 0 < size <= room:
+    batch, max_length = tokens.shape
+    if not 0 < size <= max_length:
         return logits
-    starts = jnp.arange(room - size + 1)
+    starts = jnp.arange(max_length - size + 1)
     windows = tokens[:, starts[:, None] + jnp.arange(size)[None, :]]
-    last = lax.dynamic_slice_in_dim(tokens, made - (size - 1), size - 1, axis=1)
-    same = (windows[..., :-1] == last[:, None, :]).all(axis=-1)
-    same &= (starts + size <= made)[None, :]
+    last = lax.dynamic_slice_in_dim(tokens, length - (size - 1), size - 1, axis=1)
+    is_same = (windows[..., :-1] == last[:, None, :]).all(axis=-1)
+    is_same &= (starts + size <= length)[None, :]
     rows = jnp.arange(batch)[:, None]
-    banned = jnp.zeros(logits.shape, bool).at[rows, windows[..., -1]].max(same)
-    return jnp.where(banned, -jnp.inf, logits)
+    is_banned = jnp.zeros(logits.shape, bool).at[rows, windows[..., -1]].max(is_same)
+    return jnp.where(is_banned, -jnp.inf, logits)

@@ -11,25 +11,26 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from lora_jax.models import config_checks, tables
-from lora_jax.models.attention import attention
+from lora_jax.models.attention import attention, make_padding_mask, mask_to_bias
 from lora_jax.models.families import CLASSIFIER, ENCODER, Family, column, embedding, row
 from lora_jax.models.layers import (
     ACTIVATIONS,
     Dropout,
     Layers,
+    apply_layers,
     check_inputs,
     layer_norm,
-    mask_bias,
-    repeat,
+    make_layers,
 )
 from lora_jax.names import Name
 from lora_jax.sharding import split_lookup, split_rows
 
 Array = jax.Array
 
-_EPSILON = 1e-12  # of the norms; no config says it
+_NORM_EPSILON = 1e-12  # no config says it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,14 +63,14 @@ class DistilBertConfig:
 
     @property
     def positions(self) -> int:
-        """The longest input."""
+        """The length of the longest input, in tokens."""
         return self.max_position_embeddings
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "DistilBertConfig":
-        """Reads a parsed ``config.json``; keys that do not shape the model are left out.
+        """Reads a parsed ``config.json``; it leaves out keys that do not shape the model.
 
-        Sinusoidal positions are stored as weights like others, so they need no variant.
+        Sinusoidal positions are stored as weights, like those that are learned.
 
         Raises:
           ValueError: it describes another architecture.
@@ -80,7 +81,7 @@ class DistilBertConfig:
         return config_checks.read(cls, config, model_type=["distilbert"], built={})
 
     def to_hf(self) -> dict[str, Any]:
-        """The same as the content of a ``config.json``.
+        """Returns the content of a ``config.json``.
 
         >>> DistilBertConfig.from_hf(DistilBertConfig(dim=384).to_hf()).dim
         384
@@ -89,28 +90,28 @@ class DistilBertConfig:
 
 
 class _Part(nn.Module):
-    """A module of the model: computes in ``dtype`` with float32 parameters."""
+    """A module of the model, which computes in ``dtype`` with float32 parameters."""
 
     config: DistilBertConfig
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def _dense(self, features: int, name: str) -> nn.Dense:
         init = nn.initializers.normal(self.config.initializer_range)
         return nn.Dense(features, kernel_init=init, dtype=self.dtype, name=name)
 
     def _norm(self, name: str) -> nn.LayerNorm:
-        return layer_norm(_EPSILON, self.dtype, name)
+        return layer_norm(_NORM_EPSILON, self.dtype, name)
 
     def _part(self, kind: type["_Part"], name: str) -> "_Part":
         return kind(self.config, dtype=self.dtype, name=name)
 
 
 class Embeddings(_Part):
-    """Sum of word and position embeddings, normalised."""
+    """Sum of word and position embeddings, normalized."""
 
     @nn.compact
     def __call__(self, input_ids: Array, *, deterministic: bool) -> Array:
-        """Token ids ``(batch, length)`` to vectors ``(batch, length, dim)``."""
+        """Embeds tokens, integers ``(batch, length)``, in vectors ``(batch, length, dim)``."""
         c = self.config
         init = nn.initializers.normal(c.initializer_range)
         embed = functools.partial(nn.Embed, features=c.dim, embedding_init=init, dtype=self.dtype)
@@ -126,7 +127,7 @@ class MultiHeadSelfAttention(_Part):
 
     @nn.compact
     def __call__(self, x: Array, bias: Array, *, deterministic: bool) -> Array:
-        """``x`` is ``(batch, length, dim)``; ``bias`` is added to the scores."""
+        """Maps ``(batch, length, dim)`` to the same; ``bias`` is added to the scores."""
         c = self.config
         split = lambda y: y.reshape(*y.shape[:-1], c.n_heads, c.dim // c.n_heads)
         query, key, value = (split(self._dense(c.dim, f"{n}_lin")(x)) for n in "qkv")
@@ -140,22 +141,24 @@ class FFN(_Part):
 
     @nn.compact
     def __call__(self, x: Array, *, deterministic: bool) -> Array:
-        """``(..., dim)`` to ``(..., dim)``."""
+        """Maps ``(..., dim)`` to the same."""
         c = self.config
         x = ACTIVATIONS[c.activation](self._dense(c.hidden_dim, "lin1")(x))
         return Dropout(c.dropout)(self._dense(c.dim, "lin2")(x), deterministic=deterministic)
 
 
 class TransformerBlock(_Part):
-    """One layer: attention, then feed-forward, each added to its input and normalised."""
+    """One layer: attention, then feed-forward, each added to its input and normalized."""
 
     @nn.compact
-    def __call__(self, x: Array, bias: Array, *, deterministic: bool) -> Array:
-        """Shapes as :class:`MultiHeadSelfAttention`."""
+    def __call__(
+        self, x: Array, layer_inputs: tuple[()], bias: Array, deterministic: bool
+    ) -> tuple[Array, None]:
+        """Maps ``(batch, length, dim)`` to the same; ``bias`` is added to the scores."""
         y = self._part(MultiHeadSelfAttention, "attention")(x, bias, deterministic=deterministic)
         x = split_rows(self._norm("sa_layer_norm")(x + y))
         y = self._part(FFN, "ffn")(x, deterministic=deterministic)
-        return split_rows(self._norm("output_layer_norm")(x + y))
+        return split_rows(self._norm("output_layer_norm")(x + y)), None
 
 
 class Transformer(_Part):
@@ -164,16 +167,15 @@ class Transformer(_Part):
     scan_layers: bool = False
     remat: str = "none"
 
-    @nn.compact
+    def setup(self) -> None:
+        """Makes the layers."""
+        layers = Layers(self.config.n_layers, self.scan_layers, self.remat)
+        self.layer = make_layers(TransformerBlock, layers, config=self.config, dtype=self.dtype)
+
     def __call__(self, x: Array, attention_mask: Array, *, deterministic: bool) -> Array:
-        """``x`` is ``(batch, length, dim)``, the mask ``(batch, length)``."""
-        return repeat(
-            functools.partial(self._part, TransformerBlock),
-            Layers(self.config.n_layers, self.scan_layers, self.remat),
-            x,
-            mask_bias(attention_mask),
-            deterministic=deterministic,
-        )
+        """Maps ``(batch, length, dim)`` to the same; the mask is ``(batch, length)``."""
+        bias = mask_to_bias(make_padding_mask(attention_mask))
+        return apply_layers(self.layer, x, (), bias, deterministic=deterministic)[0]
 
 
 class DistilBertModel(_Part):
@@ -181,9 +183,9 @@ class DistilBertModel(_Part):
 
     Attributes:
       config: the shape.
-      dtype: of the activations, float32 or bfloat16; parameters are float32.
+      dtype: dtype of the activations, float32 or bfloat16; parameters are float32.
       scan_layers: whether the layers are stacked, and one is compiled for all.
-      remat: what the backward pass computes again; see :func:`layers.rematted`.
+      remat: what the backward pass computes again; see :func:`lora_jax.models.layers.remat_layer`.
     """
 
     scan_layers: bool = False
@@ -198,10 +200,10 @@ class DistilBertModel(_Part):
         Args:
           input_ids: integers ``(batch, length)``.
           attention_mask: the same shape; positive where there is a token, 0 at padding.
-          deterministic: without dropout; otherwise ``rngs={"dropout": key}`` is needed.
+          deterministic: whether nothing is dropped; otherwise ``rngs={"dropout": key}`` is needed.
 
         Raises:
-          ValueError: too many tokens, or shapes that differ.
+          ValueError: there are too many tokens, or the shapes differ.
         """
         check_inputs(self.config.positions, input_ids=input_ids, attention_mask=attention_mask)
         x = self._part(Embeddings, "embeddings")(input_ids, deterministic=deterministic)
@@ -215,9 +217,10 @@ class DistilBertForSequenceClassification(_Part):
 
     Attributes:
       config: the encoder's shape.
-      dtype: of the activations, float32 or bfloat16; parameters are float32.
-      num_labels: outputs of the classifier.
-      scan_layers, remat: as in :class:`DistilBertModel`.
+      dtype: dtype of the activations, float32 or bfloat16; parameters are float32.
+      num_labels: number of outputs of the classifier.
+      scan_layers: as in :class:`DistilBertModel`.
+      remat: the same.
     """
 
     num_labels: int = 2
@@ -228,7 +231,7 @@ class DistilBertForSequenceClassification(_Part):
     def __call__(
         self, input_ids: Array, attention_mask: Array, *, deterministic: bool = True
     ) -> Array:
-        """Logits ``(batch, num_labels)``, at least float32; arguments as the encoder's."""
+        """Computes logits ``(batch, num_labels)``, at least float32; arguments as the encoder's."""
         c = self.config
         stack = {"scan_layers": self.scan_layers, "remat": self.remat}
         model = DistilBertModel(c, self.dtype, **stack, name="distilbert")
@@ -245,12 +248,12 @@ _DENSE = (*(f"attention.{n}_lin" for n in ("q", "k", "v", "out")), "ffn.lin1", "
 def names(
     config: DistilBertConfig, *, head: str = CLASSIFIER, scan_layers: bool = False
 ) -> list[Name]:
-    """The table between Flax paths and Hugging Face names, one row a leaf.
+    """Makes the table between Flax paths and Hugging Face names, with one row for each leaf.
 
     Args:
-      config: gives the number of layers.
+      config: config of the model, which gives the number of layers.
       head: "classifier", or "encoder" for the leaves of a bare ``DistilBertModel``.
-      scan_layers: with the layers stacked.
+      scan_layers: whether the layers are stacked.
 
     >>> names(DistilBertConfig(), head="encoder")[4][:2]
     ('transformer/layer_0/attention/q_lin/kernel', 'transformer.layer.0.attention.q_lin.weight')
@@ -264,12 +267,12 @@ def names(
     layer = [row for hf in _DENSE for row in tables.linear(hf.replace(".", "/"), hf)]
     for norm in ("sa_layer_norm", "output_layer_norm"):
         layer += tables.norm(norm, norm)
-    rows += tables.layers(
+    rows += tables.repeat_layers(
         "transformer/layer", "transformer.layer", layer, count=config.n_layers, scan=scan_layers
     )
     if head == ENCODER:
         return rows
-    rows = tables.below("distilbert/", "distilbert.", rows)
+    rows = tables.add_prefix("distilbert/", "distilbert.", rows)
     rows += tables.linear("pre_classifier", "pre_classifier")
     return rows + tables.linear("classifier", "classifier")
 
@@ -288,7 +291,7 @@ FAMILY = Family(
         "vocab_projector.*", "pre_classifier.*", "classifier.*", "qa_outputs.*",
     ),
     optional=("pre_classifier", "classifier"),
-    labelled="classifier",
+    label_module="classifier",
     targets=("q_lin", "v_lin"),
     trained=("pre_classifier", "classifier"),
     sharding=(

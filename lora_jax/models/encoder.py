@@ -1,21 +1,30 @@
-"""The encoder that BERT and RoBERTa share: its config, modules and table of names.
+"""The encoder of BERT and RoBERTa: its config, modules and table of names.
 
-Each layer normalises after its residual connections. What differs between the two families,
-positions and heads, is in their own files.
+Each layer normalizes after its residual connections. The two families differ in values, which their
+own files give: where positions start, whether there is a pooler, and the classifier's head.
 """
 
 import dataclasses
 import functools
-from typing import Any
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from lora_jax.models import config_checks, tables
-from lora_jax.models.attention import attention
+from lora_jax.models.attention import attention, make_padding_mask, mask_to_bias
 from lora_jax.models.families import column, embedding, row
-from lora_jax.models.layers import ACTIVATIONS, Dropout, Layers, layer_norm, mask_bias, repeat
+from lora_jax.models.layers import (
+    ACTIVATIONS,
+    Dropout,
+    Layers,
+    apply_layers,
+    check_inputs,
+    layer_norm,
+    make_layers,
+)
 from lora_jax.names import Name
 from lora_jax.sharding import split_lookup, split_rows
 
@@ -25,7 +34,7 @@ _SIZES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
     "max_position_embeddings", "type_vocab_size",
 )  # fmt: skip
-# What a config may say of the variants that Hugging Face has and this file has not.
+# Keys of variants that Hugging Face has and this file has not, with the one value that is built.
 BUILT = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
 
 
@@ -61,21 +70,47 @@ class EncoderConfig:
 
     @property
     def positions(self) -> int:
-        """The longest input."""
+        """The length of the longest input, in tokens."""
         return self.max_position_embeddings
+
+    @property
+    def padding_idx(self) -> int | None:
+        """The token of padding if positions skip it; None if they count every token from 0."""
+        return None
 
     @property
     def head_dropout(self) -> float:
         """The dropout rate before a classifier."""
-        own = self.classifier_dropout
-        return self.hidden_dropout_prob if own is None else own
+        if self.classifier_dropout is None:
+            return self.hidden_dropout_prob
+        return self.classifier_dropout
+
+
+def compute_position_ids(input_ids: Array, padding_idx: int | None) -> Array:
+    """Computes the position of each token.
+
+    Args:
+      input_ids: integers ``(batch, length)``.
+      padding_idx: None to count all tokens from 0; otherwise tokens that are not padding are
+        counted from ``padding_idx + 1``, and padding is at ``padding_idx``.
+
+    Returns:
+      Integers ``(1, length)``, or ``(batch, length)`` with a ``padding_idx``.
+
+    >>> compute_position_ids(jnp.array([[5, 6, 1, 1]]), 1).tolist()
+    [[2, 3, 1, 1]]
+    """
+    if padding_idx is None:
+        return jnp.arange(input_ids.shape[-1])[None, :]
+    is_token = (input_ids != padding_idx).astype(jnp.int32)
+    return jnp.cumsum(is_token, axis=1) * is_token + padding_idx
 
 
 class Part(nn.Module):
-    """A module of the model: computes in ``dtype`` with float32 parameters."""
+    """A module of the model, which computes in ``dtype`` with float32 parameters."""
 
     config: EncoderConfig
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def _dense(self, features: int, name: str = "dense") -> nn.Dense:
         init = nn.initializers.normal(self.config.initializer_range)
@@ -89,15 +124,19 @@ class Part(nn.Module):
 
 
 class Embeddings(Part):
-    """Sum of word, position and token-type embeddings, normalised."""
+    """Sum of word, position and token-type embeddings, normalized."""
 
     @nn.compact
     def __call__(
         self, input_ids: Array, token_type_ids: Array, positions: Array, *, deterministic: bool
     ) -> Array:
-        """Token ids ``(batch, length)`` to vectors ``(batch, length, hidden)``.
+        """Embeds tokens in vectors ``(batch, length, hidden)``.
 
-        ``positions`` is ``(batch, length)`` or ``(1, length)``.
+        Args:
+          input_ids: integers ``(batch, length)``.
+          token_type_ids: the same shape.
+          positions: integers ``(batch, length)`` or ``(1, length)``.
+          deterministic: whether nothing is dropped.
         """
         c = self.config
         init = nn.initializers.normal(c.initializer_range)
@@ -105,19 +144,19 @@ class Embeddings(Part):
             nn.Embed, features=c.hidden_size, embedding_init=init, dtype=self.dtype
         )
         x = split_lookup(embed(c.vocab_size, name="word_embeddings")(input_ids))
-        kinds = embed(c.type_vocab_size, name="token_type_embeddings")(token_type_ids)
-        places = embed(c.max_position_embeddings, name="position_embeddings")(positions)
-        x = x + split_lookup(kinds) + split_lookup(places)
+        types = embed(c.type_vocab_size, name="token_type_embeddings")(token_type_ids)
+        positions = embed(c.max_position_embeddings, name="position_embeddings")(positions)
+        x = x + split_lookup(types) + split_lookup(positions)
         x = Dropout(c.hidden_dropout_prob)(self._norm()(x), deterministic=deterministic)
         return split_rows(x)
 
 
 class Output(Part):
-    """A projection back to the residual stream, added to it and normalised."""
+    """A projection back to the residual stream, added to it and normalized."""
 
     @nn.compact
     def __call__(self, x: Array, residual: Array, *, deterministic: bool) -> Array:
-        """``LayerNorm(residual + dropout(dense(x)))``."""
+        """Computes ``LayerNorm(residual + dropout(dense(x)))``, all ``(..., hidden)``."""
         x = self._dense(self.config.hidden_size)(x)
         x = Dropout(self.config.hidden_dropout_prob)(x, deterministic=deterministic)
         return split_rows(self._norm()(x + residual))
@@ -128,7 +167,7 @@ class Attention(Part):
 
     @nn.compact
     def __call__(self, x: Array, bias: Array, *, deterministic: bool) -> Array:
-        """``x`` is ``(batch, length, hidden)``; ``bias`` is added to the scores."""
+        """Maps ``(batch, length, hidden)`` to the same; ``bias`` is added to the scores."""
         c = self.config
         size = c.hidden_size // c.num_attention_heads
         split = lambda y: y.reshape(*y.shape[:-1], c.num_attention_heads, size)
@@ -145,7 +184,7 @@ class Intermediate(Part):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """``(..., hidden)`` to ``(..., intermediate)``."""
+        """Maps ``(..., hidden)`` to ``(..., intermediate)``."""
         activation = ACTIVATIONS[self.config.hidden_act]
         return activation(self._dense(self.config.intermediate_size)(x))
 
@@ -154,11 +193,13 @@ class Layer(Part):
     """One encoder layer: attention, then feed-forward."""
 
     @nn.compact
-    def __call__(self, x: Array, bias: Array, *, deterministic: bool) -> Array:
-        """Shapes as :class:`Attention`."""
+    def __call__(
+        self, x: Array, layer_inputs: tuple[()], bias: Array, deterministic: bool
+    ) -> tuple[Array, None]:
+        """Maps ``(batch, length, hidden)`` to the same; ``bias`` is added to the scores."""
         x = self._part(Attention, "attention")(x, bias, deterministic=deterministic)
         y = self._part(Intermediate, "intermediate")(x)
-        return self._part(Output, "output")(y, x, deterministic=deterministic)
+        return self._part(Output, "output")(y, x, deterministic=deterministic), None
 
 
 class Encoder(Part):
@@ -167,16 +208,15 @@ class Encoder(Part):
     scan_layers: bool = False
     remat: str = "none"
 
-    @nn.compact
+    def setup(self) -> None:
+        """Makes the layers."""
+        layers = Layers(self.config.num_hidden_layers, self.scan_layers, self.remat)
+        self.layer = make_layers(Layer, layers, config=self.config, dtype=self.dtype)
+
     def __call__(self, x: Array, attention_mask: Array, *, deterministic: bool) -> Array:
-        """``x`` is ``(batch, length, hidden)``, the mask ``(batch, length)``."""
-        return repeat(
-            functools.partial(self._part, Layer),
-            Layers(self.config.num_hidden_layers, self.scan_layers, self.remat),
-            x,
-            mask_bias(attention_mask),
-            deterministic=deterministic,
-        )
+        """Maps ``(batch, length, hidden)`` to the same; the mask is ``(batch, length)``."""
+        bias = mask_to_bias(make_padding_mask(attention_mask))
+        return apply_layers(self.layer, x, (), bias, deterministic=deterministic)[0]
 
 
 class Pooler(Part):
@@ -184,11 +224,115 @@ class Pooler(Part):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """``(batch, length, hidden)`` to ``(batch, hidden)``."""
+        """Maps ``(batch, length, hidden)`` to ``(batch, hidden)``."""
         return nn.tanh(self._dense(self.config.hidden_size)(x[:, 0]))
 
 
-# How a mesh splits the kernels of BERT and RoBERTa, heads included.
+class EncoderModel(Part):
+    """Embeddings, layers and, if there is one, the pooler.
+
+    Attributes:
+      config: the shape.
+      dtype: dtype of the activations, float32 or bfloat16; parameters are float32.
+      scan_layers: whether the layers are stacked, and one is compiled for all.
+      remat: what the backward pass computes again; see :func:`lora_jax.models.layers.remat_layer`.
+      pooler: whether there is a pooler.
+    """
+
+    scan_layers: bool = False
+    remat: str = "none"
+    pooler: bool = True
+
+    @nn.compact
+    def __call__(
+        self,
+        input_ids: Array,
+        attention_mask: Array,
+        token_type_ids: Array | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> tuple[Array, Array | None]:
+        """Computes hidden states ``(batch, length, hidden)`` and pooled ``(batch, hidden)``.
+
+        Args:
+          input_ids: integers ``(batch, length)``. RoBERTa takes its positions from them, so that
+            padding must be ``pad_token_id`` there.
+          attention_mask: the same shape; positive where there is a token, 0 at padding.
+          token_type_ids: the same shape; None stands for zeros.
+          deterministic: whether nothing is dropped; otherwise ``rngs={"dropout": key}`` is needed.
+
+        Raises:
+          ValueError: there are too many tokens, or the shapes differ.
+        """
+        if token_type_ids is None:
+            token_type_ids = jnp.zeros_like(input_ids)
+        check_inputs(
+            self.config.positions,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+        )
+        positions = compute_position_ids(input_ids, self.config.padding_idx)
+        embeddings = self._part(Embeddings, "embeddings")
+        x = embeddings(input_ids, token_type_ids, positions, deterministic=deterministic)
+        stack = {"scan_layers": self.scan_layers, "remat": self.remat}
+        layers = Encoder(self.config, self.dtype, **stack, name="encoder")
+        x = layers(x, attention_mask, deterministic=deterministic)
+        return x, self._part(Pooler, "pooler")(x) if self.pooler else None
+
+
+class EncoderForSequenceClassification(nn.Module):
+    """The encoder with a classifier; each family says which, in :meth:`_classify`.
+
+    Attributes:
+      config: the encoder's shape.
+      num_labels: number of outputs of the classifier.
+      dtype: dtype of the activations, float32 or bfloat16; parameters are float32.
+      scan_layers: as in :class:`EncoderModel`.
+      remat: the same.
+      encoder_name: name of the encoder among the parameters.
+      encoder_pooler: whether the classifier takes what the pooler gives.
+    """
+
+    config: EncoderConfig
+    num_labels: int = 2
+    dtype: DTypeLike = jnp.float32
+    scan_layers: bool = False
+    remat: str = "none"
+    encoder_name: ClassVar[str]
+    encoder_pooler: ClassVar[bool]
+
+    @nn.compact
+    def __call__(
+        self,
+        input_ids: Array,
+        attention_mask: Array,
+        token_type_ids: Array | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> Array:
+        """Computes logits ``(batch, num_labels)``, at least float32.
+
+        The arguments are those of :class:`EncoderModel`.
+        """
+        model = EncoderModel(
+            self.config,
+            self.dtype,
+            scan_layers=self.scan_layers,
+            remat=self.remat,
+            pooler=self.encoder_pooler,
+            name=self.encoder_name,
+        )
+        x, pooled = model(input_ids, attention_mask, token_type_ids, deterministic=deterministic)
+        logits = self._classify(pooled if self.encoder_pooler else x, deterministic=deterministic)
+        return logits.astype(jnp.promote_types(self.dtype, jnp.float32))
+
+    def _classify(self, x: Array, *, deterministic: bool) -> Array:
+        """Maps the pooler's output, or the hidden states, to ``(batch, num_labels)``."""
+        raise NotImplementedError
+
+
+# How a mesh splits the kernels of BERT and RoBERTa, including those of their heads.
 SHARDING = (
     *column("query", "key", "value", "intermediate/dense", "pooler/dense"),
     *row("output/dense"),
@@ -213,7 +357,7 @@ _NORMS = {
 
 
 def names(config: EncoderConfig, *, pooler: bool, scan_layers: bool) -> list[Name]:
-    """The rows of embeddings, layers and, perhaps, pooler."""
+    """Returns the rows of the embeddings, the layers and, if there is one, the pooler."""
     rows = [
         row
         for kind in ("word", "position", "token_type")
@@ -225,5 +369,9 @@ def names(config: EncoderConfig, *, pooler: bool, scan_layers: bool) -> list[Nam
     layer = [row for flax, hf in _DENSE.items() for row in tables.linear(flax, hf)]
     layer += [row for flax, hf in _NORMS.items() for row in tables.norm(flax, hf)]
     count = config.num_hidden_layers
-    rows += tables.layers("encoder/layer", "encoder.layer", layer, count=count, scan=scan_layers)
-    return rows + (tables.linear("pooler/dense", "pooler.dense") if pooler else [])
+    rows += tables.repeat_layers(
+        "encoder/layer", "encoder.layer", layer, count=count, scan=scan_layers
+    )
+    if pooler:
+        rows += tables.linear("pooler/dense", "pooler.dense")
+    return rows

@@ -1,11 +1,14 @@
-"""What a model family says of itself, so that checkpoints of every family load and save alike."""
+"""The description of a model family, by which checkpoints of every family load and save."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lora_jax.models.kv_cache import Cache
+from lora_jax.names import Name
 from lora_jax.sharding import FSDP, TENSOR
 
 CLASSIFIER, CAUSAL_LM, SEQ2SEQ_LM, ENCODER = "classifier", "causal-lm", "seq2seq-lm", "encoder"
@@ -13,44 +16,45 @@ CLASSIFIER, CAUSAL_LM, SEQ2SEQ_LM, ENCODER = "classifier", "causal-lm", "seq2seq
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """One model family; its file ends with ``FAMILY = Family(...)``.
+    """A model family; its file ends with ``FAMILY = Family(...)``.
 
     Attributes:
       model_type: values of ``model_type`` in a ``config.json``.
       config: dataclass with ``from_hf`` and ``to_hf``.
-      names: ``(config, *, head, scan_layers=False)`` -> the table, a list of
-        :class:`lora_jax.names.Name`. A weight that is tied has one row, with the other tensors'
-        names in ``tied``.
-      models: head -> Linen module class, made as ``cls(config, dtype=..., scan_layers=...,
-        remat=...)``, a classifier with ``num_labels=...`` as well.
-      architectures: head -> the class of ``transformers`` that a saved checkpoint is of.
-      prefix: what the tensors' names lack in a bare backbone's checkpoint ("bert.").
-      ignored: shell patterns of tensors, prefix apart, that are left out: buffers, other heads. A
-        pattern for a head does not count where that head is loaded.
-      optional: Flax modules that a checkpoint may lack entirely; they are then made afresh.
-      labelled: Flax module with one output for each label; it is made afresh if the checkpoint's
-        has another number of them. "" where no head has labels.
-      targets: what PEFT adapts by default, as names of modules here.
-      trained: what PEFT trains in full beside them for a classifier.
-      inputs: head -> shapes of arguments that the module can be initialised with.
-      init_cache: of a model that generates, ``(config, batch, length, dtype, *, scan_layers)`` ->
-        an empty cache.
-      sharding: how its kernels are split over a mesh, rules of :func:`lora_jax.sharding.specs`.
+      names: function of ``(config, *, head, scan_layers=False)`` that returns the table, a list of
+        :class:`lora_jax.names.Name`. A tied weight has one row, with the names of the other tensors
+        in ``tied``.
+      models: Linen module class of each head, which is called as ``cls(config, dtype=...,
+        scan_layers=..., remat=...)``; a classifier also takes ``num_labels=...``.
+      architectures: class name in ``transformers`` of each head, for saved checkpoints.
+      prefix: prefix that the tensors' names lack in the checkpoint of a bare backbone ("bert.").
+      ignored: shell patterns of tensors that are left out, without the prefix: buffers, other
+        heads. A pattern for a head does not count where that head is loaded.
+      optional: Flax modules that a checkpoint may lack entirely; they are then freshly initialized.
+      label_module: Flax module with one output for each label; it is freshly initialized if the
+        checkpoint has another number of labels. "" where no head has labels.
+      targets: names of the modules that PEFT adapts by default.
+      trained: names of the modules that PEFT also trains in full for a classifier.
+      inputs: function of the head that returns shapes of arguments to initialize the module with.
+      init_cache: for a model that generates, function of ``(config, batch, length, dtype, *,
+        scan_layers)`` that returns an empty cache.
+      sharding: rules of :func:`lora_jax.sharding.specs` by which its kernels are split over a mesh.
     """
 
     model_type: tuple[str, ...]
     config: type
-    names: Callable
-    models: Mapping[str, Callable]
+    names: Callable[..., list[Name]]
+    models: Mapping[str, Callable[..., nn.Module]]
     architectures: Mapping[str, str]
     prefix: str
     ignored: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
-    labelled: str = ""
+    label_module: str = ""
     targets: tuple[str, ...] = ()
     trained: tuple[str, ...] = ()
-    inputs: Callable = lambda head: (TOKENS, TOKENS)  # token ids and their mask
-    init_cache: Callable | None = None
+    # Token ids and their mask.
+    inputs: Callable[[str], tuple[jax.ShapeDtypeStruct, ...]] = lambda head: (TOKENS, TOKENS)
+    init_cache: Callable[..., Cache] | None = None
     sharding: tuple[tuple[str, tuple], ...] = ()
 
 
@@ -58,7 +62,7 @@ TOKENS = jax.ShapeDtypeStruct((1, 1), jnp.int32)
 
 
 def column(*modules: str) -> tuple[tuple[str, tuple], ...]:
-    """Sharding rules of dense layers whose outputs are split over ``tensor``.
+    """Makes sharding rules of dense layers whose outputs are split over ``tensor``.
 
     >>> column("up")
     (('up/kernel', ('fsdp', 'tensor')),)
@@ -67,7 +71,7 @@ def column(*modules: str) -> tuple[tuple[str, tuple], ...]:
 
 
 def row(*modules: str) -> tuple[tuple[str, tuple], ...]:
-    """The same of those whose inputs are split over ``tensor``, as the layer before left them.
+    """Makes the rules of dense layers whose inputs are split, as the layer before left them.
 
     >>> row("down")
     (('down/kernel', ('tensor', 'fsdp')),)
@@ -76,7 +80,7 @@ def row(*modules: str) -> tuple[tuple[str, tuple], ...]:
 
 
 def embedding(*modules: str) -> tuple[tuple[str, tuple], ...]:
-    """The same of tables of embeddings, whose words are split over ``tensor``.
+    """Makes the rules of embeddings, whose tokens are split over ``tensor``.
 
     >>> embedding("words")
     (('words/embedding', ('tensor', 'fsdp')),)

@@ -1,13 +1,13 @@
-"""Text generation with a cache of keys and values, compiled as one program.
+"""Generates text with a cache of keys and values, in one compiled program.
 
-A model is two functions, so that one file serves decoders and encoder-decoders, plain parameters
-(an adapter merged into them) and bound ones (``lora.lift(step)``):
+A model is given as two functions, so that one file serves decoders and encoder-decoders, plain
+parameters (with an adapter merged into them) and bound ones (``lora.lift(step)``):
 
-- ``begin(params, inputs, room) -> Start``: the tokens to go on from, and a cache with ``room`` more
-  slots than these need;
-- ``step(params, ids, mask, positions, cache) -> (logits, cache)``: the logits ``(batch, vocab)`` of
-  the last of the tokens ``ids`` ``(batch, n)``, which are put into the cache. The mask ``(batch,
-  slots of the cache)`` is 1 at each slot that may be attended to once it is filled.
+- ``begin(params, inputs, room) -> Start`` returns the first tokens, and a cache with ``room`` more
+  slots than they need;
+- ``step(params, ids, mask, positions, cache) -> (logits, cache)`` puts the tokens ``ids`` ``(batch,
+  n)`` into the cache, and returns the logits ``(batch, vocab)`` of the last one. The mask ``(batch,
+  slots)`` is 1 at each slot that may be attended to once it is filled.
 
 Parameters are arguments: another adapter of the same shapes needs no compilation.
 """
@@ -15,16 +15,19 @@ Parameters are arguments: another adapter of the same shapes needs no compilatio
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from lora_jax.models import beam_search, kv_cache
-from lora_jax.models.decoding import Decoding, filtered, is_stop, no_repeat
+from lora_jax.models.decoding import Decoding, ban_repeats, filter_logits, is_stop
+from lora_jax.models.kv_cache import Cache
 
 Array = jax.Array
 PyTree = Any
+NextLogits = Callable[..., tuple[Array, PyTree]]  # (tokens, length, cache, beams=1)
 
 
 class Start(NamedTuple):
@@ -33,8 +36,8 @@ class Start(NamedTuple):
     Attributes:
       ids: tokens ``(batch, n)``, padded on the left.
       mask: ``(batch, n)``, positive where there is a token.
-      cache: a tree of arrays. An axis along which they grow with the batch belongs to it; there may
-        be arrays without one.
+      cache: tree of arrays. An axis whose size grows with the batch is the batch's; an array may
+        have none.
     """
 
     ids: Array
@@ -46,28 +49,33 @@ class Generated(NamedTuple):
     """New tokens.
 
     Attributes:
-      tokens: ``(batch, max_new_tokens)`` int32; after the stop token there is padding.
-      lengths: ``(batch,)`` int32, how many there are, the stop token included.
+      tokens: int32 ``(batch, max_new_tokens)``, with padding after the stop token.
+      lengths: int32 ``(batch,)``, the number of tokens, with the stop token.
     """
 
     tokens: Array
     lengths: Array
 
 
-def causal_lm(model: Any, init_cache: Callable) -> tuple[Callable, Callable]:
-    """``begin`` and ``step`` of a decoder.
+Begin = Callable[[PyTree, PyTree, int], Start]
+Step = Callable[[PyTree, Array, Array, Array, PyTree], tuple[Array, PyTree]]
+Generate = Callable[..., Generated]
+
+
+def causal_lm(model: nn.Module, init_cache: Callable[..., Cache]) -> tuple[Begin, Step]:
+    """Makes ``begin`` and ``step`` of a decoder.
 
     The inputs are ``input_ids`` and ``attention_mask``, ``(batch, n)``, padded on either side.
 
     Args:
-      model: a Linen module that is called with tokens, mask, positions and cache.
-      init_cache: its family's.
+      model: Linen module that is called with tokens, mask, positions and cache.
+      init_cache: the function of its family that makes an empty cache.
     """
 
     def begin(params: PyTree, inputs: dict[str, Array], room: int) -> Start:
         del params
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        order = jnp.argsort(mask > 0, axis=-1, stable=True)  # padding first
+        order = jnp.argsort(mask > 0, axis=-1, stable=True)  # puts padding first
         ids, mask = (jnp.take_along_axis(x, order, axis=-1) for x in (ids, mask))
         cache = init_cache(
             model.config,
@@ -88,17 +96,20 @@ def causal_lm(model: Any, init_cache: Callable) -> tuple[Callable, Callable]:
 
 
 def seq2seq_lm(
-    model: Any, init_cache: Callable, *, transform: Callable = lambda fn: fn
-) -> tuple[Callable, Callable]:
-    """``begin`` and ``step`` of an encoder-decoder.
+    model: nn.Module,
+    init_cache: Callable[..., Cache],
+    *,
+    transform: Callable[[Callable], Callable] = lambda fn: fn,
+) -> tuple[Begin, Step]:
+    """Makes ``begin`` and ``step`` of an encoder-decoder.
 
     The inputs are ``input_ids`` and ``attention_mask``, ``(batch, n)``, padded on either side. They
-    are encoded once; every text starts with the model's own first token.
+    are encoded once; every text starts with the token ``decoder_start_token_id`` of the config.
 
     Args:
-      model: a Linen module with methods ``encode`` and ``decode``, whose positions are relative.
-      init_cache: its family's.
-      transform: what both functions go through, ``lora.lift`` for bound parameters.
+      model: Linen module with methods ``encode`` and ``decode``, whose positions are relative.
+      init_cache: the function of its family that makes an empty cache.
+      transform: function that transforms both, ``lora.lift`` for bound parameters.
     """
     encode = transform(lambda params, ids, mask: model.apply(params, ids, mask, method="encode"))
 
@@ -114,7 +125,7 @@ def seq2seq_lm(
     def step(
         params: PyTree, ids: Array, mask: Array, positions: Array, cache: PyTree
     ) -> tuple[Array, PyTree]:
-        del positions  # the distances between slots say all
+        del positions  # they are relative, and follow from the slots
         memory, cache = cache
         logits, cache = model.apply(params, ids, mask, memory=memory, cache=cache, method="decode")
         return logits[:, -1], (memory, cache)
@@ -122,16 +133,16 @@ def seq2seq_lm(
     return begin, transform(step)
 
 
-def generator(begin: Callable, step: Callable, decoding: Decoding) -> Callable:
-    """``(params, inputs, key=None) -> Generated``, compiled once for each shape of the inputs.
+def generator(begin: Begin, step: Step, decoding: Decoding) -> Generate:
+    """Makes ``(params, inputs, key=None) -> Generated``, compiled once for each shape of inputs.
 
     Args:
-      begin: see above.
-      step: see above.
-      decoding: how tokens are chosen. ``key`` is needed for sampling alone.
+      begin: function that starts, as at the top of this file.
+      step: function that goes on, as at the top of this file.
+      decoding: how tokens are chosen. Only sampling needs a ``key``.
 
     Raises:
-      ValueError: when called, sampling without a key.
+      ValueError: the result is called without a key, and it samples.
     """
 
     @jax.jit
@@ -139,20 +150,22 @@ def generator(begin: Callable, step: Callable, decoding: Decoding) -> Callable:
         room = decoding.max_new_tokens
         ids, mask, cache = begin(params, inputs, room)
         mask = jnp.pad(mask, ((0, 0), (0, room)), constant_values=1)
-        positions = kv_cache.positions(mask, 0, mask.shape[1])
+        positions = kv_cache.compute_positions(mask, 0, mask.shape[1])
         n = ids.shape[1]
         logits, cache = step(params, ids, mask, positions[:, :n], cache)
 
-        def more(tokens: Array, made: Array, cache: PyTree, rows: int = 1) -> tuple[Array, PyTree]:
-            """One token further, for ``rows`` texts of each of the batch."""
-            place = lax.dynamic_slice_in_dim(positions, n + made - 1, 1, axis=1)
-            repeat = lambda x: jnp.repeat(x, rows, axis=0) if rows > 1 else x
-            return step(params, tokens[:, None], repeat(mask), repeat(place), cache)
+        def next_logits(
+            tokens: Array, length: Array, cache: PyTree, beams: int = 1
+        ) -> tuple[Array, PyTree]:
+            """Computes logits after the last tokens ``(batch * beams,)`` of ``length`` new ones."""
+            position = lax.dynamic_slice_in_dim(positions, n + length - 1, 1, axis=1)
+            repeat = lambda x: jnp.repeat(x, beams, axis=0) if beams > 1 else x
+            return step(params, tokens[:, None], repeat(mask), repeat(position), cache)
 
         if decoding.beams == 1:
-            return _one_by_one(more, logits, cache, decoding=decoding, key=key)
-        axes = _batch_axes(begin, params, inputs, room)
-        return _beam_search(more, logits, cache, decoding=decoding, axes=axes)
+            return _decode_rows(next_logits, logits, cache, decoding=decoding, key=key)
+        axes = _find_batch_axes(begin, params, inputs, room)
+        return _search_beams(next_logits, logits, cache, decoding=decoding, axes=axes)
 
     def generate(params: PyTree, inputs: PyTree, key: Array | None = None) -> Generated:
         if key is None and decoding.sample:
@@ -162,15 +175,16 @@ def generator(begin: Callable, step: Callable, decoding: Decoding) -> Callable:
     return generate
 
 
-def left_padded(
-    rows: Sequence[Sequence[int]], *, pad_id: int, length: int
-) -> dict[str, np.ndarray]:
-    """Prompts of different lengths as one batch.
+def pad_left(rows: Sequence[Sequence[int]], *, pad_id: int, length: int) -> dict[str, np.ndarray]:
+    """Pads prompts of different lengths on the left, so that they are one batch.
+
+    Returns:
+      ``input_ids`` and ``attention_mask``, each int32 ``(rows, length)``.
 
     Raises:
       ValueError: a prompt is empty, or longer than ``length``.
 
-    >>> left_padded([[5, 6], [7]], pad_id=0, length=3)["input_ids"].tolist()
+    >>> pad_left([[5, 6], [7]], pad_id=0, length=3)["input_ids"].tolist()
     [[0, 5, 6], [0, 0, 7]]
     """
     lengths = np.array([len(row) for row in rows])
@@ -183,66 +197,79 @@ def left_padded(
 
 
 class _State(NamedTuple):
-    made: Array  # number of tokens of each row
+    """The state of a decoder that follows one text for each prompt.
+
+    Attributes:
+      length: number of tokens of each row, padding included, an int32 scalar.
+      tokens: int32 ``(batch, max_new_tokens)``.
+      lengths: int32 ``(batch,)``, the number of tokens without padding.
+      has_ended: booleans ``(batch,)``, whether the row has its stop token.
+      cache: the model's cache.
+    """
+
+    length: Array
     tokens: Array
     lengths: Array
-    done: Array
+    has_ended: Array
     cache: PyTree
 
 
-def _one_by_one(
-    more: Callable, logits: Array, cache: PyTree, *, decoding: Decoding, key: Array
+def _decode_rows(
+    next_logits: NextLogits, logits: Array, cache: PyTree, *, decoding: Decoding, key: Array
 ) -> Generated:
-    """Greedy decoding, or sampling."""
+    """Decodes every row by itself, greedily or by sampling."""
 
-    def add(state: _State, logits: Array, cache: PyTree) -> _State:
-        logits = no_repeat(logits, state.tokens, state.made, decoding.no_repeat_ngram)
+    def add_token(state: _State, logits: Array, cache: PyTree) -> _State:
+        logits = ban_repeats(logits, state.tokens, state.length, decoding.no_repeat_ngram)
         if decoding.sample:
-            own = jax.random.fold_in(key, state.made)
-            token = jax.random.categorical(own, filtered(logits, decoding), axis=-1)
+            token_key = jax.random.fold_in(key, state.length)
+            token = jax.random.categorical(token_key, filter_logits(logits, decoding), axis=-1)
         else:
             token = jnp.argmax(logits, axis=-1)
-        token = jnp.where(state.done, decoding.pad_id, token).astype(jnp.int32)
+        token = jnp.where(state.has_ended, decoding.pad_id, token).astype(jnp.int32)
         return _State(
-            state.made + 1,
-            state.tokens.at[:, state.made].set(token),
-            state.lengths + (1 - state.done.astype(jnp.int32)),
-            state.done | is_stop(token, decoding.stop),
+            state.length + 1,
+            state.tokens.at[:, state.length].set(token),
+            state.lengths + (1 - state.has_ended.astype(jnp.int32)),
+            state.has_ended | is_stop(token, decoding.stop),
             cache,
         )
 
-    def body(state: _State) -> _State:
-        last = state.tokens[:, state.made - 1]
-        return add(state, *more(last, state.made, state.cache))
+    def is_open(state: _State) -> Array:
+        return (state.length < decoding.max_new_tokens) & ~state.has_ended.all()
 
-    batch, room = logits.shape[0], decoding.max_new_tokens
+    def body(state: _State) -> _State:
+        last = state.tokens[:, state.length - 1]
+        return add_token(state, *next_logits(last, state.length, state.cache))
+
+    batch = logits.shape[0]
     zeros = jnp.zeros(batch, jnp.int32)
-    tokens = jnp.full((batch, room), decoding.pad_id, jnp.int32)
+    tokens = jnp.full((batch, decoding.max_new_tokens), decoding.pad_id, jnp.int32)
     state = _State(jnp.int32(0), tokens, zeros, zeros > 0, cache)
-    state = add(state, logits, cache)
-    state = lax.while_loop(lambda s: (s.made < room) & ~s.done.all(), body, state)
+    state = add_token(state, logits, cache)
+    state = lax.while_loop(is_open, body, state)
     return Generated(state.tokens, state.lengths)
 
 
-def _beam_search(
-    more: Callable, logits: Array, cache: PyTree, *, decoding: Decoding, axes: PyTree
+def _search_beams(
+    next_logits: NextLogits, logits: Array, cache: PyTree, *, decoding: Decoding, axes: PyTree
 ) -> Generated:
-    tokens = beam_search.search(more, logits, cache, decoding=decoding, axes=axes)
+    tokens = beam_search.search(next_logits, logits, cache, decoding=decoding, axes=axes)
     ends = is_stop(tokens, decoding.stop)
     first = jnp.argmax(ends, axis=-1).astype(jnp.int32) + 1
     return Generated(tokens, jnp.where(ends.any(axis=-1), first, decoding.max_new_tokens))
 
 
-def _batch_axes(begin: Callable, params: PyTree, inputs: PyTree, room: int) -> PyTree:
-    """Along which axis each array of the cache grows with the batch; -1 for none."""
+def _find_batch_axes(begin: Begin, params: PyTree, inputs: PyTree, room: int) -> PyTree:
+    """Finds the axis along which each array of the cache grows with the batch; -1 for none."""
 
-    def shapes(extra: int) -> PyTree:
-        more = lambda x: jax.ShapeDtypeStruct((x.shape[0] + extra, *x.shape[1:]), x.dtype)
-        cache_of = lambda params, inputs: begin(params, inputs, room).cache
-        return jax.eval_shape(cache_of, params, jax.tree.map(more, inputs))
+    def eval_cache(extra: int) -> PyTree:
+        grow = lambda x: jax.ShapeDtypeStruct((x.shape[0] + extra, *x.shape[1:]), x.dtype)
+        make_cache = lambda params, inputs: begin(params, inputs, room).cache
+        return jax.eval_shape(make_cache, params, jax.tree.map(grow, inputs))
 
-    def axis(one: Any, other: Any) -> int:
-        sizes = zip(one.shape, other.shape, strict=True)
+    def find_axis(small: jax.ShapeDtypeStruct, large: jax.ShapeDtypeStruct) -> int:
+        sizes = zip(small.shape, large.shape, strict=True)
         return next((k for k, (size, larger) in enumerate(sizes) if size != larger), -1)
 
-    return jax.tree.map(axis, shapes(0), shapes(1))
+    return jax.tree.map(find_axis, eval_cache(0), eval_cache(1))

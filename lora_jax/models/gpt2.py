@@ -12,19 +12,27 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from lora_jax.models import config_checks, kv_cache, tables
-from lora_jax.models.attention import attention
+from lora_jax.models.attention import attention, make_causal_mask, mask_to_bias
 from lora_jax.models.families import CAUSAL_LM, Family, column, embedding, row
 from lora_jax.models.kv_cache import Cache
-from lora_jax.models.layers import ACTIVATIONS, Dropout, layer_norm, rematted
+from lora_jax.models.layers import (
+    ACTIVATIONS,
+    Dropout,
+    Layers,
+    apply_layers,
+    layer_norm,
+    make_layers,
+)
 from lora_jax.names import Name
 from lora_jax.sharding import split_lookup, split_rows
 
 Array = jax.Array
 PyTree = Any
 
-# What a config may say of the variants that Hugging Face has and this file has not.
+# Keys of variants that Hugging Face has and this file has not, with the one value that is built.
 _BUILT = {"add_cross_attention": False}
 
 
@@ -56,8 +64,11 @@ class GPT2Config:
     tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:
-        sizes = ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head"]
-        config_checks.check_sizes(self, sizes + ([] if self.n_inner is None else ["n_inner"]))
+        config_checks.check_sizes(
+            self, ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
+        )
+        if self.n_inner is not None:
+            config_checks.check_sizes(self, ("n_inner",))
         config_checks.check_rates(self, ("resid_pdrop", "embd_pdrop", "attn_pdrop"))
         config_checks.check_positive(self, ("layer_norm_epsilon", "initializer_range"))
         config_checks.check_one_of(self, "activation_function", ACTIVATIONS)
@@ -70,12 +81,12 @@ class GPT2Config:
 
     @property
     def positions(self) -> int:
-        """How long a text may be, in tokens."""
+        """The length of the longest text, in tokens."""
         return self.n_positions
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "GPT2Config":
-        """Reads a parsed ``config.json``; keys that do not shape the model are left out.
+        """Reads a parsed ``config.json``; it leaves out keys that do not shape the model.
 
         Raises:
           ValueError: it describes another architecture, or a variant that is not built here.
@@ -86,7 +97,7 @@ class GPT2Config:
         return config_checks.read(cls, config, model_type=["gpt2"], built=_BUILT)
 
     def to_hf(self) -> dict[str, Any]:
-        """The same as the content of a ``config.json``.
+        """Returns the content of a ``config.json``.
 
         >>> GPT2Config.from_hf(GPT2Config(n_layer=24).to_hf()).n_layer
         24
@@ -98,30 +109,30 @@ def init_cache(
     config: GPT2Config,
     batch: int,
     length: int,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     *,
     scan_layers: bool = False,
 ) -> Cache:
-    """An empty cache with ``length`` slots.
+    """Makes an empty cache with ``length`` slots.
 
     >>> init_cache(GPT2Config(n_layer=2), 3, 5).layers[1]["k"].shape
     (3, 5, 12, 64)
     """
     shape = (batch, length, config.n_head, config.head_dim)
-    return kv_cache.empty(shape, dtype, count=config.n_layer, stacked=scan_layers)
+    return kv_cache.init(shape, dtype, num_layers=config.n_layer, scan_layers=scan_layers)
 
 
 class _Part(nn.Module):
-    """A module of the model: computes in ``dtype`` with float32 parameters."""
+    """A module of the model, which computes in ``dtype`` with float32 parameters."""
 
     config: GPT2Config
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def _dense(self, features: int, name: str) -> nn.Dense:
         c = self.config
         # Projections into the residual stream start smaller, by the root of their number.
-        depth = (2 * c.n_layer) ** -0.5 if name == "c_proj" else 1.0
-        init = nn.initializers.normal(depth * c.initializer_range)
+        scale = (2 * c.n_layer) ** -0.5 if name == "c_proj" else 1.0
+        init = nn.initializers.normal(scale * c.initializer_range)
         return nn.Dense(features, kernel_init=init, dtype=self.dtype, name=name)
 
     def _norm(self, name: str | None = None) -> nn.LayerNorm:
@@ -133,10 +144,17 @@ class GPT2Attention(_Part):
 
     @nn.compact
     def __call__(
-        self, x: Array, own: tuple[PyTree, Any], shared: tuple, deterministic: bool
+        self,
+        x: Array,
+        layer_inputs: tuple[PyTree, Array | int],
+        shared_inputs: tuple[Array, Array | int],
+        deterministic: bool,
     ) -> tuple[Array, PyTree]:
-        """``x`` is ``(batch, n, n_embd)``; also returns the layer's cache with ``x`` in it."""
-        c, (cache, number), (bias, index) = self.config, own, shared
+        """Maps ``(batch, n, n_embd)`` to the same, and returns the layer's cache with ``x`` in it.
+
+        The other arguments are those of :class:`GPT2Block`.
+        """
+        c, (cache, number), (bias, index) = self.config, layer_inputs, shared_inputs
         qkv = self._dense(3 * c.n_embd, "c_attn")(x)
         split = lambda y: y.reshape(*y.shape[:2], c.n_head, c.head_dim)
         query, key, value = map(split, jnp.split(qkv, 3, axis=-1))
@@ -162,30 +180,40 @@ class GPT2MLP(_Part):
 
     @nn.compact
     def __call__(self, x: Array, deterministic: bool) -> Array:
-        """``(..., n_embd)`` to the same."""
+        """Maps ``(..., n_embd)`` to the same."""
         c = self.config
-        wide = self._dense(c.n_inner or 4 * c.n_embd, "c_fc")(x)
-        y = self._dense(c.n_embd, "c_proj")(ACTIVATIONS[c.activation_function](wide))
+        y = ACTIVATIONS[c.activation_function](self._dense(c.n_inner or 4 * c.n_embd, "c_fc")(x))
+        y = self._dense(c.n_embd, "c_proj")(y)
         return Dropout(c.resid_pdrop)(y, deterministic=deterministic)
 
 
 class GPT2Block(_Part):
-    """One layer: attention, then feed-forward, each normalised before and added to its input."""
+    """One layer: attention, then feed-forward, each after a norm and added to its input."""
 
     @nn.compact
     def __call__(
-        self, x: Array, own: tuple[PyTree, Any], shared: tuple, deterministic: bool
+        self,
+        x: Array,
+        layer_inputs: tuple[PyTree, Array | int],
+        shared_inputs: tuple[Array, Array | int],
+        deterministic: bool,
     ) -> tuple[Array, PyTree]:
-        """New states and the layer's cache.
+        """Computes new states and the layer's cache.
 
-        ``own`` is the layer's cache and number, ``shared`` the bias of the scores and the slot from
-        which on ``x`` stands in the cache.
+        Args:
+          x: ``(batch, n, n_embd)``.
+          layer_inputs: the layer's cache or None, and its number.
+          shared_inputs: the bias of the scores, ``(batch, 1, n, keys)``, and the slot of the cache
+            that takes the first token of ``x``.
+          deterministic: whether nothing is dropped.
         """
-        attend = GPT2Attention(self.config, dtype=self.dtype, name="attn")
-        y, cache = attend(self._norm("ln_1")(x), own, shared, deterministic)
+        attention_layer = GPT2Attention(self.config, dtype=self.dtype, name="attn")
+        y, cache = attention_layer(
+            self._norm("ln_1")(x), layer_inputs, shared_inputs, deterministic
+        )
         x = split_rows(x + y)
-        feed = GPT2MLP(self.config, dtype=self.dtype, name="mlp")
-        return split_rows(x + feed(self._norm("ln_2")(x), deterministic)), cache
+        mlp = GPT2MLP(self.config, dtype=self.dtype, name="mlp")
+        return split_rows(x + mlp(self._norm("ln_2")(x), deterministic)), cache
 
 
 class GPT2Model(_Part):
@@ -195,16 +223,13 @@ class GPT2Model(_Part):
     remat: str = "none"
 
     def setup(self) -> None:
-        """Makes the parts."""
+        """Makes the submodules."""
         c = self.config
         init = nn.initializers.normal(c.initializer_range)
         embed = lambda n: nn.Embed(n, c.n_embd, embedding_init=init, dtype=self.dtype)
         self.wte, self.wpe = embed(c.vocab_size), embed(c.n_positions)
-        if self.scan_layers:
-            self.h = _scanned(c.n_layer, self.remat)(c, dtype=self.dtype)
-        else:
-            block = rematted(GPT2Block, self.remat, static=_STATIC)
-            self.h = [block(c, dtype=self.dtype) for _ in range(c.n_layer)]
+        layers = Layers(c.n_layer, self.scan_layers, self.remat)
+        self.h = make_layers(GPT2Block, layers, config=c, dtype=self.dtype)
         self.ln_f = self._norm()
         self.drop = Dropout(c.embd_pdrop)
 
@@ -216,60 +241,39 @@ class GPT2Model(_Part):
         cache: Cache | None,
         deterministic: bool,
     ) -> tuple[Array, Cache | None]:
-        """Token ids ``(batch, n)`` to states ``(batch, n, n_embd)``, and the cache with them."""
+        """Computes states ``(batch, n, n_embd)`` of tokens ``(batch, n)``, and the new cache."""
         n, start = input_ids.shape[1], 0 if cache is None else cache.index
         if positions is None:
-            positions = kv_cache.positions(attention_mask, start, n)
+            positions = kv_cache.compute_positions(attention_mask, start, n)
         x = split_lookup(self.wte(input_ids)) + split_lookup(self.wpe(positions))
         x = self.drop(x, deterministic=deterministic)
-        shared = (kv_cache.causal_bias(attention_mask, start, n), start)
-        x, layers = self._run(x, None if cache is None else cache.layers, shared, deterministic)
+        bias = mask_to_bias(make_causal_mask(attention_mask, start + jnp.arange(n)))
+        count = self.config.n_layer
+        numbers = jnp.arange(count) if self.scan_layers else range(count)
+        layer_inputs = (None if cache is None else cache.layers, numbers)
+        x, layers = apply_layers(
+            self.h, x, layer_inputs, (bias, start), deterministic=deterministic
+        )
         return self.ln_f(x), None if cache is None else Cache(layers, start + jnp.int32(n))
-
-    def _run(
-        self, x: Array, old: PyTree, shared: tuple, deterministic: bool
-    ) -> tuple[Array, PyTree]:
-        if self.scan_layers:
-            numbers = jnp.arange(self.config.n_layer)
-            return self.h(x, (old, numbers), shared, deterministic)
-        layers = []
-        for k, block in enumerate(self.h):
-            x, new = block(x, (None if old is None else old[k], k), shared, deterministic)
-            layers.append(new)
-        return x, tuple(layers)
-
-
-_STATIC = (4,)  # "deterministic", where the layer itself is 0
-
-
-def _scanned(count: int, remat: str) -> type[nn.Module]:
-    """:class:`GPT2Block` with the parameters of all layers stacked, compiled once."""
-    return nn.scan(
-        rematted(GPT2Block, remat, scan=True, static=_STATIC),
-        variable_axes={"params": 0},
-        split_rngs={"params": True, "dropout": True},
-        in_axes=(0, nn.broadcast, nn.broadcast),
-        length=count,
-    )
 
 
 class GPT2LMHeadModel(nn.Module):
-    """GPT-2 with its language-modelling head.
+    """GPT-2 with its language-modeling head.
 
     Attributes:
       config: the model's shape.
-      dtype: of the activations, float32 or bfloat16; parameters are float32.
-      scan_layers: the layers in one array a parameter, compiled once.
-      remat: what the backward pass computes again; see :func:`layers.rematted`.
+      dtype: dtype of the activations, float32 or bfloat16; parameters are float32.
+      scan_layers: whether the layers are stacked, and one is compiled for all.
+      remat: what the backward pass computes again; see :func:`lora_jax.models.layers.remat_layer`.
     """
 
     config: GPT2Config
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     scan_layers: bool = False
     remat: str = "none"
 
     def setup(self) -> None:
-        """Makes the parts."""
+        """Makes the submodules."""
         c = self.config
         stack = {"scan_layers": self.scan_layers, "remat": self.remat}
         self.transformer = GPT2Model(c, dtype=self.dtype, **stack)
@@ -288,23 +292,23 @@ class GPT2LMHeadModel(nn.Module):
         *,
         deterministic: bool = True,
     ) -> Array | tuple[Array, Cache]:
-        """Logits ``(batch, n, vocab_size)``, at least float32; with a cache, also the longer cache.
+        """Computes logits ``(batch, n, vocab_size)``, at least float32, and the new cache, if any.
 
         Args:
           input_ids: integers ``(batch, n)``.
-          attention_mask: ``(batch, n)``, or ``(batch, slots of the cache)`` with one; positive
-            where there is a token, 0 at padding. None for no padding.
-          positions: ``(batch, n)``; None for the number of tokens before, by the mask.
-          cache: from :func:`init_cache`, or from the call for the tokens before.
-          deterministic: without dropout; otherwise ``rngs={"dropout": key}`` is needed.
+          attention_mask: ``(batch, n)``, or ``(batch, slots)`` with a cache; positive where there
+            is a token, 0 at padding. None if there is no padding.
+          positions: ``(batch, n)``; None to count the tokens before, by the mask.
+          cache: the cache of :func:`init_cache`, or of the call for the tokens before.
+          deterministic: whether nothing is dropped; otherwise ``rngs={"dropout": key}`` is needed.
 
         Raises:
-          ValueError: shapes that do not fit, or more tokens than there are positions.
+          ValueError: the shapes do not fit, or there are more tokens than positions.
         """
-        slots = input_ids.shape[-1] if cache is None else kv_cache.slots(cache)
+        slots = input_ids.shape[-1] if cache is None else kv_cache.count_slots(cache)
         if attention_mask is None:
             attention_mask = jnp.ones((input_ids.shape[0], slots), jnp.int32)
-        kv_cache.check(input_ids, attention_mask, positions, slots)
+        kv_cache.check_inputs(input_ids, attention_mask, positions, slots)
         if slots > self.config.n_positions:
             raise ValueError(
                 f"{slots} tokens, and the model has positions for {self.config.n_positions}; "
@@ -320,10 +324,10 @@ _LINEAR = ("attn/c_attn", "attn/c_proj", "mlp/c_fc", "mlp/c_proj")
 
 
 def names(config: GPT2Config, *, head: str, scan_layers: bool = False) -> list[Name]:
-    """The table between Flax paths and Hugging Face names, one row a leaf.
+    """Makes the table between Flax paths and Hugging Face names, with one row for each leaf.
 
     Args:
-      config: gives the number of layers, and whether the head is tied.
+      config: config of the model, which gives the number of layers, and whether the head is tied.
       head: "causal-lm".
       scan_layers: whether the layers are stacked.
 
@@ -335,9 +339,9 @@ def names(config: GPT2Config, *, head: str, scan_layers: bool = False) -> list[N
     for name in _LINEAR:
         layer += tables.linear(name, name.replace("/", "."), transpose=False)
     rows = tables.embedding("wte", "wte") + tables.embedding("wpe", "wpe")
-    rows += tables.layers("h", "h", layer, count=config.n_layer, scan=scan_layers)
+    rows += tables.repeat_layers("h", "h", layer, count=config.n_layer, scan=scan_layers)
     rows += tables.norm("ln_f", "ln_f")
-    rows = tables.below("transformer/", "transformer.", rows)
+    rows = tables.add_prefix("transformer/", "transformer.", rows)
     if config.tie_word_embeddings:
         return [rows[0]._replace(tied=("lm_head.weight",)), *rows[1:]]
     return rows + tables.linear("lm_head", "lm_head", bias=False)
@@ -350,7 +354,7 @@ FAMILY = Family(
     models={CAUSAL_LM: GPT2LMHeadModel},
     architectures={CAUSAL_LM: "GPT2LMHeadModel"},
     prefix="transformer.",
-    # Buffers of the mask, in older checkpoints.
+    # Buffers of the mask, which older checkpoints have.
     ignored=("h.*.attn.bias", "h.*.attn.masked_bias"),
     targets=("c_attn",),
     init_cache=init_cache,

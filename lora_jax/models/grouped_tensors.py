@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_jax.files import Stored, read_tensor
+from lora_jax.models.weight_files import Stored, read_tensor
 from lora_jax.quantized import Affine
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output that each part of a word holds

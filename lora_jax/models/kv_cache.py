@@ -1,4 +1,4 @@
-"""What a decoder has seen so far: keys and values slot by slot, and which slots a query sees."""
+"""The cache of a decoder: keys and values of the tokens so far, in slots."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 Array = jax.Array
 PyTree = Any
@@ -15,39 +16,51 @@ class Cache(NamedTuple):
     """Keys and values of the tokens so far.
 
     Attributes:
-      layers: of each layer keys ``k`` and values ``v``, ``(batch, slots, kv_heads, head_dim)``; one
+      layers: keys ``k`` and values ``v`` of each layer, ``(batch, slots, kv_heads, head_dim)``; one
         stacked entry for scanned layers.
-      index: int32, how many slots are filled.
+      index: number of slots that are filled, an int32 scalar.
     """
 
     layers: PyTree
     index: Array
 
 
-def empty(shape: tuple[int, ...], dtype: Any, *, count: int, stacked: bool) -> Cache:
-    """A cache of ``count`` layers with nothing in it.
+def init(shape: tuple[int, ...], dtype: DTypeLike, *, num_layers: int, scan_layers: bool) -> Cache:
+    """Makes an empty cache.
 
     Args:
       shape: ``(batch, slots, kv_heads, head_dim)``.
-      dtype: of keys and values.
-      count: number of layers.
-      stacked: whether they are scanned.
+      dtype: dtype of keys and values.
+      num_layers: number of layers.
+      scan_layers: whether the layers are stacked.
 
-    >>> empty((3, 5, 2, 8), jnp.float32, count=4, stacked=True).layers["k"].shape
+    >>> init((3, 5, 2, 8), jnp.float32, num_layers=4, scan_layers=True).layers["k"].shape
     (4, 3, 5, 2, 8)
     """
-    layer = lambda *stack: {name: jnp.zeros((*stack, *shape), dtype) for name in "kv"}
-    layers = layer(count) if stacked else tuple(layer() for _ in range(count))
-    return Cache(layers, jnp.int32(0))
+    if scan_layers:
+        return Cache(_init_layer((num_layers, *shape), dtype), jnp.int32(0))
+    return Cache(tuple(_init_layer(shape, dtype) for _ in range(num_layers)), jnp.int32(0))
 
 
-def slots(cache: Cache) -> int:
-    """How many slots a cache has, filled or not."""
+def _init_layer(shape: tuple[int, ...], dtype: DTypeLike) -> dict[str, Array]:
+    return {name: jnp.zeros(shape, dtype) for name in "kv"}
+
+
+def count_slots(cache: Cache) -> int:
+    """Counts the slots of a cache, filled or not."""
     return jax.tree.leaves(cache.layers)[0].shape[-3]
 
 
 def write(layer: PyTree, new: Mapping[str, Array], index: Array) -> PyTree:
-    """One layer's cache with keys and values ``(batch, n, kv_heads, head_dim)`` from ``index`` on.
+    """Writes keys and values into the slots of one layer.
+
+    Args:
+      layer: the layer's cache, ``(batch, slots, kv_heads, head_dim)`` for each name.
+      new: ``(batch, n, kv_heads, head_dim)`` for each name, in any dtype.
+      index: the slot of the first of the ``n``, an integer scalar.
+
+    Returns:
+      The layer's new cache.
 
     >>> layer = {"k": jnp.zeros((1, 3, 1, 1))}
     >>> write(layer, {"k": jnp.ones((1, 1, 1, 1))}, jnp.int32(1))["k"].ravel().tolist()
@@ -57,37 +70,34 @@ def write(layer: PyTree, new: Mapping[str, Array], index: Array) -> PyTree:
     return jax.tree.map(put, layer, dict(new))
 
 
-def positions(mask: Array, start: Array | int, n: int) -> Array:
-    """Positions ``(batch, n)`` of the tokens in the slots from ``start`` on.
+def compute_positions(mask: Array, start: Array | int, n: int) -> Array:
+    """Computes the positions of the tokens in ``n`` slots from ``start`` on.
 
-    A position is the number of tokens before, by the mask ``(batch, slots)``; 0 at padding before
-    the first one.
+    A position is the number of tokens before it; it is 0 at padding before the first token.
 
-    >>> positions(jnp.array([[0, 0, 1, 1, 1]]), 1, 3).tolist()
+    Args:
+      mask: ``(batch, slots)``, positive where there is a token.
+      start: the first of the slots.
+      n: number of slots.
+
+    Returns:
+      Integers ``(batch, n)``.
+
+    >>> compute_positions(jnp.array([[0, 0, 1, 1, 1]]), 1, 3).tolist()
     [[0, 0, 1]]
     """
     before = jnp.maximum(jnp.cumsum(mask > 0, axis=-1) - 1, 0)
     return lax.dynamic_slice_in_dim(before, start, n, axis=1)
 
 
-def causal_bias(mask: Array, start: Array | int, n: int) -> Array:
-    """What :func:`attention` adds to the scores, ``(batch, 1, n, slots)``.
-
-    The query in slot ``start + i`` sees every token in a slot up to its own. Added in float32
-    before the softmax: a slot that is not seen has weight exactly zero, and a query that sees none
-    (padding) has equal weights rather than NaN.
-    """
-    before = jnp.arange(mask.shape[1])[None, :] <= start + jnp.arange(n)[:, None]
-    seen = before[None, None] & (mask > 0)[:, None, None, :]
-    return jnp.where(seen, 0.0, jnp.finfo(jnp.float32).min)
-
-
-def check(ids: Array, mask: Array, places: Array | None, count: int) -> None:
-    """Raises ValueError unless tokens, mask of ``count`` slots, and positions if any, fit."""
-    if len(ids.shape) != 2 or mask.shape != (ids.shape[0], count):
+def check_inputs(ids: Array, mask: Array, positions: Array | None, num_slots: int) -> None:
+    """Raises ValueError unless tokens, mask and positions (if there are any) fit the slots."""
+    if len(ids.shape) != 2 or mask.shape != (ids.shape[0], num_slots):
         raise ValueError(
             f"input_ids must have shape (batch, n), and attention_mask one entry for each, or for "
-            f"each of the cache's {count} slots; got {ids.shape} and {mask.shape}."
+            f"each of the cache's {num_slots} slots; got {ids.shape} and {mask.shape}."
         )
-    if places is not None and places.shape != ids.shape:
-        raise ValueError(f"positions must have the shape {ids.shape} of input_ids: {places.shape}.")
+    if positions is not None and positions.shape != ids.shape:
+        raise ValueError(
+            f"positions must have the shape {ids.shape} of input_ids: {positions.shape}."
+        )

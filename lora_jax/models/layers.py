@@ -1,24 +1,27 @@
-"""What the model families share: activations, norms, the mask's bias, a stack of layers."""
+"""Parts that the model families share: activations, norms, dropout, a stack of layers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from lora_jax.dropout import dropout
 
 Array = jax.Array
+PyTree = Any
 
 
 @jax.checkpoint
 def _gelu(x: Array) -> Array:
-    """``x·Φ(x)`` (Hendrycks & Gimpel 2016), with erf as in the paper's code.
+    """Computes ``x·Φ(x)`` (Hendrycks & Gimpel 2016), with erf as in the paper's code.
 
-    Its gradient starts again from ``x``: erf is cheaper than writing it for the widest activations
-    of the model and reading it back. A bfloat16 ``1 + erf`` would have no digits left on the left.
+    The gradient starts again from ``x``, because these are the widest activations of the model, and
+    erf costs less than writing it to memory and reading it back. It is computed in float32: in
+    bfloat16, ``1 + erf`` has no digits left where ``x`` is far below zero.
     """
     high = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return (0.5 * high * (1 + lax.erf(high * 0.5**0.5))).astype(x.dtype)
@@ -35,9 +38,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def layer_norm(epsilon: float, dtype: Any, name: str | None = None) -> nn.LayerNorm:
-    """LayerNorm (Ba et al. 2016) as torch computes it."""
-    # Two passes over the features: E[x²] - E[x]² loses digits in float32.
+def layer_norm(epsilon: float, dtype: DTypeLike, name: str | None = None) -> nn.LayerNorm:
+    """Makes a LayerNorm (Ba et al. 2016) that computes as torch's does."""
+    # It makes two passes over the features, since E[x²] - E[x]² loses digits in float32.
     return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
 
 
@@ -45,8 +48,8 @@ class Dropout(nn.Module):
     """``nn.Dropout`` with half the random bits; see :func:`lora_jax.dropout.dropout`.
 
     Attributes:
-      rate: probability of a zero.
-      deterministic: whether nothing is dropped; here or in the call.
+      rate: probability that an entry becomes zero.
+      deterministic: whether nothing is dropped; it is given here or in the call.
     """
 
     rate: float
@@ -54,7 +57,7 @@ class Dropout(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, deterministic: bool | None = None) -> Array:
-        """Drops entries of ``x``; the key comes from the collection "dropout"."""
+        """Drops entries of ``x``, with a key of the collection "dropout"."""
         if nn.merge_param("deterministic", self.deterministic, deterministic) or not self.rate:
             return x
         return dropout(x, self.rate, self.make_rng("dropout"))
@@ -64,18 +67,18 @@ class RMSNorm(nn.Module):
     """``x / sqrt(mean(x²) + ε) · scale`` (Zhang & Sennrich 2019, eq. 4), computed in float32.
 
     Attributes:
-      epsilon: ε.
-      dtype: of the result; the scale is float32.
-      offset: added to the scale (Gemma stores ``scale - 1``).
+      epsilon: the equation's ε.
+      dtype: dtype of the result; the scale is float32.
+      offset: number that is added to the scale (Gemma stores ``scale - 1``).
     """
 
     epsilon: float
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     offset: float = 0.0
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Normalises the last axis."""
+        """Normalizes the last axis of ``x``, of any shape and floating-point dtype."""
         init = nn.initializers.constant(1.0 - self.offset)
         scale = self.param("scale", init, x.shape[-1:], jnp.float32)
         high = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -84,16 +87,7 @@ class RMSNorm(nn.Module):
         return (high * lax.rsqrt(mean + self.epsilon) * scale).astype(self.dtype)
 
 
-def mask_bias(attention_mask: Array) -> Array:
-    """What :func:`attention` adds to the scores: ``(batch, keys)`` to ``(batch, 1, 1, keys)``.
-
-    Added in float32 before the softmax: a masked position has weight exactly zero, and a row with
-    none left has equal weights rather than NaN.
-    """
-    return jnp.where(attention_mask > 0, 0.0, jnp.finfo(jnp.float32).min)[:, None, None, :]
-
-
-# Policies of jax.checkpoint_policies that are ready to use; the other names there make policies.
+# The policies in jax.checkpoint_policies; the other names there are of functions that make one.
 POLICIES = (
     "checkpoint_dots",
     "checkpoint_dots_with_no_batch_dims",
@@ -106,23 +100,22 @@ POLICIES = (
 
 def check_remat(remat: str) -> None:
     """Raises ValueError unless ``remat`` is one of "none", "full", or of :data:`POLICIES`."""
-    known = ("none", "full", *POLICIES)
-    if remat not in known:
-        raise ValueError(f"remat must be one of {', '.join(known)}; got {remat!r}")
+    choices = ("none", "full", *POLICIES)
+    if remat not in choices:
+        raise ValueError(f"remat must be one of {', '.join(choices)}; got {remat!r}")
 
 
-def rematted(layer: Any, remat: str, *, scan: bool = False, static: tuple[int, ...] = ()) -> Any:
-    """A layer whose backward pass computes its activations again (Chen et al. 2016).
+def remat_layer(layer: type[nn.Module], remat: str, *, scan: bool = False) -> type[nn.Module]:
+    """Returns a layer whose backward pass computes its activations again (Chen et al. 2016).
 
-    Values, parameters and their names stay as they are. ``nn.remat``, by the name of what is kept.
+    Values, parameters and their names stay as they are. It is ``nn.remat``, with a policy by name.
 
     Args:
-      layer: a module class, or a function of a module and arrays.
+      layer: a class whose call takes ``(x, layer_inputs, shared_inputs, deterministic)``.
       remat: "none" for the layer as it is; "full" to keep the layer's inputs alone; or the name of
         the policy in ``jax.checkpoint_policies`` that says what else is kept.
-      scan: whether it will be the body of a scan, where no barrier is needed to keep XLA from
-        merging the two computations.
-      static: positions of arguments that are no arrays; that of the module is 0.
+      scan: whether the layer becomes the body of a scan, where no barrier is needed to keep XLA
+        from merging the two computations.
 
     Raises:
       ValueError: there is no such policy.
@@ -131,7 +124,8 @@ def rematted(layer: Any, remat: str, *, scan: bool = False, static: tuple[int, .
     if remat == "none":
         return layer
     policy = None if remat == "full" else getattr(jax.checkpoint_policies, remat)
-    return nn.remat(layer, policy=policy, prevent_cse=not scan, static_argnums=static)
+    # The module is argument 0, and ``deterministic`` is a Python bool.
+    return nn.remat(layer, policy=policy, prevent_cse=not scan, static_argnums=(4,))
 
 
 class Layers(NamedTuple):
@@ -141,7 +135,7 @@ class Layers(NamedTuple):
       count: number of layers.
       scan: whether one layer is compiled for all (``nn.scan``); its parameters then have a leading
         axis of layers.
-      remat: as :func:`rematted`.
+      remat: what the backward pass computes again; see :func:`remat_layer`.
     """
 
     count: int
@@ -149,36 +143,75 @@ class Layers(NamedTuple):
     remat: str = "none"
 
 
-def repeat(
-    make: Callable[[str], nn.Module], layers: Layers, x: Array, *args: Any, **static: Any
-) -> Array:
-    """Passes ``x`` through ``count`` layers, called inside a compact method.
+def make_layers(
+    layer: type[nn.Module],
+    layers: Layers,
+    *,
+    methods: Mapping[str, int] | None = None,
+    **fields: Any,
+) -> nn.Module | list[nn.Module]:
+    """Makes the layers of a stack in ``setup``; :func:`apply_layers` runs them.
 
     Args:
-      make: a layer by its name: "layer_0", "layer_1", ..., or "layer" for a scan.
-      layers: how many, and how they are run.
-      x: the first layer's input.
-      *args: further arrays, the same for each layer.
-      **static: further arguments that are no arrays, such as ``deterministic``.
+      layer: a class whose call takes ``(x, layer_inputs, shared_inputs, deterministic)``, and
+        returns the new ``x`` and a result of the layer, such as its cache.
+      layers: the number of layers, and how they are run.
+      methods: further methods that a scan runs over, by name; each takes a carry and one more
+        argument, of which the value is the layers' axis.
+      **fields: the fields of every layer.
+
+    Returns:
+      For a scan, one module with the parameters of all layers stacked; otherwise a list.
     """
-    run = lambda layer, x, *args: layer(x, *args, **static)
-    run = rematted(run, layers.remat, scan=layers.scan)
+    layer = remat_layer(layer, layers.remat, scan=layers.scan)
     if not layers.scan:
-        for k in range(layers.count):
-            x = run(make(f"layer_{k}"), x, *args)
-        return x
-    scanned = nn.scan(
-        lambda layer, x, *args: (run(layer, x, *args), None),
-        variable_axes={"params": 0},
-        split_rngs={"params": True, "dropout": True},
-        in_axes=nn.broadcast,
-        length=layers.count,
+        return [layer(**fields) for _ in range(layers.count)]
+    rules = {
+        "variable_axes": {"params": 0},
+        "split_rngs": {"params": True, "dropout": True},
+        "length": layers.count,
+    }
+    in_axes = {"__call__": (0, nn.broadcast, nn.broadcast), **(methods or {})}
+    scan = nn.scan(
+        layer, methods={name: {**rules, "in_axes": axes} for name, axes in in_axes.items()}
     )
-    return scanned(make("layer"), x, *args)[0]
+    return scan(**fields)
+
+
+def apply_layers(
+    layers: nn.Module | Sequence[nn.Module],
+    x: Array,
+    layer_inputs: tuple[PyTree, ...] = (),
+    shared_inputs: PyTree = None,
+    *,
+    deterministic: bool,
+) -> tuple[Array, PyTree]:
+    """Passes ``x`` through the layers that :func:`make_layers` made.
+
+    Args:
+      layers: one module for a scan, or one module for each layer.
+      x: the input of the first layer.
+      layer_inputs: inputs that differ from layer to layer. Each is None, or it is indexed by the
+        number of the layer: for a scan, every array in it has a leading axis of layers.
+      shared_inputs: inputs that are the same for every layer.
+      deterministic: whether nothing is dropped.
+
+    Returns:
+      The output of the last layer, and the results of all layers: stacked by a scan, otherwise in a
+      tuple.
+    """
+    if not isinstance(layers, Sequence):
+        return layers(x, layer_inputs, shared_inputs, deterministic)
+    results = []
+    for k, layer in enumerate(layers):
+        inputs = tuple(None if stack is None else stack[k] for stack in layer_inputs)
+        x, result = layer(x, inputs, shared_inputs, deterministic)
+        results.append(result)
+    return x, tuple(results)
 
 
 def check_inputs(positions: int, **inputs: Array) -> None:
-    """Raises ValueError unless the inputs share one shape (batch, length) that has positions."""
+    """Raises ValueError unless all inputs have one shape (batch, length), within the positions."""
     shapes = {name: x.shape for name, x in inputs.items()}
     first = next(iter(shapes.values()))
     if len(first) != 2 or len(set(shapes.values())) > 1:

@@ -1,8 +1,8 @@
 """The Llama family (Touvron et al. 2023): Llama 2 and 3, Mistral, Qwen 2 and 3, Gemma 2 and 3.
 
 The modules and their numbers are those of Hugging Face's ``LlamaForCausalLM`` and its relatives;
-each kernel is stored as Flax does, ``(d_in, d_out)``. What the relatives have and Llama has not is
-in :data:`lora_jax.models.llama_config.VARIANTS`, as is :func:`names`, the table between the two.
+each kernel is stored as Flax does, ``(d_in, d_out)``. The ways in which the relatives differ from
+Llama are in :data:`lora_jax.models.llama_config.VARIANTS`, beside the table of names.
 """
 
 import functools
@@ -12,12 +12,20 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from lora_jax.models import kv_cache, rope
-from lora_jax.models.attention import grouped_attention
+from lora_jax.models.attention import grouped_attention, make_causal_mask, mask_to_bias
 from lora_jax.models.families import CAUSAL_LM, Family, column, embedding, row
 from lora_jax.models.kv_cache import Cache
-from lora_jax.models.layers import ACTIVATIONS, Dropout, RMSNorm, rematted
+from lora_jax.models.layers import (
+    ACTIVATIONS,
+    Dropout,
+    Layers,
+    RMSNorm,
+    apply_layers,
+    make_layers,
+)
 from lora_jax.models.llama_config import FULL, SLIDING, VARIANTS, LlamaConfig, names
 from lora_jax.sharding import split_lookup, split_rows
 
@@ -29,27 +37,27 @@ def init_cache(
     config: LlamaConfig,
     batch: int,
     length: int,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     *,
     scan_layers: bool = False,
 ) -> Cache:
-    """An empty cache with ``length`` slots.
+    """Makes an empty cache with ``length`` slots.
 
     >>> config = LlamaConfig(num_attention_heads=4, num_key_value_heads=2, head_dim=8)
     >>> init_cache(config, 3, 5).layers[0]["k"].shape
     (3, 5, 2, 8)
     """
     shape = (batch, length, config.num_key_value_heads, config.head_dim)
-    return kv_cache.empty(shape, dtype, count=config.num_hidden_layers, stacked=scan_layers)
+    return kv_cache.init(shape, dtype, num_layers=config.num_hidden_layers, scan_layers=scan_layers)
 
 
 class _View(NamedTuple):
-    """What a layer's attention needs besides its input: one for each kind of layer.
+    """Mask and rotation of the attention in one kind of layer.
 
     Attributes:
-      bias: added to the scores, ``(batch, 1, n, keys)``.
-      cos: of the rotation, ``(batch, n, head_dim / 2)``.
-      sin: the same.
+      bias: float32 ``(batch, 1, n, keys)``, which is added to the scores.
+      cos: cosine of the rotation, float32 ``(batch, n, head_dim / 2)``.
+      sin: its sine.
     """
 
     bias: Array
@@ -58,10 +66,10 @@ class _View(NamedTuple):
 
 
 class _Part(nn.Module):
-    """A module of the model: computes in ``dtype`` with float32 parameters."""
+    """A module of the model, which computes in ``dtype`` with float32 parameters."""
 
     config: LlamaConfig
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def _dense(self, features: int, name: str, *, bias: bool = False) -> nn.Dense:
         init = nn.initializers.normal(self.config.initializer_range)
@@ -79,7 +87,7 @@ class LlamaAttention(_Part):
     def __call__(
         self, x: Array, cache: PyTree, view: _View, index: Array | None, deterministic: bool
     ) -> tuple[Array, PyTree]:
-        """``x`` is ``(batch, n, hidden)``; the layer's cache is written from ``index`` on."""
+        """Maps ``(batch, n, hidden)`` to the same, and writes the cache from slot ``index`` on."""
         c = self.config
         query, key, value = self._heads(x)
         query, key = (rope.rotate(y, view.cos, view.sin) for y in (query, key))
@@ -99,17 +107,18 @@ class LlamaAttention(_Part):
         return self._dense(c.hidden_size, "o_proj", bias=c.attention_bias)(y), cache
 
     def _heads(self, x: Array) -> list[Array]:
-        """Queries, keys and values ``(batch, n, heads, head_dim)``, not yet rotated."""
+        """Computes queries, keys and values ``(batch, n, heads, head_dim)`` before the rotation."""
         c, variant = self.config, self.config.variant
         heads = {"q": c.num_attention_heads, "k": c.num_key_value_heads, "v": c.num_key_value_heads}
-        found = []
+        projections = []
         for name, count in heads.items():
             bias = c.attention_bias or variant.qkv_bias
             y = self._dense(count * c.head_dim, f"{name}_proj", bias=bias)(x)
             y = y.reshape(*x.shape[:2], count, c.head_dim)
-            norm = variant.qk_norm and name != "v"
-            found.append(self._norm(f"{name}_norm")(y) if norm else y)
-        return found
+            if variant.qk_norm and name != "v":
+                y = self._norm(f"{name}_norm")(y)
+            projections.append(y)
+        return projections
 
 
 class LlamaMLP(_Part):
@@ -117,10 +126,10 @@ class LlamaMLP(_Part):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """``(..., hidden)`` to the same."""
+        """Maps ``(..., hidden)`` to the same."""
         c = self.config
-        wide = lambda name: self._dense(c.intermediate_size, name, bias=c.mlp_bias)(x)
-        y = ACTIVATIONS[c.hidden_act](wide("gate_proj")) * wide("up_proj")
+        project = lambda name: self._dense(c.intermediate_size, name, bias=c.mlp_bias)(x)
+        y = ACTIVATIONS[c.hidden_act](project("gate_proj")) * project("up_proj")
         return self._dense(c.hidden_size, "down_proj", bias=c.mlp_bias)(y)
 
 
@@ -129,22 +138,34 @@ class LlamaLayer(_Part):
 
     @nn.compact
     def __call__(
-        self, x: Array, own: tuple[PyTree, Any], shared: tuple, deterministic: bool
+        self,
+        x: Array,
+        layer_inputs: tuple[PyTree, Array | bool],
+        shared_inputs: tuple[tuple[_View, ...], Array | None],
+        deterministic: bool,
     ) -> tuple[Array, PyTree]:
-        """New states and the layer's cache; ``own`` is its cache and whether it has a window."""
-        (cache, slides), (views, index) = own, shared
+        """Computes new states and the layer's cache.
+
+        Args:
+          x: ``(batch, n, hidden)``.
+          layer_inputs: the layer's cache or None, and whether the layer has a window.
+          shared_inputs: the view of each kind of layer, and the slot of the cache that takes the
+            first token of ``x``.
+          deterministic: whether nothing is dropped.
+        """
+        (cache, is_sliding), (views, index) = layer_inputs, shared_inputs
         view = views[0]
         if len(views) > 1:
-            view = jax.tree.map(functools.partial(jnp.where, slides), views[1], views[0])
-        attend = LlamaAttention(self.config, dtype=self.dtype, name="self_attn")
-        feed = LlamaMLP(self.config, dtype=self.dtype, name="mlp")
+            view = jax.tree.map(functools.partial(jnp.where, is_sliding), views[1], views[0])
+        attention = LlamaAttention(self.config, dtype=self.dtype, name="self_attn")
+        mlp = LlamaMLP(self.config, dtype=self.dtype, name="mlp")
         y = self._norm("input_layernorm")(x)
-        y, cache = attend(y, cache, view, index, deterministic)
+        y, cache = attention(y, cache, view, index, deterministic)
         if not self.config.variant.post_norms:
             x = split_rows(x + y)
-            return split_rows(x + feed(self._norm("post_attention_layernorm")(x))), cache
+            return split_rows(x + mlp(self._norm("post_attention_layernorm")(x))), cache
         x = split_rows(x + self._norm("post_attention_layernorm")(y))
-        y = feed(self._norm("pre_feedforward_layernorm")(x))
+        y = mlp(self._norm("pre_feedforward_layernorm")(x))
         return split_rows(x + self._norm("post_feedforward_layernorm")(y)), cache
 
 
@@ -155,75 +176,53 @@ class LlamaModel(_Part):
     remat: str = "none"
 
     def setup(self) -> None:
-        """Makes the parts."""
+        """Makes the submodules."""
         c = self.config
         init = nn.initializers.normal(c.initializer_range)
         self.embed_tokens = nn.Embed(
             c.vocab_size, c.hidden_size, embedding_init=init, dtype=self.dtype
         )
-        if self.scan_layers:
-            self.layers = _scanned(c.num_hidden_layers, self.remat)(c, dtype=self.dtype)
-        else:
-            layer = rematted(LlamaLayer, self.remat, static=_STATIC)
-            self.layers = [layer(c, dtype=self.dtype) for _ in range(c.num_hidden_layers)]
+        layers = Layers(c.num_hidden_layers, self.scan_layers, self.remat)
+        self.layers = make_layers(LlamaLayer, layers, config=c, dtype=self.dtype)
         self.norm = self._norm()
 
     def __call__(
         self, input_ids: Array, views: Sequence[_View], cache: Cache | None, deterministic: bool
     ) -> tuple[Array, Cache | None]:
-        """Token ids ``(batch, n)`` to states ``(batch, n, hidden)``, and the cache with them."""
+        """Computes states ``(batch, n, hidden)`` of tokens ``(batch, n)``, and the new cache."""
         c = self.config
         x = split_lookup(self.embed_tokens(input_ids))
         if c.variant.scaled_embedding:
             x = x * jnp.asarray(c.hidden_size**0.5, x.dtype)
-        slides = [kind == SLIDING for kind in c.layer_types]
-        shared = (tuple(views), None if cache is None else cache.index)
-        old = None if cache is None else cache.layers
+        is_sliding = [kind == SLIDING for kind in c.layer_types]
         if self.scan_layers:
-            x, layers = self.layers(x, (old, jnp.array(slides)), shared, deterministic)
-        else:
-            layers = []
-            for k, layer in enumerate(self.layers):
-                own = (None if old is None else old[k], slides[k])
-                x, new = layer(x, own, shared, deterministic)
-                layers.append(new)
-            layers = tuple(layers)
+            is_sliding = jnp.array(is_sliding)
+        old, index = (None, None) if cache is None else cache
+        x, layers = apply_layers(
+            self.layers, x, (old, is_sliding), (tuple(views), index), deterministic=deterministic
+        )
         if cache is not None:
-            cache = Cache(layers, cache.index + jnp.int32(input_ids.shape[1]))
+            cache = Cache(layers, index + jnp.int32(input_ids.shape[1]))
         return self.norm(x), cache
-
-
-_STATIC = (4,)  # "deterministic", where the layer itself is 0
-
-
-def _scanned(count: int, remat: str) -> type[nn.Module]:
-    """:class:`LlamaLayer` with the parameters of all layers stacked, compiled once."""
-    return nn.scan(
-        rematted(LlamaLayer, remat, scan=True, static=_STATIC),
-        variable_axes={"params": 0},
-        split_rngs={"params": True, "dropout": True},
-        in_axes=(0, nn.broadcast, nn.broadcast),
-        length=count,
-    )
 
 
 class LlamaForCausalLM(nn.Module):
     """A language model of the family.
 
     Attributes:
-      config: the model's shape, and which of the family it is.
-      dtype: of the activations, float32 or bfloat16; parameters are float32.
-      scan_layers: the layers in one array a parameter, compiled once.
-      remat: what the backward pass computes again; see :func:`layers.rematted`.
+      config: the model's shape and its type.
+      dtype: dtype of the activations, float32 or bfloat16; parameters are float32.
+      scan_layers: whether the layers are stacked, and one is compiled for all.
+      remat: what the backward pass computes again; see :func:`lora_jax.models.layers.remat_layer`.
     """
 
     config: LlamaConfig
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     scan_layers: bool = False
     remat: str = "none"
 
     def setup(self) -> None:
-        """Makes the parts."""
+        """Makes the submodules."""
         c = self.config
         stack = {"scan_layers": self.scan_layers, "remat": self.remat}
         self.model = LlamaModel(c, dtype=self.dtype, **stack)
@@ -243,33 +242,34 @@ class LlamaForCausalLM(nn.Module):
         segment_ids: Array | None = None,
         deterministic: bool = True,
     ) -> Array | tuple[Array, Cache]:
-        """Logits ``(batch, n, vocab_size)``, at least float32; with a cache, also the longer cache.
+        """Computes logits ``(batch, n, vocab_size)``, at least float32, and the new cache, if any.
 
         Args:
           input_ids: integers ``(batch, n)``.
-          attention_mask: ``(batch, n)``, or ``(batch, slots of the cache)`` with one; positive
-            where there is a token, 0 at padding. None for no padding.
-          positions: ``(batch, n)``; None for the number of tokens before, by the mask.
-          cache: from :func:`init_cache`, or from the call for the tokens before.
-          segment_ids: ``(batch, n)``, without a cache: tokens see only those of the same number, so
-            that several texts can stand in one row. None for one text.
-          deterministic: without dropout; otherwise ``rngs={"dropout": key}`` is needed.
+          attention_mask: ``(batch, n)``, or ``(batch, slots)`` with a cache; positive where there
+            is a token, 0 at padding. None if there is no padding.
+          positions: ``(batch, n)``; None to count the tokens before, by the mask.
+          cache: the cache of :func:`init_cache`, or of the call for the tokens before.
+          segment_ids: integers ``(batch, n)``, without a cache: a token sees only those with the
+            same number, so that one row can hold several texts. None for one text.
+          deterministic: whether nothing is dropped; otherwise ``rngs={"dropout": key}`` is needed.
 
         Raises:
-          ValueError: shapes that do not fit.
+          ValueError: the shapes do not fit.
         """
         c = self.config
-        slots = input_ids.shape[-1] if cache is None else kv_cache.slots(cache)
+        slots = input_ids.shape[-1] if cache is None else kv_cache.count_slots(cache)
         if attention_mask is None:
             attention_mask = jnp.ones((input_ids.shape[0], slots), jnp.int32)
-        kv_cache.check(input_ids, attention_mask, positions, slots)
-        _check(input_ids, segment_ids, cache)
+        kv_cache.check_inputs(input_ids, attention_mask, positions, slots)
+        _check_segments(input_ids, segment_ids, cache)
         start, n = 0 if cache is None else cache.index, input_ids.shape[1]
         if positions is None:
-            positions = kv_cache.positions(attention_mask, start, n)
+            positions = kv_cache.compute_positions(attention_mask, start, n)
         queries = start + jnp.arange(n)
-        allowed = _allowed(queries, attention_mask, segment_ids)
-        views = [_view(c, kind, queries, positions, allowed) for kind in _kinds(c)]
+        mask = _make_mask(queries, attention_mask, segment_ids)
+        kinds = [kind for kind in (FULL, SLIDING) if kind in c.layer_types]
+        views = [_make_view(c, kind, queries, positions, mask) for kind in kinds]
         x, cache = self.model(input_ids, views, cache, deterministic)
         head = self.model.embed_tokens.attend if c.tie_word_embeddings else self.lm_head
         logits = head(x).astype(jnp.promote_types(self.dtype, jnp.float32))
@@ -279,36 +279,28 @@ class LlamaForCausalLM(nn.Module):
         return logits if cache is None else (logits, cache)
 
 
-def _kinds(config: LlamaConfig) -> list[str]:
-    """The kinds of layers that there are, those that see everything first."""
-    return [kind for kind in (FULL, SLIDING) if kind in config.layer_types]
-
-
-def _allowed(queries: Array, mask: Array, segment_ids: Array | None) -> Array:
-    """Whether a query sees a key in a layer that sees everything: ``(batch, 1, n, keys)``."""
-    before = jnp.arange(mask.shape[1])[None, :] <= queries[:, None]
-    allowed = before[None, None] & (mask > 0)[:, None, None, :]
+def _make_mask(queries: Array, attention_mask: Array, segment_ids: Array | None) -> Array:
+    """Makes the mask of a layer without a window: booleans ``(batch, 1, n, keys)``."""
+    mask = make_causal_mask(attention_mask, queries)
     if segment_ids is None:
-        return allowed
-    return allowed & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+        return mask
+    return mask & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
 
 
-def _view(
-    config: LlamaConfig, kind: str, queries: Array, positions: Array, allowed: Array
+def _make_view(
+    config: LlamaConfig, kind: str, queries: Array, positions: Array, mask: Array
 ) -> _View:
+    """Makes the bias and the rotation of one kind of layer, given the mask of all kinds."""
     rotation = config.rope
     if kind == SLIDING:
         rotation = config.sliding_rope or rotation
-        # Slots rather than positions count, as in transformers; padding is never in between.
-        near = jnp.arange(allowed.shape[-1])[None, :] > queries[:, None] - config.sliding_window
-        allowed = allowed & near[None, None]
-    # Added in float32: a forbidden key has weight exactly zero, and a row with none left (padding)
-    # has equal weights rather than NaN.
-    bias = jnp.where(allowed, 0.0, jnp.finfo(jnp.float32).min).astype(jnp.float32)
-    return _View(bias, *rope.angles(rotation, positions, config.head_dim))
+        # The window is counted in slots, as in transformers, where padding is never in between.
+        is_near = jnp.arange(mask.shape[-1])[None, :] > queries[:, None] - config.sliding_window
+        mask = mask & is_near[None, None]
+    return _View(mask_to_bias(mask), *rope.compute_angles(rotation, positions, config.head_dim))
 
 
-def _check(input_ids: Array, segment_ids: Array | None, cache: Cache | None) -> None:
+def _check_segments(input_ids: Array, segment_ids: Array | None, cache: Cache | None) -> None:
     if segment_ids is None:
         return
     if segment_ids.shape != input_ids.shape:
@@ -319,7 +311,7 @@ def _check(input_ids: Array, segment_ids: Array | None, cache: Cache | None) -> 
         raise ValueError("segment_ids are for whole rows, and there is a cache: leave one out.")
 
 
-def _family(model_type: str, architecture: str) -> Family:
+def _make_family(model_type: str, architecture: str) -> Family:
     return Family(
         model_type=(model_type,),
         config=LlamaConfig,
@@ -338,4 +330,4 @@ def _family(model_type: str, architecture: str) -> Family:
     )
 
 
-FAMILIES = tuple(_family(name, variant.architecture) for name, variant in VARIANTS.items())
+FAMILIES = tuple(_make_family(name, variant.architecture) for name, variant in VARIANTS.items())

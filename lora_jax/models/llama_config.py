@@ -1,6 +1,7 @@
-"""What a model of the Llama family is on disk: its config, and the table of its tensors' names."""
+"""Describes a model of the Llama family on disk: its config, and the table of its names."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,33 +17,39 @@ _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "max_position_embeddings",
 )  # fmt: skip
-_PLAIN = (*_SIZES, "initializer_range", "rms_norm_eps", "tie_word_embeddings", "attention_dropout")
+_COMMON_FIELDS = (
+    *_SIZES,
+    "initializer_range",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "attention_dropout",
+)
 _BUILT = {"partial_rotary_factor": 1.0, "use_bidirectional_attention": False}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Variant:
-    """What a model type has that its ``config.json`` does not say.
+    """The properties of a model type that its ``config.json`` does not tell.
 
     Attributes:
       architecture: its class in transformers.
-      words: what its ``config.json`` may say besides what all have.
-      defaults: what stands for words that are absent, where it differs from Llama's.
-      slides: ``(layer, config) -> bool``: whether the layer attends to a window only, where the
-        config has a window and does not list the layers.
-      qkv_bias: queries, keys and values have biases, whatever ``attention_bias`` says.
-      qk_norm: each head's query and key are normalised before they are rotated.
-      norm_offset: added to the scale of every norm.
-      scaled_embedding: embeddings are multiplied by the root of their size.
-      post_norms: attention and feed-forward are normalised before they are added, too.
-      activation: the config's word for the activation.
-      local_theta: the rotation's base in layers with a window; None for that of the others.
+      fields: keys of its ``config.json`` besides those that all types have.
+      defaults: values of absent keys, where they differ from Llama's.
+      is_sliding: function of ``(layer, config)`` that tells whether the layer attends to a window
+        only, where the config has a window and does not list the layers.
+      qkv_bias: whether queries, keys and values have biases, regardless of ``attention_bias``.
+      qk_norm: whether each head's query and key are normalized before they are rotated.
+      norm_offset: number that is added to the scale of every norm.
+      scaled_embedding: whether embeddings are multiplied by the root of their size.
+      post_norms: whether attention and feed-forward are also normalized before they are added.
+      activation: key of the activation in ``config.json``.
+      local_theta: base of the rotation in layers with a window; None for that of the others.
     """
 
     architecture: str
-    words: tuple[str, ...] = ()
+    fields: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    slides: Callable[[int, Mapping[str, Any]], bool] = lambda layer, config: False
+    is_sliding: Callable[[int, Mapping[str, Any]], bool] = lambda layer, config: False
     qkv_bias: bool = False
     qk_norm: bool = False
     norm_offset: float = 0.0
@@ -67,47 +74,47 @@ _SCALED = {"norm_offset": 1.0, "scaled_embedding": True, "post_norms": True}
 _WINDOW = ("sliding_window", "layer_types")
 
 VARIANTS: dict[str, Variant] = {
-    "llama": Variant(architecture="LlamaForCausalLM", words=("attention_bias", "mlp_bias")),
+    "llama": Variant(architecture="LlamaForCausalLM", fields=("attention_bias", "mlp_bias")),
     "mistral": Variant(
         architecture="MistralForCausalLM",
-        words=("sliding_window",),
+        fields=("sliding_window",),
         defaults={
             "intermediate_size": 14336,
             "num_key_value_heads": 8,
             "max_position_embeddings": 131072,
             "sliding_window": 4096,
         },
-        slides=lambda layer, config: True,
+        is_sliding=lambda layer, config: True,
     ),
     "qwen2": Variant(
         architecture="Qwen2ForCausalLM",
-        words=_WINDOW,
+        fields=_WINDOW,
         defaults=_QWEN,
-        slides=lambda layer, config: layer >= config["max_window_layers"],
+        is_sliding=lambda layer, config: layer >= config["max_window_layers"],
         qkv_bias=True,
     ),
     "qwen3": Variant(
         architecture="Qwen3ForCausalLM",
-        words=("attention_bias", *_WINDOW),
+        fields=("attention_bias", *_WINDOW),
         defaults=_QWEN | {"head_dim": 128},
-        slides=lambda layer, config: layer >= config["max_window_layers"],
+        is_sliding=lambda layer, config: layer >= config["max_window_layers"],
         qk_norm=True,
     ),
     "gemma2": Variant(
         architecture="Gemma2ForCausalLM",
-        words=("attention_bias", "query_pre_attn_scalar", "attn_logit_softcapping")
+        fields=("attention_bias", "query_pre_attn_scalar", "attn_logit_softcapping")
         + ("final_logit_softcapping", *_WINDOW),
         defaults=_GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-        slides=lambda layer, config: layer % 2 == 0,
+        is_sliding=lambda layer, config: layer % 2 == 0,
         activation="hidden_activation",
         **_SCALED,
     ),
     "gemma3_text": Variant(
         architecture="Gemma3ForCausalLM",
-        words=("attention_bias", "query_pre_attn_scalar", "final_logit_softcapping", *_WINDOW),
+        fields=("attention_bias", "query_pre_attn_scalar", "final_logit_softcapping", *_WINDOW),
         defaults=_GEMMA | {"vocab_size": 262208, "max_position_embeddings": 131072}
         | {"sliding_window_pattern": 6, "rope_theta": 1e6},
-        slides=lambda layer, config: (layer + 1) % config["sliding_window_pattern"] != 0,
+        is_sliding=lambda layer, config: (layer + 1) % config["sliding_window_pattern"] != 0,
         qk_norm=True,
         activation="hidden_activation",
         local_theta=1e4,
@@ -124,20 +131,21 @@ class LlamaConfig:
 
     Attributes:
       model_type: one of :data:`VARIANTS`.
-      num_key_value_heads: None for as many as there are heads of queries.
-      head_dim: None for ``hidden_size / num_attention_heads``.
-      hidden_act: of the feed-forward layer's gate.
-      rope: rotation of the layers that see everything.
-      sliding_rope: rotation of the layers with a window; None for the same.
-      sliding_window: how many tokens, itself included, a token sees in a layer with a window.
+      num_key_value_heads: number of heads of keys; None for that of queries.
+      head_dim: width of a head; None for ``hidden_size / num_attention_heads``.
+      hidden_act: activation of the feed-forward layer's gate.
+      rope: rotation in the layers without a window.
+      sliding_rope: rotation in the layers with a window; None for the same.
+      sliding_window: number of tokens, itself included, that a token sees in a layer with a window.
       layer_types: "sliding_attention" or "full_attention" for each layer; None for the former in
-        all layers if there is a window.
-      query_pre_attn_scalar: scores are divided by its root; None for ``head_dim``.
+        all layers if there is a window, and otherwise for the latter.
+      query_pre_attn_scalar: number by whose root scores are divided; None for ``head_dim``.
       attn_logit_softcapping: bound of the scores; None for none.
       final_logit_softcapping: bound of the logits; None for none.
 
     Raises:
-      ValueError: a value is out of its range, or none of the model type's; the message names it.
+      ValueError: a value is out of its range, or the model type does not have the field; the
+        message names it.
     """
 
     model_type: str = "llama"
@@ -182,12 +190,12 @@ class LlamaConfig:
 
     @property
     def variant(self) -> Variant:
-        """What the model type adds."""
+        """The properties of the model type."""
         return VARIANTS[self.model_type]
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "LlamaConfig":
-        """Reads a parsed ``config.json`` of transformers 4 or 5; other keys are left out.
+        """Reads a parsed ``config.json`` of transformers 4 or 5, and leaves out other keys.
 
         Raises:
           ValueError: it describes another architecture, or a variant that is not built here.
@@ -196,31 +204,30 @@ class LlamaConfig:
         >>> c.layer_types, c.head_dim
         (('sliding_attention', 'full_attention'), 256)
         """
-        kind = config.get("model_type")
-        if kind not in VARIANTS:
-            return config_checks.read(
-                cls, config, model_type=VARIANTS, built=_BUILT
-            )  # which raises
-        variant = VARIANTS[kind]
-        said = {**variant.defaults, **config}
-        fields = {n: said[n] for n in ("model_type", *_PLAIN, *variant.words) if n in said}
-        if variant.activation in said:
-            fields["hidden_act"] = said[variant.activation]
-        if _WINDOW[0] in variant.words:
-            fields |= _windows(said, variant, fields)
-        fields |= _ropes(said, variant)
-        left = {name: config.get(name) for name in _BUILT}
-        return config_checks.read(cls, fields | left, model_type=VARIANTS, built=_BUILT)
+        read = functools.partial(config_checks.read, cls, model_type=VARIANTS, built=_BUILT)
+        model_type = config.get("model_type")
+        if model_type not in VARIANTS:
+            return read(config)  # which raises
+        variant = VARIANTS[model_type]
+        values = {**variant.defaults, **config}
+        names = ("model_type", *_COMMON_FIELDS, *variant.fields)
+        fields = {name: values[name] for name in names if name in values}
+        if variant.activation in values:
+            fields["hidden_act"] = values[variant.activation]
+        if "sliding_window" in variant.fields:
+            fields |= _read_windows(values, variant, fields)
+        fields |= _read_ropes(values, variant)
+        return read(fields | {name: config.get(name) for name in _BUILT})
 
     def to_hf(self) -> dict[str, Any]:
-        """The same as the content of a ``config.json``, in the words of transformers 4 and of 5.
+        """Returns the content of a ``config.json``, with the keys of transformers 4 and of 5.
 
         >>> config = LlamaConfig(hidden_size=64, rope=Rope(5e5, "linear", 2.0))
         >>> LlamaConfig.from_hf(config.to_hf()) == config
         True
         """
-        words = ("model_type", *_PLAIN, *self.variant.words)
-        about = {name: getattr(self, name) for name in words}
+        fields = ("model_type", *_COMMON_FIELDS, *self.variant.fields)
+        about = {name: getattr(self, name) for name in fields}
         about[self.variant.activation] = self.hidden_act
         if "layer_types" in about:
             about["layer_types"] = list(self.layer_types)
@@ -228,10 +235,10 @@ class LlamaConfig:
         about["rope_parameters"] = rope.to_hf(self.rope)
         about["rope_theta"] = self.rope.rope_theta
         if self.variant.local_theta:
-            both = {FULL: self.rope, SLIDING: self.sliding_rope or self.rope}
-            about["rope_parameters"] = {kind: rope.to_hf(x) for kind, x in both.items()}
-            about["rope_local_base_freq"] = both[SLIDING].rope_theta
-        if self.rope.rope_type != "default":  # the older word, which wins where both are there
+            ropes = {FULL: self.rope, SLIDING: self.sliding_rope or self.rope}
+            about["rope_parameters"] = {kind: rope.to_hf(x) for kind, x in ropes.items()}
+            about["rope_local_base_freq"] = ropes[SLIDING].rope_theta
+        if self.rope.rope_type != "default":  # the older key, which wins over the newer one
             about["rope_scaling"] = rope.to_hf(self.rope)
         return about
 
@@ -249,59 +256,71 @@ def _check(config: LlamaConfig) -> None:
     for name in ("attn_logit_softcapping", "final_logit_softcapping", "sliding_window"):
         if getattr(config, name) is not None:
             config_checks.check_positive(config, (name,))
-    plain = {"attention_bias": False, "mlp_bias": False, "attn_logit_softcapping": None}
-    plain |= {"final_logit_softcapping": None, "sliding_window": None}
-    plain |= {"query_pre_attn_scalar": config.head_dim}
-    foreign = [n for n, x in plain.items() if getattr(config, n) != x]
-    foreign = [n for n in foreign if n not in config.variant.words]
+    defaults = {
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "sliding_window": None,
+        "query_pre_attn_scalar": config.head_dim,
+    }
+    foreign = [
+        name
+        for name, default in defaults.items()
+        if getattr(config, name) != default and name not in config.variant.fields
+    ]
     if foreign:
         raise ValueError(f"A model of type {config.model_type!r} has no {', '.join(foreign)}.")
     _check_layers(config)
 
 
 def _check_layers(config: LlamaConfig) -> None:
-    kinds = config.layer_types
-    if len(kinds) != config.num_hidden_layers or not set(kinds) <= {SLIDING, FULL}:
+    layer_types = config.layer_types
+    if len(layer_types) != config.num_hidden_layers or not set(layer_types) <= {SLIDING, FULL}:
         raise ValueError(
             f"layer_types must be {SLIDING!r} or {FULL!r} for each of the "
-            f"{config.num_hidden_layers} layers, got {kinds}."
+            f"{config.num_hidden_layers} layers, got {layer_types}."
         )
-    if SLIDING in kinds and config.sliding_window is None:
+    if SLIDING in layer_types and config.sliding_window is None:
         raise ValueError(f"layer_types has {SLIDING!r}, and there is no sliding_window.")
 
 
-def _windows(said: Mapping[str, Any], variant: Variant, fields: Mapping[str, Any]) -> dict:
-    """Window and layer types; a layer without a word about it is as the model type has it."""
-    window = said["sliding_window"] if said.get("use_sliding_window", True) else None
-    kinds = fields.get("layer_types")
-    if kinds is None:
-        count = said.get("num_hidden_layers", LlamaConfig.num_hidden_layers)
-        slides = [window is not None and variant.slides(k, said) for k in range(count)]
-        kinds = [SLIDING if slide else FULL for slide in slides]
-    return {"sliding_window": window, "layer_types": tuple(kinds)}
+def _read_windows(
+    values: Mapping[str, Any], variant: Variant, fields: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Reads window and layer types; the model type has the types of layers that are not listed."""
+    window = values["sliding_window"] if values.get("use_sliding_window", True) else None
+    layer_types = fields.get("layer_types")
+    if layer_types is None:
+        count = values.get("num_hidden_layers", LlamaConfig.num_hidden_layers)
+        layer_types = [
+            SLIDING if window is not None and variant.is_sliding(k, values) else FULL
+            for k in range(count)
+        ]
+    return {"sliding_window": window, "layer_types": tuple(layer_types)}
 
 
-def _ropes(said: Mapping[str, Any], variant: Variant) -> dict[str, Rope | None]:
-    parameters = said.get("rope_parameters") or {}
-    scaling = said.get("rope_scaling") or {}
-    theta = said.get("rope_theta") or 10_000.0
-    positions = said.get("max_position_embeddings") or LlamaConfig.max_position_embeddings
+def _read_ropes(values: Mapping[str, Any], variant: Variant) -> dict[str, Rope | None]:
+    parameters = values.get("rope_parameters") or {}
+    scaling = values.get("rope_scaling") or {}
+    theta = values.get("rope_theta") or 10_000.0
+    positions = values.get("max_position_embeddings") or LlamaConfig.max_position_embeddings
     if variant.local_theta is None:
         return {"rope": rope.from_hf(scaling or parameters, theta=theta, positions=positions)}
     if parameters and not parameters.keys() & {FULL, SLIDING}:
         raise ValueError(f"rope_parameters must have {FULL!r} and {SLIDING!r}, got {parameters}.")
     full = {**(parameters.get(FULL) or {}), **scaling}
-    local = said.get("rope_local_base_freq") or variant.local_theta
+    local_theta = values.get("rope_local_base_freq") or variant.local_theta
     return {
         "rope": rope.from_hf(full, theta=theta, positions=positions),
         "sliding_rope": rope.from_hf(
-            parameters.get(SLIDING) or {}, theta=local, positions=positions
+            parameters.get(SLIDING) or {}, theta=local_theta, positions=positions
         ),
     }
 
 
 def names(config: LlamaConfig, *, head: str = CAUSAL_LM, scan_layers: bool = False) -> list[Name]:
-    """The table between Flax paths and Hugging Face names, one row a leaf.
+    """Makes the table between Flax paths and Hugging Face names, with one row for each leaf.
 
     >>> row = names(LlamaConfig())[1]
     >>> row.flax
@@ -309,28 +328,35 @@ def names(config: LlamaConfig, *, head: str = CAUSAL_LM, scan_layers: bool = Fal
     >>> row.hf, row.transpose
     ('model.layers.0.self_attn.q_proj.weight', True)
     """
-    (words,) = tables.embedding("model/embed_tokens", "model.embed_tokens")
-    tied = config.tie_word_embeddings
-    rows = [words._replace(tied=("lm_head.weight",) if tied else ())]
-    rows += tables.layers(
+    rows = tables.embedding("model/embed_tokens", "model.embed_tokens")
+    if config.tie_word_embeddings:
+        rows = [row._replace(tied=("lm_head.weight",)) for row in rows]
+    rows += tables.repeat_layers(
         "model/layers",
         "model.layers",
-        _layer(config),
+        _name_layer(config),
         count=config.num_hidden_layers,
         scan=scan_layers,
     )
     rows += tables.norm("model/norm", "model.norm", bias=False)
-    return rows + ([] if tied else tables.linear("lm_head", "lm_head", bias=False))
+    if not config.tie_word_embeddings:
+        rows += tables.linear("lm_head", "lm_head", bias=False)
+    return rows
 
 
-def _layer(config: LlamaConfig) -> list[Name]:
+def _name_layer(config: LlamaConfig) -> list[Name]:
+    """Makes the rows of one layer."""
     variant, rows = config.variant, []
-    for x in "qkvo":
-        bias = config.attention_bias or (variant.qkv_bias and x != "o")
-        rows += tables.linear(f"self_attn/{x}_proj", f"self_attn.{x}_proj", bias=bias)
-    for x in ("gate", "up", "down"):
-        rows += tables.linear(f"mlp/{x}_proj", f"mlp.{x}_proj", bias=config.mlp_bias)
+    for name in "qkvo":
+        bias = config.attention_bias or (variant.qkv_bias and name != "o")
+        rows += tables.linear(f"self_attn/{name}_proj", f"self_attn.{name}_proj", bias=bias)
+    for name in ("gate", "up", "down"):
+        rows += tables.linear(f"mlp/{name}_proj", f"mlp.{name}_proj", bias=config.mlp_bias)
     norms = ["input_layernorm", "post_attention_layernorm"]
-    norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"] * variant.post_norms
-    norms += ["self_attn/q_norm", "self_attn/k_norm"] * variant.qk_norm
-    return rows + [r for n in norms for r in tables.norm(n, n.replace("/", "."), bias=False)]
+    if variant.post_norms:
+        norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+    if variant.qk_norm:
+        norms += ["self_attn/q_norm", "self_attn/k_norm"]
+    for name in norms:
+        rows += tables.norm(name, name.replace("/", "."), bias=False)
+    return rows

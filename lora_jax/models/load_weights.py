@@ -1,7 +1,7 @@
 """Reads a checkpoint's tensors into the leaves of a model, one after the other.
 
-The headers of the files tell names, shapes and dtypes, so that what does not fit is known before
-much is read; then each leaf is read, turned and handed to JAX before the next.
+The headers of the files tell names, shapes and dtypes, so that mismatches are found before much is
+read. Then each leaf is read, transposed and given to JAX before the next one is.
 """
 
 import fnmatch
@@ -15,7 +15,6 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from lora_jax import names, sharding
-from lora_jax.files import Stored, open_safetensors, read_tensor
 from lora_jax.models.families import Family
 from lora_jax.models.hub import Checkpoint
 from lora_jax.models.quantized_tensors import (
@@ -25,6 +24,7 @@ from lora_jax.models.quantized_tensors import (
     read_quantized,
     read_settings,
 )
+from lora_jax.models.weight_files import Stored, open_file, read_tensor
 from lora_jax.names import LINEAR, Name, Weight
 from lora_jax.paths import matches
 from lora_jax.quantization import SKIPPED
@@ -32,120 +32,133 @@ from lora_jax.quantized import Quantized, is_quantized
 from lora_jax.schemes import encode, find_scheme
 
 _log = logging.getLogger("lora_jax.models.checkpoints")
-_MOST = 30  # problems shown in one message
+_MAX_PROBLEMS = 30  # number of problems in one message
 
 
 class _Part(NamedTuple):
-    """A leaf, or one layer of it: the tensors it may be read from, and the one there is."""
+    """A leaf, or one layer of it, and the tensors that it can be read from.
 
-    weights: list[Weight]  # more than one where the weight is tied
+    Attributes:
+      weights: the tensors that a checkpoint may hold; several if the weight is tied.
+      stored: those that this checkpoint holds, with their names.
+    """
+
+    weights: list[Weight]
     stored: list[tuple[str, Stored | QuantizedTensor]]
 
 
 def load_params(
     checkpoint: Checkpoint,
-    shapes: Mapping[str, Any],
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
     table: Sequence[Name],
     family: Family,
     *,
-    places: Mapping[str, NamedSharding] | None = None,
+    shardings: Mapping[str, NamedSharding] | None = None,
     scheme: str = "",
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Reads the leaves that a table names.
 
-    What is left out of the checkpoint, and what has to be made afresh, is logged. Host memory holds
-    one tensor more than the result (without ``places``, the layers of a stacked leaf count as one).
-    Kernels that the checkpoint holds quantized stay so.
+    It logs the tensors that are left out, and the modules that must be initialized. Host memory
+    holds one tensor more than the result (without ``shardings``, the layers of a stacked leaf count
+    as one). Kernels that the checkpoint holds quantized stay so.
 
     Args:
-      checkpoint: as found by ``resolve``.
-      shapes: ``jax.ShapeDtypeStruct`` by path: what the model needs, and in which dtype.
+      checkpoint: the checkpoint that ``resolve`` found.
+      shapes: shape and dtype of each leaf of the model, by path.
       table: the rows for the model.
       family: the model's family.
-      places: where each leaf goes, by path; None for JAX's default device.
-      scheme: of :func:`lora_jax.quantize`, for the kernels that are plain in the checkpoint, but
-        heads and embeddings; "" to leave them so.
+      shardings: sharding of each leaf, by path; None for JAX's default device.
+      scheme: scheme of :func:`lora_jax.quantize` for the kernels that are plain in the checkpoint,
+        but heads and embeddings; "" to leave them so.
 
     Returns:
-      Arrays by path, with ``jax.ShapeDtypeStruct`` for the leaves of optional modules that the
-      checkpoint lacks entirely (or of a head with another number of labels), and the paths of
-      those leaves.
+      Arrays by path, and the paths of fresh leaves, for which the shape stands instead: those of
+      optional modules that the checkpoint lacks entirely, and of a head with another number of
+      labels.
 
     Raises:
-      ValueError: damaged files; tensors missing, unexpected, of a wrong shape or dtype, or not
-        finite, all in one message.
+      ValueError: files are damaged, or tensors are missing, unexpected, not finite, or of a wrong
+        shape or dtype; all are in one message.
     """
     settings = read_settings(checkpoint.config, checkpoint.name)
-    parts = _parts(table, shapes)
-    known = _known_names(table, shapes)
+    parts = _make_parts(table, shapes)
+    known = _map_known_names(table, shapes)
     grouped, damaged = group(open_tensors(checkpoint), settings)
-    tensors, problems = _standard_names(grouped, known, family)
+    tensors, problems = _rename_tensors(grouped, known, family)
     problems = damaged + problems
     for part in parts.values():
         part.stored.extend((w.hf, tensors[w.hf]) for w in part.weights if w.hf in tensors)
         other = part.weights[0].row.otherwise
         if not part.stored and other in tensors:
             part.stored.append((other, tensors[other]))
-    reasons = _fresh_modules(parts, family)
+    reasons = _find_fresh_modules(parts, family)
     for module, reason in reasons.items():
         _log.warning("%s: %s is freshly initialised, since %s", checkpoint.name, module, reason)
-    below = tuple(f"{module}/" for module in reasons)
-    fresh = tuple(row.flax for row in table if row.flax in shapes and row.flax.startswith(below))
+    prefixes = tuple(f"{module}/" for module in reasons)
+    fresh = tuple(row.flax for row in table if row.flax in shapes and row.flax.startswith(prefixes))
     leaves: dict[str, list[_Part]] = {}
     for (leaf, _), part in parts.items():
         leaves.setdefault(leaf, []).append(part)
-    result: dict[str, Any] = {}
-    for leaf, some in leaves.items():
+    result: dict[str, jax.Array | jax.ShapeDtypeStruct] = {}
+    for leaf, leaf_parts in leaves.items():
         if leaf in fresh:
             result[leaf] = shapes[leaf]
             continue
-        found = [p for part in some for p in _unfit(part)]
-        place = places[leaf] if places else None
-        own = scheme if _is_kernel(some[0].weights[0], scheme) else ""
-        value, more = _read(some, shapes[leaf], place, keep=not problems + found, scheme=own)
-        problems += found + more
+        problems += [problem for part in leaf_parts for problem in _check_headers(part)]
+        place = shardings[leaf] if shardings else None
+        own = scheme if _is_kernel(leaf_parts[0].weights[0], scheme) else ""
+        value, value_problems = _read_leaf(
+            leaf_parts, shapes[leaf], place, keep=not problems, scheme=own
+        )
+        problems += value_problems
         result[leaf] = value
-        if problems:  # which are all looked for; the values are of no more use
+        if problems:  # the rest is only checked, and values are of no more use
             result.clear()
     if problems:
         raise ValueError(
             f"The checkpoint {checkpoint.name!r} in {checkpoint.directory} does not fit the model: "
-            f"{shown(problems)}. Check that its weights are those of its config.json, or copy "
-            "them again."
+            f"{join_problems(problems)}. Check that its weights are those of its config.json, or "
+            "copy them again."
         )
     return result, fresh
 
 
-def shown(problems: Sequence[str]) -> str:
-    """The problems in one sentence, or the first of them."""
-    more = f"; and {len(problems) - _MOST} more" if len(problems) > _MOST else ""
-    return "; ".join(problems[:_MOST]) + more
+def join_problems(problems: Sequence[str]) -> str:
+    """Joins problems, or the first of many, to one sentence."""
+    parts = list(problems[:_MAX_PROBLEMS])
+    if len(problems) > _MAX_PROBLEMS:
+        parts.append(f"and {len(problems) - _MAX_PROBLEMS} more")
+    return "; ".join(parts)
 
 
-def _parts(table: Sequence[Name], shapes: Mapping[str, Any]) -> dict[tuple, _Part]:
-    parts: dict[tuple, _Part] = {}
+def _make_parts(
+    table: Sequence[Name], shapes: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[tuple[str, int | None], _Part]:
+    """Makes the parts of all leaves, by leaf and layer."""
+    parts: dict[tuple[str, int | None], _Part] = {}
     for weight in names.weights(table, shapes):
         parts.setdefault((weight.leaf, weight.layer), _Part([], [])).weights.append(weight)
     return parts
 
 
 def open_tensors(checkpoint: Checkpoint) -> dict[str, Stored]:
-    """The tensors of all files by name; only headers are read.
+    """Finds the tensors of all files by name; it reads only headers.
 
     Raises:
-      ValueError: damaged files, or a tensor in two of them.
+      ValueError: files are damaged, or a tensor is in two of them.
     """
     tensors: dict[str, Stored] = {}
     damaged = []
     for path in checkpoint.weights:
         try:
-            more = open_safetensors(path)
+            file_tensors = open_file(path)
         except ValueError as error:
             damaged.append(f"{path}: {error}")
             continue
-        if twice := sorted(set(more) & set(tensors)):
-            damaged.append(f"{path}: holds {shown(twice)}, which another file holds, too")
-        tensors |= more
+        if duplicates := sorted(set(file_tensors) & set(tensors)):
+            shared = join_problems(duplicates)
+            damaged.append(f"{path}: holds {shared}, which another file holds, too")
+        tensors |= file_tensors
     if damaged:
         raise ValueError(
             f"The checkpoint {checkpoint.name!r} has damaged files (truncated or changed): "
@@ -154,74 +167,84 @@ def open_tensors(checkpoint: Checkpoint) -> dict[str, Stored]:
     return tensors
 
 
-def _known_names(table: Sequence[Name], shapes: Mapping[str, Any]) -> dict[str, str]:
-    """The table's name of a tensor by each name that it may have."""
+def _map_known_names(
+    table: Sequence[Name], shapes: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, str]:
+    """Maps each name that a tensor may have to its name in the table."""
     new, old = (names.weights(table, shapes, older=flag) for flag in (False, True))
     older = {w.hf: standard.hf for w, standard in zip(old, new, strict=True)}
     return older | {w.hf: w.hf for w in new}
 
 
-def _standard_names(
+def _rename_tensors(
     tensors: Mapping[str, Any], known: Mapping[str, str], family: Family
 ) -> tuple[dict[str, Any], list[str]]:
-    """Brings the layouts in use to the one of the table; also returns problems.
+    """Gives tensors the names of the table; also returns problems.
 
-    A bare backbone lacks the family's prefix; transformers has renamed some tensors; the oldest
+    A bare backbone lacks the family's prefix, transformers has renamed some tensors, and the oldest
     files call a norm's parameters gamma and beta.
     """
     standard: dict[str, Any] = {}
-    problems, left_out = [], []
+    problems, ignored = [], []
     for name, stored in tensors.items():
-        new = next((known[c] for c in _candidates(name, family.prefix) if c in known), None)
+        new = next((known[n] for n in _list_names(name, family.prefix) if n in known), None)
         if new is None and _is_ignored(name, family, known):
-            left_out.append(name)
+            ignored.append(name)
         elif new is None:
             problems.append(f"{name} is unexpected")
         elif new in standard:
             problems.append(f"{new} is there twice, once as {name}")
         else:
             standard[new] = stored
-    if left_out:
-        _log.info("Left out of the checkpoint: %s", ", ".join(left_out))
+    if ignored:
+        _log.info("Left out of the checkpoint: %s", ", ".join(ignored))
     return standard, sorted(problems)
 
 
-def _candidates(name: str, prefix: str) -> list[str]:
-    new = name
-    for old, word in (("gamma", "weight"), ("beta", "bias")):
+def _list_names(name: str, prefix: str) -> list[str]:
+    """Lists the names that a tensor may have in a table."""
+    renamed = name
+    for old, new in (("gamma", "weight"), ("beta", "bias")):
         if name.endswith(f".{old}"):
-            new = name.removesuffix(old) + word
-    return [c for n in (name, new) for c in (n, f"{prefix}{n}", n.removeprefix(prefix))]
+            renamed = name.removesuffix(old) + new
+    return [x for n in (name, renamed) for x in (n, f"{prefix}{n}", n.removeprefix(prefix))]
 
 
 def _is_ignored(name: str, family: Family, known: Mapping[str, str]) -> bool:
-    """Whether a pattern leaves the tensor out; one for a head that is loaded does not count."""
-    loaded = lambda p: p.endswith("*") and any(k.startswith(p[:-1]) for k in known)
-    patterns = [p for p in family.ignored if not loaded(p)]
+    """Tells if a pattern leaves the tensor out; that of a head that is loaded does not count."""
+    is_loaded = lambda p: p.endswith("*") and any(k.startswith(p[:-1]) for k in known)
+    patterns = [p for p in family.ignored if not is_loaded(p)]
     bare = name.removeprefix(family.prefix)
     return any(fnmatch.fnmatchcase(n, p) for p in patterns for n in (name, bare))
 
 
-def _fresh_modules(parts: Mapping[tuple, _Part], family: Family) -> dict[str, str]:
-    """The modules to make afresh, each with the reason."""
+def _find_fresh_modules(
+    parts: Mapping[tuple[str, int | None], _Part], family: Family
+) -> dict[str, str]:
+    """Finds the modules that must be initialized, each with the reason."""
     reasons = {}
     for module in family.optional:
-        some = [part for (leaf, _), part in parts.items() if leaf.startswith(f"{module}/")]
-        if some and not any(part.stored for part in some):
+        module_parts = _select_parts(parts, module)
+        if module_parts and not any(part.stored for part in module_parts):
             reasons[module] = "the checkpoint has none"
-    head = [p for (leaf, _), p in parts.items() if leaf.startswith(f"{family.labelled}/")]
-    if family.labelled and head and all(part.stored for part in head):
-        wanted = [names.tensor_shape(part.weights[0]) for part in head]
-        has = [part.stored[0][1].shape for part in head]
-        labels, count = wanted[0][0], has[0][0] if has[0] else 0
-        # A whole head of another size; anything else about it is a mismatch like any other.
-        if count != labels and has == [(count, *shape[1:]) for shape in wanted]:
-            reasons[family.labelled] = f"the checkpoint's has {count} labels, not {labels}"
+    head = _select_parts(parts, family.label_module)
+    if head and all(part.stored for part in head):
+        expected = [names.tensor_shape(part.weights[0]) for part in head]
+        shapes = [part.stored[0][1].shape for part in head]
+        labels, count = expected[0][0], shapes[0][0] if shapes[0] else 0
+        # The whole head is of another size; any other difference is an ordinary mismatch.
+        if count != labels and shapes == [(count, *shape[1:]) for shape in expected]:
+            reasons[family.label_module] = f"the checkpoint's has {count} labels, not {labels}"
     return reasons
 
 
-def _unfit(part: _Part) -> list[str]:
-    """What the headers tell against a part."""
+def _select_parts(parts: Mapping[tuple[str, int | None], _Part], module: str) -> list[_Part]:
+    """Selects the parts of a module; there are none of the module ""."""
+    return [part for (leaf, _), part in parts.items() if leaf.startswith(f"{module}/")]
+
+
+def _check_headers(part: _Part) -> list[str]:
+    """Lists the mismatches of a part that headers tell."""
     if not part.stored:
         return [f"{part.weights[0].hf} is missing"]
     problems = []
@@ -240,7 +263,7 @@ def _unfit(part: _Part) -> list[str]:
 
 
 def _is_kernel(weight: Weight, scheme: str) -> bool:
-    """Whether a kernel is one to quantize: no head, no embedding, and not below a block."""
+    """Tells whether a kernel is one to quantize: no head, no embedding, and not below a block."""
     if not scheme or names.kind(weight) != LINEAR or not names.axes(weight):
         return False
     size = int(np.prod(weight.shape))
@@ -248,7 +271,7 @@ def _is_kernel(weight: Weight, scheme: str) -> bool:
     return not is_spared and size >= find_scheme(scheme).block
 
 
-def _read(
+def _read_leaf(
     parts: Sequence[_Part],
     shape: jax.ShapeDtypeStruct,
     place: NamedSharding | None,
@@ -256,43 +279,43 @@ def _read(
     keep: bool,
     scheme: str = "",
 ) -> tuple[Any, list[str]]:
-    """A leaf, and what its values tell against it; it is put together only to ``keep`` it."""
+    """Reads a leaf, and lists problems of its values; without ``keep`` it makes no array."""
     problems: list[str] = []
-    values = _values(parts, problems, shape.dtype, keep=keep)
+    values = _read_values(parts, problems, shape.dtype, keep=keep)
     if not keep:
         for _ in values:
             pass
         return None, problems
     first, is_stacked = parts[0].weights[0], parts[0].weights[0].layer is not None
     if scheme or any(isinstance(x, QuantizedTensor) for p in parts for _, x in p.stored):
-        layers = [_encoded(first, x, scheme, shape) for x in values]
-        value = None if problems else _joined(layers, place, is_stacked=is_stacked)
+        layers = [_encode(first, x, scheme, shape) for x in values]
+        value = None if problems else _join_layers(layers, place, is_stacked=is_stacked)
         if value is None and not problems:
             problems.append(
                 f"{first.row.hf} is quantized in another way in some layers than in others, which "
                 "can't be stacked: load it with scan_layers=False"
             )
     elif is_stacked:
-        value = _stacked(values, shape, place)
+        value = _stack_layers(values, shape, place)
     else:
-        value = _single(*values, shape, place)
+        value = _put_value(*values, shape, place)
     return (None if problems else value), problems
 
 
-def _encoded(weight: Weight, value: Any, scheme: str, like: jax.ShapeDtypeStruct) -> Any:
-    """The kernel in numpy arrays of codes and scales; as it is where it is stored so."""
+def _encode(weight: Weight, value: Any, scheme: str, like: jax.ShapeDtypeStruct) -> Any:
+    """Makes numpy arrays of codes and scales of a kernel, unless it is stored so."""
     if value is None or is_quantized(value) or not scheme:
         return value
     leaf = encode(jnp.asarray(value), scheme, names.axes(weight), dtype=like.dtype)
     return jax.tree.map(np.asarray, leaf)
 
 
-def _joined(
+def _join_layers(
     layers: Sequence[Any], place: NamedSharding | None, *, is_stacked: bool
 ) -> Quantized | None:
-    """One leaf of the layers of a stack, or of the one there is, on the devices.
+    """Puts one leaf of the layers of a stack, or of the one there is, onto the devices.
 
-    None if the layers have no form in common.
+    Returns None if the layers have no form in common.
     """
     if len({jax.tree.structure(x) for x in layers}) > 1:
         return None
@@ -300,14 +323,14 @@ def _joined(
     return jax.tree.map(jnp.asarray, leaf) if place is None else sharding.put(leaf, place)
 
 
-def _values(
+def _read_values(
     parts: Sequence[_Part], problems: list[str], dtype: Any, *, keep: bool
 ) -> Iterator[Any]:
-    """The value of each part, to ``keep`` it; None after a problem, which goes into the list."""
+    """Reads the value of each part; None after a problem, which is added to the list."""
     for part in parts:
         value = None
         if any(isinstance(stored, QuantizedTensor) for _, stored in part.stored):
-            yield _quantized_value(part, problems, dtype)
+            yield _read_quantized_value(part, problems, dtype)
             continue
         floating = [(n, s) for n, s in part.stored if jnp.issubdtype(s.dtype, jnp.floating)]
         for name, stored in floating:
@@ -315,13 +338,13 @@ def _values(
             if not np.isfinite(tensor).all():
                 problems.append(f"{name} holds NaN or infinity")
             elif name != floating[0][0]:
-                problems += _differs(tensor, name, floating[0])
+                problems += _check_tied(tensor, name, floating[0])
             elif keep:
                 value = names.from_tensor(part.weights[0], tensor)
         yield None if problems else value
 
 
-def _quantized_value(part: _Part, problems: list[str], dtype: Any) -> Any:
+def _read_quantized_value(part: _Part, problems: list[str], dtype: Any) -> Any:
     (name, stored), *rest = part.stored
     try:
         if rest or not isinstance(stored, QuantizedTensor):
@@ -332,29 +355,29 @@ def _quantized_value(part: _Part, problems: list[str], dtype: Any) -> Any:
         return None
 
 
-def _single(
+def _put_value(
     value: np.ndarray | None, shape: jax.ShapeDtypeStruct, place: NamedSharding | None
 ) -> jax.Array | None:
     if value is None or place is not None:
         return None if value is None else sharding.put(value, place, shape.dtype)
-    # Contiguous in the dtype that is wanted, so that JAX has no reason to copy it once more.
+    # It is made contiguous in the right dtype, so that JAX does not copy it once more.
     return jnp.asarray(np.ascontiguousarray(value, shape.dtype))
 
 
-def _stacked(
+def _stack_layers(
     values: Iterator[np.ndarray | None], shape: jax.ShapeDtypeStruct, place: NamedSharding | None
 ) -> jax.Array:
-    nothing = np.broadcast_to(np.zeros((), shape.dtype), shape.shape[1:])  # after a problem
-    layers = (nothing if value is None else value for value in values)
+    zeros = np.broadcast_to(np.zeros((), shape.dtype), shape.shape[1:])  # after a problem
+    layers = (zeros if value is None else value for value in values)
     if place is not None:
         return sharding.put_layers(shape.shape, shape.dtype, layers, place)
-    whole = np.empty(shape.shape, shape.dtype)
+    stack = np.empty(shape.shape, shape.dtype)
     for k, layer in enumerate(layers):
-        whole[k] = layer
-    return jnp.asarray(whole)
+        stack[k] = layer
+    return jnp.asarray(stack)
 
 
-def _differs(tensor: np.ndarray, name: str, first: tuple[str, Stored]) -> list[str]:
-    """Tied weights may be stored twice, but then with the same values."""
-    same = tensor.shape == first[1].shape and np.array_equal(tensor, read_tensor(first[1]))
-    return [] if same else [f"{name} differs from {first[0]}, to which it is tied"]
+def _check_tied(tensor: np.ndarray, name: str, first: tuple[str, Stored]) -> list[str]:
+    """Lists a tied weight that is stored twice, with different values."""
+    is_same = tensor.shape == first[1].shape and np.array_equal(tensor, read_tensor(first[1]))
+    return [] if is_same else [f"{name} differs from {first[0]}, to which it is tied"]

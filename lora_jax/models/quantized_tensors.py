@@ -17,9 +17,9 @@ import numpy as np
 from lora_jax import names
 from lora_jax.code_books import DYNAMIC, TABLES
 from lora_jax.factors import IN, OUT
-from lora_jax.files import Stored, read_tensor
 from lora_jax.models import grouped_tensors
 from lora_jax.models.grouped_tensors import Settings
+from lora_jax.models.weight_files import Stored, read_tensor
 from lora_jax.names import Weight
 from lora_jax.quantized import NESTED_BLOCK, Affine, CodeBook, Quantized, decode
 

@@ -1,4 +1,4 @@
-"""The model families that are built here."""
+"""Lists the model families that are built here, and finds one by its config."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,18 +18,19 @@ FAMILIES: tuple[Family, ...] = (
 
 
 def find(config: Mapping[str, Any]) -> Family:
-    """The family of a parsed ``config.json``.
+    """Finds the family of a parsed ``config.json``.
 
     Raises:
-      ValueError: its ``model_type`` is of none; the message lists those that are.
+      ValueError: no family has its ``model_type``; the message lists those that are built.
 
     >>> find({"model_type": "bert"}).config.__name__
     'BertConfig'
     """
-    kind = config.get("model_type")
-    built = {name: family for family in FAMILIES for name in family.model_type}
-    if not isinstance(kind, str) or kind not in built:
+    model_type = config.get("model_type")
+    families = {name: family for family in FAMILIES for name in family.model_type}
+    if not isinstance(model_type, str) or model_type not in families:
         raise ValueError(
-            f"model_type is {kind!r} in this config; built here are {', '.join(sorted(built))}."
+            f"model_type is {model_type!r} in this config; built here are "
+            f"{', '.join(sorted(families))}."
         )
-    return built[kind]
+    return families[model_type]

@@ -11,12 +11,16 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from lora_jax.models import config_checks, encoder, tables
-from lora_jax.models.encoder import Embeddings, Encoder, EncoderConfig, Part, Pooler
+from lora_jax.models.encoder import (
+    EncoderConfig,
+    EncoderForSequenceClassification,
+    EncoderModel,
+    Part,
+)
 from lora_jax.models.families import CLASSIFIER, ENCODER, Family
-from lora_jax.models.layers import Dropout, check_inputs
+from lora_jax.models.layers import Dropout
 from lora_jax.names import Name
 
 Array = jax.Array
@@ -26,7 +30,7 @@ _KINDS = ("roberta", "xlm-roberta")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RobertaConfig(EncoderConfig):
-    """The shape of a RoBERTa model; field names as in ``config.json``, defaults of roberta-base.
+    """The shape of a RoBERTa model, by default that of roberta-base; field names as in BERT's.
 
     Raises:
       ValueError: a value is out of its range; the message names the field.
@@ -51,12 +55,17 @@ class RobertaConfig(EncoderConfig):
 
     @property
     def positions(self) -> int:
-        """The longest input: positions up to that of padding are never a token's."""
+        """The length of the longest input; no token has a position up to that of padding."""
         return self.max_position_embeddings - self.pad_token_id - 1
+
+    @property
+    def padding_idx(self) -> int:
+        """The token of padding, which positions skip."""
+        return self.pad_token_id
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "RobertaConfig":
-        """Reads a parsed ``config.json``; keys that do not shape the model are left out.
+        """Reads a parsed ``config.json``; it leaves out keys that do not shape the model.
 
         Raises:
           ValueError: it describes another architecture, or a variant that is not built here.
@@ -67,7 +76,7 @@ class RobertaConfig(EncoderConfig):
         return config_checks.read(cls, config, model_type=_KINDS, built=encoder.BUILT)
 
     def to_hf(self) -> dict[str, Any]:
-        """The same as the content of a ``config.json``.
+        """Returns the content of a ``config.json``.
 
         >>> RobertaConfig().to_hf()["model_type"]
         'roberta'
@@ -75,66 +84,8 @@ class RobertaConfig(EncoderConfig):
         return dataclasses.asdict(self)
 
 
-def position_ids(input_ids: Array, pad: int) -> Array:
-    """The number of each token among those that are no padding, from ``pad + 1``; padding has pad.
-
-    >>> position_ids(jnp.array([[5, 6, 1, 1]]), 1).tolist()
-    [[2, 3, 1, 1]]
-    """
-    real = (input_ids != pad).astype(jnp.int32)
-    return jnp.cumsum(real, axis=1) * real + pad
-
-
-class RobertaModel(Part):
-    """Encoder, and pooler if asked for.
-
-    Attributes:
-      config: the shape.
-      dtype: of the activations, float32 or bfloat16; parameters are float32.
-      pooler: whether there is a pooler; a classifier has none.
-      scan_layers: whether the layers are stacked, and one is compiled for all.
-      remat: what the backward pass computes again; see :func:`layers.rematted`.
-    """
-
-    pooler: bool = True
-    scan_layers: bool = False
-    remat: str = "none"
-
-    @nn.compact
-    def __call__(
-        self,
-        input_ids: Array,
-        attention_mask: Array,
-        token_type_ids: Array | None = None,
-        *,
-        deterministic: bool = True,
-    ) -> tuple[Array, Array | None]:
-        """Computes hidden states ``(batch, length, hidden)`` and pooled ``(batch, hidden)``.
-
-        Args:
-          input_ids: integers ``(batch, length)``; what is no token must be ``pad_token_id``.
-          attention_mask: the same shape; positive where there is a token, 0 at padding.
-          token_type_ids: the same shape; None stands for zeros.
-          deterministic: without dropout; otherwise ``rngs={"dropout": key}`` is needed.
-
-        Raises:
-          ValueError: too many tokens, or shapes that differ.
-        """
-        if token_type_ids is None:
-            token_type_ids = jnp.zeros_like(input_ids)
-        check_inputs(
-            self.config.positions,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-        )
-        positions = position_ids(input_ids, self.config.pad_token_id)
-        embeddings = self._part(Embeddings, "embeddings")
-        x = embeddings(input_ids, token_type_ids, positions, deterministic=deterministic)
-        stack = {"scan_layers": self.scan_layers, "remat": self.remat}
-        layers = Encoder(self.config, self.dtype, **stack, name="encoder")
-        x = layers(x, attention_mask, deterministic=deterministic)
-        return x, self._part(Pooler, "pooler")(x) if self.pooler else None
+class RobertaModel(EncoderModel):
+    """RoBERTa without a head: encoder and pooler. Its attributes are those of its base class."""
 
 
 class RobertaClassificationHead(Part):
@@ -144,57 +95,34 @@ class RobertaClassificationHead(Part):
 
     @nn.compact
     def __call__(self, x: Array, *, deterministic: bool) -> Array:
-        """``(batch, length, hidden)`` to ``(batch, num_labels)``."""
+        """Maps ``(batch, length, hidden)`` to ``(batch, num_labels)``."""
         drop = Dropout(self.config.head_dropout, deterministic=deterministic)
         x = nn.tanh(self._dense(self.config.hidden_size)(drop(x[:, 0])))
         return self._dense(self.num_labels, "out_proj")(drop(x))
 
 
-class RobertaForSequenceClassification(nn.Module):
-    """RoBERTa with its classification head.
+class RobertaForSequenceClassification(EncoderForSequenceClassification):
+    """RoBERTa with a classifier of two layers on the first token."""
 
-    Attributes:
-      config: the encoder's shape.
-      num_labels: outputs of the classifier.
-      dtype: of the activations, float32 or bfloat16; parameters are float32.
-      scan_layers, remat: as in :class:`RobertaModel`.
-    """
+    encoder_name = "roberta"
+    encoder_pooler = False
 
-    config: RobertaConfig
-    num_labels: int = 2
-    dtype: Any = jnp.float32
-    scan_layers: bool = False
-    remat: str = "none"
-
-    @nn.compact
-    def __call__(
-        self,
-        input_ids: Array,
-        attention_mask: Array,
-        token_type_ids: Array | None = None,
-        *,
-        deterministic: bool = True,
-    ) -> Array:
-        """Logits ``(batch, num_labels)``, at least float32; arguments as :class:`RobertaModel`."""
-        stack = {"scan_layers": self.scan_layers, "remat": self.remat}
-        model = RobertaModel(self.config, self.dtype, pooler=False, **stack, name="roberta")
-        x, _ = model(input_ids, attention_mask, token_type_ids, deterministic=deterministic)
+    def _classify(self, x: Array, *, deterministic: bool) -> Array:
         head = RobertaClassificationHead(
             self.config, self.dtype, num_labels=self.num_labels, name="classifier"
         )
-        logits = head(x, deterministic=deterministic)
-        return logits.astype(jnp.promote_types(self.dtype, jnp.float32))
+        return head(x, deterministic=deterministic)
 
 
 def names(
     config: RobertaConfig, *, head: str = CLASSIFIER, scan_layers: bool = False
 ) -> list[Name]:
-    """The table between Flax paths and Hugging Face names, one row a leaf.
+    """Makes the table between Flax paths and Hugging Face names, with one row for each leaf.
 
     Args:
-      config: gives the number of layers.
+      config: config of the model, which gives the number of layers.
       head: "classifier", or "encoder" for the leaves of a bare ``RobertaModel``.
-      scan_layers: with the layers stacked.
+      scan_layers: whether the layers are stacked.
 
     >>> names(RobertaConfig())[-2][:2]
     ('classifier/out_proj/kernel', 'classifier.out_proj.weight')
@@ -202,7 +130,7 @@ def names(
     rows = encoder.names(config, pooler=head == ENCODER, scan_layers=scan_layers)
     if head == ENCODER:
         return rows
-    rows = tables.below("roberta/", "roberta.", rows)
+    rows = tables.add_prefix("roberta/", "roberta.", rows)
     for layer in ("dense", "out_proj"):
         rows += tables.linear(f"classifier/{layer}", f"classifier.{layer}")
     return rows
@@ -215,13 +143,13 @@ FAMILY = Family(
     models={CLASSIFIER: RobertaForSequenceClassification, ENCODER: RobertaModel},
     architectures={CLASSIFIER: "RobertaForSequenceClassification", ENCODER: "RobertaModel"},
     prefix="roberta.",
-    # Buffers, and other heads; a classifier has no pooler, which pretrained files carry.
+    # Buffers, and other heads; pretrained files carry a pooler, and a classifier has none.
     ignored=(
         "embeddings.position_ids", "embeddings.token_type_ids",
         "pooler.*", "lm_head.*", "classifier.*", "qa_outputs.*",
     ),
     optional=("classifier", "pooler"),
-    labelled="classifier/out_proj",
+    label_module="classifier/out_proj",
     targets=("query", "value"),
     trained=("classifier",),
     sharding=encoder.SHARDING,

@@ -3,20 +3,34 @@
 The modules and their numbers are those of Hugging Face's ``T5ForConditionalGeneration``; each
 kernel is stored as Flax does, ``(d_in, d_out)``. :func:`names` is the table between the two. The
 two versions differ in the feed-forward layer (ReLU, or a gated GELU) and in the head: that of 1.0
-is the embedding, on scaled states; that of 1.1 is a kernel of its own.
+is the embedding, on scaled states; that of 1.1 has its own kernel.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from lora_jax.models import kv_cache
-from lora_jax.models.attention import attention
+from lora_jax.models.attention import (
+    attention,
+    make_causal_mask,
+    make_padding_mask,
+    mask_to_bias,
+)
 from lora_jax.models.families import SEQ2SEQ_LM, TOKENS, Family, column, embedding, row
-from lora_jax.models.layers import ACTIVATIONS, Dropout, RMSNorm, rematted
+from lora_jax.models.layers import (
+    ACTIVATIONS,
+    Dropout,
+    Layers,
+    RMSNorm,
+    apply_layers,
+    make_layers,
+)
 from lora_jax.models.relative_positions import relative_buckets
 from lora_jax.models.t5_config import T5Config, names
 from lora_jax.sharding import split_lookup, split_rows
@@ -26,10 +40,10 @@ PyTree = Any
 
 
 class Memory(NamedTuple):
-    """What the decoder needs of the input: computed once, used at every step.
+    """What the decoder reads of the input; it is computed once, and used at every step.
 
     Attributes:
-      layers: of each decoder layer's cross-attention keys ``k`` and values ``v``, each
+      layers: keys ``k`` and values ``v`` of the cross-attention in each decoder layer, each
         ``(batch, length, heads, d_kv)``; one stacked entry for scanned layers.
       mask: ``(batch, length)``, positive where there is a token.
     """
@@ -42,24 +56,26 @@ def init_cache(
     config: T5Config,
     batch: int,
     length: int,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     *,
     scan_layers: bool = False,
 ) -> kv_cache.Cache:
-    """An empty cache with ``length`` slots.
+    """Makes an empty cache with ``length`` slots.
 
     >>> init_cache(T5Config(num_heads=2, d_kv=8), 3, 5).layers[0]["k"].shape
     (3, 5, 2, 8)
     """
     shape = (batch, length, config.num_heads, config.d_kv)
-    return kv_cache.empty(shape, dtype, count=config.num_decoder_layers, stacked=scan_layers)
+    return kv_cache.init(
+        shape, dtype, num_layers=config.num_decoder_layers, scan_layers=scan_layers
+    )
 
 
 class _Part(nn.Module):
-    """A module of the model: computes in ``dtype`` with float32 parameters."""
+    """A module of the model, which computes in ``dtype`` with float32 parameters."""
 
     config: T5Config
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def _dense(self, features: int, stddev: float, name: str | None = None) -> nn.Dense:
         init = nn.initializers.normal(self.config.initializer_factor * stddev)
@@ -86,13 +102,13 @@ class T5Attention(_Part):
         self.dropout = self._dropout()
 
     def keys(self, states: Array) -> dict[str, Array]:
-        """Keys ``k`` and values ``v`` of ``(batch, length, d_model)``."""
+        """Computes keys ``k`` and values ``v`` of states ``(batch, length, d_model)``."""
         return {"k": self._split(self.k(states)), "v": self._split(self.v(states))}
 
     def __call__(
         self, x: Array, keys: Mapping[str, Array], bias: Array, deterministic: bool
     ) -> Array:
-        """``x`` is ``(batch, queries, d_model)``; ``bias`` is added to the scores."""
+        """Maps ``(batch, queries, d_model)`` to the same; ``bias`` is added to the scores."""
         drop = lambda weights: self.dropout(weights, deterministic=deterministic)
         query = self._split(self.q(x))
         key, value = (keys[name].astype(query.dtype) for name in "kv")
@@ -108,13 +124,16 @@ class T5Dense(_Part):
 
     @nn.compact
     def __call__(self, x: Array, deterministic: bool) -> Array:
-        """``(..., d_model)`` to the same."""
+        """Maps ``(..., d_model)`` to the same."""
         c = self.config
         gated, _, activation = c.feed_forward_proj.rpartition("-")
-        wide = lambda name: self._dense(c.d_ff, c.d_model**-0.5, name)(x)
+        project = lambda name: self._dense(c.d_ff, c.d_model**-0.5, name)(x)
         # The name "gated-gelu" has always stood for the approximation by tanh.
         activate = ACTIVATIONS["gelu_new" if gated and activation == "gelu" else activation]
-        y = activate(wide("wi_0")) * wide("wi_1") if gated else activate(wide("wi"))
+        if gated:
+            y = activate(project("wi_0")) * project("wi_1")
+        else:
+            y = activate(project("wi"))
         y = self._dropout()(y, deterministic=deterministic)
         return self._dense(c.d_model, c.d_ff**-0.5, "wo")(y)
 
@@ -125,7 +144,7 @@ class T5Block(_Part):
     decoder: bool = False
 
     def setup(self) -> None:
-        """Makes the parts; each has its norm before it, and a residual connection around both."""
+        """Makes the submodules; each has a norm before it and a residual connection around both."""
         self.SelfAttention, self.self_norm = T5Attention(self.config, self.dtype), self._norm()
         if self.decoder:
             self.EncDecAttention = T5Attention(self.config, self.dtype)
@@ -133,15 +152,27 @@ class T5Block(_Part):
         self.DenseReluDense, self.dense_norm = T5Dense(self.config, self.dtype), self._norm()
         self.dropout = self._dropout()
 
-    def memory(self, states: Array, own: None) -> tuple[Array, dict[str, Array]]:
-        """The encoder's states, unchanged, and the keys that cross-attention makes of them."""
+    def memory(self, states: Array, layer_inputs: None) -> tuple[Array, dict[str, Array]]:
+        """Returns the encoder's states, unchanged, and the keys that cross-attention makes."""
         return states, self.EncDecAttention.keys(states)
 
     def __call__(
-        self, x: Array, own: tuple[PyTree, PyTree], context: tuple, deterministic: bool
+        self,
+        x: Array,
+        layer_inputs: tuple[PyTree, PyTree],
+        shared_inputs: tuple[Array, Array | None, Array | None],
+        deterministic: bool,
     ) -> tuple[Array, PyTree]:
-        """New states and the layer's cache; ``own`` is its cache and its keys of the encoder."""
-        (cache, memory), (bias, cross_bias, index) = own, context
+        """Computes new states and the layer's cache.
+
+        Args:
+          x: ``(batch, n, d_model)``.
+          layer_inputs: the layer's cache or None, and its keys of the encoder's states or None.
+          shared_inputs: the biases of the two attentions' scores, and the slot of the cache that
+            takes the first token of ``x``.
+          deterministic: whether nothing is dropped.
+        """
+        (cache, memory), (bias, cross_bias, index) = layer_inputs, shared_inputs
         add = lambda x, y: split_rows(x + self.dropout(y, deterministic=deterministic))
         y = self.self_norm(x)
         keys = self.SelfAttention.keys(y)
@@ -161,27 +192,23 @@ class T5Stack(_Part):
     remat: str = "none"
 
     def setup(self) -> None:
-        """Makes the parts."""
+        """Makes the submodules."""
         c = self.config
-        high = jnp.promote_types(self.dtype, jnp.float32)  # the scores', to which it is added
         self.relative_attention_bias = nn.Embed(
             c.relative_attention_num_buckets,
             c.num_heads,
             embedding_init=nn.initializers.normal(c.initializer_factor * c.d_model**-0.5),
-            dtype=high,
+            dtype=jnp.promote_types(self.dtype, jnp.float32),  # that of the scores
         )
         count = c.num_decoder_layers if self.decoder else c.num_layers
-        block = lambda kind: kind(c, dtype=self.dtype, decoder=self.decoder)
-        if self.scan_layers:
-            self.block = block(_scanned(count, self.remat))
-        else:
-            kind = rematted(T5Block, self.remat, static=_STATIC)
-            self.block = [block(kind) for _ in range(count)]
+        layers = Layers(count, self.scan_layers, self.remat)
+        fields = {"config": c, "dtype": self.dtype, "decoder": self.decoder}
+        self.block = make_layers(T5Block, layers, methods={"memory": 0}, **fields)
         self.final_layer_norm = self._norm()
         self.dropout = self._dropout()
 
     def memory(self, states: Array) -> PyTree:
-        """Keys that the layers' cross-attention makes of the encoder's states."""
+        """Computes the keys and values of every layer's cross-attention."""
         if self.scan_layers:
             return self.block.memory(states, None)[1]
         return tuple(block.memory(states, None)[1] for block in self.block)
@@ -195,98 +222,68 @@ class T5Stack(_Part):
         cache: kv_cache.Cache | None = None,
         deterministic: bool,
     ) -> tuple[Array, kv_cache.Cache | None]:
-        """``x`` is ``(batch, n, d_model)``, the mask ``(batch, n)`` or as long as the cache."""
+        """Computes states ``(batch, n, d_model)``, and the new cache if there is one.
+
+        Args:
+          x: embeddings ``(batch, n, d_model)``.
+          mask: ``(batch, n)``, or ``(batch, slots)`` with a cache.
+          memory: the encoder's, for a decoder.
+          cache: the decoder's, for generation.
+          deterministic: whether nothing is dropped.
+        """
         index = None if cache is None else cache.index
-        bias = self._bias(x.shape[1], mask, 0 if index is None else index)
-        cross_bias = None if memory is None else _forbid(memory.mask[:, None, None, :] > 0)
-        own = [None if part is None else part.layers for part in (cache, memory)]
+        bias = self._make_bias(x.shape[1], mask, 0 if index is None else index)
+        cross_bias = None if memory is None else mask_to_bias(make_padding_mask(memory.mask))
+        layer_inputs = tuple(None if part is None else part.layers for part in (cache, memory))
         x = split_rows(self.dropout(x, deterministic=deterministic))
-        x, layers = self._run(x, own, (bias, cross_bias, index), deterministic)
+        shared_inputs = (bias, cross_bias, index)
+        x, layers = apply_layers(
+            self.block, x, layer_inputs, shared_inputs, deterministic=deterministic
+        )
         x = self.dropout(self.final_layer_norm(x), deterministic=deterministic)
-        cache = cache and kv_cache.Cache(layers, index + jnp.int32(bias.shape[2]))
+        if cache is not None:
+            cache = kv_cache.Cache(layers, index + jnp.int32(bias.shape[2]))
         return x, cache
 
-    def _run(
-        self, x: Array, own: list[PyTree], context: tuple, deterministic: bool
-    ) -> tuple[Array, PyTree]:
-        if self.scan_layers:
-            return self.block(x, tuple(own), context, deterministic)
-        layers = []
-        for k, block in enumerate(self.block):
-            mine = tuple(None if part is None else part[k] for part in own)
-            x, layer = block(x, mine, context, deterministic)
-            layers.append(layer)
-        return x, tuple(layers)
-
-    def _bias(self, n: int, mask: Array, index: Array | int) -> Array:
-        """``(batch or 1, heads, n, keys)`` for queries in the slots from ``index`` on."""
+    def _make_bias(self, n: int, mask: Array, index: Array | int) -> Array:
+        """Makes ``(batch, heads, n, keys)`` for queries in the slots from ``index`` on."""
         queries = index + jnp.arange(n)
         relative = jnp.arange(mask.shape[1])[None, :] - queries[:, None]
         buckets = relative_buckets(
             relative,
             bidirectional=not self.decoder,
-            buckets=self.config.relative_attention_num_buckets,
-            furthest=self.config.relative_attention_max_distance,
+            num_buckets=self.config.relative_attention_num_buckets,
+            max_distance=self.config.relative_attention_max_distance,
         )
         bias = self.relative_attention_bias(buckets).transpose(2, 0, 1)[None]
-        allowed = mask[:, None, None, :] > 0
-        if self.decoder:
-            allowed = allowed & (relative <= 0)[None, None]
-        return _forbid(allowed, bias)
-
-
-def _forbid(allowed: Array, bias: Array | float = 0.0) -> Array:
-    # A forbidden key has weight exactly zero, and a row with none left has equal weights, not NaN.
-    return jnp.where(allowed, bias, jnp.finfo(jnp.float32).min)
-
-
-_STATIC = (4,)  # "deterministic", where the layer itself is 0
-
-
-def _scanned(count: int, remat: str) -> type[nn.Module]:
-    """:class:`T5Block` with the parameters of all layers stacked, compiled once."""
-    rules = {
-        "variable_axes": {"params": 0},
-        "split_rngs": {"params": True, "dropout": True},
-        "length": count,
-    }
-    return nn.scan(
-        rematted(T5Block, remat, scan=True, static=_STATIC),
-        methods={
-            "__call__": {**rules, "in_axes": (0, nn.broadcast, nn.broadcast)},
-            "memory": {**rules, "in_axes": 0},
-        },
-    )
+        allowed = make_causal_mask(mask, queries) if self.decoder else make_padding_mask(mask)
+        return mask_to_bias(allowed, bias)
 
 
 class T5ForConditionalGeneration(nn.Module):
-    """T5 with its language-modelling head.
+    """T5 with its language-modeling head.
 
     Attributes:
       config: the model's shape.
-      dtype: of the activations, float32 or bfloat16; parameters are float32.
-      scan_layers: the layers of each stack in one array a parameter, compiled once.
-      remat: what the backward pass computes again; see :func:`layers.rematted`.
+      dtype: dtype of the activations, float32 or bfloat16; parameters are float32.
+      scan_layers: whether the layers of each stack are stacked, and one is compiled for all.
+      remat: what the backward pass computes again; see :func:`lora_jax.models.layers.remat_layer`.
     """
 
     config: T5Config
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     scan_layers: bool = False
     remat: str = "none"
 
     def setup(self) -> None:
-        """Makes the parts."""
+        """Makes the submodules."""
         c = self.config
         init = nn.initializers.normal(c.initializer_factor)
-        stack = lambda decoder: T5Stack(
-            c,
-            dtype=self.dtype,
-            decoder=decoder,
-            scan_layers=self.scan_layers,
-            remat=self.remat,
+        stack = functools.partial(
+            T5Stack, c, dtype=self.dtype, scan_layers=self.scan_layers, remat=self.remat
         )
         self.shared = nn.Embed(c.vocab_size, c.d_model, embedding_init=init, dtype=self.dtype)
-        self.encoder, self.decoder = stack(False), stack(True)
+        self.encoder, self.decoder = stack(decoder=False), stack(decoder=True)
         if not c.tie_word_embeddings:
             self.lm_head = nn.Dense(
                 c.vocab_size, use_bias=False, kernel_init=init, dtype=self.dtype
@@ -301,17 +298,17 @@ class T5ForConditionalGeneration(nn.Module):
         *,
         deterministic: bool = True,
     ) -> Array:
-        """Logits ``(batch, decoder length, vocab_size)``, at least float32.
+        """Computes logits ``(batch, decoder length, vocab_size)``, at least float32.
 
         Args:
           input_ids: integers ``(batch, length)``.
           attention_mask: the same shape; positive where there is a token, 0 at padding.
           decoder_input_ids: ``(batch, decoder length)``, the output so far, shifted to the right.
-          decoder_attention_mask: of that shape; None for no padding.
-          deterministic: without dropout; otherwise ``rngs={"dropout": key}`` is needed.
+          decoder_attention_mask: the same shape; None if there is no padding.
+          deterministic: whether nothing is dropped; otherwise ``rngs={"dropout": key}`` is needed.
 
         Raises:
-          ValueError: shapes that do not fit.
+          ValueError: the shapes do not fit.
         """
         memory = self.encode(input_ids, attention_mask, deterministic=deterministic)
         return self.decode(
@@ -321,8 +318,8 @@ class T5ForConditionalGeneration(nn.Module):
     def encode(
         self, input_ids: Array, attention_mask: Array, *, deterministic: bool = True
     ) -> Memory:
-        """What the decoder needs of the input; arguments as of a call."""
-        _check(input_ids, attention_mask, input_ids.shape[1:])
+        """Computes what the decoder reads of the input; arguments as of a call."""
+        _check_inputs(input_ids, attention_mask, input_ids.shape[1:])
         x = split_lookup(self.shared(input_ids))
         states, _ = self.encoder(x, attention_mask, deterministic=deterministic)
         return Memory(self.decoder.memory(states), attention_mask)
@@ -336,25 +333,26 @@ class T5ForConditionalGeneration(nn.Module):
         cache: kv_cache.Cache | None = None,
         deterministic: bool = True,
     ) -> Array | tuple[Array, kv_cache.Cache]:
-        """Logits of the tokens; with a cache, the tokens go on from it, and it comes back longer.
+        """Computes logits ``(batch, n, vocab_size)``; with a cache, also the new cache.
 
-        Positions count in slots, and only their differences matter; left padding changes nothing.
+        A position is a slot, and only differences of positions matter, so that padding on the left
+        changes nothing.
 
         Args:
           decoder_input_ids: ``(batch, n)``.
-          decoder_attention_mask: ``(batch, n)``, or ``(batch, slots of the cache)`` with one; 0 in
-            the slots of padding. None for no padding.
-          memory: from :meth:`encode`.
-          cache: from :func:`init_cache`, or from the call for the tokens before.
-          deterministic: without dropout.
+          decoder_attention_mask: ``(batch, n)``, or ``(batch, slots)`` with a cache; 0 in the slots
+            of padding. None if there is no padding.
+          memory: the result of :meth:`encode`.
+          cache: the cache of :func:`init_cache`, or of the call for the tokens before.
+          deterministic: whether nothing is dropped.
 
         Raises:
-          ValueError: shapes that do not fit.
+          ValueError: the shapes do not fit.
         """
-        slots = decoder_input_ids.shape[1:] if cache is None else (kv_cache.slots(cache),)
+        slots = decoder_input_ids.shape[1:] if cache is None else (kv_cache.count_slots(cache),)
         if decoder_attention_mask is None:
             decoder_attention_mask = jnp.ones((decoder_input_ids.shape[0], *slots), jnp.int32)
-        _check(decoder_input_ids, decoder_attention_mask, slots)
+        _check_inputs(decoder_input_ids, decoder_attention_mask, slots)
         x, cache = self.decoder(
             split_lookup(self.shared(decoder_input_ids)),
             decoder_attention_mask,
@@ -371,7 +369,7 @@ class T5ForConditionalGeneration(nn.Module):
         return self.shared.attend(x * self.config.d_model**-0.5)
 
 
-def _check(ids: Array, mask: Array, slots: tuple[int, ...]) -> None:
+def _check_inputs(ids: Array, mask: Array, slots: tuple[int, ...]) -> None:
     if len(ids.shape) != 2 or mask.shape != (*ids.shape[:1], *slots):
         raise ValueError(
             f"The tokens must have shape (batch, length) and the mask one entry for each, or for "
@@ -386,7 +384,7 @@ FAMILY = Family(
     models={SEQ2SEQ_LM: T5ForConditionalGeneration},
     architectures={SEQ2SEQ_LM: "T5ForConditionalGeneration"},
     prefix="",
-    # A table that the oldest checkpoints carry, and no version has used.
+    # A table that the oldest checkpoints hold, and that no version has used.
     ignored=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
     targets=("q", "v"),
     inputs=lambda head: (TOKENS, TOKENS, TOKENS),

@@ -1,8 +1,8 @@
 """PEFT's directory format: ``adapter_model.safetensors`` and ``adapter_config.json``.
 
-Read and written so that PEFT and this library compute the same thing with the same files. This
-package is the only place with PEFT's words. What PEFT has and this library has not (DoRA, ...) is
-refused by name; nothing is left out in silence.
+PEFT and this library compute the same thing with the same files. This package is the only place
+with PEFT's words. Features of PEFT that this library lacks (DoRA, ...) are refused by name; nothing
+is ignored in silence.
 """
 
 from lora_jax.peft.config import read_words

@@ -1,6 +1,6 @@
-"""The tensors of an adapter file: what PEFT's words make of a model, tensor by tensor.
+"""Plans the tensors of an adapter file: what PEFT's words make of a model, tensor by tensor.
 
-Reading and writing follow the same plan, so that a file is whole exactly if it holds the plan.
+Reading and writing follow the same plan, and a file is whole if it has exactly the plan's tensors.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from lora_jax.peft.config import HEADS
 from lora_jax.peft.target_modules import Model
 
 PREFIX = "base_model.model."
-# Targeted by these names, PEFT's file holds the frozen weight of the module beside its factors.
+# For targets with these names PEFT's file holds the module's frozen weight beside its factors.
 _COPIED = ("embed_tokens", "lm_head")
 
 A, B, TRAINED, BASE = "a", "b", "trained", "base"
@@ -25,9 +25,9 @@ class Part(NamedTuple):
     """One tensor of the file.
 
     Attributes:
-      role: factor ``a`` or ``b`` of the weight, the weight as trained, or as it is in the base.
-      weight: of the model.
-      shape: in the file.
+      role: factor ``a`` or ``b`` of the weight, the trained weight, or the weight of the base.
+      weight: weight of the model.
+      shape: shape in the file.
     """
 
     role: str
@@ -37,15 +37,15 @@ class Part(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What the words stand for.
+    """The meaning of the words for a model.
 
     Attributes:
-      parts: the tensors of the file by name.
-      leaves: path of the kernel of each adapted module.
-      ranks: its rank.
-      alphas: its alpha.
-      trained: modules trained in full.
-      problems: words that do not fit the model.
+      parts: tensors of the file by name.
+      leaves: path of each adapted module's kernel.
+      ranks: rank of each adapted module.
+      alphas: alpha of each adapted module.
+      trained: names of the modules trained in full.
+      problems: descriptions of words that do not fit the model.
     """
 
     parts: dict[str, Part]
@@ -56,20 +56,22 @@ class Plan:
     problems: list[str]
 
 
-def make(words: Mapping[str, Any], model: Model) -> Plan:
+def make_plan(words: Mapping[str, Any], model: Model) -> Plan:
     """Plans the file for the words.
 
     Raises:
-      ValueError: a regular expression among the words can't be used.
+      ValueError: a regular expression of the words can't be used.
     """
-    chosen = target_modules.adapted(words, model)
-    trained = target_modules.saved(words["modules_to_save"] or [], model)
-    problems = _unused(words, model, chosen) + _unfit(chosen, trained, model)
+    chosen = target_modules.select_adapted(words, model)
+    trained = target_modules.select_saved(words["modules_to_save"] or [], model)
+    problems = _find_unused(words, model, chosen) + _find_unfit(chosen, trained, model)
     kernels = [m for m in chosen if m in model.kernels and _is_plain(model.kernels[m])]
-    ranks, alphas = _values(words, kernels, "rank"), _values(words, kernels, "alpha")
-    parts = dict(_factors(kernels, model, ranks))
-    parts |= dict(_full(trained, model)) | dict(_biases(words["bias"], kernels, trained, model))
-    parts |= dict(_copies(words, kernels, model))
+    ranks, alphas = _choose_values(words, kernels, "rank"), _choose_values(words, kernels, "alpha")
+    parts = dict(_factor_parts(kernels, model, ranks))
+    parts |= dict(_trained_parts(trained, model)) | dict(
+        _bias_parts(words["bias"], kernels, trained, model)
+    )
+    parts |= dict(_copy_parts(words, kernels, model))
     parts = {PREFIX + n: part for n, part in parts.items()}
     leaves = {m: model.kernels[m].leaf for m in kernels}
     return Plan(
@@ -77,46 +79,46 @@ def make(words: Mapping[str, Any], model: Model) -> Plan:
     )
 
 
-def scale(alpha: float, rank: int, *, root: bool) -> float:
-    """PEFT's scaling: ``alpha / r``, or ``alpha / sqrt(r)`` with use_rslora."""
+def peft_scale(alpha: float, rank: int, *, root: bool) -> float:
+    """Computes PEFT's scaling: ``alpha / r``, or ``alpha / sqrt(r)`` with use_rslora."""
     return alpha / math.sqrt(rank) if root else alpha / rank
 
 
-def _values(words: Mapping[str, Any], kernels: list[str], what: str) -> dict[str, Any]:
-    patterns = target_modules.patterns(words[f"{what}_pattern"], f"{what}_pattern")
+def _choose_values(words: Mapping[str, Any], kernels: list[str], what: str) -> dict[str, Any]:
+    patterns = target_modules.compile_patterns(words[f"{what}_pattern"], f"{what}_pattern")
     default = words[{"rank": "r", "alpha": "lora_alpha"}[what]]
-    return {m: target_modules.value_of(m, patterns, default)[0] for m in kernels}
+    return {m: target_modules.find_value(m, patterns, default)[0] for m in kernels}
 
 
-def _unused(words: Mapping[str, Any], model: Model, chosen: list[str]) -> list[str]:
-    """Words that select nothing: PEFT goes on without them, and one does not notice."""
+def _find_unused(words: Mapping[str, Any], model: Model, chosen: list[str]) -> list[str]:
+    """Finds words that select nothing, which PEFT passes over in silence."""
     problems = []
     if not chosen:
         problems.append("target_modules selects no module of the model")
     elif isinstance(words["target_modules"], list):
-        problems += _no_hits("target_modules", words["target_modules"], model.modules)
+        problems += _find_no_hits("target_modules", words["target_modules"], model.modules)
     heads = HEADS.get(words["task_type"], ())
     for entry in dict.fromkeys(words["modules_to_save"] or []):
-        if entry not in heads and not target_modules.saved([entry], model):
+        if entry not in heads and not target_modules.select_saved([entry], model):
             problems.append(f"modules_to_save entry {entry!r} selects no module")
     for what in ("rank_pattern", "alpha_pattern"):
-        patterns = target_modules.patterns(words[what], what)
-        used = {target_modules.value_of(m, patterns, None)[1] for m in chosen}
+        patterns = target_modules.compile_patterns(words[what], what)
+        used = {target_modules.find_value(m, patterns, None)[1] for m in chosen}
         for k, (key, (match, _)) in enumerate(zip(words[what] or {}, patterns, strict=True)):
             if k not in used and not any(map(match, chosen)):
                 problems.append(f"{what} key {key!r} matches no adapted module")
     return problems
 
 
-def _no_hits(what: str, entries: list[str], modules: list[str]) -> list[str]:
-    """Entries that fit no module, not even one that other words then take out."""
+def _find_no_hits(what: str, entries: list[str], modules: list[str]) -> list[str]:
+    """Finds entries that fit no module, not even one that other words exclude."""
     endings = {s for m in modules for s in target_modules.suffixes(m)}
     missing = [entry for entry in dict.fromkeys(entries) if entry not in endings]
     return [f"{what} entry {entry!r} selects no module" for entry in missing[:20]]
 
 
-def _unfit(chosen: list[str], trained: list[str], model: Model) -> list[str]:
-    """Modules that can't be adapted or trained in full as PEFT would."""
+def _find_unfit(chosen: list[str], trained: list[str], model: Model) -> list[str]:
+    """Finds modules that can't be adapted or trained in full as PEFT would."""
     problems = []
     for m in chosen:
         weight = model.kernels.get(m)
@@ -127,7 +129,7 @@ def _unfit(chosen: list[str], trained: list[str], model: Model) -> list[str]:
                 f"{weight.leaf} has shape {weight.shape}, and the table of names does not say "
                 "which axes are inputs and which outputs (axes='ioo', ...)"
             )
-    full = [w for m in trained for w in weights_in(m, model)]
+    full = [w for m in trained for w in module_weights(m, model)]
     for weight in [*(model.kernels[m] for m in chosen if m in model.kernels), *full]:
         if weight.row.tied:
             problems.append(
@@ -138,8 +140,8 @@ def _unfit(chosen: list[str], trained: list[str], model: Model) -> list[str]:
     return problems
 
 
-def weights_in(module: str, model: Model) -> list[Weight]:
-    """The weights of a module and of those within it."""
+def module_weights(module: str, model: Model) -> list[Weight]:
+    """Returns the weights of a module and of those within it."""
     return [w for n, w in model.weights.items() if n.startswith(f"{module}.")]
 
 
@@ -147,7 +149,7 @@ def _is_plain(weight: Weight) -> bool:
     return bool(names.axes(weight)) and not weight.row.tied
 
 
-def _factors(kernels: list[str], model: Model, ranks: Mapping[str, int]) -> Iterator[tuple]:
+def _factor_parts(kernels: list[str], model: Model, ranks: Mapping[str, int]) -> Iterator[tuple]:
     for m in kernels:
         weight, rank = model.kernels[m], ranks[m]
         a, b = factor_shapes(weight, rank)
@@ -160,7 +162,7 @@ def _factors(kernels: list[str], model: Model, ranks: Mapping[str, int]) -> Iter
 
 
 def factor_shapes(weight: Weight, rank: int) -> tuple[tuple, tuple]:
-    """Shapes of the two factors in the file."""
+    """Returns the shapes of the two factors in the file."""
     if names.kind(weight) == names.CONV:
         *window, d_in, d_out = weight.shape
         return (rank, d_in, *window), (d_out, rank, *[1] * len(window))
@@ -170,13 +172,13 @@ def factor_shapes(weight: Weight, rank: int) -> tuple[tuple, tuple]:
     return (rank, side("i")), (side("o"), rank)
 
 
-def _full(trained: list[str], model: Model) -> Iterator[tuple]:
+def _trained_parts(trained: list[str], model: Model) -> Iterator[tuple]:
     for m in trained:
-        for weight in weights_in(m, model):
+        for weight in module_weights(m, model):
             yield weight.hf, Part(TRAINED, weight, names.tensor_shape(weight))
 
 
-def _biases(bias: str, kernels: list[str], trained: list[str], model: Model) -> Iterator[tuple]:
+def _bias_parts(bias: str, kernels: list[str], trained: list[str], model: Model) -> Iterator[tuple]:
     if bias == "none":
         return
     for name, weight in model.weights.items():
@@ -196,7 +198,7 @@ def _biases(bias: str, kernels: list[str], trained: list[str], model: Model) -> 
             yield name, Part(TRAINED, weight, shape)
 
 
-def _copies(words: Mapping[str, Any], kernels: list[str], model: Model) -> Iterator[tuple]:
+def _copy_parts(words: Mapping[str, Any], kernels: list[str], model: Model) -> Iterator[tuple]:
     targets = words["target_modules"]
     if isinstance(targets, str) or not set(targets) & set(_COPIED):
         return

@@ -1,4 +1,4 @@
-"""``adapter_config.json``: PEFT's words for an adapter, read with suspicion and written whole."""
+"""``adapter_config.json``: PEFT's words for an adapter, checked by reading and written whole."""
 
 import json
 import math
@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 CONFIG = "adapter_config.json"
-VERSION = "0.21.2"  # of PEFT, whose keys these are
-_MOST_BYTES = 4 << 20  # PEFT's own files have a few thousand
-_MOST_RANK = 1 << 16
-_MOST_ENTRIES = 5000  # of a list or of patterns
+VERSION = "0.21.2"  # the version of PEFT that has these keys
+_MAX_BYTES = 4 << 20  # PEFT's own files have a few thousand
+_MAX_RANK = 1 << 16
+_MAX_ENTRIES = 5000  # of a list or of patterns
 
 TASKS = (
     "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION",
@@ -39,52 +39,56 @@ DEFAULTS: dict[str, Any] = {
     "use_qalora": False, "use_rslora": False, "velora_config": None,
 }  # fmt: skip
 # Words about an adapter that do not change what it computes; the caller of `save_peft` sets them.
-ABOUT = ("task_type", "base_model_name_or_path", "revision", "auto_mapping")
-# Further words without a meaning for finished factors: how they were first drawn, settings that
-# act only together with a refused one.
-_IDLE = (*ABOUT, "inference_mode", "peft_version", "eva_config", "megatron_core",
+METADATA = ("task_type", "base_model_name_or_path", "revision", "auto_mapping")
+# Further words without a meaning for finished factors: how they were first drawn, and settings that
+# act only together with a refused word.
+_IDLE = (*METADATA, "inference_mode", "peft_version", "eva_config", "megatron_core",
          "qalora_group_size", "runtime_config")  # fmt: skip
 # Initial values that leave the base as it is. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA)
-# change it, and an adapter trained so does not belong to the base that its name says.
+# change the base, so that such an adapter does not belong to the base that it names.
 _INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def read_words(directory: str | Path) -> dict[str, Any]:
-    """The content of ``adapter_config.json``, checked, with PEFT's defaults for absent keys.
+    """Reads and checks ``adapter_config.json``; absent keys have PEFT's defaults.
 
     Raises:
-      FileNotFoundError: there is none.
-      ValueError: it is damaged, or asks for what is not supported; names every such field.
+      FileNotFoundError: there is no such file.
+      ValueError: the file is damaged, or asks for unsupported features; the message names them all.
     """
     path = Path(directory) / CONFIG
-    words = _parsed(path)
-    problems = problems_of(words)
+    words = _parse(path)
+    problems = find_problems(words)
     if problems:
         raise ValueError(f"{path} can't be used: {'; '.join(problems)}.")
     return DEFAULTS | words
 
 
-def problems_of(words: Any) -> list[str]:
-    """Says what is malformed or not supported among an adapter's words."""
+def find_problems(words: Any) -> list[str]:
+    """Says which of an adapter's words are malformed or not supported."""
     if not isinstance(words, dict):
         return ["no JSON object"]
-    ill_formed = {name: _ill_formed(name, words) for name in DEFAULTS}
-    problems = _refused(words) + [f"{n}: {error}" for n, error in ill_formed.items() if error]
-    return problems or _contradictions(words)
+    ill_formed = {name: _describe_ill_formed(name, words) for name in DEFAULTS}
+    problems = _find_unsupported(words) + [
+        f"{n}: {error}" for n, error in ill_formed.items() if error
+    ]
+    return problems or _find_contradictions(words)
 
 
-def _parsed(path: Path) -> dict[str, Any]:
+def _parse(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        there = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else None
-        what = "does not exist" if there is None else f"holds {there[:20] or 'nothing'}"
+        files = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else None
+        state = "does not exist" if files is None else f"holds {files[:20] or 'nothing'}"
         raise FileNotFoundError(
-            f"No PEFT adapter in {path.parent}: no {CONFIG}; the directory {what}."
+            f"No PEFT adapter in {path.parent}: no {CONFIG}; the directory {state}."
         )
-    if path.stat().st_size > _MOST_BYTES:
+    if path.stat().st_size > _MAX_BYTES:
         raise ValueError(f"{path} has {path.stat().st_size} bytes; no adapter's config is so big.")
     try:
         words = json.loads(
-            path.read_bytes().decode(), object_pairs_hook=_no_twins, parse_constant=_no_constant
+            path.read_bytes().decode(),
+            object_pairs_hook=_refuse_duplicates,
+            parse_constant=_refuse_constant,
         )
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}.") from error
@@ -93,48 +97,47 @@ def _parsed(path: Path) -> dict[str, Any]:
     return words
 
 
-def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     twins = [name for name, n in Counter(name for name, _ in pairs).items() if n > 1]
     if twins:
         raise ValueError(f"the keys {twins[:5]} are there more than once")
     return dict(pairs)
 
 
-def _no_constant(text: str) -> None:
+def _refuse_constant(text: str) -> None:
     raise ValueError(f"{text} is no JSON number")
 
 
-def _refused(words: Mapping[str, Any]) -> list[str]:
-    """Says which words stand for something that this library does not do."""
+def _find_unsupported(words: Mapping[str, Any]) -> list[str]:
+    """Says which words ask for something that this library does not do."""
     problems = []
     if words.get("peft_type") != "LORA":
         problems.append(f"peft_type is {words.get('peft_type')!r}, and only 'LORA' is supported")
     known = {*_CHECKS, *_IDLE, "peft_type"}
     for name, value in words.items():
-        # What a newer PEFT says of a feature that is not in use.
-        off = (
-            value is None or value is False or (isinstance(value, str | list | dict) and not value)
-        )
-        if name not in known and not off:
+        # Such values stand for a feature of a newer PEFT that is not in use.
+        is_empty = isinstance(value, str | list | dict) and not value
+        is_off = value is None or value is False or is_empty
+        if name not in known and not is_off:
             what = "is not supported" if name in DEFAULTS else "is not known here"
-            problems.append(f"{name} is {_short(value)}, which {what}")
+            problems.append(f"{name} is {_abbreviate(value)}, which {what}")
     return problems
 
 
-def _short(value: Any) -> str:
+def _abbreviate(value: Any) -> str:
     text = repr(value)
     return text if len(text) < 80 else f"{text[:60]}..."
 
 
-def _ill_formed(name: str, words: Mapping[str, Any]) -> str:
+def _describe_ill_formed(name: str, words: Mapping[str, Any]) -> str:
     check = _CHECKS.get(name)
     if check is None or name not in words:
         return ""
     wanted, fits = check
-    return "" if fits(words[name]) else f"must be {wanted}, got {_short(words[name])}"
+    return "" if fits(words[name]) else f"must be {wanted}, got {_abbreviate(words[name])}"
 
 
-def _contradictions(words: Mapping[str, Any]) -> list[str]:
+def _find_contradictions(words: Mapping[str, Any]) -> list[str]:
     targets = words.get("target_modules")
     problems = []
     if targets is None or targets == [] or targets == "":
@@ -150,10 +153,10 @@ def _contradictions(words: Mapping[str, Any]) -> list[str]:
 
 
 def _is_number(x: Any) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(_float(x))
+    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(_as_float(x))
 
 
-def _float(x: float) -> float:
+def _as_float(x: float) -> float:
     try:
         return float(x)
     except OverflowError:  # a whole number of hundreds of digits
@@ -161,7 +164,7 @@ def _float(x: float) -> float:
 
 
 def _is_rank(x: Any) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool) and 1 <= x <= _MOST_RANK
+    return isinstance(x, int) and not isinstance(x, bool) and 1 <= x <= _MAX_RANK
 
 
 def _is_alpha(x: Any) -> bool:
@@ -169,8 +172,8 @@ def _is_alpha(x: Any) -> bool:
 
 
 def _is_strings(x: Any) -> bool:
-    small = isinstance(x, list) and len(x) <= _MOST_ENTRIES
-    return small and all(isinstance(s, str) and s for s in x)
+    is_small = isinstance(x, list) and len(x) <= _MAX_ENTRIES
+    return is_small and all(isinstance(s, str) and s for s in x)
 
 
 def _is_choice(x: Any) -> bool:
@@ -178,19 +181,19 @@ def _is_choice(x: Any) -> bool:
 
 
 def _is_layers(x: Any) -> bool:
-    whole = lambda k: isinstance(k, int) and not isinstance(k, bool)
-    return x is None or whole(x) or (isinstance(x, list) and all(map(whole, x)))
+    is_whole = lambda k: isinstance(k, int) and not isinstance(k, bool)
+    return x is None or is_whole(x) or (isinstance(x, list) and all(map(is_whole, x)))
 
 
-def _is_map(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    small = lambda x: isinstance(x, dict) and len(x) <= _MOST_ENTRIES
-    return lambda x: x is None or (small(x) and all(map(of, x.values())))
+def _make_map_check(is_value: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    is_small = lambda x: isinstance(x, dict) and len(x) <= _MAX_ENTRIES
+    return lambda x: x is None or (is_small(x) and all(map(is_value, x.values())))
 
 
 _BOOL = ("true or false", lambda x: isinstance(x, bool))
-_CHOICE = (f"a list of up to {_MOST_ENTRIES} names, or a regular expression", _is_choice)
+_CHOICE = (f"a list of up to {_MAX_ENTRIES} names, or a regular expression", _is_choice)
 _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "r": (f"a whole number from 1 to {_MOST_RANK}", _is_rank),
+    "r": (f"a whole number from 1 to {_MAX_RANK}", _is_rank),
     "lora_alpha": ("a positive number, of sensible size", _is_alpha),
     "lora_dropout": ("a number in [0, 1)", lambda x: _is_number(x) and 0 <= x < 1),
     "use_rslora": _BOOL,
@@ -201,8 +204,11 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "layers_pattern": _CHOICE,
     "layers_to_transform": ("a whole number or a list of them", _is_layers),
     "modules_to_save": ("a list of names", lambda x: x is None or _is_strings(x)),
-    "rank_pattern": (f"an object with ranks from 1 to {_MOST_RANK}", _is_map(_is_rank)),
-    "alpha_pattern": ("an object with positive numbers, of sensible size", _is_map(_is_alpha)),
+    "rank_pattern": (f"an object with ranks from 1 to {_MAX_RANK}", _make_map_check(_is_rank)),
+    "alpha_pattern": (
+        "an object with positive numbers, of sensible size",
+        _make_map_check(_is_alpha),
+    ),
     "init_lora_weights": (
         f"one of {_INITS}: the others change the base model, which is not supported",
         lambda x: isinstance(x, bool | str) and x in _INITS,
@@ -212,5 +218,5 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def to_bytes(words: Mapping[str, Any]) -> bytes:
-    """The file's content, laid out as PEFT does; its keys are sorted, also within patterns."""
+    """Makes the file's content, laid out as PEFT does; keys are sorted, also within patterns."""
     return json.dumps(words, indent=2, sort_keys=True, allow_nan=False).encode()

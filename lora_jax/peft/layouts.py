@@ -1,4 +1,4 @@
-"""Factors of one kernel in the two layouts: ``a, b`` here, ``lora_A, lora_B`` in the file.
+"""Converts factors of one kernel between ``a, b`` here and ``lora_A, lora_B`` in the file.
 
 PEFT multiplies column vectors as the paper does, so its A is ``a`` transposed and its B is ``b``
 transposed, with the axes of each side joined; a convolution's A has the window last.
@@ -11,7 +11,7 @@ from lora_jax.names import Weight
 
 
 def to_file(weight: Weight, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """``a (*in, rank)`` and ``b (rank, *out)`` as the file's two tensors."""
+    """Converts ``a (*in, rank)`` and ``b (rank, *out)`` to the file's two tensors."""
     rank = a.shape[-1]
     if names.kind(weight) == names.CONV:
         n = a.ndim
@@ -20,7 +20,7 @@ def to_file(weight: Weight, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, n
 
 
 def from_file(weight: Weight, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The inverse of :func:`to_file`."""
+    """Inverts :func:`to_file`."""
     rank = a.shape[0]
     if names.kind(weight) == names.CONV:
         return a.transpose(*range(2, a.ndim), 1, 0), b.reshape(-1, rank).T
@@ -29,5 +29,5 @@ def from_file(weight: Weight, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray,
 
 
 def node_axes(weight: Weight) -> str:
-    """Roles of the axes of the leaf, with its axis of layers if it has one."""
+    """Returns the roles of the leaf's axes, with its axis of layers if it has one."""
     return ("" if weight.layer is None else factors.BATCH) + names.axes(weight)

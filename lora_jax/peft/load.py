@@ -1,4 +1,4 @@
-"""``load_peft``: from a PEFT directory to an adapter of this library."""
+"""``load_peft`` reads a PEFT directory as an adapter of this library."""
 
 import json
 import math
@@ -24,18 +24,18 @@ from lora_jax.peft.config import CONFIG, read_words
 PyTree = Any
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 _SLACK = 64 << 20  # bytes that a file may have beyond all weights of the base
-_MOST_HEADER = 16 << 20
+_MAX_HEADER = 16 << 20
 _REAL = (np.float64, np.float32, np.float16, jnp.bfloat16)
-_SHOWN = 30  # problems in one message
+_MAX_PROBLEMS = 30  # problems in one message
 
 
 def is_peft(directory: str | Path) -> bool:
-    """Whether a directory is in PEFT's format, judged by its names of files."""
+    """Tells whether a directory is in PEFT's format, judged by the names of its files."""
     return (Path(directory) / CONFIG).is_file()
 
 
 def tensor_shapes(directory: str | Path) -> dict[str, tuple[int, ...]]:
-    """Shapes that the weights file claims for its tensors, by their names in the torch model.
+    """Reads the shapes of the tensors in the weights file, by their names in the torch model.
 
     Raises:
       FileNotFoundError, ValueError: there is no weights file, or its header is damaged.
@@ -54,52 +54,57 @@ def tensor_shapes(directory: str | Path) -> dict[str, tuple[int, ...]]:
 def load_peft(
     directory: str | Path, params: PyTree, *, names: Sequence[Name], base: str | None = None
 ) -> tuple[dict[str, Any], LoRAConfig]:
-    """Reads an adapter that PEFT, or :func:`save_peft`, has written.
+    """Reads an adapter that PEFT, or :func:`lora_jax.peft.save_peft`, has written.
 
-    The factors keep the dtype that they have in the file; leaves trained in full get that of the
-    base. Either naming of transformers (4 and 5) is read where the table has both. What the
-    config has no field for (the kind of task, the name of the base) is kept in ``config.origin``,
-    for :func:`save_peft`. As PEFT's own, the adapter is for inference, without dropout; to train on
-    with that of the config, call ``lift(fn, dropout=config.dropout, dropout_key=key)``.
+    The factors keep the dtype that they have in the file; leaves that are trained in full get the
+    dtype of the base. Both namings of transformers (4 and 5) are understood where the table has
+    them. Words without a field in the config (the kind of task, the name of the base) are kept in
+    ``config.origin`` for :func:`lora_jax.peft.save_peft`. As in PEFT, the adapter is for inference
+    and has no dropout; to train on with the config's, call ``lift(fn, dropout=config.dropout,
+    dropout_key=key)``.
 
     Args:
-      directory: with ``adapter_config.json`` and ``adapter_model.safetensors``.
-      params: the base parameters, for which the adapter is meant (arrays, since copies of frozen
-        weights in the file are compared with them).
-      names: the model family's table of names.
-      base: name of the base at hand; if given, the adapter's own must be the same.
+      directory: directory with ``adapter_config.json`` and ``adapter_model.safetensors``.
+      params: base parameters that the adapter must fit (arrays, since copies of frozen weights in
+        the file are compared with them).
+      names: table of names of the model family.
+      base: name of the base at hand; if it is given, the adapter must be for this base.
 
     Raises:
       FileNotFoundError: there is no adapter in ``directory``.
-      ValueError: damaged files; words that are not supported, each named; or an adapter that does
-        not fit. All problems are in one message: missing, unexpected and misshapen tensors, wrong
-        dtypes, NaN, another base.
+      ValueError: the files are damaged; words are not supported, each of which is named; or the
+        adapter does not fit. All problems are in one message: missing, unexpected and misshapen
+        tensors, wrong dtypes, NaN, another base.
     """
     words = read_words(directory)
     leaves = base_leaves(params)
-    tensors = _read(Path(directory), _most_bytes(leaves))
+    tensors = _read(Path(directory), _max_bytes(leaves))
     try:
-        older, wanted = _best_plan(words, names, leaves, tensors)
+        older, plan = _best_plan(words, names, leaves, tensors)
     except ValueError as error:
         raise ValueError(f"{Path(directory) / CONFIG} can't be used: {error}.") from error
-    problems = wanted.problems + _misfits(wanted.parts, tensors, leaves)
-    theirs = words["base_model_name_or_path"]
-    if base is not None and theirs and base != theirs:
-        problems.append(f"it was made for base {theirs!r}, and this base is {base!r}")
+    problems = plan.problems + _find_misfits(plan.parts, tensors, leaves)
+    recorded_base = words["base_model_name_or_path"]
+    if base is not None and recorded_base and base != recorded_base:
+        problems.append(f"it was made for base {recorded_base!r}, and this base is {base!r}")
     nodes: dict[str, Any] = {}
     if not problems:
-        nodes, problems = _nodes(wanted, tensors, leaves, root=words["use_rslora"])
+        nodes, problems = _make_nodes(plan, tensors, leaves, root=words["use_rslora"])
     if problems:
-        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise ValueError(
-            f"The adapter in {directory} can't be used: {'; '.join(problems[:_SHOWN])}{more}."
+            f"The adapter in {directory} can't be used: {'; '.join(_shorten(problems))}."
         )
     nodes = {n: nodes[n] for n in leaves if n in nodes}
-    origin = {"words": words, "older": older, "dtypes": _dtypes(wanted, tensors, leaves)}
-    return paths.nest(jax.tree.map(jnp.asarray, nodes)), _config(words, wanted, leaves, origin)
+    origin = {"words": words, "older": older, "dtypes": _collect_dtypes(plan, tensors, leaves)}
+    return paths.nest(jax.tree.map(jnp.asarray, nodes)), _make_config(words, plan, leaves, origin)
 
 
-def _most_bytes(leaves: Mapping[str, Any]) -> int:
+def _shorten(problems: list[str]) -> list[str]:
+    more = len(problems) - _MAX_PROBLEMS
+    return [*problems[:_MAX_PROBLEMS], f"and {more} more"] if more > 0 else problems
+
+
+def _max_bytes(leaves: Mapping[str, Any]) -> int:
     return _SLACK + 8 * sum(math.prod(np.shape(x)) for x in leaves.values())
 
 
@@ -118,15 +123,15 @@ def _weights_file(directory: Path) -> Path:
 
 
 def _header_length(path: Path, file: BinaryIO) -> int:
-    """Reads the length of the header, and sees that the file could hold it."""
+    """Reads the length of the header, and checks that the file can hold it."""
     size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
-    if length > min(size, _MOST_HEADER):
+    if length > min(size, _MAX_HEADER):
         raise ValueError(f"{path} is damaged: a header of {length} bytes, in {size} in all.")
     return length
 
 
 def _read(directory: Path, most: int) -> dict[str, np.ndarray]:
-    """The tensors; a file is not read before its size and its header's are plausible."""
+    """Reads the tensors, after it has checked the sizes of the file and of its header."""
     path = _weights_file(directory)
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -147,17 +152,17 @@ def _best_plan(
     leaves: Mapping[str, Any],
     tensors: Mapping[str, Any],
 ) -> tuple[bool, Plan]:
-    """The plan with the generation of names that the file fits better."""
+    """Returns the plan with the generation of names that the file fits better."""
     candidates = []
     for older in (False, True)[: 1 + any(row.older for row in table)]:
-        model = target_modules.model(names.weights(table, leaves, older=older))
-        wanted = adapter_tensors.make(words, model)
-        differ = len(set(tensors) ^ set(wanted.parts))
-        candidates.append((differ, older, wanted))
+        model = target_modules.make_model(names.weights(table, leaves, older=older))
+        plan = adapter_tensors.make_plan(words, model)
+        n_differences = len(set(tensors) ^ set(plan.parts))
+        candidates.append((n_differences, older, plan))
     return min(candidates, key=lambda c: c[:2])[1:]
 
 
-def _misfits(
+def _find_misfits(
     parts: Mapping[str, Part], tensors: Mapping[str, np.ndarray], leaves: Mapping[str, Any]
 ) -> list[str]:
     problems = [f"tensor {n} is missing" for n in parts if n not in tensors]
@@ -165,7 +170,7 @@ def _misfits(
     problems += [f"tensor {n} is unexpected{_hint(n)}" for n in extra]
     for name, part in parts.items():
         if name in tensors:
-            problems += _misfit(name, part, tensors[name], leaves)
+            problems += _describe_misfits(name, part, tensors[name], leaves)
     return problems
 
 
@@ -178,7 +183,9 @@ def _hint(name: str) -> str:
     return ""
 
 
-def _misfit(name: str, part: Part, value: np.ndarray, leaves: Mapping[str, Any]) -> list[str]:
+def _describe_misfits(
+    name: str, part: Part, value: np.ndarray, leaves: Mapping[str, Any]
+) -> list[str]:
     problems = []
     if value.shape != part.shape:
         problems.append(f"tensor {name} has shape {value.shape} instead of {part.shape}")
@@ -191,126 +198,130 @@ def _misfit(name: str, part: Part, value: np.ndarray, leaves: Mapping[str, Any])
     if problems or part.role not in (adapter_tensors.BASE, adapter_tensors.TRAINED):
         return problems
     leaf = leaves[part.weight.leaf]
-    if part.role == adapter_tensors.TRAINED and not holds(value, leaf.dtype):
+    if part.role == adapter_tensors.TRAINED and not is_exact(value, leaf.dtype):
         return [f"tensor {name} has dtype {value.dtype}, and {part.weight.leaf} has {leaf.dtype}"]
-    known = not isinstance(leaf, jax.ShapeDtypeStruct)
+    has_values = not isinstance(leaf, jax.ShapeDtypeStruct)
     if (
         part.role == adapter_tensors.BASE
-        and known
+        and has_values
         and not np.array_equal(value, base_tensor(part, leaves))
     ):
         return [f"it was made for another base: its copy of the frozen {name} differs from it"]
     return []
 
 
-def holds(value: np.ndarray, dtype: Any) -> bool:
-    """Whether the values are the same in another dtype."""
+def is_exact(value: np.ndarray, dtype: Any) -> bool:
+    """Tells whether the values are the same in another dtype."""
     with np.errstate(over="ignore"):
         return np.array_equal(value.astype(dtype).astype(value.dtype), value)
 
 
 def base_tensor(part: Part, leaves: Mapping[str, Any]) -> np.ndarray:
-    """A weight of the base as a tensor of the file."""
+    """Converts a weight of the base to a tensor of the file."""
     value = np.asarray(leaves[part.weight.leaf])
     value = value if part.weight.layer is None else value[part.weight.layer]
     return names.to_tensor(part.weight, value)
 
 
-def _nodes(
-    wanted: Plan, tensors: Mapping[str, np.ndarray], leaves: Mapping[str, Any], *, root: bool
+def _make_nodes(
+    plan: Plan, tensors: Mapping[str, np.ndarray], leaves: Mapping[str, Any], *, root: bool
 ) -> tuple[dict[str, Any], list[str]]:
-    """The adapter's entries by path; the layers of a stacked leaf become one."""
+    """Makes the adapter's entries by path; the layers of a stacked leaf become one."""
     by_leaf: dict[str, dict[str, dict]] = {}
     problems = []
-    for name, part in wanted.parts.items():
+    for name, part in plan.parts.items():
         layers = by_leaf.setdefault(part.weight.leaf, {}).setdefault(part.role, {})
         if not np.array_equal(layers.setdefault(part.weight.layer, tensors[name]), tensors[name]):
             problems.append(f"tensor {name} differs from its other copy")
-    weight = {part.weight.leaf: part.weight for part in wanted.parts.values()}
-    numbers = _numbers(wanted)
+    weight = {part.weight.leaf: part.weight for part in plan.parts.values()}
+    numbers = _ranks_and_alphas(plan)
     nodes = {}
     for leaf, roles in by_leaf.items():
         roles.pop(adapter_tensors.BASE, None)
-        problem = _uneven(leaf, roles, leaves[leaf], numbers.get(leaf, set()), weight[leaf])
+        numbers_of_leaf = numbers.get(leaf, set())
+        problem = _describe_uneven(leaf, roles, leaves[leaf], numbers_of_leaf, weight[leaf])
         if problem:
             problems.append(problem)
         elif adapter_tensors.A in roles:
             ((rank, alpha),) = numbers[leaf]
-            nodes[leaf] = _node(weight[leaf], roles, adapter_tensors.scale(alpha, rank, root=root))
+            nodes[leaf] = _make_node(
+                weight[leaf], roles, adapter_tensors.peft_scale(alpha, rank, root=root)
+            )
         elif adapter_tensors.TRAINED in roles:
             whole = {
                 k: names.from_tensor(weight[leaf], x)
                 for k, x in roles[adapter_tensors.TRAINED].items()
             }
-            nodes[leaf] = _stacked(whole).astype(leaves[leaf].dtype)
+            nodes[leaf] = _stack(whole).astype(leaves[leaf].dtype)
     return nodes, problems
 
 
-def _numbers(wanted: Plan) -> dict[str, set[tuple[int, float]]]:
-    """Rank and alpha of each adapted leaf; several if its layers differ."""
-    found: dict[str, set] = {}
-    for module, rank in wanted.ranks.items():
-        found.setdefault(wanted.leaves[module], set()).add((rank, wanted.alphas[module]))
-    return found
+def _ranks_and_alphas(plan: Plan) -> dict[str, set[tuple[int, float]]]:
+    """Returns rank and alpha of each adapted leaf; several if its layers differ."""
+    by_leaf: dict[str, set] = {}
+    for module, rank in plan.ranks.items():
+        by_leaf.setdefault(plan.leaves[module], set()).add((rank, plan.alphas[module]))
+    return by_leaf
 
 
-def _uneven(leaf: str, roles: dict, value: Any, numbers: set, weight: names.Weight) -> str:
+def _describe_uneven(leaf: str, roles: dict, value: Any, numbers: set, weight: names.Weight) -> str:
     """Says why the layers of a stacked leaf can't be one entry."""
     if weight.layer is None:
         return ""
-    layers = {role: sorted(found) for role, found in roles.items()}
-    if any(found != list(range(np.shape(value)[0])) for found in layers.values()):
-        some = next(iter(layers.values()))
+    n_layers = np.shape(value)[0]
+    layers = {role: sorted(by_layer) for role, by_layer in roles.items()}
+    if any(present != list(range(n_layers)) for present in layers.values()):
+        first = next(iter(layers.values()))
         return (
-            f"{leaf} holds {np.shape(value)[0]} layers in one array, and the adapter has only "
-            f"layers {some} of it"
+            f"{leaf} holds {n_layers} layers in one array, and the adapter has only "
+            f"layers {first} of it"
         )
     if len(numbers) > 1:
         return f"{leaf} holds all layers in one array, and their ranks or alphas differ"
     return ""
 
 
-def _node(weight: names.Weight, roles: dict, scale: float) -> LowRank:
+def _make_node(weight: names.Weight, roles: dict, scale: float) -> LowRank:
     pairs = {
         k: layouts.from_file(weight, roles[adapter_tensors.A][k], roles[adapter_tensors.B][k])
         for k in roles[adapter_tensors.A]
     }
-    a, b = (_stacked({k: pair[i] for k, pair in pairs.items()}) for i in (0, 1))
+    a, b = (_stack({k: pair[i] for k, pair in pairs.items()}) for i in (0, 1))
     return LowRank(a, b, scale, axes=layouts.node_axes(weight))
 
 
-def _stacked(layers: dict[int | None, np.ndarray]) -> np.ndarray:
+def _stack(layers: dict[int | None, np.ndarray]) -> np.ndarray:
     return layers[None] if None in layers else np.stack([layers[k] for k in sorted(layers)])
 
 
-def _dtypes(
-    wanted: Plan, tensors: Mapping[str, np.ndarray], leaves: Mapping[str, Any]
+def _collect_dtypes(
+    plan: Plan, tensors: Mapping[str, np.ndarray], leaves: Mapping[str, Any]
 ) -> dict[str, str]:
-    """Dtypes in the file of leaves that have another one here."""
+    """Returns the dtypes in the file of leaves that have another one here."""
     return {
         name: str(tensors[name].dtype)
-        for name, part in wanted.parts.items()
+        for name, part in plan.parts.items()
         if part.role in (adapter_tensors.TRAINED, adapter_tensors.BASE)
         and tensors[name].dtype != leaves[part.weight.leaf].dtype
     }
 
 
-def _config(
+def _make_config(
     words: Mapping[str, Any],
-    wanted: Plan,
+    plan: Plan,
     leaves: Mapping[str, Any],
     origin: dict[str, Any],
 ) -> LoRAConfig:
-    """The same selection and hyperparameters as a config of this library."""
-    numbers = {leaf: next(iter(found)) for leaf, found in _numbers(wanted).items()}
-    full = {p.weight.leaf for p in wanted.parts.values() if p.role == adapter_tensors.TRAINED}
-    # A pattern of targets may also match what is no kernel, as long as it is not trained either.
+    """Expresses the same selection and hyperparameters as a config of this library."""
+    numbers = {leaf: next(iter(values)) for leaf, values in _ranks_and_alphas(plan).items()}
+    full = {p.weight.leaf for p in plan.parts.values() if p.role == adapter_tensors.TRAINED}
+    # A pattern of targets may also match leaves that are no kernels and are not trained.
     others = [n for n, x in leaves.items() if np.ndim(x) > 1 or n in full]
     return LoRAConfig(
         rank=words["r"],
         alpha=words["lora_alpha"],
-        targets=_patterns(set(numbers), others),
-        train=_patterns(full, leaves),
+        targets=_find_patterns(set(numbers), others),
+        train=_find_patterns(full, leaves),
         dropout=words["lora_dropout"],
         rank_stabilized=words["use_rslora"],
         rank_pattern={n: rank for n, (rank, _) in numbers.items() if rank != words["r"]},
@@ -319,13 +330,13 @@ def _config(
     )
 
 
-def _patterns(wanted: set[str], leaves: Iterable[str]) -> tuple[str, ...]:
-    """The shortest patterns that select exactly the wanted leaves."""
-    found = dict.fromkeys(_pattern(n, wanted, leaves) for n in leaves if n in wanted)
-    return tuple(found)
+def _find_patterns(wanted: set[str], leaves: Iterable[str]) -> tuple[str, ...]:
+    """Finds the shortest patterns that select exactly the wanted leaves."""
+    patterns = dict.fromkeys(_find_pattern(n, wanted, leaves) for n in leaves if n in wanted)
+    return tuple(patterns)
 
 
-def _pattern(name: str, wanted: set[str], leaves: Iterable[str]) -> str:
+def _find_pattern(name: str, wanted: set[str], leaves: Iterable[str]) -> str:
     parts = name.split("/")
     for last in (len(parts) - 1, len(parts)):
         for first in range(last - 1, -1, -1):

@@ -1,4 +1,4 @@
-"""``save_peft``: from an adapter of this library to a PEFT directory."""
+"""``save_peft`` writes an adapter of this library as a PEFT directory."""
 
 import collections
 import json
@@ -20,8 +20,8 @@ from lora_jax.names import Name, Weight
 from lora_jax.nodes import Trained, as_node, is_adapted, scale_array
 from lora_jax.peft import adapter_tensors, layouts, target_modules
 from lora_jax.peft.adapter_tensors import Part, Plan
-from lora_jax.peft.config import ABOUT, CONFIG, DEFAULTS, HEADS, TASKS, problems_of, to_bytes
-from lora_jax.peft.load import WEIGHTS, base_tensor, holds
+from lora_jax.peft.config import CONFIG, DEFAULTS, HEADS, METADATA, TASKS, find_problems, to_bytes
+from lora_jax.peft.load import WEIGHTS, base_tensor, is_exact
 from lora_jax.peft.target_modules import Model
 
 PyTree = Any
@@ -32,11 +32,11 @@ class _Content(NamedTuple):
     """An adapter in the terms of the torch model.
 
     Attributes:
-      nodes: its entries by path.
+      nodes: entries of the adapter by path.
       kernels: adapted weights by module.
-      trained: weights trained in full by tensor name.
-      ranks: by module.
-      alphas: by module; with them PEFT computes exactly the scales of the adapter.
+      trained: weights that are trained in full, by tensor name.
+      ranks: ranks by module.
+      alphas: alphas by module, with which PEFT computes exactly the scales of the adapter.
     """
 
     nodes: dict[str, Any]
@@ -53,44 +53,44 @@ def save_peft(
     config: LoRAConfig,
     *,
     names: Sequence[Name],
-    **about: Any,
+    **metadata: Any,
 ) -> None:
-    """Writes an adapter as a directory that PEFT, and all that reads PEFT's format, opens.
+    """Writes an adapter as a directory for PEFT, and for all programs that read its format.
 
-    Ranks and scales are those of the adapter, whatever the config says. The words are chosen so
-    that PEFT selects exactly the modules that the adapter has; an adapter that came from a PEFT
-    directory keeps that directory's words as long as they describe it. The same arguments always
-    give the same bytes.
+    Ranks and scales are those of the adapter, whatever the config says. The words make PEFT select
+    exactly the modules that the adapter has; an adapter that came from a PEFT directory keeps the
+    words of that directory as long as they describe it. The same arguments always give the same
+    bytes.
 
     Args:
-      directory: made if need be.
-      params: the base parameters.
-      adapter: for them.
-      config: gives dropout and rank stabilisation, and ``origin``.
-      names: the model family's table of names.
-      **about: PEFT's words about the adapter as a whole: ``task_type`` ("SEQ_CLS", ...),
+      directory: directory to write to; it is made if it does not exist.
+      params: base parameters.
+      adapter: adapter of these parameters.
+      config: config, of which dropout, ``rank_stabilized`` and ``origin`` are used.
+      names: table of names of the model family.
+      **metadata: PEFT's words about the adapter as a whole: ``task_type`` ("SEQ_CLS", ...),
         ``base_model_name_or_path``, ``revision``, ``auto_mapping``.
 
     Raises:
-      ValueError: the adapter does not fit the parameters, holds NaN, or is something that PEFT's
-        format can't express; the message names the leaves.
+      ValueError: the adapter does not fit the parameters, holds NaN, or can't be expressed in
+        PEFT's format; the message names the leaves.
       OSError: a file can't be written.
     """
     leaves, nodes = adapters.base_leaves(params), adapters.nodes(adapter)
-    problems = adapters.misfits(leaves, nodes) + _wrong_about(about)
+    problems = adapters.misfits(leaves, nodes) + _check_metadata(metadata)
     if problems:
-        raise _refusal(problems)
+        raise _make_error(problems)
     older = bool(config.origin.get("older", False))
-    model = target_modules.model(_weights(names, leaves, older=older))
-    content, problems = _content(nodes, model, config)
+    model = target_modules.make_model(_weights(names, leaves, older=older))
+    content, problems = _collect_content(nodes, model, config)
     if problems:
-        raise _refusal(problems)
-    words, wanted = _words(content, model, config, about)
+        raise _make_error(problems)
+    words, plan = _choose_words(content, model, config, metadata)
     dtypes = config.origin.get("dtypes")
     dtypes = dtypes if isinstance(dtypes, dict) else {}
     tensors = {
-        n: _stored(_tensor(part, content.nodes, leaves), dtypes.get(n))
-        for n, part in wanted.parts.items()
+        n: _cast_as_stored(_make_tensor(part, content.nodes, leaves), dtypes.get(n))
+        for n, part in plan.parts.items()
     }
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ def save_peft(
     write_atomically(directory / CONFIG, to_bytes(words))
 
 
-def _refusal(problems: Sequence[str]) -> ValueError:
+def _make_error(problems: Sequence[str]) -> ValueError:
     return ValueError(f"The adapter can't be saved in PEFT's format: {'; '.join(problems)}.")
 
 
@@ -107,14 +107,14 @@ def _weights(table: Sequence[Name], leaves: Mapping[str, Any], *, older: bool) -
     return names.weights(table, leaves, older=older)
 
 
-def _wrong_about(about: Mapping[str, Any]) -> list[str]:
-    problems = [f"{n} is none of the words {ABOUT}" for n in about if n not in ABOUT]
-    if about.get("task_type") not in (None, *TASKS):
-        problems.append(f"task_type {about['task_type']!r} is none of {TASKS}")
+def _check_metadata(metadata: Mapping[str, Any]) -> list[str]:
+    problems = [f"{n} is none of the words {METADATA}" for n in metadata if n not in METADATA]
+    if metadata.get("task_type") not in (None, *TASKS):
+        problems.append(f"task_type {metadata['task_type']!r} is none of {TASKS}")
     return problems
 
 
-def _content(
+def _collect_content(
     nodes: Mapping[str, Any], model: Model, config: LoRAConfig
 ) -> tuple[_Content, list[str]]:
     by_leaf: dict[str, list[Weight]] = {}
@@ -123,14 +123,14 @@ def _content(
     content, problems = _Content(dict(nodes), {}, {}, {}, {}), []
     for leaf, node in nodes.items():
         rows = by_leaf.get(leaf, [])
-        problem = _inexpressible(leaf, node, rows)
+        problem = _find_obstacle(leaf, node, rows)
         if problem:
             problems.append(problem)
         elif is_adapted(node):
             modules = {names.module(w.hf): w for w in rows}
             content.kernels.update(modules)
             content.ranks.update(dict.fromkeys(modules, node.a.shape[-1]))
-            content.alphas.update(dict.fromkeys(modules, _alpha(node, config)))
+            content.alphas.update(dict.fromkeys(modules, _choose_alpha(node, config)))
         else:
             content.trained.update({w.hf: w for w in rows})
     if not content.kernels and not problems:
@@ -138,7 +138,7 @@ def _content(
     return content, problems
 
 
-def _inexpressible(leaf: str, node: Any, rows: Sequence[Weight]) -> str:
+def _find_obstacle(leaf: str, node: Any, rows: Sequence[Weight]) -> str:
     if not rows:
         return f"the table of names has no row for {leaf}"
     if rows[0].row.tied:
@@ -168,8 +168,8 @@ def _inexpressible(leaf: str, node: Any, rows: Sequence[Weight]) -> str:
     return ""
 
 
-def _alpha(node: LowRank, config: LoRAConfig) -> float:
-    """An alpha that gives exactly the scale of the node, the config's if that does."""
+def _choose_alpha(node: LowRank, config: LoRAConfig) -> float:
+    """Finds an alpha that gives exactly the scale of the node, the config's if that does."""
     rank, root = node.a.shape[-1], config.rank_stabilized
     scale = scale_array(node)
     exact = float(scale) * (rank**0.5 if root else rank)
@@ -178,117 +178,121 @@ def _alpha(node: LowRank, config: LoRAConfig) -> float:
         config.alpha, *config.alpha_pattern.values(), float(round(exact)), round(exact, 4), exact,
         *nearby,
     ]  # fmt: skip
-    same = lambda alpha: scale.dtype.type(adapter_tensors.scale(alpha, rank, root=root)) == scale
+    same = lambda alpha: (
+        scale.dtype.type(adapter_tensors.peft_scale(alpha, rank, root=root)) == scale
+    )
     alpha = next((alpha for alpha in candidates if alpha > 0 and same(alpha)), exact)
     return int(alpha) if float(alpha).is_integer() else alpha
 
 
-def _words(
-    content: _Content, model: Model, config: LoRAConfig, about: Mapping[str, Any]
+def _choose_words(
+    content: _Content, model: Model, config: LoRAConfig, metadata: Mapping[str, Any]
 ) -> tuple[dict[str, Any], Plan]:
-    """Words that stand for exactly this adapter: those that it came with, or new ones."""
-    told = {**about, "lora_dropout": config.dropout, "use_rslora": config.rank_stabilized}
+    """Chooses words that stand for exactly this adapter: those it came with, or new ones."""
+    given = {**metadata, "lora_dropout": config.dropout, "use_rslora": config.rank_stabilized}
     old = config.origin.get("words", {})
-    if old and not problems_of(old):
-        kept = _canonical(DEFAULTS | _deduplicated(old) | told, old)
-        wanted = adapter_tensors.make(kept, model)
-        if not _differences(content, wanted, config.rank_stabilized):
-            return kept, wanted
-        # The adapter has changed since; what says something of it as a whole still holds.
-        told = {name: old.get(name) for name in ABOUT} | told
-    words = DEFAULTS | told
-    words = _canonical(words | _fresh(content, model, words, config), {})
-    wanted = adapter_tensors.make(words, model)
-    differences = _differences(content, wanted, config.rank_stabilized)
+    if old and not find_problems(old):
+        words_of_origin = _canonicalize(DEFAULTS | _deduplicate(old) | given, old)
+        plan = adapter_tensors.make_plan(words_of_origin, model)
+        if not _find_differences(content, plan, config.rank_stabilized):
+            return words_of_origin, plan
+        # The adapter has changed since; words about it as a whole still hold.
+        given = {name: old.get(name) for name in METADATA} | given
+    words = DEFAULTS | given
+    words = _canonicalize(words | _make_words(content, model, words, config), {})
+    plan = adapter_tensors.make_plan(words, model)
+    differences = _find_differences(content, plan, config.rank_stabilized)
     if differences:
-        raise _refusal(differences)
-    return words, wanted
+        raise _make_error(differences)
+    return words, plan
 
 
-def _deduplicated(words: Mapping[str, Any]) -> dict[str, Any]:
-    """PEFT adds the heads of a task to modules_to_save each time that it loads an adapter."""
+def _deduplicate(words: Mapping[str, Any]) -> dict[str, Any]:
+    """Removes repeated heads, which PEFT adds to modules_to_save each time it loads an adapter."""
     words = dict(words)
     if words.get("modules_to_save"):
         words["modules_to_save"] = list(dict.fromkeys(words["modules_to_save"]))
     return words
 
 
-def _canonical(words: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
-    """The words as they will be read back (keys sorted), equal numbers written as they were."""
+def _canonicalize(words: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the words as they will be read: keys sorted, equal numbers written as before."""
     words = {n: old[n] if n in old and old[n] == v else v for n, v in words.items()}
     return json.loads(to_bytes(words))
 
 
-def _fresh(
+def _make_words(
     content: _Content, model: Model, words: Mapping[str, Any], config: LoRAConfig
 ) -> dict[str, Any]:
-    """Words made for the adapter, the shortest that there are."""
-    saved, rest = _whole_modules(content, model)
+    """Makes the shortest words for the adapter."""
+    saved, rest = _find_whole_modules(content, model)
     heads = HEADS.get(words["task_type"], ())
-    untrained = _untrained_heads(heads, saved, model)
+    untrained = _find_untrained_heads(heads, saved, model)
     if untrained:
-        raise _refusal(
+        raise _make_error(
             [
                 f"task_type {words['task_type']} means that {', '.join(untrained)} is trained in "
                 "full, and it is not"
             ]
         )
-    entries = [e for e in _saved_entries(saved, model) if e not in heads]
+    entries = [e for e in _find_saved_entries(saved, model) if e not in heads]
     inside = [m for m in model.modules if any(f"{m}.".startswith(f"{s}.") for s in saved)]
-    targets = target_modules.shortest(content.kernels, model, inside)
-    rank, alpha = _usual(content.ranks, config.rank), _usual(content.alphas, config.alpha)
-    fresh = {
+    targets = target_modules.shortest_entries(content.kernels, model, inside)
+    rank = _most_frequent(content.ranks, config.rank)
+    alpha = _most_frequent(content.alphas, config.alpha)
+    new = {
         "modules_to_save": [*entries, *heads] or None,
         "target_modules": targets,
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
-        "bias": _bias(rest, content, model),
+        "bias": _choose_bias(rest, content, model),
         "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": target_modules.shortest_patterns(content.ranks, model, rank),
         "alpha_pattern": target_modules.shortest_patterns(content.alphas, model, alpha),
         "fan_in_fan_out": any(names.is_conv1d(w) for w in content.kernels.values()),
     }
-    if set(target_modules.adapted(dict(words) | fresh, model)) != set(content.kernels):
-        # No list can: one name is the ending of another.
-        fresh["target_modules"] = "|".join(re.escape(m) for m in sorted(content.kernels))
-    return fresh
+    if set(target_modules.select_adapted(dict(words) | new, model)) != set(content.kernels):
+        # No list selects these modules: one name is the ending of another.
+        new["target_modules"] = "|".join(re.escape(m) for m in sorted(content.kernels))
+    return new
 
 
-def _usual(values: Mapping[str, Any], configured: float) -> Any:
-    """The config's value where it is in use; otherwise the most frequent, the smallest of those."""
+def _most_frequent(values: Mapping[str, Any], configured: float) -> Any:
+    """Returns the config's value if it is in use, else the smallest of the most frequent."""
     counts = collections.Counter(values.values())
     return min(counts, key=lambda v: (v != configured, -counts[v], v))
 
 
-def _whole_modules(content: _Content, model: Model) -> tuple[list[str], dict[str, Weight]]:
-    """Modules all of whose weights are trained, the largest such, and the weights left over."""
+def _find_whole_modules(content: _Content, model: Model) -> tuple[list[str], dict[str, Weight]]:
+    """Finds the largest modules all of whose weights are trained, and the weights left over."""
     whole: list[str] = []
     for m in model.modules:  # parents first
-        inner = adapter_tensors.weights_in(m, model)
-        covered = any(m.startswith(f"{other}.") for other in whole)
-        if inner and not covered and all(w.hf in content.trained for w in inner):
+        weights_inside = adapter_tensors.module_weights(m, model)
+        is_covered = any(m.startswith(f"{other}.") for other in whole)
+        is_trained = all(w.hf in content.trained for w in weights_inside)
+        if weights_inside and is_trained and not is_covered:
             whole.append(m)
-    inside = tuple(f"{m}." for m in whole)
-    rest = {n: w for n, w in content.trained.items() if not (inside and n.startswith(inside))}
+    prefixes = tuple(f"{m}." for m in whole)
+    rest = {n: w for n, w in content.trained.items() if not (prefixes and n.startswith(prefixes))}
     return whole, rest
 
 
-def _untrained_heads(heads: Iterable[str], saved: Sequence[str], model: Model) -> list[str]:
-    inside = lambda m: any(f"{m}.".startswith(f"{other}.") for other in saved)
-    return [m for m in target_modules.saved(heads, model) if not inside(m)]
+def _find_untrained_heads(heads: Iterable[str], saved: Sequence[str], model: Model) -> list[str]:
+    is_inside = lambda m: any(f"{m}.".startswith(f"{other}.") for other in saved)
+    return [m for m in target_modules.select_saved(heads, model) if not is_inside(m)]
 
 
-def _saved_entries(saved: Sequence[str], model: Model) -> list[str]:
-    """For modules_to_save, where a name also selects all names that end in it, dot or no dot."""
+def _find_saved_entries(saved: Sequence[str], model: Model) -> list[str]:
+    """Finds entries for modules_to_save, where a name selects all names that end in it."""
     entries = {}
     for m in saved:
-        fits = lambda e: set(target_modules.saved([e], model)) <= set(saved)
+        fits = lambda e: set(target_modules.select_saved([e], model)) <= set(saved)
         entry = next((e for e in target_modules.suffixes(m) if fits(e)), None)
         if entry is None:
-            also = [x for x in target_modules.saved([m], model) if x not in saved]
-            raise _refusal(
+            also = [x for x in target_modules.select_saved([m], model) if x not in saved]
+            raise _make_error(
                 [
                     f"{m} is trained in full, and PEFT would train {', '.join(also)} with it, "
                     "whose name ends in the same letters; train that as well"
@@ -298,8 +302,8 @@ def _saved_entries(saved: Sequence[str], model: Model) -> list[str]:
     return sorted(entries)
 
 
-def _bias(rest: Mapping[str, Weight], content: _Content, model: Model) -> str:
-    """Which setting of bias stands for the weights that no whole module explains."""
+def _choose_bias(rest: Mapping[str, Weight], content: _Content, model: Model) -> str:
+    """Chooses the setting of bias that stands for the weights outside whole modules."""
     if not rest:
         return "none"
     biases = {n for n in model.weights if n.rpartition(".")[2] == "bias"}
@@ -307,7 +311,7 @@ def _bias(rest: Mapping[str, Weight], content: _Content, model: Model) -> str:
         return "all"
     if set(rest) == {n for n in biases if names.module(n) in content.kernels}:
         return "lora_only"
-    raise _refusal(
+    raise _make_error(
         [
             f"{paths.listing(w.leaf for w in rest.values())} is trained in full, and PEFT trains "
             "whole modules, all biases, or the biases of the adapted modules; train the whole "
@@ -316,33 +320,31 @@ def _bias(rest: Mapping[str, Weight], content: _Content, model: Model) -> str:
     )
 
 
-def _differences(content: _Content, wanted: Plan, root: bool) -> list[str]:
+def _find_differences(content: _Content, plan: Plan, root: bool) -> list[str]:
     """Says where words do not stand for exactly the adapter."""
-    problems = list(wanted.problems)
-    theirs, ours = set(wanted.ranks), set(content.kernels)
-    trained = {p.weight.hf for p in wanted.parts.values() if p.role == adapter_tensors.TRAINED}
+    problems = list(plan.problems)
+    modules_of_words, modules_of_adapter = set(plan.ranks), set(content.kernels)
+    trained = {p.weight.hf for p in plan.parts.values() if p.role == adapter_tensors.TRAINED}
     for what, more in (
-        ("would adapt", theirs - ours),
-        ("would not adapt", ours - theirs),
+        ("would adapt", modules_of_words - modules_of_adapter),
+        ("would not adapt", modules_of_adapter - modules_of_words),
         ("would train", trained - set(content.trained)),
         ("would not train", set(content.trained) - trained),
     ):
         if more:
             problems.append(f"PEFT {what} {paths.listing(sorted(more))}")
-    for m in sorted(theirs & ours):
+    for m in sorted(modules_of_words & modules_of_adapter):
         node = content.nodes[content.kernels[m].leaf]
-        scale, exact = (
-            adapter_tensors.scale(wanted.alphas[m], wanted.ranks[m], root=root),
-            scale_array(node),
-        )
-        if wanted.ranks[m] != content.ranks[m]:
-            problems.append(f"PEFT would give {m} rank {wanted.ranks[m]}")
+        scale = adapter_tensors.peft_scale(plan.alphas[m], plan.ranks[m], root=root)
+        exact = scale_array(node)
+        if plan.ranks[m] != content.ranks[m]:
+            problems.append(f"PEFT would give {m} rank {plan.ranks[m]}")
         elif exact.dtype.type(scale) != exact:
             problems.append(f"PEFT would give {m} scale {scale}")
     return problems
 
 
-def _tensor(part: Part, nodes: Mapping[str, Any], leaves: Mapping[str, Any]) -> np.ndarray:
+def _make_tensor(part: Part, nodes: Mapping[str, Any], leaves: Mapping[str, Any]) -> np.ndarray:
     if part.role == adapter_tensors.BASE:
         return base_tensor(part, leaves)
     node, layer = nodes[part.weight.leaf], part.weight.layer
@@ -353,8 +355,8 @@ def _tensor(part: Part, nodes: Mapping[str, Any], leaves: Mapping[str, Any]) -> 
     return a if part.role == adapter_tensors.A else b
 
 
-def _stored(value: np.ndarray, dtype: str | None) -> np.ndarray:
-    """In the dtype that the tensor had in the file it came from, if that loses nothing."""
-    if dtype in _DTYPES and holds(value, jnp.dtype(dtype)):
+def _cast_as_stored(value: np.ndarray, dtype: str | None) -> np.ndarray:
+    """Casts to the dtype that the tensor had in the file it came from, if that loses nothing."""
+    if dtype in _DTYPES and is_exact(value, jnp.dtype(dtype)):
         value = value.astype(jnp.dtype(dtype))
     return np.ascontiguousarray(value)

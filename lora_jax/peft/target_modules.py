@@ -1,4 +1,4 @@
-"""Which modules PEFT's words select, by PEFT's rules, and the shortest words for a selection."""
+"""Selects modules by PEFT's words and rules, and finds the shortest words for a selection."""
 
 import functools
 import re
@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 from lora_jax import names
 from lora_jax.names import Weight
 
-_LINEAR_HEADS = ("classifier", "score")  # what "all-linear" spares in a SEQ_CLS model
-_OUTPUTS = ("lm_head", "embed_out", "output_layer")  # and in a language model
-_MOST_REPEATS, _MOST_UNBOUNDED, _MOST_LENGTH = 16, 6, 10_000
-_MOST_SECONDS = 10.0
-_Found = Callable[[str], bool]
+_LINEAR_HEADS = ("classifier", "score")  # heads that "all-linear" leaves out in a SEQ_CLS model
+_OUTPUTS = ("lm_head", "embed_out", "output_layer")  # the same in a language model
+_MAX_REPEATS, _MAX_UNBOUNDED, _MAX_LENGTH = 16, 6, 10_000
+_MAX_SECONDS = 10.0
+_Selector = Callable[[str], bool]
 _Match = Callable[[str], re.Match | None]
 
 
@@ -22,9 +22,9 @@ class Model(NamedTuple):
     """A torch model as far as its tensors tell.
 
     Attributes:
-      weights: the tensors by name.
-      kernels: the weight of each module that PEFT can adapt.
-      modules: all modules, with those that only contain others, parents first.
+      weights: tensors by name.
+      kernels: weight of each module that PEFT can adapt.
+      modules: names of all modules, also of those that only contain others; parents come first.
     """
 
     weights: dict[str, Weight]
@@ -32,7 +32,7 @@ class Model(NamedTuple):
     modules: list[str]
 
 
-def model(weights: Iterable[Weight]) -> Model:
+def make_model(weights: Iterable[Weight]) -> Model:
     """Derives the modules from the tensors."""
     by_name = {w.hf: w for w in weights}
     kernels = {
@@ -45,52 +45,52 @@ def model(weights: Iterable[Weight]) -> Model:
     return Model(by_name, kernels, list(modules))
 
 
-def adapted(words: Mapping[str, Any], model: Model) -> list[str]:
-    """Modules that PEFT would adapt.
+def select_adapted(words: Mapping[str, Any], model: Model) -> list[str]:
+    """Selects the modules that PEFT would adapt.
 
-    An entry of a list selects the module of this name and those whose name ends in a dot and it; a
-    string is a regular expression for whole names, or "all-linear". Excluded modules come first,
-    then those trained in full, then the layers asked for.
+    An entry of a list selects the module of this name and modules whose name ends in a dot and this
+    name; a string is a regular expression for whole names, or "all-linear". Excluded modules are
+    removed first, then those that are trained in full, then those of other layers.
 
     Raises:
-      ValueError: a regular expression is malformed, or could take for ever.
+      ValueError: a regular expression is malformed, or could take forever.
     """
-    excluded = _selects(words["exclude_modules"] or [], "exclude_modules")
-    saved = [f".{entry}." for entry in words["modules_to_save"] or []]
-    targets = _targets(words, model)
-    right_layer = _in_layers(words)
+    is_excluded = _make_selector(words["exclude_modules"] or [], "exclude_modules")
+    saved_parts = [f".{entry}." for entry in words["modules_to_save"] or []]
+    is_target = _target_selector(words, model)
+    is_in_layers = _layer_selector(words)
     exact = set(words["target_modules"]) if isinstance(words["target_modules"], list) else set()
     return [
         m
         for m in model.modules
-        if targets(m)
-        and not excluded(m)
-        and not any(entry in f".{m}." for entry in saved)
-        # A name in full is not subject to the choice of layers.
-        and (m in exact or right_layer(m))
+        if is_target(m)
+        and not is_excluded(m)
+        and not any(entry in f".{m}." for entry in saved_parts)
+        # A full name is not subject to the choice of layers.
+        and (m in exact or is_in_layers(m))
     ]
 
 
-def _targets(words: Mapping[str, Any], model: Model) -> _Found:
+def _target_selector(words: Mapping[str, Any], model: Model) -> _Selector:
     targets = words["target_modules"]
     if isinstance(targets, str) and targets.lower() == "all-linear":
         linear = {m for m, w in model.kernels.items() if names.kind(w) == names.LINEAR}
         heads = _LINEAR_HEADS if words["task_type"] == "SEQ_CLS" else ()
         spared = [m for m in (*_OUTPUTS, *heads) if m in linear][:1]
         return (linear - set(spared)).__contains__
-    return _selects(targets, "target_modules")
+    return _make_selector(targets, "target_modules")
 
 
-def _selects(entries: str | Sequence[str], what: str) -> _Found:
+def _make_selector(entries: str | Sequence[str], what: str) -> _Selector:
     if isinstance(entries, str):
-        whole = _timed([compiled(entries, what).fullmatch], what)[0]
-        return lambda m: whole(m) is not None
-    known = set(entries)
-    return lambda m: not known.isdisjoint(suffixes(m))
+        match = _limit_time([compile_safely(entries, what).fullmatch], what)[0]
+        return lambda m: match(m) is not None
+    known_entries = set(entries)
+    return lambda m: not known_entries.isdisjoint(suffixes(m))
 
 
 def suffixes(module: str) -> list[str]:
-    """Names that select the module, the shortest first.
+    """Returns the names that select the module, the shortest first.
 
     >>> suffixes("layer.0.query")
     ['query', '0.query', 'layer.0.query']
@@ -99,7 +99,7 @@ def suffixes(module: str) -> list[str]:
     return [".".join(parts[k:]) for k in range(len(parts) - 1, -1, -1)]
 
 
-def _in_layers(words: Mapping[str, Any]) -> _Found:
+def _layer_selector(words: Mapping[str, Any]) -> _Selector:
     layers, patterns = words["layers_to_transform"], words["layers_pattern"]
     if layers is None or layers == []:
         return lambda m: True
@@ -108,39 +108,42 @@ def _in_layers(words: Mapping[str, Any]) -> _Found:
     patterns = [patterns] if isinstance(patterns, str) else patterns
     expressions = [rf"(?:^|.*?\.)(?:{p})\.(?P<idx>\d+)\." for p in patterns or []]
     expressions = expressions or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
-    found = _timed([compiled(e, "layers_pattern").match for e in expressions], "layers_pattern")
+    matchers = [compile_safely(e, "layers_pattern").match for e in expressions]
+    matchers = _limit_time(matchers, "layers_pattern")
 
-    def right(m: str) -> bool:
-        match = next((hit for e in found if (hit := e(m))), None)
+    def is_in_layers(m: str) -> bool:
+        match = next((hit for e in matchers if (hit := e(m))), None)
         return match is not None and int(match["idx"]) in chosen
 
-    return right
+    return is_in_layers
 
 
-def saved(entries: Iterable[str], model: Model) -> list[str]:
-    """Modules that PEFT would train in full: those whose name ends in an entry, without a dot."""
+def select_saved(entries: Iterable[str], model: Model) -> list[str]:
+    """Selects the modules that PEFT would train in full: names that end in an entry."""
     entries = tuple(entries)
     hits = [m for m in model.modules if entries and m.endswith(entries)]
     return [m for m in hits if not any(m.startswith(f"{other}.") for other in hits)]
 
 
-def value_of(module: str, patterns: Sequence[tuple[_Match, Any]], default: Any) -> tuple[Any, int]:
-    """The value for a module, and which pattern gave it (-1: none); the first that fits wins."""
+def find_value(
+    module: str, patterns: Sequence[tuple[_Match, Any]], default: Any
+) -> tuple[Any, int]:
+    """Finds the value for a module, and the number of the first pattern that fits (-1: none)."""
     for k, (match, value) in enumerate(patterns):
         if match(module):
             return value, k
     return default, -1
 
 
-def patterns(by_pattern: Mapping[str, Any] | None, what: str) -> list[tuple[_Match, Any]]:
-    """The keys of rank_pattern or alpha_pattern, expressions for the ends of names, as matchers."""
+def compile_patterns(by_pattern: Mapping[str, Any] | None, what: str) -> list[tuple[_Match, Any]]:
+    """Compiles the keys of rank_pattern or alpha_pattern, expressions for the ends of names."""
     by_pattern = by_pattern or {}
-    matchers = [compiled(rf"(.*\.)?({key})$", what).match for key in by_pattern]
-    return list(zip(_timed(matchers, what), by_pattern.values(), strict=True))
+    matchers = [compile_safely(rf"(.*\.)?({key})$", what).match for key in by_pattern]
+    return list(zip(_limit_time(matchers, what), by_pattern.values(), strict=True))
 
 
-def _timed(matchers: Sequence[_Match], what: str) -> list[_Match]:
-    """The same matchers, which have so much time together and no more."""
+def _limit_time(matchers: Sequence[_Match], what: str) -> list[_Match]:
+    """Returns the same matchers with a limit of the time that they take together."""
     spent = 0.0
 
     def run(match: _Match, text: str) -> re.Match | None:
@@ -148,23 +151,23 @@ def _timed(matchers: Sequence[_Match], what: str) -> list[_Match]:
         begun = time.process_time()
         hit = match(text)
         spent += time.process_time() - begun
-        if spent > _MOST_SECONDS:
+        if spent > _MAX_SECONDS:
             raise ValueError(f"{what}: its regular expressions take too long to match")
         return hit
 
     return [functools.partial(run, match) for match in matchers]
 
 
-def compiled(pattern: str, what: str) -> re.Pattern:
+def compile_safely(pattern: str, what: str) -> re.Pattern:
     """Compiles a regular expression that is safe to run.
 
-    Python's matcher backtracks: on a hostile expression it runs for years. Repeated groups that
-    repeat or choose again inside, and long rows of repetitions, are refused; no adapter needs them.
+    Python's matcher backtracks, and on a hostile expression it runs for years. Repeated groups with
+    a repetition or a choice inside, and many repetitions, are refused; no adapter needs them.
 
     Raises:
-      ValueError: it is malformed or not safe; the message names the field.
+      ValueError: the expression is malformed or not safe; the message names the field.
     """
-    if len(pattern) > _MOST_LENGTH or _is_explosive(pattern):
+    if len(pattern) > _MAX_LENGTH or _is_explosive(pattern):
         raise ValueError(
             f"{what}: the regular expression {pattern[:100]!r} could take for ever to match; list "
             "the modules by name instead"
@@ -184,9 +187,9 @@ _TOKEN = re.compile(
 
 
 def _is_explosive(pattern: str) -> bool:
-    """Whether matching may take more than polynomial time of a low degree."""
-    busy = [False]  # per open group: whether it repeats or chooses inside
-    closed = False  # the same of the group that has just been closed
+    """Tells whether matching may take more than polynomial time of a low degree."""
+    busy = [False]  # for each open group, whether it has a repetition or a choice inside
+    closed = False  # the same for the group that has just been closed
     repeats = unbounded = 0
     for token in _TOKEN.findall(pattern):
         repeat = token[0] in "*+?" or (token[0] == "{" and len(token) > 1)
@@ -204,39 +207,41 @@ def _is_explosive(pattern: str) -> bool:
         elif token == ")" and len(busy) > 1:
             closed = busy.pop()
             busy[-1] = busy[-1] or closed
-    return repeats > _MOST_REPEATS or unbounded > _MOST_UNBOUNDED
+    return repeats > _MAX_REPEATS or unbounded > _MAX_UNBOUNDED
 
 
-def shortest(wanted: Iterable[str], model: Model, indifferent: Iterable[str] = ()) -> list[str]:
-    """The shortest entries for a list that selects the wanted modules and no other, sorted.
+def shortest_entries(
+    wanted: Iterable[str], model: Model, indifferent: Iterable[str] = ()
+) -> list[str]:
+    """Returns the shortest entries, sorted, that select the wanted modules and no other.
 
-    A name in full may still select more (``query`` selects ``x.query``); the caller checks.
+    A full name may still select more (``query`` selects ``x.query``), which the caller checks.
 
     Args:
-      wanted: names of modules.
-      model: has them all.
-      indifferent: modules that may be selected as well.
+      wanted: names of the modules to select.
+      model: model that has all these modules.
+      indifferent: names of modules that may be selected as well.
     """
-    free = _unambiguous(wanted, model, indifferent)
-    return sorted({entry or m for m, entry in free.items()})
+    endings = _find_endings(wanted, model, indifferent)
+    return sorted({entry or m for m, entry in endings.items()})
 
 
 def shortest_patterns(values: Mapping[str, Any], model: Model, default: Any) -> dict[str, Any]:
-    """The shortest patterns that give each module its value where it is not the default."""
-    found = {}
+    """Returns the shortest patterns that give each module a value that is not the default."""
+    by_pattern = {}
     for value in {v for v in values.values() if v != default}:
         same = {m for m, v in values.items() if v == value}
         indifferent = set(model.modules) - set(values)
-        for m, entry in _unambiguous(same, model, indifferent).items():
-            found[re.escape(entry) if entry else f"^{re.escape(m)}"] = value
-    return found
+        for m, entry in _find_endings(same, model, indifferent).items():
+            by_pattern[re.escape(entry) if entry else f"^{re.escape(m)}"] = value
+    return by_pattern
 
 
-def _unambiguous(
+def _find_endings(
     wanted: Iterable[str], model: Model, indifferent: Iterable[str]
 ) -> dict[str, str | None]:
-    """For each module its shortest ending that no other module shares, or None."""
+    """Finds for each module its shortest ending that no other module shares, or None."""
     wanted = set(wanted)
     others = set(model.modules) - wanted - set(indifferent)
-    spoilt = {ending for m in others for ending in suffixes(m)}
-    return {m: next((s for s in suffixes(m) if s not in spoilt), None) for m in wanted}
+    taken = {ending for m in others for ending in suffixes(m)}
+    return {m: next((s for s in suffixes(m) if s not in taken), None) for m in wanted}

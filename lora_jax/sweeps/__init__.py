@@ -1,4 +1,4 @@
-"""Sweeps: many runs through one compiled step, and reports of what they found."""
+"""Sweeps: many runs through one compiled step, and reports of their results."""
 
 from lora_jax.extras import require
 

@@ -1,4 +1,4 @@
-"""How many runs go through a compiled step at a time, and the programs made for it."""
+"""The number of runs that go through a compiled step at a time, and the programs for them."""
 
 import math
 import time
@@ -8,50 +8,53 @@ import jax
 
 from lora_jax.sweeps import vmapped_step
 from lora_jax.sweeps.trial_loop import Group
-from lora_jax.sweeps.trials import Point
+from lora_jax.sweeps.trials import Trial
 from lora_jax.sweeps.vmapped_step import Program
 
-# The part of the remaining time that finding out whether more runs at a time are faster may cost.
-# On a CPU they rarely are: a single run already keeps its cores busy.
+# The fraction of the remaining time that may be spent on finding out whether more runs at a time
+# are faster. On a CPU they rarely are, since a single run already keeps its cores busy.
 _PROBE_SHARE = {"cpu": 0.01}
-_PROBE_SHARE_ELSEWHERE = 0.5
+_DEFAULT_PROBE_SHARE = 0.5
 _PROBE_GROWTH = 4  # from one number of runs at a time to the next that is tried
 _PROBE_GAIN = 1.05  # throughput must grow by this, or the smaller number stays
 _PROBE_STEPS = 3
 
 
-def key(point: Point) -> str:
-    """Groups of equal keys differ in their data alone, and so may share compiled steps."""
-    config = point.config
+def program_key(trial: Trial) -> str:
+    """Returns a text that is equal for runs whose groups may share compiled steps.
+
+    Such groups differ in their data alone.
+    """
+    config = trial.config
     model = f"{config.model.to_json()}{tuple(config.lora.targets)}{tuple(config.lora.train)}"
-    return f"{model}{vmapped_step.options(config)}"
+    return f"{model}{vmapped_step.make_options(config)}"
 
 
 class Programs:
-    """The programs of a sweep, made when first asked for, and the choice of their width."""
+    """The programs of a sweep, each made when it is first needed, and the choice of their width."""
 
     def __init__(self, parallel: int | None) -> None:
         self._parallel = parallel
-        self._made: dict[tuple, Program] = {}
+        self._programs: dict[tuple, Program] = {}
         self._width: dict[str, int] = {}
         self._last: dict[str, int] = {}
 
     def get(self, group: Group, key: str, count: int) -> Program:
-        """The program for ``count`` runs of a group; those of equal key and shapes share it."""
-        place = key, str(group.shapes), group.dropout, count
-        if place not in self._made:
-            self._made[place] = vmapped_step.program(
-                group.task, count, dropout=group.dropout, options=group.options
+        """Returns the program for ``count`` runs; groups of equal key and shapes share it."""
+        full_key = key, str(group.shapes), group.has_dropout, count
+        if full_key not in self._programs:
+            self._programs[full_key] = vmapped_step.make_program(
+                group.task, count, has_dropout=group.has_dropout, options=group.options
             )
-        return self._made[place]
+        return self._programs[full_key]
 
-    def width(self, group: Group, key: str, runs: Sequence[Point], steps: int) -> int:
-        """How many of these runs to do at a time, that have ``steps`` steps left together."""
+    def width(self, group: Group, key: str, runs: Sequence[Trial], steps: int) -> int:
+        """Chooses how many of these runs to do at a time; ``steps`` is the sum of their steps."""
         if key not in self._width:
-            found = self._parallel or (1 if len(runs) == 1 else 0)
-            self._width[key] = found or self._measured(group, key, runs, steps)
+            fixed = self._parallel or (1 if len(runs) == 1 else 0)
+            self._width[key] = fixed or self._measure(group, key, runs, steps)
         even = math.ceil(len(runs) / math.ceil(len(runs) / self._width[key]))  # 17 by 16: 9 and 8
-        # The last runs go along in the program that is there, with idle places.
+        # The last runs go through the program that is there, with some of its places idle.
         self._last[key] = max(even, self._last.get(key, 0))
         return self._last[key]
 
@@ -59,7 +62,7 @@ class Programs:
         """Halves the number of runs at a time, after running out of memory with ``count``.
 
         Raises:
-          ValueError: it was one.
+          ValueError: it was one run at a time.
         """
         if count == 1:
             raise ValueError(
@@ -68,46 +71,47 @@ class Programs:
         self._width[key], self._last[key] = count // 2, 0
 
     def forget(self) -> None:
-        """Lets the next runs have programs of their own: halving has left few of them."""
+        """Forgets the last widths, since halving has left fewer runs."""
         self._last.clear()
 
     def compilations(self) -> dict[str, int]:
-        """How often each step was compiled, by its name."""
-        names = [name for made in self._made.values() for name, *_ in made.compiled]
+        """Counts how often each step was compiled, by its name."""
+        names = [name for program in self._programs.values() for name, *_ in program.compiled]
         return {name: names.count(name) for name in sorted(set(names))}
 
-    def _measured(self, group: Group, key: str, runs: Sequence[Point], steps: int) -> int:
+    def _measure(self, group: Group, key: str, runs: Sequence[Trial], steps: int) -> int:
         """Tries one run for each device, then more at a time, while that pays."""
-        share = _PROBE_SHARE.get(jax.default_backend(), _PROBE_SHARE_ELSEWHERE)
+        share = _PROBE_SHARE.get(jax.default_backend(), _DEFAULT_PROBE_SHARE)
         devices, run = min(len(jax.devices()), len(runs)), runs[0].id
         best = width = devices
         seconds = _seconds(self.get(group, key, width), group, run) / width
         cost = vmapped_step.compile_seconds(self.get(group, key, width))
         while width < len(runs) and cost < share * steps * seconds:
             width = min(width * _PROBE_GROWTH, math.ceil(len(runs) / devices) * devices)
-            found = _seconds(self.get(group, key, width), group, run) / width
-            if found * _PROBE_GAIN > seconds:
+            wider = _seconds(self.get(group, key, width), group, run) / width
+            if wider * _PROBE_GAIN > seconds:
                 break
-            best, seconds = width, found
+            best, seconds = width, wider
         return best
 
 
-def _seconds(on: Program, group: Group, run: str) -> float:
-    """The time of one of the first steps, tried on copies of a run; infinite for no memory."""
+def _seconds(program: Program, group: Group, run: str) -> float:
+    """Measures a step on copies of a run; returns infinity if there is not enough memory."""
     try:
-        return _time(on, group, run)
+        return _time(program, group, run)
     except jax.errors.JaxRuntimeError as error:
         check_memory(error)
         return math.inf
 
 
-def _time(on: Program, group: Group, run: str) -> float:
-    member = vmapped_step.pad(group.member(run), group.shapes)
-    members = vmapped_step.place(on, vmapped_step.stack([member] * on.count, on.count))
-    base, batch = vmapped_step.replicate(on, group.task.base), group.task.train_batch(0)
+def _time(program: Program, group: Group, run: str) -> float:
+    member = vmapped_step.pad(group.make_member(run), group.shapes)
+    stacked = vmapped_step.stack([member] * program.count, program.count)
+    members = vmapped_step.place(program, stacked)
+    base, batch = vmapped_step.replicate(program, group.task.base), group.task.train_batch(0)
     times = []
-    for _ in range(_PROBE_STEPS + 1):  # the first one is not like the others
-        step = vmapped_step.compiled(on, "train", members, base, batch)
+    for _ in range(_PROBE_STEPS + 1):  # the first step is not like the others
+        step = vmapped_step.compile_step(program, "train", members, base, batch)
         begin = time.perf_counter()
         members, _ = jax.block_until_ready(step(members, base, batch))
         times.append(time.perf_counter() - begin)
@@ -115,6 +119,10 @@ def _time(on: Program, group: Group, run: str) -> float:
 
 
 def check_memory(error: jax.errors.JaxRuntimeError) -> None:
-    """Raises what is not an error of memory."""
+    """Raises an error again, unless it is one of memory.
+
+    Raises:
+      JaxRuntimeError: it is another error.
+    """
     if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
         raise error

@@ -1,5 +1,6 @@
-"""The pictures of a sweep's report."""
+"""The figures of a sweep's report."""
 
+import functools
 import io
 import json
 from collections.abc import Callable, Sequence
@@ -16,11 +17,18 @@ from lora_jax.sweeps import results
 from lora_jax.sweeps.results import ALPHA, RANK, SEED, Cell, Results, Row
 from lora_jax.training import workdirs
 
-_MOST_LINES = 8
+_MAX_LINES = 8
 
 
 class Picture(NamedTuple):
-    """A figure as a PNG, with the sentences that go below it."""
+    """A figure as a PNG.
+
+    Attributes:
+      name: name of the file, without its suffix.
+      title: title above the figure.
+      caption: sentences below the figure.
+      png: content of the file.
+    """
 
     name: str
     title: str
@@ -28,14 +36,21 @@ class Picture(NamedTuple):
     png: bytes
 
 
-def all_of(found: Results) -> list[Picture]:
-    """Every picture for which the sweep has the data."""
-    made = [against(found), heat_map(found), curves(found), similarity(found)]
-    return [picture for picture in made if picture is not None]
+def draw_all(sweep: Results) -> list[Picture]:
+    """Draws every figure for which the sweep has the data."""
+    pictures = [
+        draw_scores(sweep),
+        draw_heat_map(sweep),
+        draw_curves(sweep),
+        draw_similarity(sweep),
+    ]
+    return [picture for picture in pictures if picture is not None]
 
 
-def _figure(columns: int, *, width: float = 4.2, height: float = 3.4) -> tuple[Figure, list[Axes]]:
-    # pyplot would choose a window system for the whole process.
+def _make_figure(
+    columns: int, *, width: float = 4.2, height: float = 3.4
+) -> tuple[Figure, list[Axes]]:
+    # Not by pyplot, which would choose a window system for the whole process.
     figure = Figure(figsize=(width * columns, height), layout="constrained")
     panels = figure.subplots(1, columns, squeeze=False)
     for panel in panels[0]:
@@ -45,104 +60,97 @@ def _figure(columns: int, *, width: float = 4.2, height: float = 3.4) -> tuple[F
     return figure, list(panels[0])
 
 
-def _picture(figure: Figure, name: str, title: str, caption: str) -> Picture:
+def _save(figure: Figure, name: str, title: str, caption: str) -> Picture:
     image = io.BytesIO()
     figure.savefig(image, dpi=150)
     figure.clear()  # its parts refer to each other, and would wait for the garbage collector
     return Picture(name, title, caption, image.getvalue())
 
 
-def _numeric(found: Results) -> list[str]:
-    """The fields that are varied and have numbers as values, rank first and the seed left out."""
+def _numeric_fields(sweep: Results) -> list[str]:
+    """Returns the fields that vary and have numbers as values, rank first, without the seed."""
     fields = [
         field
-        for field in results.without_seed(found)
-        if all(isinstance(row.values[field], int | float) for row in found.rows)
+        for field in results.without_seed(sweep)
+        if all(isinstance(row.values[field], int | float) for row in sweep.rows)
     ]
     return sorted(fields, key=lambda field: (field != RANK, field != ALPHA))
 
 
-def _scale(panel: Axes, values: Sequence[float]) -> None:
-    """A logarithmic axis with a tick for each value, where they are all positive."""
+def _set_ticks(panel: Axes, values: Sequence[float]) -> None:
+    """Puts a tick at each value; the axis is logarithmic if they are positive and far apart."""
     if min(values) > 0 and max(values) >= 4 * min(values):
         panel.set_xscale("log", base=2)
-    panel.set_xticks(values, [results.number(v) for v in values], minor=False)
+    panel.set_xticks(values, [results.format_value(v) for v in values], minor=False)
     panel.set_xticks([], minor=True)
 
 
-# Accuracy against rank (or what is varied instead).
+# Score against rank, or against the field that varies instead.
 
 
-def against(found: Results) -> Picture | None:
-    """Score against the rank, with the spread over seeds."""
-    fields = _numeric(found)
+def draw_scores(sweep: Results) -> Picture | None:
+    """Draws the score against the rank, with the spread over seeds."""
+    fields = _numeric_fields(sweep)
     if not fields:
         return None
     x = fields[0]
-    lines = _lines(found, x)
-    figure, (panel,) = _figure(1, width=6.4, height=3.8)
-    _scale(panel, sorted({row.values[x] for row in found.rows}))
+    lines = _lines(sweep, x)
+    figure, (panel,) = _make_figure(1, width=6.4, height=3.8)
+    _set_ticks(panel, sorted({row.values[x] for row in sweep.rows}))
     for k, (label, cells) in enumerate(lines):
-        # A little to the side of each other, so that no bar hides another.
-        beside = _beside(panel, k - (len(lines) - 1) / 2)
-        _spread_line(panel, beside, {c.values[x]: c for c in cells}, label=label, color=f"C{k}")
-    panel.set(xlabel=results.name(x), ylabel=f"validation {found.score_name}")
+        # Shifted a little, so that no bar hides another.
+        places = k - (len(lines) - 1) / 2
+        by_x = {_shift(panel, cell.values[x], places): cell for cell in cells}
+        _draw_line(panel, by_x, label=label, color=f"C{k}")
+    panel.set(xlabel=results.format_name(x), ylabel=f"validation {sweep.score_name}")
     if len(lines) > 1:
         panel.legend(frameon=False, fontsize=9)
-    return _picture(
+    return _save(
         figure,
         "against",
-        f"{found.score_name.capitalize()} against {results.name(x)}",
+        f"{sweep.score_name.capitalize()} against {results.format_name(x)}",
         "Means over seeds; a bar is one standard deviation, a dot one run.",
     )
 
 
-def _beside(panel: Axes, places: float) -> Callable[[float], float]:
+def _shift(panel: Axes, x: float, places: float) -> float:
     if panel.get_xscale() == "log":
-        return lambda x: x * 1.05**places
+        return x * 1.05**places
     low, high = min(panel.get_xticks()), max(panel.get_xticks())
-    return lambda x: x + 0.01 * (high - low) * places
+    return x + 0.01 * (high - low) * places
 
 
-def _spread_line(
-    panel: Axes,
-    beside: Callable[[float], float],
-    by_x: dict[Any, Cell],
-    *,
-    label: str,
-    color: str,
-) -> None:
-    done = [(x, by_x[x]) for x in sorted(by_x) if by_x[x].mean is not None]
-    at, cells = [beside(x) for x, _ in done], [cell for _, cell in done]
+def _draw_line(panel: Axes, by_x: dict[float, Cell], *, label: str, color: str) -> None:
+    scored = {x: by_x[x] for x in sorted(by_x) if by_x[x].mean is not None}
     panel.errorbar(
-        at, [c.mean for c in cells], [c.spread or 0.0 for c in cells], fmt="o-", label=label,
-        color=color, capsize=2, elinewidth=1, markersize=5,
+        list(scored), [c.mean for c in scored.values()], [c.spread or 0.0 for c in scored.values()],
+        fmt="o-", label=label, color=color, capsize=2, elinewidth=1, markersize=5,
     )  # fmt: skip
-    for place, cell in zip(at, cells, strict=True):
+    for x, cell in scored.items():
         n = len(cell.scores)
-        panel.plot([place] * n, cell.scores, ".", color=color, alpha=0.35, markersize=5)
+        panel.plot([x] * n, cell.scores, ".", color=color, alpha=0.35, markersize=5)
 
 
-def _lines(found: Results, x: str) -> list[tuple[str, list[Cell]]]:
-    """What to draw a line for: the values of the other fields, or a rule that alpha follows."""
-    others = [field for field in results.without_seed(found) if field != x]
-    cells = results.cells(found)
+def _lines(sweep: Results, x: str) -> list[tuple[str, list[Cell]]]:
+    """Returns what to draw lines for: values of the other fields, or rules that alpha follows."""
+    others = [field for field in results.without_seed(sweep) if field != x]
+    cells = results.cells(sweep)
     if others == [ALPHA] and x == RANK and (rules := _rules(cells)):
         return rules
     by_rest: dict[str, list[Cell]] = {}
     for cell in cells:
-        rest = (f"{results.name(f)} {results.number(cell.values[f])}" for f in others)
+        rest = (f"{results.format_name(f)} {results.format_value(cell.values[f])}" for f in others)
         by_rest.setdefault(", ".join(rest), []).append(cell)
-    # Where there are too many, those that reach the best score.
-    top = lambda item: max(map(results.merit(found), item[1]))
-    kept = sorted(by_rest.items(), key=top, reverse=True)[:_MOST_LINES]
-    return [item for item in by_rest.items() if item in kept]
+    # If there are too many, those that reach the best scores.
+    best = lambda rest: max(results.merit(sweep, cell) for cell in by_rest[rest])
+    chosen = set(sorted(by_rest, key=best, reverse=True)[:_MAX_LINES])
+    return [(rest, cells) for rest, cells in by_rest.items() if rest in chosen]
 
 
 def _rules(cells: Sequence[Cell]) -> list[tuple[str, list[Cell]]]:
-    """Alphas that grow with the rank, and alphas that stay, each if it is there for all ranks.
+    """Returns the alphas that grow with the rank and those that stay, if all ranks have them.
 
-    None if all ranks have the same alphas: then each alpha simply has its line.
+    There are none if all ranks have the same alphas, since each alpha then has its own line.
     """
     ranks = {c.values[RANK] for c in cells}
     alphas = {r: {c.values[ALPHA] for c in cells if c.values[RANK] == r} for r in ranks}
@@ -151,39 +159,40 @@ def _rules(cells: Sequence[Cell]) -> list[tuple[str, list[Cell]]]:
     kinds: dict[str, list[Cell]] = {}
     for cell in cells:
         rank, alpha = cell.values[RANK], cell.values[ALPHA]
-        times = alpha / rank
-        rule = "alpha = rank" if times == 1 else f"alpha = {results.number(times)} × rank"
+        factor = alpha / rank
+        rule = "alpha = rank" if factor == 1 else f"alpha = {results.format_value(factor)} × rank"
         kinds.setdefault(rule, []).append(cell)
-        kinds.setdefault(f"alpha = {results.number(alpha)}", []).append(cell)
+        kinds.setdefault(f"alpha = {results.format_value(alpha)}", []).append(cell)
     return [(rule, group) for rule, group in kinds.items() if len(group) == len(ranks)]
 
 
 # The heat map.
 
 
-def heat_map(found: Results) -> Picture | None:
-    """Mean score for each rank and alpha, or for two other fields that are varied."""
-    fields = _numeric(found)[:2]
+def draw_heat_map(sweep: Results) -> Picture | None:
+    """Draws the mean score for each rank and alpha, or for two other fields that vary."""
+    fields = _numeric_fields(sweep)[:2]
     if len(fields) < 2:
         return None
     y, x = fields
-    rows, columns = ([*sorted({r.values[f] for r in found.rows})] for f in (y, x))
+    rows, columns = ([*sorted({r.values[f] for r in sweep.rows})] for f in (y, x))
     means = np.full((len(rows), len(columns)), np.nan)
-    # The best of what else is varied comes last, and stays.
-    for cell in sorted(results.cells(found), key=results.merit(found)):
+    # The best cell of each place comes last, and stays.
+    for cell in sorted(results.cells(sweep), key=functools.partial(results.merit, sweep)):
         if cell.mean is not None:
             means[rows.index(cell.values[y]), columns.index(cell.values[x])] = cell.mean
-    figure, (panel,) = _figure(
+    figure, (panel,) = _make_figure(
         1, width=max(3.6, 0.75 * len(columns) + 1.8), height=max(2.6, 0.5 * len(rows) + 1.2)
     )
-    _draw_map(figure, panel, means, f"validation {found.score_name}")
-    panel.set_xticks(range(len(columns)), [results.number(v) for v in columns])
-    panel.set_yticks(range(len(rows)), [results.number(v) for v in rows])
-    panel.set(xlabel=results.name(x), ylabel=results.name(y))
-    others = len(results.without_seed(found)) > 2
-    caption = "Means over seeds" + (", at the best of what else is varied." if others else ".")
-    title = f"{results.name(y).capitalize()} and {results.name(x)}"
-    return _picture(figure, "heat_map", title, caption + " Blank: not run, or not finished.")
+    _draw_map(figure, panel, means, f"validation {sweep.score_name}")
+    panel.set_xticks(range(len(columns)), [results.format_value(v) for v in columns])
+    panel.set_yticks(range(len(rows)), [results.format_value(v) for v in rows])
+    panel.set(xlabel=results.format_name(x), ylabel=results.format_name(y))
+    caption = "Means over seeds."
+    if len(results.without_seed(sweep)) > 2:
+        caption = "Means over seeds, at the best of what else is varied."
+    title = f"{results.format_name(y).capitalize()} and {results.format_name(x)}"
+    return _save(figure, "heat_map", title, caption + " Blank: not run, or not finished.")
 
 
 def _draw_map(figure: Figure, panel: Axes, values: np.ndarray, label: str) -> None:
@@ -201,32 +210,32 @@ def _draw_map(figure: Figure, panel: Axes, values: np.ndarray, label: str) -> No
 # Learning curves.
 
 
-def curves(found: Results) -> Picture | None:
-    """Training loss and validation score against the epoch, coloured by rank."""
-    fields = _numeric(found)
-    color_of, values = _colors(found, fields[0]) if fields else (lambda row: "C0", [])
-    figure, (left, right) = _figure(2)
-    for row in found.rows:
-        for panel, key in ((left, "loss"), (right, f"eval_{found.score_name}")):
-            at = [(line["epoch"], line[key]) for line in row.curve if key in line]
-            if at:
-                style = "-" if key == "loss" and len(at) > 3 else "o-"
+def draw_curves(sweep: Results) -> Picture | None:
+    """Draws training loss and validation score against the epoch, colored by rank."""
+    fields = _numeric_fields(sweep)
+    color_of, values = _colors(sweep, fields[0]) if fields else (lambda row: "C0", [])
+    figure, (left, right) = _make_figure(2)
+    for row in sweep.rows:
+        for panel, key in ((left, "loss"), (right, f"eval_{sweep.score_name}")):
+            points = [(line["epoch"], line[key]) for line in row.curve if key in line]
+            if points:
+                style = "-" if key == "loss" and len(points) > 3 else "o-"
                 panel.plot(
-                    *zip(*at, strict=True), style, color=color_of(row), alpha=0.6, linewidth=1.1,
-                    markersize=3,
+                    *zip(*points, strict=True), style, color=color_of(row), alpha=0.6,
+                    linewidth=1.1, markersize=3,
                 )  # fmt: skip
     left.set(xlabel="epoch", ylabel="training loss", xlim=(0, None), ylim=(0, None))
-    right.set(xlabel="epoch", ylabel=f"validation {found.score_name}", xlim=(0, None))
+    right.set(xlabel="epoch", ylabel=f"validation {sweep.score_name}", xlim=(0, None))
     for value, color in values:
-        right.plot([], [], color=color, label=results.number(value))
+        right.plot([], [], color=color, label=results.format_value(value))
     if values:
-        title = results.name(fields[0])
+        title = results.format_name(fields[0])
         right.legend(title=title, frameon=False, fontsize=8, title_fontsize=9, loc="best")
-    return _picture(figure, "curves", "Learning curves", "One line for each run.")
+    return _save(figure, "curves", "Learning curves", "One line for each run.")
 
 
-def _colors(found: Results, field: str) -> tuple[Callable[[Row], Any], list[tuple[Any, Any]]]:
-    values = sorted({row.values[field] for row in found.rows})
+def _colors(sweep: Results, field: str) -> tuple[Callable[[Row], Any], list[tuple[Any, Any]]]:
+    values = sorted({row.values[field] for row in sweep.rows})
     shades = colormaps["viridis"](np.linspace(0, 0.9, len(values)))
     by_value = dict(zip(values, shades, strict=True))
     return lambda row: by_value[row.values[field]], list(by_value.items())
@@ -235,15 +244,15 @@ def _colors(found: Results, field: str) -> tuple[Callable[[Row], Any], list[tupl
 # Subspaces.
 
 
-def similarity(found: Results) -> Picture | None:
-    """Subspace similarity of the learned A, between ranks and between seeds."""
-    pairs = [pair for pair in (_two_ranks(found), _two_seeds(found)) if pair]
+def draw_similarity(sweep: Results) -> Picture | None:
+    """Draws the subspace similarity of the learned A, between ranks and between seeds."""
+    pairs = [pair for pair in (_two_ranks(sweep), _two_seeds(sweep)) if pair]
     if not pairs:
         return None
     kernel = _middle_kernel(pairs[0][1][0])
     maps = [(text, _similarity(*rows, kernel)) for text, rows in pairs]
-    highest = max(values.max() for _, values in maps)  # of a few steps they are far below 1
-    figure, panels = _figure(len(maps), width=4.4, height=3.6)
+    highest = max(values.max() for _, values in maps)  # after a few steps they are far below 1
+    figure, panels = _make_figure(len(maps), width=4.4, height=3.6)
     for panel, (text, values) in zip(panels, maps, strict=True):
         panel.grid(False)
         image = panel.imshow(
@@ -263,16 +272,16 @@ def similarity(found: Results) -> Picture | None:
         f"directions that lies in the space of the j leading ones. Two random subspaces of "
         f"{min(values.shape)} dimensions have {chance:.3f}."
     )
-    return _picture(figure, "similarity", "Subspaces of the learned A", caption)
+    return _save(figure, "similarity", "Subspaces of the learned A", caption)
 
 
-def _with_adapter(found: Results) -> list[Row]:
-    return [row for row in found.rows if row.score is not None]
+def _scored_rows(sweep: Results) -> list[Row]:
+    return [row for row in sweep.rows if row.score is not None]
 
 
-def _two_ranks(found: Results) -> tuple[tuple[str, str, str], tuple[Row, Row]] | None:
-    """Two runs with the smallest rank above 1, if there is one, and the largest, of one seed."""
-    rows = _with_adapter(found)
+def _two_ranks(sweep: Results) -> tuple[tuple[str, str, str], tuple[Row, Row]] | None:
+    """Returns two runs, with the smallest rank above 1, if there is one, and with the largest."""
+    rows = _scored_rows(sweep)
     ranks = sorted({row.values[RANK] for row in rows})
     if len(ranks) < 2:
         return None
@@ -284,11 +293,11 @@ def _two_ranks(found: Results) -> tuple[tuple[str, str, str], tuple[Row, Row]] |
     )
 
 
-def _two_seeds(found: Results) -> tuple[tuple[str, str, str], tuple[Row, Row]] | None:
-    """Two runs of the largest rank that differ in their seed alone."""
-    if SEED not in found.swept:
+def _two_seeds(sweep: Results) -> tuple[tuple[str, str, str], tuple[Row, Row]] | None:
+    """Returns two runs of the largest rank that differ in their seed alone."""
+    if SEED not in sweep.varied:
         return None
-    many = [c for c in results.cells(found) if len(c.scores) > 1]
+    many = [c for c in results.cells(sweep) if len(c.scores) > 1]
     if not many:
         return None
     cell = max(many, key=lambda c: c.rows[0].values[RANK])
@@ -315,6 +324,6 @@ def _factor(row: Row, kernel: str) -> np.ndarray:
 
 
 def _middle_kernel(row: Row) -> str:
-    """The kernel in the middle of the network, as the paper has it."""
+    """Returns the name of the kernel in the middle of the network, as in the paper."""
     names = [name.removesuffix("/a") for name in _tensors(row) if name.endswith("/a")]
     return sorted(names)[len(names) // 2]

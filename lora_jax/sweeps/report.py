@@ -1,4 +1,4 @@
-"""The report of a sweep: a table, pictures, and one page that holds it all."""
+"""The report of a sweep: a table, figures, and one page that holds it all."""
 
 import base64
 import html
@@ -22,65 +22,70 @@ img { max-width: 100%; } figure { margin: 0; } figcaption, .note { color: #555; 
 """
 
 
-def write(workdir: Path, found: Results) -> Path:
-    """Writes table, pictures and page into the sweep's directory; returns the folder."""
+def write(workdir: Path, sweep: Results) -> Path:
+    """Writes table, figures and page into the sweep's directory; returns the folder."""
     folder = workdir / FOLDER
     folder.mkdir(exist_ok=True)
-    drawn = plots.all_of(found)
-    files = {f"{p.name}.png": p.png for p in drawn}
-    files |= {"results.csv": results.as_csv(found), "table.md": results.as_markdown(found)}
-    files |= {"report.html": page(workdir.name, found, drawn)}  # last: it stands for the whole
+    pictures = plots.draw_all(sweep)
+    files = {f"{picture.name}.png": picture.png for picture in pictures}
+    files |= {"results.csv": results.to_csv(sweep), "table.md": results.to_markdown(sweep)}
+    # The page is the last, since it stands for the whole.
+    files |= {"report.html": make_page(workdir.name, sweep, pictures)}
     for name, content in files.items():
         data = content.encode() if isinstance(content, str) else content
         write_atomically(folder / name, data)
     return folder
 
 
-def summary(found: Results) -> str:
-    """How many runs there are, and the best of them."""
-    statuses = [row.result["status"] for row in found.rows]
+def summarize(sweep: Results) -> str:
+    """Says how many runs there are, and which is the best of them."""
+    statuses = [row.result["status"] for row in sweep.rows]
     parts = [
         f"{statuses.count(status)} {status}"
         for status in (sweep_dirs.FINISHED, sweep_dirs.DIVERGED, sweep_dirs.DROPPED)
         if status in statuses
     ]
-    if found.unfinished:
-        parts.append(f"{found.unfinished} not finished yet")
-    hours = sum(row.result["seconds"] for row in found.rows) / 3600
-    text = f"{len(found.rows) + found.unfinished} runs: {', '.join(parts)}; {hours:.2f} hours."
-    done = [row for row in found.rows if row.score is not None]
-    if done:
-        best = max(done, key=lambda row: found.score.merit(row.score))
+    if sweep.unfinished:
+        parts.append(f"{sweep.unfinished} not finished yet")
+    hours = sum(row.result["seconds"] for row in sweep.rows) / 3600
+    text = f"{len(sweep.rows) + sweep.unfinished} runs: {', '.join(parts)}; {hours:.2f} hours."
+    scored = [row for row in sweep.rows if row.score is not None]
+    if scored:
+        best = max(scored, key=lambda row: sweep.score.merit(row.score))
         values = ", ".join(
-            f"{results.name(f)} {results.number(best.values[f])}" for f in found.swept
+            f"{results.format_name(f)} {results.format_value(best.values[f])}" for f in sweep.varied
         )
-        text += f" Best validation {found.score_name} {best.score:.4f}: {values or 'the only run'}."
+        text += f" Best validation {sweep.score_name} {best.score:.4f}: {values or 'the only run'}."
     return text
 
 
-def page(title: str, found: Results, drawn: list[Picture]) -> str:
-    """One HTML page that needs no other file."""
-    sections = [_section(picture) for picture in drawn]
+def make_page(title: str, sweep: Results, pictures: list[Picture]) -> str:
+    """Writes an HTML page that needs no other file."""
+    sections = [_section(picture) for picture in pictures]
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head><meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style></head>
 <body>
 <h1>{html.escape(title)}</h1>
-<p>{html.escape(summary(found))}</p>
+<p>{html.escape(summarize(sweep))}</p>
 <h2>Results</h2>
-{_table(found)}
+{_table(sweep)}
 <p class="note">Mean ± sample standard deviation over seeds of each run's best validation
-{found.score_name}.</p>
+{sweep.score_name}.</p>
 {"".join(sections)}</body>
 </html>
 """
 
 
-def _table(found: Results) -> str:
-    header, lines = results.table(found)
-    cells = lambda tag, row: "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in row)
-    body = "\n".join(f"<tr>{cells('td', row)}</tr>" for row in lines)
-    return f"<table>\n<tr>{cells('th', header)}</tr>\n{body}\n</table>"
+def _table(sweep: Results) -> str:
+    header, lines = results.table(sweep)
+    rows = [_table_row("th", header), *(_table_row("td", line) for line in lines)]
+    return "\n".join(["<table>", *rows, "</table>"])
+
+
+def _table_row(tag: str, texts: list[str]) -> str:
+    cells = "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in texts)
+    return f"<tr>{cells}</tr>"
 
 
 def _section(picture: Picture) -> str:

@@ -1,10 +1,11 @@
-"""The results of a sweep as rows and as means over seeds."""
+"""The results of a sweep, as rows and as means over seeds."""
 
 import csv
+import functools
 import io
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,10 +20,10 @@ class Row(NamedTuple):
     """One run.
 
     Attributes:
-      directory: of the run.
-      values: of the fields that the sweep varies, and of rank and alpha.
-      result: the content of its ``result.json``.
-      curve: the lines of its ``metrics.jsonl``.
+      directory: directory of the run.
+      values: values of the fields that the sweep varies, and of rank and alpha.
+      result: content of the run's ``result.json``.
+      curve: lines of the run's ``metrics.jsonl``.
     """
 
     directory: Path
@@ -32,132 +33,136 @@ class Row(NamedTuple):
 
     @property
     def score(self) -> float | None:
-        """The best validation score of a run that went to its end."""
-        done = self.result["status"] == sweep_dirs.FINISHED
-        return sweep_dirs.best(self.result)[1] if done else None
+        """The best validation score of a finished run; None for another."""
+        is_finished = self.result["status"] == sweep_dirs.FINISHED
+        return sweep_dirs.best_score(self.result)[1] if is_finished else None
 
 
 class Results(NamedTuple):
-    """A sweep as far as it has come.
+    """The results of a sweep so far.
 
     Attributes:
-      rows: one for each run with a result.
-      swept: the fields that differ between them.
-      unfinished: how many runs have begun and have no result.
+      rows: one row for each run with a result.
+      varied: names of the fields that differ between them.
+      unfinished: number of runs that have begun and have no result.
     """
 
     rows: list[Row]
-    swept: list[str]
+    varied: list[str]
     unfinished: int
 
     @property
     def score(self) -> Score:
-        """What selects among runs: accuracy, or another score."""
-        return sweep_dirs.best(self.rows[0].result)[0]
+        """The score that selects among runs: accuracy, or another."""
+        return sweep_dirs.best_score(self.rows[0].result)[0]
 
     @property
     def score_name(self) -> str:
-        """The score's name."""
+        """The name of the score that selects among runs."""
         return self.score.name
 
 
 class Cell(NamedTuple):
-    """The runs that differ in their seed alone."""
+    """Runs that differ in their seed alone.
+
+    Attributes:
+      values: values of the fields that they share.
+      rows: the runs.
+    """
 
     values: dict[str, Any]
     rows: list[Row]
 
     @property
     def scores(self) -> list[float]:
-        """Of the finished runs."""
+        """The scores of the finished runs."""
         return [row.score for row in self.rows if row.score is not None]
 
     @property
     def mean(self) -> float | None:
-        """Of the scores; None if there are none."""
+        """The mean of the scores; None if there are none."""
         return statistics.fmean(self.scores) if self.scores else None
 
     @property
     def spread(self) -> float | None:
-        """Their sample standard deviation; None for fewer than two."""
+        """The sample standard deviation of the scores; None for fewer than two."""
         return statistics.stdev(self.scores) if len(self.scores) > 1 else None
 
 
 def load(workdir: Path) -> Results:
-    """Reads what a sweep, or several shards of one, has left in a directory.
+    """Reads the results of a sweep, or of several shards of one, in a directory.
 
     Raises:
-      ValueError: no sweep, no finished run, or a damaged file.
+      ValueError: there is no sweep, or no finished run, or a file is damaged.
     """
-    found = sweep_dirs.finished_runs(workdir)
-    if not found:
+    runs = sweep_dirs.finished_runs(workdir)
+    if not runs:
         raise ValueError(f"No run of the sweep in {workdir} is finished yet.")
-    swept = trials.swept([config for *_, config in found])
-    fields = list(dict.fromkeys([*swept, RANK, ALPHA]))
+    varied = trials.varied_fields([config for *_, config in runs])
+    fields = list(dict.fromkeys([*varied, RANK, ALPHA]))
     rows = []
-    for directory, result, config in found:
-        values = {field: _plain(trials.value_of(config, field)) for field in fields}
+    for directory, result, config in runs:
+        values = {field: _to_dict(trials.get_value(config, field)) for field in fields}
         rows.append(
             Row(directory, values, result, metric_writer.read(directory / workdirs.METRICS))
         )
-    rows.sort(key=lambda row: [_order(row.values[field]) for field in fields])
-    begun = sum(1 for path in (workdir / sweep_dirs.RUNS).iterdir() if path.is_dir())
-    return Results(rows, swept, begun - len(rows))
+    rows.sort(key=lambda row: [_sort_key(row.values[field]) for field in fields])
+    started = sum(1 for path in (workdir / sweep_dirs.RUNS).iterdir() if path.is_dir())
+    return Results(rows, varied, started - len(rows))
 
 
-def _plain(value: Any) -> Any:
+def _to_dict(value: Any) -> Any:
     return value.to_dict() if hasattr(value, "to_dict") else value
 
 
-def _order(value: Any) -> tuple:
-    """Numbers by size, everything else by its text."""
+def _sort_key(value: Any) -> tuple[int, float, str]:
+    """Returns what values are sorted by: numbers by size, everything else by its text."""
     return (0, value, "") if isinstance(value, int | float) else (1, 0, str(value))
 
 
 def without_seed(results: Results) -> list[str]:
-    """The fields that are varied, but for the seed."""
-    return [field for field in results.swept if field != SEED]
+    """Returns the fields that the sweep varies, but for the seed."""
+    return [field for field in results.varied if field != SEED]
 
 
 def cells(results: Results, fields: Sequence[str] | None = None) -> list[Cell]:
-    """The runs by their values of ``fields``: by default, of all but the seed."""
+    """Groups the runs by their values of some fields, by default of all that vary but the seed."""
     fields = without_seed(results) if fields is None else fields
-    found: dict[str, Cell] = {}
+    by_values: dict[str, Cell] = {}
     for row in results.rows:
         values = {field: row.values[field] for field in fields}
-        found.setdefault(str(values), Cell(values, [])).rows.append(row)
-    return list(found.values())
+        by_values.setdefault(str(values), Cell(values, [])).rows.append(row)
+    return list(by_values.values())
 
 
-def as_csv(results: Results) -> str:
-    """One line for each run."""
-    of_result = (
+def to_csv(results: Results) -> str:
+    """Writes a table with a line for each run."""
+    result_keys = (
         "status", "steps", "best_step", f"best_{results.score_name}", "best_loss",
         "trainable_parameters", "seconds",
     )  # fmt: skip
     fields = list(results.rows[0].values)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["id", *fields, *of_result])
+    writer.writerow(["id", *fields, *result_keys])
     for row in results.rows:
         values = [row.values[field] for field in fields]
-        writer.writerow([row.result["id"], *values, *(row.result[name] for name in of_result)])
+        writer.writerow([row.result["id"], *values, *(row.result[name] for name in result_keys)])
     return text.getvalue()
 
 
 def table(results: Results) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of the table of means, the best first."""
+    """Returns header and lines of the table of means, the best first."""
     fields = without_seed(results)
-    header = [name(f) for f in fields]
+    header = [format_name(f) for f in fields]
     header += ["runs", f"validation {results.score_name}", "trainable parameters", "seconds a run"]
-    return header, [
-        _line(cell, fields) for cell in sorted(cells(results), key=merit(results))[::-1]
-    ]
+    ranked = sorted(cells(results), key=functools.partial(merit, results))[::-1]
+    return header, [_line(cell, fields) for cell in ranked]
 
 
-def merit(results: Results) -> Callable[[Cell], float]:
-    """What cells are compared by: the largest is the best; those without a score come last."""
-    return lambda cell: -math.inf if cell.mean is None else results.score.merit(cell.mean)
+def merit(results: Results, cell: Cell) -> float:
+    """Returns what cells are compared by: the largest is the best; one without a score is last."""
+    return -math.inf if cell.mean is None else results.score.merit(cell.mean)
 
 
 def _line(cell: Cell, fields: Sequence[str]) -> list[str]:
@@ -168,29 +173,37 @@ def _line(cell: Cell, fields: Sequence[str]) -> list[str]:
     runs = ", ".join([str(counts[sweep_dirs.FINISHED]), *extra])
     sizes = sorted({row.result["trainable_parameters"] for row in cell.rows})
     seconds = statistics.fmean(row.result["seconds"] for row in cell.rows)
-    values = [number(cell.values[field]) for field in fields]
-    return [*values, runs, score(cell), ", ".join(f"{n:,d}" for n in sizes), f"{seconds:.1f}"]
+    values = [format_value(cell.values[field]) for field in fields]
+    return [
+        *values,
+        runs,
+        format_score(cell),
+        ", ".join(f"{n:,d}" for n in sizes),
+        f"{seconds:.1f}",
+    ]
 
 
-def score(cell: Cell) -> str:
-    """Mean and spread in words."""
+def format_score(cell: Cell) -> str:
+    """Formats mean and spread."""
     if cell.mean is None:
         return "none"
-    return f"{cell.mean:.4f}" + ("" if cell.spread is None else f" ± {cell.spread:.4f}")
+    if cell.spread is None:
+        return f"{cell.mean:.4f}"
+    return f"{cell.mean:.4f} ± {cell.spread:.4f}"
 
 
-def name(field: str) -> str:
-    """A field's name for people."""
+def format_name(field: str) -> str:
+    """Formats the name of a field for people."""
     return field.split(".")[-1].replace("_", " ")
 
 
-def number(value: Any) -> str:
-    """A value for people."""
+def format_value(value: Any) -> str:
+    """Formats the value of a field for people."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def as_markdown(results: Results) -> str:
-    """The table of means."""
+def to_markdown(results: Results) -> str:
+    """Writes the table of means."""
     header, lines = table(results)
     rows = [header, ["---"] * len(header), *lines]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"

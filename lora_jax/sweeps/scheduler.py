@@ -1,7 +1,7 @@
-"""What is run when: groups, cohorts within them, how many runs at a time, and halving.
+"""The order of a sweep's work: groups, runs that go together, and halving.
 
-Nothing is remembered but what is on disk, so that going on after a kill, after running out of
-memory and after points were added is all the same: look at what each run lacks, and do that.
+No state is kept but what is on disk. So going on is the same after a kill, after running out of
+memory and after runs were added: look at what each run lacks, and do that.
 """
 
 import dataclasses
@@ -18,35 +18,35 @@ from ml_collections import ConfigDict
 
 from lora_jax.sweeps import parallelism, sweep_dirs, trial_loop, trials, vmapped_step
 from lora_jax.sweeps.parallelism import Programs
-from lora_jax.sweeps.progress_bar import Bar
+from lora_jax.sweeps.progress_bar import ProgressBar
 from lora_jax.sweeps.trial_loop import Group, Stop
-from lora_jax.sweeps.trials import Point
+from lora_jax.sweeps.trials import Trial
 from lora_jax.sweeps.vmapped_step import Member
 from lora_jax.tasks import from_config
 from lora_jax.training import durations, preemption
 from lora_jax.training.task import Recipe, Task
 
 _LOGGER = logging.getLogger("lora_jax.sweeps")
-_CACHE_BYTES = 2**30  # of runs at step 0 that are kept
+_CACHE_BYTES = 2**30  # size of the cache of runs at step 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """A sweep as it was asked for.
+    """A sweep and the share of this process in it.
 
     Attributes:
-      points: all of its runs.
-      mine: those that this process is to do.
-      recipe: how the config of a run becomes its task.
+      trials: all runs of the sweep.
+      local_trials: runs that this process is to do.
+      recipe: recipe of the runs' program.
       workdir: directory of the sweep.
-      parallel: number of runs at a time; None to find out.
+      parallel: number of runs at a time; None to measure which number is fastest.
       halving: number of runs of which one goes on after a rung; 0 for no halving.
-      shard: which part this process does, i/n.
-      say: takes what there is to tell, by default the logger ``lora_jax.sweeps``.
+      shard: part of the sweep that this process does, i/n.
+      say: takes each message; by default the logger ``lora_jax.sweeps``.
     """
 
-    points: list[Point]
-    mine: list[Point]
+    trials: list[Trial]
+    local_trials: list[Trial]
     recipe: Recipe
     workdir: Path
     parallel: int | None = None
@@ -55,109 +55,139 @@ class Sweep:
     say: Callable[[str], None] = _LOGGER.info
 
 
-def prepare(recipe: Recipe, members: Sequence[Point], pending: Sequence[Point]) -> Group:
-    """Loads what the runs of a group share, and sees that each that is pending can start.
+def prepare(recipe: Recipe, members: Sequence[Trial], pending: Sequence[Trial]) -> Group:
+    """Loads what the runs of a group share, and checks that each pending run can start.
 
     Args:
       recipe: makes the task.
       members: all runs of the group, whose ranks decide its shapes whether or not they are pending.
-      pending: those of them that are to be run.
+      pending: runs of the group that are to be trained.
 
     Raises:
-      ValueError: runs and model do not fit; all such runs are in one message.
+      ValueError: runs and model do not fit; the message has all such runs.
     """
     task, _ = recipe.make_task(pending[0].config)
-    by_id = {point.id: point for point in members}
-    member = lambda name: _member(task, by_id[name])
-    size = sum(x.nbytes for x in jax.tree.leaves(_checked(member, pending[:1])[0]))
+    plan = durations.make_plan(pending[0].config, task.steps_per_epoch)  # the same for all of them
+    make_member = _cached_maker(task, plan, members, pending[0])
+    kernels = vmapped_step.adapted_kernels(make_member(pending[0].id))
+    largest = [max(members, key=functools.partial(_rank_of, name)) for name in kernels]
+    needed = {trial.id: trial for trial in (*pending, *largest)}.values()
+    return Group(
+        task=task,
+        plan=plan,
+        make_member=make_member,
+        shapes=vmapped_step.common_shapes(_check_members(make_member, needed)),
+        has_dropout=any(trial.config.lora.dropout > 0 for trial in members),
+        options=vmapped_step.make_options(pending[0].config),
+    )
+
+
+def _cached_maker(
+    task: Task, plan: durations.Plan, members: Sequence[Trial], first: Trial
+) -> Callable[[str], Member]:
+    """Returns the function from a run's id to the run at step 0, with a cache."""
+    by_id = {trial.id: trial for trial in members}
+
+    def make_member(name: str) -> Member:
+        config = by_id[name].config
+        return vmapped_step.make_member(task, config, from_config.lora_config(config), plan=plan)
+
+    size = sum(x.nbytes for x in jax.tree.leaves(_check_members(make_member, [first])[0]))
     # Many small adapters are all kept; of large ones, each is drawn again when its turn comes.
-    member = functools.lru_cache(maxsize=max(1, _CACHE_BYTES // size))(member)
-    kernels = vmapped_step.kernels(member(pending[0].id))
-    rank = lambda point, name: from_config.lora_config(point.config).kernel_rank(name)
-    largest = [max(members, key=lambda p, n=name: rank(p, n)) for name in kernels]
-    needed = {p.id: p for p in (*pending, *largest)}.values()
-    shapes = vmapped_step.common_shapes(_checked(member, needed))
-    dropout = any(point.config.lora.dropout > 0 for point in members)
-    return Group(task, member, shapes, dropout, vmapped_step.options(pending[0].config))
+    return functools.lru_cache(maxsize=max(1, _CACHE_BYTES // size))(make_member)
 
 
-def _checked(member: Callable[[str], Member], wanted: Iterable[Point]) -> list[Any]:
-    """The shapes of runs, or one error that has all that is wrong with them."""
-    found, problems = [], {}
-    for point in wanted:
+def _rank_of(kernel: str, trial: Trial) -> int:
+    return from_config.lora_config(trial.config).kernel_rank(kernel)
+
+
+def _check_members(make_member: Callable[[str], Member], wanted: Iterable[Trial]) -> list[Member]:
+    """Returns the shapes of runs, or raises one error for all that can't start.
+
+    Raises:
+      ValueError: config and model of a run do not fit.
+    """
+    members: list[Member] = []
+    problems: dict[str, list[str]] = {}
+    for trial in wanted:
         try:
-            found.append(jax.tree.map(_shaped, member(point.id)))
+            members.append(jax.tree.map(_without_data, make_member(trial.id)))
         except ValueError as error:
-            problems.setdefault(str(error), []).append(trials.label(point, point.values))
+            problems.setdefault(str(error), []).append(trials.describe(trial, trial.values))
     if problems:
-        lines = [f"{error} ({'; '.join(labels)})" for error, labels in problems.items()]
+        lines = [f"{error} ({'; '.join(runs)})" for error, runs in problems.items()]
         raise ValueError(f"Some runs of the sweep can't be started: {' '.join(lines)}")
-    return found
+    return members
 
 
-def _shaped(x: np.ndarray) -> np.ndarray:
-    """An array of this shape and dtype that takes no memory."""
+def _without_data(x: np.ndarray) -> np.ndarray:
+    """Returns an array of the same shape and dtype that takes no memory."""
     return np.broadcast_to(np.zeros((), x.dtype), x.shape)
-
-
-def _member(task: Task, point: Point) -> Member:
-    return vmapped_step.member(task, point.config, from_config.lora_config(point.config))
 
 
 def run(sweep: Sweep, base: ConfigDict) -> dict[str, int]:
     """Does all that is left to do, and returns how often each step was compiled.
 
     Raises:
-      ValueError: runs and model do not fit; the directory is another sweep's, or in use.
-      OSError: it can't be written; what was there is intact.
+      ValueError: runs and model do not fit; or the directory is another sweep's, or in use.
+      OSError: the directory can't be written; earlier checkpoints are intact.
       Stopped: SIGTERM came; each run has a checkpoint to go on from.
     """
-    made = Programs(sweep.parallel)
-    parts = trials.groups(sweep.points)
+    programs = Programs(sweep.parallel)
+    groups = trials.group(sweep.trials)
     # A sweep of one group, the usual kind, keeps it through all rungs.
-    ready = functools.lru_cache(maxsize=1)(functools.partial(_ready, sweep, parts))
-    first = next((n for n, part in enumerate(parts) if unfinished(sweep, part)), None)
+    load = functools.lru_cache(maxsize=1)(functools.partial(_load_group, sweep, groups))
+    first = next((n for n, members in enumerate(groups) if unfinished(sweep, members)), None)
     if first is None:
         return {}
-    _stop(sweep, ready(first), parts[first][0], 0)  # before the claim: a mistake claims nothing
+    _find_stop(sweep, load(first), 0)  # before the claim, so that a mistake claims nothing
     sweep_dirs.claim(sweep.workdir, base, sweep.halving)
-    swept = trials.swept([p.config for p in sweep.points])
-    locked = sweep_dirs.locked(sweep.workdir, sweep.shard)
-    with locked, preemption.on_sigterm(), Bar(sweep.mine, swept) as bar:
-        for point in sweep.mine:
-            if found := sweep_dirs.result(sweep.workdir, point):
-                bar.at(point, 1.0)
-                bar.found(point, *sweep_dirs.best(found))
+    varied = trials.varied_fields([trial.config for trial in sweep.trials])
+    lock = sweep_dirs.lock(sweep.workdir, sweep.shard)
+    with lock, preemption.handle_sigterm(), ProgressBar(sweep.local_trials, varied) as bar:
+        _show_finished(sweep, bar)
         for rung in [*range(1, rung_count(sweep) + 1), 0]:
-            for number, part in enumerate(parts):
-                if pending := unfinished(sweep, part):
-                    _train(sweep, ready(number), pending, made=made, rung=rung, bar=bar)
+            for number, members in enumerate(groups):
+                if pending := unfinished(sweep, members):
+                    _train(sweep, load(number), pending, programs=programs, rung=rung, bar=bar)
             if rung:
                 _drop(sweep, rung, bar)
-                made.forget()
-    return made.compilations()
+                programs.forget()
+    return programs.compilations()
 
 
-def unfinished(sweep: Sweep, among: Sequence[Point]) -> list[Point]:
-    """The runs of this process that have no result yet."""
-    mine = {point.id for point in sweep.mine}
-    return [p for p in among if p.id in mine and sweep_dirs.result(sweep.workdir, p) is None]
+def _show_finished(sweep: Sweep, bar: ProgressBar) -> None:
+    for trial in sweep.local_trials:
+        if result := sweep_dirs.read_result(sweep.workdir, trial):
+            bar.set_progress(trial, 1.0)
+            bar.set_best(trial, *sweep_dirs.best_score(result))
 
 
-def _ready(sweep: Sweep, parts: list[list[Point]], number: int) -> Group:
-    pending = unfinished(sweep, parts[number])
-    group = prepare(sweep.recipe, parts[number], pending)
-    ranks = [point.config.lora.rank for point in parts[number]]
+def unfinished(sweep: Sweep, members: Sequence[Trial]) -> list[Trial]:
+    """Returns the runs of this process that have no result yet."""
+    local = {trial.id for trial in sweep.local_trials}
+    return [
+        trial
+        for trial in members
+        if trial.id in local and sweep_dirs.read_result(sweep.workdir, trial) is None
+    ]
+
+
+def _load_group(sweep: Sweep, groups: list[list[Trial]], number: int) -> Group:
+    members = groups[number]
+    pending = unfinished(sweep, members)
+    group = prepare(sweep.recipe, members, pending)
+    ranks = [trial.config.lora.rank for trial in members]
     sweep.say(
-        f"group {number + 1} of {len(parts)}: {len(pending)} runs of {len(parts[number])} to do, "
+        f"group {number + 1} of {len(groups)}: {len(pending)} runs of {len(members)} to do, "
         f"rank {min(ranks)} to {max(ranks)} in one shape\n" + "\n".join(group.task.notes)
     )
     return group
 
 
 def rung_count(sweep: Sweep) -> int:
-    """How many times halving drops runs until one is left."""
-    count, runs = 0, len(sweep.points)
+    """Returns how many times halving drops runs until one is left."""
+    count, runs = 0, len(sweep.trials)
     while sweep.halving and runs > 1:
         runs = math.ceil(runs / sweep.halving)
         count += 1
@@ -165,7 +195,7 @@ def rung_count(sweep: Sweep) -> int:
 
 
 def survivors(runs: int, halving: int, rung: int) -> int:
-    """How many runs go on after a rung.
+    """Returns how many runs go on after a rung.
 
     >>> [survivors(12, 3, rung) for rung in (1, 2, 3)]
     [4, 2, 1]
@@ -176,7 +206,7 @@ def survivors(runs: int, halving: int, rung: int) -> int:
 
 
 def rung_step(total: int, halving: int, rungs: int, rung: int) -> int:
-    """The step of a rung: each comes ``halving`` times later than the one before.
+    """Returns the step of a rung; each comes ``halving`` times later than the one before.
 
     >>> [rung_step(900, 3, 2, rung) for rung in (1, 2)]
     [100, 300]
@@ -184,12 +214,11 @@ def rung_step(total: int, halving: int, rungs: int, rung: int) -> int:
     return round(total / halving ** (rungs - rung + 1))
 
 
-def _stop(sweep: Sweep, group: Group, point: Point, rung: int) -> Stop:
-    total = durations.plan(point.config, group.task.steps_per_epoch).total
-    rungs = rung_count(sweep)
+def _find_stop(sweep: Sweep, group: Group, rung: int) -> Stop:
+    total, rungs = group.plan.total, rung_count(sweep)
     if total < sweep.halving**rungs:
         raise ValueError(
-            f"--halving={sweep.halving} of {len(sweep.points)} runs takes {rungs} rungs, for which "
+            f"--halving={sweep.halving} of {len(sweep.trials)} runs takes {rungs} rungs, for which "
             f"{total} steps are too few: train for {sweep.halving**rungs} steps or more, or leave "
             "halving out."
         )
@@ -199,58 +228,68 @@ def _stop(sweep: Sweep, group: Group, point: Point, rung: int) -> Stop:
 
 
 def _train(
-    sweep: Sweep, group: Group, pending: list[Point], *, made: Programs, rung: int, bar: Bar
+    sweep: Sweep,
+    group: Group,
+    pending: list[Trial],
+    *,
+    programs: Programs,
+    rung: int,
+    bar: ProgressBar,
 ) -> None:
     """Takes the pending runs of a group to their next stop, as many at a time as fit."""
-    key = parallelism.key(pending[0])
-    stop = _stop(sweep, group, pending[0], rung)  # one for the group: its runs are equally long
-    while chosen := _next(sweep, pending, stop):
-        steps = sum(stop.step - trial_loop.saved_step(sweep.workdir, p) for p in chosen)
-        count = made.width(group, key, chosen, steps)
-        same = trial_loop.saved_step(sweep.workdir, chosen[0])
-        chosen = [p for p in chosen if trial_loop.saved_step(sweep.workdir, p) == same][:count]
+    key = parallelism.program_key(pending[0])
+    stop = _find_stop(sweep, group, rung)
+    saved_step = functools.partial(trial_loop.saved_step, sweep.workdir)
+    while chosen := _select_next(sweep, pending, stop):
+        steps = sum(stop.step - saved_step(trial) for trial in chosen)
+        count = programs.width(group, key, chosen, steps)
+        step = saved_step(chosen[0])
+        chosen = [trial for trial in chosen if saved_step(trial) == step][:count]
         try:
-            on = made.get(group, key, count)
+            program = programs.get(group, key, count)
             trial_loop.advance(
-                group, chosen, on=on, workdir=sweep.workdir, to=stop, bar=bar, say=sweep.say
-            )
+                group, chosen, program=program, workdir=sweep.workdir, stop=stop, bar=bar,
+                say=sweep.say,
+            )  # fmt: skip
         except jax.errors.JaxRuntimeError as error:
             parallelism.check_memory(error)
-            made.narrow(key, count, error)
+            programs.narrow(key, count, error)
     if not rung:
-        settled = [
-            trial_loop.settle(group, point, sweep.workdir, sweep.say)
-            for point in unfinished(sweep, pending)
+        are_finished = [
+            trial_loop.finish_if_done(group, trial, sweep.workdir, sweep.say)
+            for trial in unfinished(sweep, pending)
         ]
-        if not all(settled):  # those whose last checkpoint is damaged have some way to go again
-            _train(sweep, group, pending, made=made, rung=rung, bar=bar)
+        if not all(are_finished):  # a run whose last checkpoint is damaged has steps to do again
+            _train(sweep, group, pending, programs=programs, rung=rung, bar=bar)
 
 
-def _next(sweep: Sweep, pending: list[Point], stop: Stop) -> list[Point]:
-    """The runs that have not come to the stop; those that were under way first."""
-    at = {p.id: trial_loop.saved_step(sweep.workdir, p) for p in unfinished(sweep, pending)}
-    late = [p for p in pending if p.id in at and at[p.id] < stop.step]
-    return sorted(late, key=lambda p: -at[p.id])
+def _select_next(sweep: Sweep, pending: list[Trial], stop: Stop) -> list[Trial]:
+    """Returns the runs that are not at the stop yet, those with the most steps first."""
+    steps = {t.id: trial_loop.saved_step(sweep.workdir, t) for t in unfinished(sweep, pending)}
+    late = [trial for trial in pending if trial.id in steps and steps[trial.id] < stop.step]
+    return sorted(late, key=lambda trial: -steps[trial.id])
 
 
-def _rank(entry: dict[str, Any]) -> tuple[float, float]:
-    """What runs are sorted by at a rung: the score, the best first, then the loss."""
-    score, _ = sweep_dirs.best(entry["summary"])
+def _sort_key(entry: dict[str, Any]) -> tuple[float, float]:
+    """Returns what runs are sorted by at a rung: the score, the best first, then the loss."""
+    score, _ = sweep_dirs.best_score(entry["summary"])
     return -score.merit(entry[score.name]), entry["loss"]
 
 
-def _drop(sweep: Sweep, rung: int, bar: Bar) -> None:
+def _drop(sweep: Sweep, rung: int, bar: ProgressBar) -> None:
     """Finishes the runs that are not among the best at a rung."""
-    folder = functools.partial(sweep_dirs.run_dir, sweep.workdir)
-    seen = {p.id: trial_loop.rungs(folder(p)).get(str(rung)) for p in sweep.points}
-    ranked = [p for p in sweep.points if seen[p.id]]
-    ranked.sort(key=lambda p: _rank(seen[p.id]))
-    keep = survivors(len(sweep.points), sweep.halving, rung)
+    entries = {}
+    for trial in sweep.trials:
+        rungs = trial_loop.read_rungs(sweep_dirs.run_dir(sweep.workdir, trial))
+        entries[trial.id] = rungs.get(str(rung))
+    ranked = [trial for trial in sweep.trials if entries[trial.id]]
+    ranked.sort(key=lambda trial: _sort_key(entries[trial.id]))
+    keep = survivors(len(sweep.trials), sweep.halving, rung)
     losers = unfinished(sweep, ranked[keep:])
-    for point in losers:
-        entry = seen[point.id]
+    for trial in losers:
+        entry = entries[trial.id]
         values = {"status": sweep_dirs.DROPPED, "steps": entry["step"], **entry["summary"]}
-        sweep_dirs.finish(sweep.workdir, point, values)
-        bar.at(point, 1.0)
+        sweep_dirs.finish(sweep.workdir, trial, values)
+        bar.set_progress(trial, 1.0)
     if losers:
         sweep.say(f"rung {rung}: {len(losers)} runs dropped, {min(keep, len(ranked))} go on")

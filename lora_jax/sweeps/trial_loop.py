@@ -1,8 +1,7 @@
-"""The loop of a sweep: some runs of one group, step by step through the same compiled program.
+"""The loop of a sweep: some runs of a group, step by step through the same compiled program.
 
-Each run writes its directory as if it were alone: at true rank, with a checkpoint of its own. Which
-runs go together is forgotten between one cohort and the next, so that a sweep that was killed may
-go on in any arrangement.
+Each run writes its directory as if it were alone: at its true rank, with its own checkpoints. Which
+runs share the program is not stored, so that a sweep that was killed may go on in any arrangement.
 """
 
 import contextlib
@@ -15,12 +14,13 @@ from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 
 import lora_jax as lora
 from lora_jax.files import write_atomically
 from lora_jax.sweeps import sweep_dirs, vmapped_step
-from lora_jax.sweeps.progress_bar import Bar
-from lora_jax.sweeps.trials import Point
+from lora_jax.sweeps.progress_bar import ProgressBar
+from lora_jax.sweeps.trials import Trial
 from lora_jax.sweeps.vmapped_step import Member, Program
 from lora_jax.training import (
     checkpointing,
@@ -39,46 +39,58 @@ PyTree = Any
 RUNGS = "rungs.json"  # evaluations for halving, in the directory of a run
 
 
-class Group(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Group:
     """Runs that one program can train.
 
     Attributes:
-      task: of all of them.
-      member: the run with an id, at step 0.
-      shapes: that hold every one of them.
-      dropout: whether any of them has dropout on its low-rank branches.
-      options: what all of them are compiled with.
+      task: task of all of them.
+      plan: length and intervals of each of them.
+      make_member: ``id -> run at step 0``.
+      shapes: shapes that hold every one of them.
+      has_dropout: whether any of them has dropout on its low-rank branches.
+      options: settings that the step is compiled with.
     """
 
     task: Task
-    member: Callable[[str], Member]
+    plan: durations.Plan
+    make_member: Callable[[str], Member]
     shapes: PyTree
-    dropout: bool
-    options: vmapped_step.Options = vmapped_step.PLAIN
+    has_dropout: bool
+    options: vmapped_step.Options
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """A run under way: what it is, where it stands, and where it writes."""
+    """A run under way.
 
-    point: Point
+    Attributes:
+      trial: config of the run.
+      run: the run as :mod:`loop` has it.
+      checkpoints: checkpoints of the run.
+      initial: the run at step 0.
+      progress: progress of the run.
+      diverged: step whose loss was not finite; 0 for none.
+    """
+
+    trial: Trial
     run: loop.Run
-    checkpoints: Any
+    checkpoints: ocp.CheckpointManager
     initial: Member
     progress: loop.Progress
-    diverged: int = 0  # the step whose loss was not finite; 0 for none
+    diverged: int = 0
 
 
 class Stop(NamedTuple):
-    """Where a cohort stops, and the halving rung that it is evaluated for there, if any."""
+    """A step at which runs stop, and the rung of halving that they are evaluated for, if any."""
 
     step: int
     rung: str = ""
 
 
-def saved_step(workdir: Path, point: Point) -> int:
-    """The step of the run's newest checkpoint; 0 for none."""
-    directory = sweep_dirs.run_dir(workdir, point) / workdirs.CHECKPOINTS
+def saved_step(workdir: Path, trial: Trial) -> int:
+    """Returns the step of the run's newest checkpoint; 0 for none."""
+    directory = sweep_dirs.run_dir(workdir, trial) / workdirs.CHECKPOINTS
     if not directory.is_dir():
         return 0
     with checkpointing.manager(directory) as checkpoints:
@@ -87,166 +99,173 @@ def saved_step(workdir: Path, point: Point) -> int:
 
 def advance(
     group: Group,
-    points: list[Point],
+    trials: list[Trial],
     *,
-    on: Program,
+    program: Program,
     workdir: Path,
-    to: Stop,
-    bar: Bar,
+    stop: Stop,
+    bar: ProgressBar,
     say: Callable[[str], None],
 ) -> None:
-    """Takes runs that stand at one step on to another, and finishes those that are done.
+    """Takes runs that are at the same step on to a stop, and finishes those that are done.
 
-    Nothing is done if they turn out to stand apart, since the newest checkpoint of one is damaged.
+    Nothing is done if they are at different steps, since the newest checkpoint of one is damaged.
 
     Raises:
       Stopped: SIGTERM came; each run has a checkpoint to go on from.
     """
     with contextlib.ExitStack() as stack:
-        found = [_open(stack, group, point, workdir, say) for point in points]
-        jobs, states = [job for job, _ in found], [state for _, state in found]
+        opened = [_open(stack, group, trial, workdir, say) for trial in trials]
+        jobs, states = [job for job, _ in opened], [state for _, state in opened]
         if len({int(state.step) for state in states}) > 1:
             return
         members = [j.initial._replace(state=s) for j, s in zip(jobs, states, strict=True)]
         padded = [vmapped_step.pad(m, group.shapes) for m in members]
-        stacked = vmapped_step.place(on, vmapped_step.stack(padded, on.count))
-        jobs = _loop(group.task, jobs, stacked, on=on, to=to, bar=bar)
+        stacked = vmapped_step.place(program, vmapped_step.stack(padded, program.count))
+        jobs = _loop(group, jobs, stacked, program=program, stop=stop, bar=bar)
     for job in jobs:
-        if job.diverged or to.step == _total(group.task, job):
-            _finish(workdir, job, job.diverged or to.step)
-            bar.at(job.point, 1.0)
+        if job.diverged or stop.step == group.plan.total:
+            _finish(workdir, job, job.diverged or stop.step)
+            bar.set_progress(job.trial, 1.0)
 
 
-def settle(group: Group, point: Point, workdir: Path, say: Callable[[str], None]) -> bool:
+def finish_if_done(group: Group, trial: Trial, workdir: Path, say: Callable[[str], None]) -> bool:
     """Finishes a run whose newest checkpoint is its last: it was killed just before its result.
 
     Returns:
-      Whether it was: it is not if that checkpoint is damaged.
+      Whether the run is finished; it is not if that checkpoint is damaged.
     """
     with contextlib.ExitStack() as stack:
-        job, state = _open(stack, group, point, workdir, say)
-    if last := int(state.step) == _total(group.task, job):
+        job, state = _open(stack, group, trial, workdir, say)
+    is_done = int(state.step) == group.plan.total
+    if is_done:
         _finish(workdir, job, int(state.step))
-    return last
+    return is_done
 
 
 def _finish(workdir: Path, job: Job, steps: int) -> None:
     status = sweep_dirs.DIVERGED if job.diverged else sweep_dirs.FINISHED
-    values = {"status": status, "steps": steps, **_summary(job)}
-    sweep_dirs.finish(workdir, job.point, values)
+    values = {"status": status, "steps": steps, **_summarize(job)}
+    sweep_dirs.finish(workdir, job.trial, values)
 
 
-def summary(progress: loop.Progress, member: Member, score: Score) -> dict[str, Any]:
-    """What a result says of any run; None where there was no evaluation."""
-    seen = progress.best_step >= 0
+def summarize(progress: loop.Progress, member: Member, score: Score) -> dict[str, Any]:
+    """Returns the part of a result that any run has; values are None without an evaluation."""
+    has_evaluation = progress.best_step >= 0
     adapter = member.state.adapter
     sizes = jax.tree.map(lambda x, trained: x.size if trained else 0, adapter, lora.mask(adapter))
     return {
-        "best_step": progress.best_step if seen else None,
+        "best_step": progress.best_step if has_evaluation else None,
         "score": score.name,
         "higher_is_better": score.higher_is_better,
-        f"best_{score.name}": progress.best_score if seen else None,
-        "best_loss": progress.best_loss if seen else None,
+        f"best_{score.name}": progress.best_score if has_evaluation else None,
+        "best_loss": progress.best_loss if has_evaluation else None,
         "trainable_parameters": sum(jax.tree.leaves(sizes)),
         "seconds": round(progress.seconds, 3),
     }
 
 
-def _summary(job: Job) -> dict[str, Any]:
-    return summary(job.progress, job.initial, job.run.task.score)
+def _summarize(job: Job) -> dict[str, Any]:
+    return summarize(job.progress, job.initial, job.run.task.score)
 
 
-def rungs(directory: Path) -> dict[str, dict[str, Any]]:
-    """The evaluations for halving that the run in a directory has had, by rung."""
+def read_rungs(directory: Path) -> dict[str, dict[str, Any]]:
+    """Reads the evaluations for halving that the run in a directory has had, by rung."""
     path = directory / RUNGS
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def _total(task: Task, job: Job) -> int:
-    return durations.plan(job.run.config, task.steps_per_epoch).total
 
 
 def _open(
     stack: contextlib.ExitStack,
     group: Group,
-    point: Point,
+    trial: Trial,
     workdir: Path,
     say: Callable[[str], None],
-) -> tuple[Job, PyTree]:
-    """Opens the directory of a run, and finds where it stands."""
-    initial, directory = group.member(point.id), sweep_dirs.run_dir(workdir, point)
-    workdirs.claim(directory, point.config)
+) -> tuple[Job, TrainState]:
+    """Opens the directory of a run, and reads its newest state."""
+    initial, directory = group.make_member(trial.id), sweep_dirs.run_dir(workdir, trial)
+    workdirs.claim(directory, trial.config)
     folder = directory / workdirs.CHECKPOINTS
     checkpoints = stack.enter_context(
-        checkpointing.manager(folder, keep=point.config.checkpoint_keep)
+        checkpointing.manager(folder, keep=trial.config.checkpoint_keep)
     )
-    found = checkpointing.restore(checkpoints, initial.state, say)
-    state, progress = found or (initial.state, {})
+    checkpoint = checkpointing.restore(checkpoints, initial.state, say)
+    state, progress = checkpoint or (initial.state, {})
     state = jax.tree.map(np.asarray, state)
-    log = stack.enter_context(metric_writer.MetricWriter(directory, int(state.step)))
-    config = point.config
-    task = dataclasses.replace(group.task, metadata=group.task.metadata | {"seed": config.seed})
-    lora_config = lora.LoRAConfig.from_dict(config.lora.to_dict())
-    run = loop.Run(task=task, config=config, lora_config=lora_config, workdir=directory, log=log)
+    config = trial.config
+    run = loop.Run(
+        task=dataclasses.replace(group.task, metadata=group.task.metadata | {"seed": config.seed}),
+        config=config,
+        lora_config=lora.LoRAConfig.from_dict(config.lora.to_dict()),
+        workdir=directory,
+        log=stack.enter_context(metric_writer.MetricWriter(directory, int(state.step))),
+        plan=group.plan,
+    )
     return Job(
-        point=point,
+        trial=trial,
         run=run,
         checkpoints=checkpoints,
         initial=initial,
-        progress=loop.stored_progress(progress),
+        progress=loop.parse_progress(progress),
     ), state
 
 
 def _loop(
-    task: Task, jobs: list[Job], members: Member, *, on: Program, to: Stop, bar: Bar
+    group: Group,
+    jobs: list[Job],
+    members: Member,
+    *,
+    program: Program,
+    stop: Stop,
+    bar: ProgressBar,
 ) -> list[Job]:
-    start, config = int(members.state.step[0]), jobs[0].run.config
-    plan = durations.plan(config, task.steps_per_epoch)
-    base, clock, sums = vmapped_step.replicate(on, task.base), _Clock(on), []
-    for done in range(start + 1, to.step + 1):
-        batch = task.train_batch(done - 1)
-        members, new = vmapped_step.call(on, "train", members, base, batch)
+    task, plan = group.task, group.plan
+    start, log_every = int(members.state.step[0]), jobs[0].run.config.log_every
+    base, clock, sums = vmapped_step.replicate(program, task.base), _Clock(program), []
+    for step in range(start + 1, stop.step + 1):
+        batch = task.train_batch(step - 1)
+        members, new = vmapped_step.call(program, "train", members, base, batch)
         sums.append(new)
         for job in jobs:
-            bar.at(job.point, done / _total(task, job))
-        evaluates = durations.evaluates(plan, done)
-        line = evaluates or done == to.step or done % config.log_every == 0
-        stop = preemption.requested(done)
-        pause = done == to.step or stop or durations.saves(plan, done)
-        if not pause and not line:
+            bar.set_progress(job.trial, step / plan.total)
+        is_last, is_due = step == stop.step, durations.is_evaluation_due(plan, step)
+        is_line_due = is_due or is_last or step % log_every == 0
+        is_stop_requested = preemption.is_requested(step)
+        is_pause = is_last or is_stop_requested or durations.is_checkpoint_due(plan, step)
+        if not is_pause and not is_line_due:
             continue
-        jobs, sums = _looked_at(jobs, done, sums), []
-        if line:
-            jobs = _logged(jobs, done, type(new), clock.lap("log"))
-        if not pause:
+        jobs, sums = _collect(jobs, step, sums), []
+        if is_line_due:
+            jobs = _log(jobs, step, type(new), clock.lap("log"))
+        if not is_pause:
             continue
-        rung = to.rung if done == to.step else ""
-        found = []
-        if evaluates or rung:
-            found = _evaluations(task, jobs, members, on=on, base=base, step=done)
-        jobs = _timed(jobs, clock.lap("progress"))
+        rung = stop.rung if is_last else ""
+        evaluations = []
+        if is_due or rung:
+            evaluations = _evaluate(task, jobs, members, program=program, base=base, step=step)
+        jobs = _add_seconds(jobs, clock.lap("progress"))
         states = jax.device_get(members.state)
-        jobs = _recorded(jobs, states.adapter, found, noted=evaluates, rung=rung)
+        jobs = _record(jobs, states.adapter, evaluations, is_due=is_due, rung=rung)
         for k, job in enumerate(jobs):
             _save(job, states, k)
-            best = job.progress.best_score if job.progress.best_step >= 0 else None
-            bar.found(job.point, task.score, best)
+            if job.progress.best_step >= 0:
+                bar.set_best(job.trial, task.score, job.progress.best_score)
         if all(job.diverged for job in jobs):
             break
-        if stop and done < to.step:
+        if is_stop_requested and not is_last:
             _stop(jobs)
     return jobs
 
 
 class _Clock:
-    """Seconds since the last lap of a name, without those that compilation took."""
+    """Measures seconds since the last lap of a name, without those of compilation."""
 
-    def __init__(self, on: Program) -> None:
-        self._on, self._last = on, {}
+    def __init__(self, program: Program) -> None:
+        self._program, self._last = program, {}
         self._begin = self._now()
 
     def _now(self) -> float:
-        return time.perf_counter() - vmapped_step.compile_seconds(self._on)
+        return time.perf_counter() - vmapped_step.compile_seconds(self._program)
 
     def lap(self, name: str) -> float:
         now, last = self._now(), self._last.get(name, self._begin)
@@ -259,59 +278,63 @@ def _stop(jobs: list[Job]) -> NoReturn:
         checkpointing.wait(job.checkpoints)
     raise preemption.Stopped(
         "Stopped, as asked, with a checkpoint of each run that was under way. To go on:\n"
-        f"  {preemption.command()}"
+        f"  {preemption.command_line()}"
     )
 
 
-def _looked_at(jobs: list[Job], done: int, sums: list) -> list[Job]:
+def _replace_progress(job: Job, **changes: Any) -> Job:
+    return dataclasses.replace(job, progress=dataclasses.replace(job.progress, **changes))
+
+
+def _collect(jobs: list[Job], step: int, sums: list[NamedTuple]) -> list[Job]:
     """Keeps the sums of each run until its next line, and marks runs whose loss is not finite."""
     values = np.asarray(jax.device_get(sums), np.float64)  # (steps, fields, runs)
-    first = done - len(sums) + 1
-    new = []
+    first, new = step - len(sums) + 1, []
     for k, job in enumerate(jobs):
         bad = np.flatnonzero(~np.isfinite(values[:, 0, k]))
         if not job.diverged and bad.size:
             job = dataclasses.replace(job, diverged=first + int(bad[0]))
         pending = [*job.progress.pending, *values[:, :, k].tolist()]
-        new.append(
-            dataclasses.replace(job, progress=dataclasses.replace(job.progress, pending=pending))
-        )
+        new.append(_replace_progress(job, pending=pending))
     return new
 
 
-def _logged(jobs: list[Job], done: int, kind: type, seconds: float) -> list[Job]:
+def _log(jobs: list[Job], step: int, sums_type: type, seconds: float) -> list[Job]:
     """Writes a line for each run that has not diverged."""
-    new = []
     for job in jobs:
         if not job.diverged:
-            line = metric_logger.means(
-                [kind(*x) for x in job.progress.pending], seconds / len(jobs)
-            )
-            job.run.log.write(done, epoch=done / job.run.task.steps_per_epoch, **line)
-        new.append(dataclasses.replace(job, progress=dataclasses.replace(job.progress, pending=())))
-    return new
+            sums = [sums_type(*x) for x in job.progress.pending]
+            line = metric_logger.means(sums, seconds / len(jobs))
+            job.run.log.write(step, epoch=step / job.run.task.steps_per_epoch, **line)
+    return [_replace_progress(job, pending=()) for job in jobs]
 
 
-def _evaluations(
-    task: Task, jobs: list[Job], members: Member, *, on: Program, base: PyTree, step: int
+def _evaluate(
+    task: Task, jobs: list[Job], members: Member, *, program: Program, base: PyTree, step: int
 ) -> list[loop.Evaluation]:
     batches = list(task.eval_batches())
-    found = [vmapped_step.call(on, "evaluate", members, base, batch) for batch in batches]
-    found = jax.device_get(found)
-    of_run = lambda k: jax.tree.map(lambda x: x[k], found)
-    results = [
-        [(batch, *result) for batch, result in zip(batches, of_run(k), strict=True)]
-        for k in range(len(jobs))
-    ]
-    return [loop.Evaluation(step, combine(task, result)) for result in results]
+    results = [vmapped_step.call(program, "evaluate", members, base, batch) for batch in batches]
+    results = jax.device_get(results)
+    evaluations = []
+    for k in range(len(jobs)):
+        of_run = jax.tree.map(lambda x, k=k: x[k], results)
+        pairs = zip(batches, of_run, strict=True)
+        values = combine(task, [(batch, *result) for batch, result in pairs])
+        evaluations.append(loop.Evaluation(step, values))
+    return evaluations
 
 
-def _recorded(
-    jobs: list[Job], adapters: PyTree, found: list[loop.Evaluation], *, noted: bool, rung: str
+def _record(
+    jobs: list[Job],
+    adapters: PyTree,
+    evaluations: list[loop.Evaluation],
+    *,
+    is_due: bool,
+    rung: str,
 ) -> list[Job]:
-    """Keeps adapters that are the best so far, and what halving wants to know."""
+    """Keeps adapters that are the best so far, and the evaluations of a rung."""
     new = list(jobs)
-    for k, evaluation in enumerate(found):
+    for k, evaluation in enumerate(evaluations):
         job = jobs[k]
         if job.diverged:
             continue
@@ -319,26 +342,24 @@ def _recorded(
         if not all(np.isfinite(x).all() for x in jax.tree.leaves((adapter, evaluation))):
             new[k] = dataclasses.replace(job, diverged=evaluation.step)
             continue
-        if noted:
-            progress = loop.recorded(job.run, adapter, evaluation, job.progress)
+        if is_due:
+            progress = loop.record(job.run, adapter, evaluation, job.progress)
             new[k] = dataclasses.replace(job, progress=progress)
         if rung:
             _write_rung(new[k], rung, evaluation)
     return new
 
 
-def _timed(jobs: list[Job], seconds: float) -> list[Job]:
+def _add_seconds(jobs: list[Job], seconds: float) -> list[Job]:
     """Adds each run's share of the time since the last pause."""
-    add = lambda progress: dataclasses.replace(
-        progress, seconds=progress.seconds + seconds / len(jobs)
-    )
-    return [dataclasses.replace(job, progress=add(job.progress)) for job in jobs]
+    share = seconds / len(jobs)
+    return [_replace_progress(job, seconds=job.progress.seconds + share) for job in jobs]
 
 
-def _write_rung(job: Job, rung: str, found: loop.Evaluation) -> None:
-    """Notes how the run did at a rung, and the result that it has should it be dropped there."""
-    entry = {"step": found.step, **found.values, "summary": _summary(job)}
-    text = json.dumps(rungs(job.run.workdir) | {rung: entry}, indent=2)
+def _write_rung(job: Job, rung: str, evaluation: loop.Evaluation) -> None:
+    """Stores the run's evaluation at a rung, and the result that it has if it is dropped there."""
+    entry = {"step": evaluation.step, **evaluation.values, "summary": _summarize(job)}
+    text = json.dumps(read_rungs(job.run.workdir) | {rung: entry}, indent=2)
     write_atomically(job.run.workdir / RUNGS, text.encode())
 
 

@@ -30,16 +30,16 @@ DATA_FIELDS = (
     "lora.rank_pattern", "lora.alpha_pattern", "optimizer.learning_rate", "optimizer.warmup",
     "optimizer.weight_decay", "optimizer.clip_norm",
 )  # fmt: skip
-_MOST = 10  # problems shown in one message
+_MAX_PROBLEMS = 10  # in one message
 
 
-class Point(NamedTuple):
+class Trial(NamedTuple):
     """One run of a sweep.
 
     Attributes:
-      id: a hash of the whole config, the name of the run's directory.
-      values: the fields that the sweep sets.
-      config: the base config with these values.
+      id: hash of the whole config, and name of the run's directory.
+      values: values of the fields that the sweep sets.
+      config: base config with these values.
     """
 
     id: str
@@ -47,8 +47,8 @@ class Point(NamedTuple):
     config: ConfigDict
 
 
-def load_sweep(path: str | Path) -> Callable:
-    """The function ``sweep`` of a config file.
+def load_sweep(path: str | Path) -> Callable[[Callable[..., None]], None]:
+    """Loads the function ``sweep`` of a config file.
 
     Raises:
       ValueError: the file defines none.
@@ -64,35 +64,46 @@ def load_sweep(path: str | Path) -> Callable:
     return module.sweep
 
 
-def points(base: ConfigDict, sweep: Callable, recipe: Recipe) -> list[Point]:
-    """The runs that ``sweep`` adds to ``base``, in its order; what is added twice is one run.
+def make_trials(
+    base: ConfigDict, sweep: Callable[[Callable[..., None]], None], recipe: Recipe
+) -> list[Trial]:
+    """Makes the runs that a sweep adds, in its order; what is added twice is one run.
+
+    Args:
+      base: base config.
+      sweep: calls its argument with the fields of each run.
+      recipe: recipe of the program.
 
     Raises:
-      ValueError: it adds none, or some with unknown fields or wrong values (all in one message).
+      ValueError: the sweep adds no run, or some have unknown fields or wrong values; the message
+        has all of them.
     """
     added: list[dict[str, Any]] = []
     sweep(lambda **values: added.append(values))
-    found, problems = {}, []
+    trials: dict[str, Trial] = {}
+    problems: list[str] = []
     for values in added:
         try:
-            point = _point(base, values, recipe)
-            found.setdefault(point.id, point)
+            trial = _make_trial(base, values, recipe)
+            trials.setdefault(trial.id, trial)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            problems.append(f"add({_shown(values)}): {error}")
+            problems.append(f"add({_format_values(values)}): {error}")
     if problems:
-        more = f"; and {len(problems) - _MOST} more" if len(problems) > _MOST else ""
+        more = (
+            f"; and {len(problems) - _MAX_PROBLEMS} more" if len(problems) > _MAX_PROBLEMS else ""
+        )
         raise ValueError(
             f"{len(problems)} of the sweep's {len(added)} runs are wrong: "
-            f"{'; '.join(problems[:_MOST])}{more}"
+            f"{'; '.join(problems[:_MAX_PROBLEMS])}{more}"
         )
-    if not found:
+    if not trials:
         raise ValueError("The sweep adds no run: its sweep(add) must call add(**fields).")
-    return list(found.values())
+    return list(trials.values())
 
 
-def _point(base: ConfigDict, values: dict[str, Any], recipe: Recipe) -> Point:
+def _make_trial(base: ConfigDict, values: dict[str, Any], recipe: Recipe) -> Trial:
     config = copy.deepcopy(base)
-    known = fields(config)
+    known = field_names(config)
     for field, value in values.items():
         if field not in known:
             near = difflib.get_close_matches(field, known, n=3)
@@ -104,35 +115,35 @@ def _point(base: ConfigDict, values: dict[str, Any], recipe: Recipe) -> Point:
         _set(config, field, value.item() if isinstance(value, np.generic) else value)
     config = recipe.resolve(config)
     recipe.check(config)
-    _check_alone(config)
+    _check_lockstep(config)
     if config.adapter:
         raise ValueError(
             f"adapter is {config.adapter!r}: the runs of a sweep start from fresh adapters, since "
-            "rank and alpha are theirs; leave it empty"
+            "each has its own rank and alpha; leave it empty"
         )
     if config.pmap or any(size != 1 for size in config.mesh.values()):
         raise ValueError(
             f"mesh is {config.mesh.to_dict()} and pmap {config.pmap}: a sweep spreads its runs "
             "over the devices, each on one, so leave all sizes at 1 and pmap at False"
         )
-    return Point(_identity(config), values, config)
+    return Trial(_hash_config(config), values, config)
 
 
-def _check_alone(config: ConfigDict) -> None:
-    """Refuses what a run can only do by itself, not in step with others."""
-    found = []
+def _check_lockstep(config: ConfigDict) -> None:
+    """Refuses settings that only a run by itself can have, and none in step with others."""
+    problems = []
     if config.early_stopping.patience:
-        found.append(
+        problems.append(
             f"early_stopping.patience is {config.early_stopping.patience}: the runs of a sweep go "
             "in step to the end, or are dropped by --halving; set it to 0"
         )
     if config.guard.action != "stop" or config.guard.spike:
-        found.append(
+        problems.append(
             f"guard is {config.guard.to_dict()}: a run of a sweep whose loss is not finite ends as "
             "diverged, and the others go on; leave guard.action at stop and guard.spike at 0"
         )
-    if found:
-        raise ValueError("; ".join(found))
+    if problems:
+        raise ValueError("; ".join(problems))
 
 
 def _set(config: ConfigDict, field: str, value: Any) -> None:
@@ -142,104 +153,103 @@ def _set(config: ConfigDict, field: str, value: Any) -> None:
     config[name] = ConfigDict(value) if isinstance(value, dict) else value
 
 
-def fields(config: ConfigDict) -> list[str]:
-    """The names of all fields, sections joined to them by dots; patterns count as one field."""
-    found = []
+def field_names(config: ConfigDict) -> list[str]:
+    """Returns the dotted names of all fields; a section of patterns counts as one field."""
+    names = []
     for name, value in config.items():
-        nested = isinstance(value, ConfigDict) and not name.endswith("_pattern")
-        found += [f"{name}.{n}" for n in fields(value)] if nested else [name]
-    return found
+        if isinstance(value, ConfigDict) and not name.endswith("_pattern"):
+            names += [f"{name}.{nested}" for nested in field_names(value)]
+        else:
+            names.append(name)
+    return names
 
 
-def value_of(config: ConfigDict, field: str) -> Any:
-    """The value of a field by its dotted name."""
+def get_value(config: ConfigDict, field: str) -> Any:
+    """Returns the value of a field by its dotted name."""
     for name in field.split("."):
         config = config[name]
     return config
 
 
-def _identity(config: ConfigDict) -> str:
-    fixed = {n: x for n, x in workdirs.plain(config).items() if n not in workdirs.MAY_CHANGE}
-    return _digest(fixed)
+def _hash_config(config: ConfigDict) -> str:
+    fields = workdirs.to_json_types(config)
+    fixed = {name: x for name, x in fields.items() if name not in workdirs.MAY_CHANGE}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _shown(values: dict[str, Any]) -> str:
+def _format_values(values: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in values.items())
 
 
-def label(point: Point, swept: Sequence[str]) -> str:
-    """The run in words: the fields that the sweep varies, without their sections."""
-    values = (f"{f.split('.')[-1]} {_number(value_of(point.config, f))}" for f in swept)
+def describe(trial: Trial, varied: Sequence[str]) -> str:
+    """Describes a run by the fields that the sweep varies, without their sections."""
+    values = (f"{f.split('.')[-1]} {_format(get_value(trial.config, f))}" for f in varied)
     return ", ".join(values) or "the only run"
 
 
-def _number(value: Any) -> str:
+def _format(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def swept(configs: Iterable[ConfigDict]) -> list[str]:
-    """The fields that are not the same in all configs: rank and alpha first, the seed last."""
+def varied_fields(configs: Iterable[ConfigDict]) -> list[str]:
+    """Returns the fields that differ between configs: rank and alpha first, the seed last."""
     configs = list(configs)
-    differ = lambda f: len({json.dumps(_plain_value(c, f)) for c in configs}) > 1
-    found = [field for field in fields(configs[0]) if differ(field)]
-    return sorted(found, key=lambda f: (f == "seed", f != "lora.rank", f != "lora.alpha"))
+    is_varied = lambda f: len({json.dumps(_plain_value(c, f)) for c in configs}) > 1
+    names = [field for field in field_names(configs[0]) if is_varied(field)]
+    return sorted(names, key=lambda f: (f == "seed", f != "lora.rank", f != "lora.alpha"))
 
 
 def _plain_value(config: ConfigDict, field: str) -> Any:
-    value = value_of(config, field)
+    value = get_value(config, field)
     return value.to_dict() if isinstance(value, ConfigDict) else value
 
 
-def groups(found: Sequence[Point]) -> list[list[Point]]:
-    """Runs that share base, data and shapes: those that differ in :data:`DATA_FIELDS` alone."""
-    by_rest: dict[str, list[Point]] = {}
-    for point in found:
-        by_rest.setdefault(signature(point.config), []).append(point)
-    return list(by_rest.values())
+def group(trials: Sequence[Trial]) -> list[list[Trial]]:
+    """Groups runs that share base, data and shapes, and differ in :data:`DATA_FIELDS` alone."""
+    groups: dict[str, list[Trial]] = {}
+    for trial in trials:
+        groups.setdefault(group_key(trial.config), []).append(trial)
+    return list(groups.values())
 
 
-def signature(config: ConfigDict) -> str:
-    """A text that is the same for the configs of one group."""
-    names = [field for field in fields(config) if field not in DATA_FIELDS]
+def group_key(config: ConfigDict) -> str:
+    """Returns a text that is the same for the configs of one group."""
+    names = [field for field in field_names(config) if field not in DATA_FIELDS]
     return json.dumps({name: _plain_value(config, name) for name in names}, sort_keys=True)
 
 
-def only(found: Sequence[Point], filters: Iterable[str]) -> list[Point]:
-    """The runs whose fields have one of the given values: ``lora.rank=1,4``.
+def select(trials: Sequence[Trial], filters: Iterable[str]) -> list[Trial]:
+    """Selects runs whose fields have one of the given values, by filters like ``lora.rank=1,4``.
 
     Raises:
-      ValueError: a filter that can't be read or leaves nothing.
+      ValueError: a filter can't be read, or no run has one of its values.
     """
-    found = list(found)
+    trials = list(trials)
     for text in filters:
         field, equals, values = text.partition("=")
-        known = fields(found[0].config)
+        known = field_names(trials[0].config)
         if not equals or field not in known:
             raise ValueError(
                 f"--only={text}: give a config field and its values, such as --only=lora.rank=1,4; "
                 f"the fields are {', '.join(known)}."
             )
         wanted = {v.strip() for v in values.split(",")}
-        there = {p.id: _number(value_of(p.config, field)) for p in found}
-        missing = sorted(wanted - set(there.values()))
+        present = {t.id: _format(get_value(t.config, field)) for t in trials}
+        missing = sorted(wanted - set(present.values()))
         if missing:
             raise ValueError(
                 f"--only={text}: no run has {field} {', '.join(missing)}; there are "
-                f"{', '.join(sorted(set(there.values())))}."
+                f"{', '.join(sorted(set(present.values())))}."
             )
-        found = [p for p in found if there[p.id] in wanted]
-    return found
+        trials = [t for t in trials if present[t.id] in wanted]
+    return trials
 
 
-def shard(found: Sequence[Point], text: str) -> list[Point]:
-    """Every n-th run, for ``i/n`` beginning with the i-th: shards of one sweep share no run.
+def shard(trials: Sequence[Trial], text: str) -> list[Trial]:
+    """Selects every n-th run, for ``i/n`` from the i-th on; shards of one sweep share no run.
 
     Raises:
-      ValueError: not of the form i/n with 1 <= i <= n.
+      ValueError: the text is not of the form i/n with 1 <= i <= n.
 
     >>> shard("abcde", "2/3")
     ['b', 'e']
@@ -248,4 +258,4 @@ def shard(found: Sequence[Point], text: str) -> list[Point]:
     index, count = (int(x) for x in match.groups()) if match else (0, 0)
     if not 1 <= index <= count:
         raise ValueError(f"--shard={text}: give i/n with i from 1 to n, such as --shard=1/4.")
-    return list(found)[index - 1 :: count]
+    return list(trials)[index - 1 :: count]

@@ -1,9 +1,9 @@
-"""Several runs through one compiled step: what differs between them is data.
+"""Several runs through one compiled step: the differences between them are data.
 
-Runs of different ranks get one shape by zeros. Columns of ``a`` and rows of ``b`` that are zero
-have gradients of zero (that of ``a`` is a product with ``b``, and the other way round), hence
-moments and weight decay of zero, and stay zero. They add nothing to a norm. The padded run is the
-run.
+Runs of different ranks are padded with zeros to one shape. Columns of ``a`` and rows of ``b`` that
+are zero have gradients of zero (that of ``a`` is a product with ``b``, and the other way round),
+hence moments and weight decay of zero, and stay zero. They add nothing to a norm. So a padded run
+computes what the run alone would.
 """
 
 import dataclasses
@@ -25,11 +25,12 @@ from lora_jax.nodes import is_adapted
 from lora_jax.quantized import is_quantized
 from lora_jax.training import durations, optimizer
 from lora_jax.training.evaluation import eval_step
-from lora_jax.training.state import TrainState, initial_state, storable, usable
+from lora_jax.training.state import TrainState, initial_state, unwrap_key, wrap_key
 from lora_jax.training.step import StepOptions, train_step
 from lora_jax.training.task import Batch, Task
 
 PyTree = Any
+Array = jax.Array | np.ndarray
 _AXIS = "runs"
 
 
@@ -37,63 +38,71 @@ class Member(NamedTuple):
     """One run as the compiled steps see it; with a leading axis, several.
 
     Attributes:
-      state: its training state, storable.
-      alive: whether its loss has been finite so far; otherwise its state no longer changes.
-      settings: of its optimiser.
+      state: training state of the run, with plain integers in place of its key.
+      is_alive: whether the loss has been finite so far; otherwise the state no longer changes.
+      settings: settings of the optimizer.
       dropout: rate of the low-rank branches.
-      own: leaves of the base, by name, that this run has for itself: drawn by its seed, and neither
-        trained nor shared.
+      own_leaves: leaves of the base, by name, that the run does not share: they are drawn by its
+        seed, and not trained.
     """
 
     state: TrainState
-    alive: Any
+    is_alive: Array
     settings: optimizer.Settings
-    dropout: Any
-    own: dict[str, Any]
+    dropout: Array
+    own_leaves: dict[str, Array]
 
 
 class Options(NamedTuple):
-    """What steps are compiled with, the same for all of their runs.
+    """Settings that steps are compiled with, the same for all of their runs.
 
     Attributes:
-      decay: of the learning rate; see :func:`optimizer.schedule`.
-      accumulate: as in :class:`step.StepOptions`.
+      decay: decay of the learning rate, as in :func:`optimizer.schedule`.
+      accumulate: as in :class:`lora_jax.training.step.StepOptions`.
     """
 
-    decay: str = "linear"
-    accumulate: int = 1
+    decay: str
+    accumulate: int
 
 
-PLAIN = Options()
-
-
-def options(config: ConfigDict) -> Options:
-    """Those of a config."""
+def make_options(config: ConfigDict) -> Options:
+    """Returns the options of a config."""
     return Options(config.optimizer.decay, config.accumulate)
 
 
-def member(task: Task, config: ConfigDict, lora_config: lora.LoRAConfig) -> Member:
-    """A run at step 0, in numpy arrays of its true rank.
+def make_member(
+    task: Task,
+    config: ConfigDict,
+    lora_config: lora.LoRAConfig,
+    *,
+    plan: durations.Plan | None = None,
+) -> Member:
+    """Makes a run at step 0, in numpy arrays of its true rank.
+
+    Args:
+      task: what the run is trained on.
+      config: config of the run.
+      lora_config: settings of the adapter.
+      plan: length of the run; by default the one that the config describes.
 
     Raises:
       ValueError: the config and the model do not fit.
     """
-    base = task.base if task.base_of is None else task.base_of(config.seed)
-    state, _ = initial_state(dataclasses.replace(task, base=base), config, lora_config)
-    total = durations.plan(config, task.steps_per_epoch).total
-    own = _own_leaves(task.base, base, state.adapter)
-    found = Member(
-        storable(state),
+    plan = plan or durations.make_plan(config, task.steps_per_epoch)
+    base = task.base if task.redraw_base is None else task.redraw_base(config.seed)
+    state, _ = initial_state(dataclasses.replace(task, base=base), config, lora_config, plan=plan)
+    member = Member(
+        unwrap_key(state),
         np.array(True),
-        optimizer.settings(config.optimizer, total, per_epoch=task.steps_per_epoch),
+        optimizer.settings(config.optimizer, plan.total, per_epoch=task.steps_per_epoch),
         float(lora_config.dropout),
-        own,
+        _select_own_leaves(task.base, base, state.adapter),
     )
     # Python numbers get JAX's default dtypes, as they do in a single run.
-    return jax.tree.map(lambda x: np.asarray(x, jax.dtypes.result_type(x)), found)
+    return jax.tree.map(lambda x: np.asarray(x, jax.dtypes.result_type(x)), member)
 
 
-def _own_leaves(shared: PyTree, base: PyTree, adapter: PyTree) -> dict[str, Any]:
+def _select_own_leaves(shared: PyTree, base: PyTree, adapter: PyTree) -> dict[str, Any]:
     trained = {n for n, x in adapters.nodes(adapter).items() if not is_adapted(x)}
     leaves = paths.named_leaves(shared)
     return {
@@ -103,14 +112,14 @@ def _own_leaves(shared: PyTree, base: PyTree, adapter: PyTree) -> dict[str, Any]
     }
 
 
-def kernels(run: Member) -> list[str]:
-    """The names of the kernels that are adapted."""
-    nodes = adapters.nodes(run.state.adapter)
+def adapted_kernels(member: Member) -> list[str]:
+    """Returns the names of the kernels that are adapted."""
+    nodes = adapters.nodes(member.state.adapter)
     return [name for name, x in nodes.items() if is_adapted(x)]
 
 
 def common_shapes(members: Sequence[Member]) -> PyTree:
-    """The smallest shapes that hold every run: those of the largest rank of each kernel.
+    """Returns the smallest shapes that hold every run, with the largest rank of each kernel.
 
     Raises:
       ValueError: the runs' adapters differ along another axis, which zeros can't fill up.
@@ -132,71 +141,75 @@ def _sizes_beside_the_rank(adapter: PyTree) -> dict[str, dict[str, int]]:
 
 
 def pad(tree: PyTree, shapes: PyTree) -> PyTree:
-    """Fills each array up with zeros.
+    """Pads each array with zeros to a shape.
 
     >>> pad({"a": np.ones((1, 2))}, {"a": (2, 2)})["a"].tolist()
     [[1.0, 1.0], [0.0, 0.0]]
     """
 
-    def padded(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    def pad_array(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         full = np.zeros(shape, x.dtype)
         full[tuple(map(slice, x.shape))] = x
         return full
 
-    return jax.tree.map(padded, tree, shapes)
+    return jax.tree.map(pad_array, tree, shapes)
 
 
 def cut(tree: PyTree, like: PyTree) -> PyTree:
-    """The inverse of :func:`pad`: the part of each array that ``like`` has."""
+    """Inverts :func:`pad`: returns the part of each array that ``like`` has."""
     return jax.tree.map(lambda x, y: x[tuple(map(slice, y.shape))], tree, like)
 
 
 def stack(members: Sequence[Member], count: int) -> Member:
-    """Puts runs of equal shapes side by side, and dead copies of the first up to ``count``."""
-    filler = [members[0]._replace(alive=np.array(False))] * (count - len(members))
+    """Stacks runs of equal shapes, and copies of the first that are not alive up to ``count``."""
+    filler = [members[0]._replace(is_alive=np.array(False))] * (count - len(members))
     return jax.tree.map(lambda *xs: np.stack(xs), *members, *filler)
 
 
 def unstack(tree: PyTree, index: int) -> PyTree:
-    """Run number ``index`` of the stack, in numpy arrays."""
+    """Returns run number ``index`` of the stack, in numpy arrays."""
     # Indexed by numpy: JAX would compile each index of each shape.
     return jax.tree.map(lambda x: np.asarray(x)[index], tree)
 
 
-def member_step(task: Task, *, dropout: bool, options: Options = PLAIN) -> Callable:
-    """``(member, base, batch) -> (member, sums)``: the step of a single run, with its data.
+def member_step(task: Task, *, has_dropout: bool, options: Options) -> Callable:
+    """Returns the step of a single run, ``(member, base, batch) -> (member, sums)``.
 
     Args:
-      task: its ``apply`` and ``metrics`` are used.
-      dropout: whether the low-rank branches have any; a rate of zero is exact, and costs the draw.
-      options: of the runs.
+      task: gives ``apply`` and ``metrics``.
+      has_dropout: whether the low-rank branches have any; a rate of zero is exact, but has the
+        cost of the draw.
+      options: options of the runs.
     """
 
-    def step(run: Member, base: PyTree, batch: Batch) -> tuple[Member, Any]:
-        tx = optimizer.adamw(run.settings, run.state.adapter, options.decay)
-        # What diverges is left alone here, run by run: no guard of a single run's kind.
-        step = StepOptions(accumulate=options.accumulate)
-        single = train_step(task, tx, run.dropout if dropout else 0.0, step)
-        state, sums = single(usable(run.state), _with_own(base, run.own), batch)
-        alive = run.alive & jnp.isfinite(sums[0])
-        kept = lambda new, old: jnp.where(alive, new, old)
-        state = jax.tree.map(kept, storable(state), run.state)
-        return run._replace(state=state, alive=alive), sums
+    def step(member: Member, base: PyTree, batch: Batch) -> tuple[Member, NamedTuple]:
+        tx = optimizer.adamw(member.settings, member.state.adapter, options.decay)
+        # A run that diverges is stopped below, without the guard of a single run.
+        step_options = StepOptions(accumulate=options.accumulate)
+        single = train_step(task, tx, member.dropout if has_dropout else 0.0, step_options)
+        state, sums = single(wrap_key(member.state), _put_own(base, member.own_leaves), batch)
+        is_alive = member.is_alive & jnp.isfinite(sums[0])
+        choose = lambda new, old: jnp.where(is_alive, new, old)
+        state = jax.tree.map(choose, unwrap_key(state), member.state)
+        return member._replace(state=state, is_alive=is_alive), sums
 
     return step
 
 
 def member_eval_step(task: Task) -> Callable:
-    """``(member, base, batch) -> sums``."""
+    """Returns the evaluation of a single run, ``(member, base, batch) -> (sums, logits)``."""
     single = eval_step(task)
-    return lambda run, base, batch: single(run.state.adapter, _with_own(base, run.own), batch)
+
+    def step(member: Member, base: PyTree, batch: Batch) -> tuple:
+        return single(member.state.adapter, _put_own(base, member.own_leaves), batch)
+
+    return step
 
 
-def _with_own(base: PyTree, own: dict[str, Any]) -> PyTree:
+def _put_own(base: PyTree, own_leaves: dict[str, Array]) -> PyTree:
     leaves = paths.named_leaves(base)
-    return jax.tree.structure(base, is_leaf=is_quantized).unflatten(
-        [own.get(n, x) for n, x in leaves.items()]
-    )
+    treedef = jax.tree.structure(base, is_leaf=is_quantized)
+    return treedef.unflatten([own_leaves.get(n, x) for n, x in leaves.items()])
 
 
 class Program(NamedTuple):
@@ -204,88 +217,92 @@ class Program(NamedTuple):
 
     Attributes:
       steps: functions for one run, by name.
-      count: runs at a time.
-      mesh: the devices that the runs are spread over, the same number on each.
-      compiled: by name and shapes of the batch, with the seconds that it took.
+      count: number of runs at a time.
+      mesh: devices that the runs are spread over, the same number on each.
+      compiled: compiled steps by name and shapes of the batch, with the seconds of compilation.
     """
 
     steps: dict[str, Callable]
     count: int
     mesh: Mesh
-    compiled: dict[tuple, Any]
+    compiled: dict[tuple, tuple[jax.stages.Compiled, float]]
 
 
-def place(on: Program, members: Member) -> Member:
+def place(program: Program, members: Member) -> Member:
     """Puts a stack of runs on the devices."""
-    return jax.device_put(members, NamedSharding(on.mesh, PartitionSpec(_AXIS)))
+    return jax.device_put(members, NamedSharding(program.mesh, PartitionSpec(_AXIS)))
 
 
-def replicate(on: Program, tree: PyTree) -> PyTree:
+def replicate(program: Program, tree: PyTree) -> PyTree:
     """Puts arrays that all runs share on every device."""
-    return jax.device_put(tree, NamedSharding(on.mesh, PartitionSpec()))
+    return jax.device_put(tree, NamedSharding(program.mesh, PartitionSpec()))
 
 
-def program(task: Task, count: int, *, dropout: bool, options: Options = PLAIN) -> Program:
-    """A program for ``count`` runs at a time, over as many devices as divide them evenly."""
-    # Nothing of the data is held on to.
-    task = dataclasses.replace(task, base=None, train_batch=None, eval_batches=None, base_of=None)
+def make_program(task: Task, count: int, *, has_dropout: bool, options: Options) -> Program:
+    """Makes a program for ``count`` runs at a time, over as many devices as divide them evenly."""
+    # The program must keep no reference to the data.
+    task = dataclasses.replace(
+        task, base=None, train_batch=None, eval_batches=None, redraw_base=None
+    )
     devices = jax.devices()
-    used = max(d for d in range(1, len(devices) + 1) if count % d == 0)
-    mesh = Mesh(np.array(devices[:used]), (_AXIS,))
+    device_count = max(d for d in range(1, len(devices) + 1) if count % d == 0)
+    mesh = Mesh(np.array(devices[:device_count]), (_AXIS,))
     steps = {
-        "train": member_step(task, dropout=dropout, options=options),
+        "train": member_step(task, has_dropout=has_dropout, options=options),
         "evaluate": member_eval_step(task),
     }
     return Program(steps, count, mesh, {})
 
 
-def call(on: Program, name: str, members: Member, base: PyTree, batch: Batch) -> Any:
+def call(program: Program, name: str, members: Member, base: PyTree, batch: Batch) -> tuple:
     """Runs a step of a program, after compiling it if these shapes are new.
 
-    ``train`` uses up ``members``.
+    The step ``train`` donates ``members``.
     """
-    return compiled(on, name, members, base, batch)(members, base, batch)
+    return compile_step(program, name, members, base, batch)(members, base, batch)
 
 
-def compiled(on: Program, name: str, members: Member, base: PyTree, batch: Batch) -> Any:
-    """The compiled step for these shapes."""
+def compile_step(
+    program: Program, name: str, members: Member, base: PyTree, batch: Batch
+) -> jax.stages.Compiled:
+    """Returns the compiled step for these shapes, which it compiles if they are new."""
     key = (name, *sorted((k, np.shape(x), str(x.dtype)) for k, x in batch.items()))
-    if key not in on.compiled:
-        fn = jax.jit(_batched(on, name), donate_argnums=0 if name == "train" else ())
+    if key not in program.compiled:
+        fn = jax.jit(_batch_over_runs(program, name), donate_argnums=0 if name == "train" else ())
         begin = time.perf_counter()
         step = fn.lower(members, base, batch).compile()
-        on.compiled[key] = step, time.perf_counter() - begin
-    return on.compiled[key][0]
+        program.compiled[key] = step, time.perf_counter() - begin
+    return program.compiled[key][0]
 
 
-def compile_seconds(on: Program) -> float:
-    """What compiling the steps of a program has taken so far."""
-    return sum(seconds for _, seconds in on.compiled.values())
+def compile_seconds(program: Program) -> float:
+    """Returns the seconds that compiling the steps of a program has taken so far."""
+    return sum(seconds for _, seconds in program.compiled.values())
 
 
-def _batched(on: Program, name: str) -> Callable:
-    """The step over the leading axis of the runs; base and batch are shared.
+def _batch_over_runs(program: Program, name: str) -> Callable:
+    """Returns the step over the leading axis of the runs; base and batch are shared.
 
-    ``vmap`` leaves unbatched what depends on no run: everything before the first adapter is
-    computed once. A single run goes without it, since that is the faster program.
+    ``vmap`` leaves unbatched what depends on no run, so that everything before the first adapter is
+    computed once. A single run goes without ``vmap``, since that is the faster program.
     """
-    devices, single = on.mesh.devices.size, on.steps[name]
+    devices, single = program.mesh.devices.size, program.steps[name]
 
-    def alone(members: Member, base: PyTree, batch: Batch) -> Any:
+    def alone(members: Member, base: PyTree, batch: Batch) -> tuple:
         first = jax.tree.map(lambda x: x[0], members)
         return jax.tree.map(lambda x: x[None], single(first, base, batch))
 
     many = jax.vmap(single, in_axes=(0, None, None))
-    local = alone if on.count == devices else many
+    local = alone if program.count == devices else many
 
-    def step(members: Member, base: PyTree, batch: Batch) -> Any:
+    def step(members: Member, base: PyTree, batch: Batch) -> tuple:
         if devices == 1:
             return local(members, base, batch)
         runs, shared = PartitionSpec(_AXIS), PartitionSpec()
         specs = {"in_specs": (runs, shared, shared), "out_specs": runs}
-        # By hand rather than by the compiler's choice: no run ever waits for another device. JAX's
-        # check of what varies puts marks on the kernels, which `lift` would have to see through.
-        spread = jax.shard_map(local, mesh=on.mesh, check_vma=False, **specs)
+        # By hand rather than by the compiler, so that no run ever waits for another device. JAX's
+        # check of varying axes would put equations on the kernels that `lift` had to see through.
+        spread = jax.shard_map(local, mesh=program.mesh, check_vma=False, **specs)
         return spread(members, base, batch)
 
     step.__name__ = f"sweep_{name}_step"

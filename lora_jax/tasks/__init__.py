@@ -1,4 +1,4 @@
-"""What is trained on: classification, language modelling, instructions; a task is a value."""
+"""Tasks as values: classification, language modelling, instructions, generation."""
 
 from lora_jax.extras import require
 

@@ -1,4 +1,4 @@
-"""What a trained language model replies to messages."""
+"""Replies of a trained language model to messages."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -16,39 +16,40 @@ from lora_jax.models.decoding import Decoding
 from lora_jax.models.families import CAUSAL_LM
 from lora_jax.tasks import language_model
 
-_STEP = 64  # prompts are padded to a multiple of it: one compilation for each length
+PyTree = Any
+_BUCKET = 64  # prompts are padded to a multiple of it; each length is compiled once
 
 
-class Speaker(NamedTuple):
-    """What replies to messages.
+class ChatModel(NamedTuple):
+    """A language model that replies to messages.
 
     Attributes:
-      run: ``(params, inputs, key) -> Generated``.
-      params: with the adapter merged into them.
-      template: of the model.
-      tokenizer: of the model.
-      decoding: how tokens are chosen.
+      generate: ``(params, inputs, key) -> Generated``.
+      params: parameters, with the adapter merged into them.
+      template: chat template of the model.
+      tokenizer: tokenizer of the model.
+      decoding: settings by which tokens are chosen.
     """
 
-    run: Callable
-    params: Any
+    generate: Callable
+    params: PyTree
     template: ChatTemplate
     tokenizer: tokenizers.Tokenizer
     decoding: Decoding
 
 
-def load(directory: str | None, *, model: str | None = None, **options: Any) -> Speaker:
+def load(directory: str | None, *, model: str | None = None, **options: Any) -> ChatModel:
     """Loads an adapter and its base, or a model alone.
 
     Args:
-      directory: of the adapter, of either format; None for the model as it is.
-      model: name or directory of the model; with an adapter only where it is no longer found under
-        its old name.
+      directory: directory of the adapter, in either format; None for the model as it is.
+      model: name or directory of the model; needed with an adapter only if the base is no longer
+        found under its old name.
       **options: fields of :class:`Decoding`.
 
     Raises:
-      FileNotFoundError, ValueError: adapter, base, or chat template are missing or damaged, or do
-        not belong together.
+      FileNotFoundError, ValueError: adapter, base or chat template is missing or damaged, or they
+        do not belong together.
     """
     loaded, params = _model(directory, model)
     tokenizer = checkpoints.load_tokenizer(loaded.checkpoint)
@@ -56,14 +57,14 @@ def load(directory: str | None, *, model: str | None = None, **options: Any) -> 
     stop = stop_tokens(loaded.checkpoint, template, tokenizer)
     decoding = Decoding(stop=stop, pad_id=min(stop, default=0), **options)
     run = generate.generator(*generate.causal_lm(loaded.model, loaded.family.init_cache), decoding)
-    return Speaker(run, params, template, tokenizer, decoding)
+    return ChatModel(run, params, template, tokenizer, decoding)
 
 
-def _model(directory: str | None, model: str | None) -> tuple[checkpoints.Loaded, Any]:
-    """The model, and its parameters with the adapter merged into them."""
+def _model(directory: str | None, model: str | None) -> tuple[checkpoints.Loaded, PyTree]:
+    """Loads the model, and its parameters with the adapter merged into them."""
     if directory is not None:
-        found = language_model.load(directory, model=model)
-        return found.loaded, lora.merge(found.loaded.params, found.adapter)
+        trained = language_model.load(directory, model=model)
+        return trained.loaded, lora.merge(trained.loaded.params, trained.adapter)
     if model is None:
         raise ValueError("Say what is to reply: give an adapter or a model (--adapter, --model).")
     loaded = checkpoints.load(model, head=CAUSAL_LM)
@@ -73,35 +74,38 @@ def _model(directory: str | None, model: str | None) -> tuple[checkpoints.Loaded
 def stop_tokens(
     checkpoint: checkpoints.Checkpoint, template: ChatTemplate, tokenizer: tokenizers.Tokenizer
 ) -> tuple[int, ...]:
-    """The tokens that end a reply: those the model's files name, and the template's own."""
+    """Returns the tokens that end a reply: those the model's files name, and the template's own."""
     path = checkpoint.directory / "generation_config.json"
     about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    said = [words.get("eos_token_id") for words in (about, checkpoint.config)]
-    found = {x for ids in said for x in (ids if isinstance(ids, list) else [ids]) if x is not None}
-    found.add(tokenizer.token_to_id(template.tokens.get("eos_token", "")))
-    found.add(tokenizer.token_to_id(_end_of_turn(template, tokenizer)))
-    return tuple(sorted(found - {None}))
+    tokens = {
+        tokenizer.token_to_id(template.tokens.get("eos_token", "")),
+        tokenizer.token_to_id(_end_of_turn(template, tokenizer)),
+    }
+    for config in (about, checkpoint.config):
+        ids = config.get("eos_token_id")
+        tokens |= set(ids) if isinstance(ids, list) else {ids}
+    return tuple(sorted(tokens - {None}))
 
 
 def _end_of_turn(template: ChatTemplate, tokenizer: tokenizers.Tokenizer) -> str:
-    """The special token with which the template ends what the assistant says; "" for none."""
-    special = conversations.special_tokens(tokenizer)
+    """Finds the special token with which the template ends a reply; "" for none."""
+    special = conversations.list_special_tokens(tokenizer)
     probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    text, spans = conversations.assistant_spans(template, probe, special)
-    said = text[slice(*spans[-1])].rstrip()
-    return next((token for token in special if said.endswith(token)), "")
+    text, spans = conversations.find_assistant_spans(template, probe, special)
+    ending = text[slice(*spans[-1])].rstrip()
+    return next((token for token in special if ending.endswith(token)), "")
 
 
-def reply(speaker: Speaker, messages: Sequence[Message], *, seed: int = 0) -> str:
-    """What the assistant says next.
+def reply(model: ChatModel, messages: Sequence[Message], *, seed: int = 0) -> str:
+    """Generates the assistant's next message.
 
     Raises:
       ValueError: the template refuses the messages.
     """
-    text = chat_template.render(speaker.template, messages, prompt=True).text
-    ids = speaker.tokenizer.encode(text, add_special_tokens=False).ids
-    length = -(-len(ids) // _STEP) * _STEP
-    batch = generate.left_padded([ids], pad_id=speaker.decoding.pad_id, length=length)
-    made = speaker.run(speaker.params, batch, jax.random.key(seed))
-    tokens = np.asarray(made.tokens)[0, : int(made.lengths[0])].tolist()
-    return speaker.tokenizer.decode([t for t in tokens if t not in speaker.decoding.stop]).strip()
+    text = chat_template.render(model.template, messages, prompt=True).text
+    ids = model.tokenizer.encode(text, add_special_tokens=False).ids
+    length = -(-len(ids) // _BUCKET) * _BUCKET
+    batch = generate.pad_left([ids], pad_id=model.decoding.pad_id, length=length)
+    generated = model.generate(model.params, batch, jax.random.key(seed))
+    tokens = np.asarray(generated.tokens)[0, : int(generated.lengths[0])].tolist()
+    return model.tokenizer.decode([t for t in tokens if t not in model.decoding.stop]).strip()

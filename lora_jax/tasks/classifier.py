@@ -25,15 +25,15 @@ class Classifier:
 
     Attributes:
       loaded: the base.
-      adapter: for it.
-      config: the adapter's.
-      tokenizer: the base's.
-      labels: names of the classes; a single one is that of a number, of a regression.
-      max_length: in tokens.
+      adapter: the adapter.
+      config: settings of the adapter.
+      tokenizer: tokenizer of the base.
+      labels: names of the classes; for a regression, a single name for the number.
+      max_length: largest number of tokens of a text.
       buckets: lengths that batches are padded to.
-      pairs: whether it takes pairs of sentences, parted by a tab; None for both.
-      glue: name of the task.
-      notes: what was assumed where a file is silent.
+      pairs: whether it takes pairs of sentences, separated by a tab; None for either.
+      glue: name of the task of GLUE.
+      notes: assumptions about what a file does not say.
     """
 
     loaded: checkpoints.Loaded
@@ -52,8 +52,8 @@ def load(directory: str | Path, *, model: str | None = None) -> Classifier:
     """Loads an adapter and the base that it was made for.
 
     Args:
-      directory: of the adapter, as training leaves it or in PEFT's format.
-      model: name or directory of the base, where it is no longer found under its old name.
+      directory: directory of the adapter, in this library's format or in PEFT's.
+      model: name or directory of the base, if it is no longer found under its old name.
 
     Raises:
       FileNotFoundError, ValueError: adapter or base is missing, damaged, or they do not belong
@@ -61,27 +61,27 @@ def load(directory: str | Path, *, model: str | None = None) -> Classifier:
     """
     if peft.is_peft(directory):
         return _load_peft(directory, model)
-    about = serialize.read_metadata(directory)
-    _check_metadata(directory, about)
-    kind = about["model"]
+    metadata = serialize.read_metadata(directory)
+    _check_metadata(directory, metadata)
+    about_model = metadata["model"]
     loaded = classification.load_model(
-        model or kind["name"],
-        num_labels=len(kind["labels"]),
-        key=classification.head_key(about["seed"]),
-        **from_config.dtypes(kind),
+        model or about_model["name"],
+        num_labels=len(about_model["labels"]),
+        key=classification.head_key(metadata["seed"]),
+        **from_config.dtypes(about_model),
     )
-    loaded = adapter_files.widened(loaded)
+    loaded = adapter_files.widen(loaded)
     adapter, config = adapter_files.load(directory, loaded)
     return Classifier(
         loaded=loaded,
         adapter=adapter,
         config=config,
         tokenizer=checkpoints.load_tokenizer(loaded.checkpoint),
-        labels=tuple(kind["labels"]),
-        max_length=about["max_length"],
-        buckets=tuple(about["buckets"]),
-        pairs=about.get("pairs", False),
-        glue=about.get("glue", "sst2"),
+        labels=tuple(about_model["labels"]),
+        max_length=metadata["max_length"],
+        buckets=tuple(metadata["buckets"]),
+        pairs=metadata.get("pairs", False),
+        glue=metadata.get("glue", "sst2"),
     )
 
 
@@ -89,7 +89,7 @@ _BUCKETS = (32, 64, 128, 256, 512)
 
 
 def _load_peft(directory: str | Path, model: str | None) -> Classifier:
-    """A PEFT directory names its base, perhaps, and says nothing of labels and lengths."""
+    """Loads an adapter in PEFT's format, which may name its base, but no labels and lengths."""
     words = peft.read_words(directory)
     name = model or words["base_model_name_or_path"]
     if not name:
@@ -97,10 +97,11 @@ def _load_peft(directory: str | Path, model: str | None) -> Classifier:
             f"The adapter in {directory} does not name its base; give it with --model."
         )
     base = checkpoints.resolve(name).config
-    said = _said_labels(base)
-    count = adapter_files.count_labels(directory, base) or len(said) or 2  # transformers' default
-    labels = said if len(said) == count else tuple(f"LABEL_{k}" for k in range(count))
-    source = "those of the base" if labels is said else "the base has none for them"
+    labels, source = _read_labels(base), "those of the base"
+    count = adapter_files.count_labels(directory, base) or len(labels) or 2  # as transformers has
+    if len(labels) != count:
+        labels = tuple(f"LABEL_{k}" for k in range(count))
+        source = "the base has none for them"
     loaded = classification.load_model(name, num_labels=count)
     pairs: bool | None = None
     inputs = "two sentences where there is a tab between them"
@@ -109,13 +110,15 @@ def _load_peft(directory: str | Path, model: str | None) -> Classifier:
         labels, source = find("sst2").labels, "the words of SST-2"
     adapter, config = adapter_files.load(directory, loaded)
     tokenizer = checkpoints.load_tokenizer(loaded.checkpoint)
-    positions = loaded.model.config.positions
-    longest = positions or _BUCKETS[-1]
+    longest, limit = _BUCKETS[-1], f"at most {_BUCKETS[-1]} tokens"
+    if positions := loaded.model.config.positions:
+        longest = positions
+        limit = f"at most {positions} tokens, all that the base has positions for"
     buckets = (*(b for b in _BUCKETS if b < longest), longest)
     notes = (
         f"base {name}, from {loaded.checkpoint.origin}",
         f"labels {', '.join(labels)} ({source})",
-        f"at most {longest} tokens" + ", all that the base has positions for" * bool(positions),
+        limit,
         inputs,
     )
     return Classifier(
@@ -131,26 +134,26 @@ def _load_peft(directory: str | Path, model: str | None) -> Classifier:
     )
 
 
-def _said_labels(config: dict[str, Any]) -> tuple[str, ...]:
-    """The names of the classes in a config.json, if it has any."""
+def _read_labels(config: dict[str, Any]) -> tuple[str, ...]:
+    """Reads the names of the classes in a config.json, if it has any."""
     names = config.get("id2label")
     if isinstance(names, dict) and all(isinstance(x, str) for x in names.values()):
         by_number = {str(k): x for k, x in names.items()}
-        found = tuple(by_number.get(str(k)) for k in range(len(by_number)))
-        if found and None not in found and len(set(found)) == len(found):
-            return found
+        labels = tuple(by_number.get(str(k)) for k in range(len(by_number)))
+        if None not in labels and len(set(labels)) == len(labels):
+            return labels
     return ()
 
 
-_KINDS = {"task": str, "model": dict, "max_length": int, "buckets": list, "seed": int}
-_MODEL_KINDS = {"name": str, "labels": list, "dtype": str}
+_TYPES = {"task": str, "model": dict, "max_length": int, "buckets": list, "seed": int}
+_MODEL_TYPES = {"name": str, "labels": list, "dtype": str}
 
 
 def _check_metadata(directory: str | Path, about: dict[str, Any]) -> None:
     model = about.get("model") if isinstance(about.get("model"), dict) else {}
-    wrong = [name for name, kind in _KINDS.items() if not isinstance(about.get(name), kind)]
+    wrong = [name for name, type_ in _TYPES.items() if not isinstance(about.get(name), type_)]
     wrong += [
-        f"model.{n}" for n, kind in _MODEL_KINDS.items() if not isinstance(model.get(n), kind)
+        f"model.{n}" for n, type_ in _MODEL_TYPES.items() if not isinstance(model.get(n), type_)
     ]
     if wrong or about["task"] != "text-classification":
         raise ValueError(
@@ -160,31 +163,37 @@ def _check_metadata(directory: str | Path, about: dict[str, Any]) -> None:
         )
 
 
-def outputs(classifier: Classifier, sentences: list[str]) -> np.ndarray:
-    """Class probabilities ``(len(sentences), num_labels)`` float32, through the merged weights.
+def predict(classifier: Classifier, sentences: list[str]) -> np.ndarray:
+    """Computes class probabilities, through the merged weights.
 
-    With a single label, the model's number itself.
+    Returns:
+      ``(len(sentences), num_labels)`` float32: probabilities, or, with a single label, the model's
+      number itself.
 
     Raises:
-      ValueError: sentences that are to be pairs, and have not one tab each.
+      ValueError: the adapter takes pairs, and a sentence does not have exactly one tab.
     """
-    ways = classification.scoring(
-        classifier.loaded, classifier.labels, classifier.tokenizer, task=classifier.glue
+    scorer = classification.make_scorer(
+        classifier.loaded, classifier.labels, classifier.tokenizer, task=find(classifier.glue)
     )
     tokens = tokenization.tokenize(
-        ways.prompts(_examples(classifier, sentences)),
+        scorer.to_prompts(_examples(classifier, sentences)),
         classifier.tokenizer,
         max_length=classifier.max_length,
-        types=classification.has_types(classifier.loaded),
+        types=classification.has_token_types(classifier.loaded),
     )
-    activation = jax.nn.softmax if len(classifier.labels) > 1 else lambda logits: logits
     params = lora.merge(classifier.loaded.params, classifier.adapter)
-    step = jax.jit(lambda params, batch: activation(ways.apply(params, batch, None)))
+
+    @jax.jit
+    def step(params: PyTree, batch: batches.Batch) -> jax.Array:
+        scores = scorer.apply(params, batch, None)
+        return jax.nn.softmax(scores) if len(classifier.labels) > 1 else scores
+
     result = np.zeros((len(sentences), len(classifier.labels)), np.float32)
     size = min(64, len(sentences))
     for batch in batches.eval_batches(tokens, batch_size=size, buckets=classifier.buckets):
-        real = batch["weights"] > 0
-        result[batch["index"][real]] = np.asarray(step(params, batch))[real]
+        is_real = batch["weights"] > 0
+        result[batch["index"][is_real]] = np.asarray(step(params, batch))[is_real]
     return result
 
 
@@ -199,7 +208,7 @@ def _examples(classifier: Classifier, sentences: list[str]) -> examples.Examples
     wrong = [sentence for sentence, count in zip(sentences, tabs, strict=True) if count != 1]
     if wrong:
         raise ValueError(
-            f"This adapter takes pairs of sentences, parted by one tab; {wrong[0]!r} is none."
+            f"This adapter takes pairs of sentences, separated by one tab; {wrong[0]!r} is none."
         )
     first, second = zip(*(sentence.split("\t") for sentence in sentences), strict=True)
     return examples.Examples(first, labels, second)

@@ -1,53 +1,88 @@
-"""What every task reads of a config: the adapter's settings, dtypes, options of loading."""
+"""The parts of a config that every task has: the adapter's settings, dtypes, options of loading."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 import lora_jax as lora
 from lora_jax.schemes import SCHEMES
-from lora_jax.training.mesh import base_mesh
+from lora_jax.training import mesh, training_config
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
+def check(config: ConfigDict, least: Mapping[str, int]) -> None:
+    """Checks the fields that every task has, the adapter's settings and the dtypes included.
+
+    Args:
+      config: config of a run.
+      least: least values of the task's own fields, such as ``{"data.max_length": 1}``.
+
+    Raises:
+      ValueError: names the fields that are wrong.
+    """
+    check_adapter_and_dtypes(config)
+    training_config.check(config, least)
+
+
+def check_adapter_and_dtypes(config: ConfigDict) -> None:
+    """Checks the section ``lora``, and the dtypes of the model.
+
+    Raises:
+      ValueError: names the first field that is wrong.
+    """
+    lora_config(config)
+    dtypes(config.model)
+
+
 def lora_config(config: ConfigDict) -> lora.LoRAConfig:
-    """The library's config from the ``lora`` part of an experiment's."""
+    """Makes the library's config from the section ``lora`` of a run's config."""
     return lora.LoRAConfig.from_dict(config.lora.to_dict())
 
 
 def to_config(config: lora.LoRAConfig) -> ConfigDict:
-    """The inverse of :func:`lora_config`: for the run's directory, what holds in the run."""
+    """Inverts :func:`lora_config`, so that a run's directory has the settings that hold in it."""
     fields = {n: x for n, x in config.to_dict().items() if n != "origin"}
     return ConfigDict({n: tuple(x) if isinstance(x, list) else x for n, x in fields.items()})
 
 
-def dtype(name: str, field: str = "dtype") -> Any:
-    """The dtype called ``name``, as a field of a config's model says."""
+def dtype(name: str, field: str = "dtype") -> DTypeLike:
+    """Returns the dtype called ``name``, the value of a field of the section ``model``.
+
+    Raises:
+      ValueError: there is no such dtype; the message names the field.
+    """
     if name not in DTYPES:
         raise ValueError(f"model.{field} must be one of {sorted(DTYPES)}, got {name!r}.")
     return DTYPES[name]
 
 
 def dtypes(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of loading, by what a config, or an adapter's metadata, says of the model.
+    """Returns options of loading: what a config's, or an adapter's, section ``model`` says.
 
-    Dtypes, and the scheme that kernels are quantized with.
+    They are the dtypes, and the scheme that kernels are quantized with, if there is one.
     """
-    wanted = {name: model.get(name, "float32") for name in ("dtype", "param_dtype")}
-    return {field: dtype(name, field) for field, name in wanted.items()} | _quantize(model)
+    names = {field: model.get(field, "float32") for field in ("dtype", "param_dtype")}
+    return {field: dtype(name, field) for field, name in names.items()} | _read_scheme(model)
 
 
-def _quantize(model: Mapping[str, Any]) -> dict[str, str]:
+def _read_scheme(model: Mapping[str, Any]) -> dict[str, str]:
     scheme = model.get("quantize", "")
     if scheme not in ("", *SCHEMES):
         raise ValueError(f"model.quantize must be one of {[*SCHEMES]}, or '', got {scheme!r}.")
     return {"quantize": scheme} if scheme else {}
 
 
-def load_options(config: ConfigDict) -> dict[str, Any]:
-    """Options of loading a model to train: dtypes, rematerialisation, the mesh it is split over."""
-    remat, mesh = config.model.remat, base_mesh(config)
-    return dtypes(config.model) | {"remat": remat, "mesh": mesh}
+def load_options(config: ConfigDict, devices: mesh.Devices | None = None) -> dict[str, Any]:
+    """Returns options of loading a model to train: dtypes, rematerialization, and its mesh.
+
+    Args:
+      config: config of the run.
+      devices: devices of the run; by default those that the config describes.
+    """
+    devices = mesh.find(config) if devices is None else devices
+    options = {"remat": config.model.remat, "mesh": mesh.base_mesh(devices)}
+    return dtypes(config.model) | options

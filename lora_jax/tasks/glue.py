@@ -1,23 +1,26 @@
-"""The tasks of GLUE (Wang et al. 2018): where their examples stand, and how they are scored."""
+"""The tasks of GLUE (Wang et al. 2018): layouts of their data, labels and scores."""
 
+import dataclasses
 import difflib
-from typing import NamedTuple
 
 from lora_jax.data.tsv import SENTENCES, Layout
 
 
-class GlueTask(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GlueTask:
     """One task.
 
     Attributes:
-      layout: of its data.
-      labels: what predictions are called; one name for a regression.
-      score: what selects the best adapter; more is better.
-      scores: what is reported beside the loss and, of a classifier, the accuracy.
-      validation: the splits to evaluate on; where there are several, each has an accuracy of its
-        own as well.
+      name: name of the task.
+      layout: layout of its data.
+      labels: names of the predictions; a single one for a regression.
+      score: name of the score that selects the best adapter; more is better.
+      scores: names of what is reported beside the loss and, of a classifier, the accuracy.
+      validation: splits to evaluate on; if there are several, each has an accuracy of its own as
+        well.
     """
 
+    name: str
     layout: Layout
     labels: tuple[str, ...]
     score: str = "accuracy"
@@ -25,13 +28,13 @@ class GlueTask(NamedTuple):
     validation: tuple[str, ...] = ("validation",)
 
     @property
-    def regression(self) -> bool:
-        """Whether labels are real numbers."""
+    def is_regression(self) -> bool:
+        """Whether its labels are real numbers."""
         return self.layout.scale is not None
 
     @property
-    def pairs(self) -> bool:
-        """Whether an example is two sentences."""
+    def has_pairs(self) -> bool:
+        """Whether each of its examples is two sentences."""
         return len(self.layout.text) == 2
 
 
@@ -41,32 +44,39 @@ _QNLI = ("question", "sentence")
 _ENTAILMENT = ("entailment", "not_entailment")
 _MNLI = ("validation_matched", "validation_mismatched")
 
-TASKS = {
-    "cola": GlueTask(
-        Layout(header=("source", "label", "star", "sentence"), folder="CoLA"),
-        ("unacceptable", "acceptable"),
-        "matthews",
-        ("matthews",),
+_TASKS = (
+    GlueTask(
+        name="cola",
+        layout=Layout(header=("source", "label", "star", "sentence"), folder="CoLA"),
+        labels=("unacceptable", "acceptable"),
+        score="matthews",
+        scores=("matthews",),
     ),
-    "sst2": GlueTask(SENTENCES, ("negative", "positive")),
-    "mrpc": GlueTask(
-        Layout(text=_PAIR, columns=("#1 String", "#2 String"), label="Quality", folder="MRPC"),
-        ("not_equivalent", "equivalent"),
+    GlueTask(name="sst2", layout=SENTENCES, labels=("negative", "positive")),
+    GlueTask(
+        name="mrpc",
+        layout=Layout(
+            text=_PAIR, columns=("#1 String", "#2 String"), label="Quality", folder="MRPC"
+        ),
+        labels=("not_equivalent", "equivalent"),
         scores=("f1",),
     ),
-    "qqp": GlueTask(
-        Layout(text=_QQP, columns=_QQP, label="is_duplicate", folder="QQP", gaps=True),
-        ("not_duplicate", "duplicate"),
+    GlueTask(
+        name="qqp",
+        layout=Layout(text=_QQP, columns=_QQP, label="is_duplicate", folder="QQP", gaps=True),
+        labels=("not_duplicate", "duplicate"),
         scores=("f1",),
     ),
-    "stsb": GlueTask(
-        Layout(text=_PAIR, columns=_PAIR, label="score", folder="STS-B", scale=(0.0, 5.0)),
-        ("similarity",),
-        "pearson",
-        ("pearson", "spearman"),
+    GlueTask(
+        name="stsb",
+        layout=Layout(text=_PAIR, columns=_PAIR, label="score", folder="STS-B", scale=(0.0, 5.0)),
+        labels=("similarity",),
+        score="pearson",
+        scores=("pearson", "spearman"),
     ),
-    "mnli": GlueTask(
-        Layout(
+    GlueTask(
+        name="mnli",
+        layout=Layout(
             text=("premise", "hypothesis"),
             columns=_PAIR,
             label="gold_label",
@@ -77,27 +87,33 @@ TASKS = {
             ),
             folder="MNLI",
         ),
-        ("entailment", "neutral", "contradiction"),
+        labels=("entailment", "neutral", "contradiction"),
         validation=_MNLI,
     ),
-    "qnli": GlueTask(
-        Layout(text=_QNLI, columns=_QNLI, words=_ENTAILMENT, folder="QNLI"),
-        _ENTAILMENT,
+    GlueTask(
+        name="qnli",
+        layout=Layout(text=_QNLI, columns=_QNLI, words=_ENTAILMENT, folder="QNLI"),
+        labels=_ENTAILMENT,
     ),
-    "rte": GlueTask(
-        Layout(text=_PAIR, columns=_PAIR, words=_ENTAILMENT, folder="RTE"), _ENTAILMENT
+    GlueTask(
+        name="rte",
+        layout=Layout(text=_PAIR, columns=_PAIR, words=_ENTAILMENT, folder="RTE"),
+        labels=_ENTAILMENT,
     ),
-    "wnli": GlueTask(
-        Layout(text=_PAIR, columns=_PAIR, folder="WNLI"), ("not_entailment", "entailment")
+    GlueTask(
+        name="wnli",
+        layout=Layout(text=_PAIR, columns=_PAIR, folder="WNLI"),
+        labels=("not_entailment", "entailment"),
     ),
-}
+)
+TASKS = {task.name: task for task in _TASKS}
 
 
 def find(name: str) -> GlueTask:
-    """The task of a name.
+    """Finds the task of a name.
 
     Raises:
-      ValueError: there is none; the message lists them.
+      ValueError: there is none; the message lists them all.
 
     >>> find("rte").labels
     ('entailment', 'not_entailment')

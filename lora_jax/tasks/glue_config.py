@@ -1,4 +1,4 @@
-"""Configs of the tasks of GLUE: what they leave to task and model, and mistakes found early."""
+"""Configs of the tasks of GLUE: values that they leave to task and model, and checks."""
 
 import functools
 
@@ -7,18 +7,20 @@ from ml_collections import ConfigDict
 from lora_jax.models import checkpoints, registry
 from lora_jax.models.families import Family
 from lora_jax.tasks import from_config, glue
-from lora_jax.training import mesh, optimizer, training_config
 
-DEFAULT = "default"  # among lora.targets and lora.train: what PEFT has for the model's family
+# An entry of lora.targets or lora.train that stands for PEFT's choice for the model's family.
+DEFAULT = "default"
 _LEAST = {"data.train_examples": 0, "data.max_length": 1, "data.alike": 0}
 
 
-def resolved(config: ConfigDict) -> ConfigDict:
-    """The config with what it leaves to the task (labels, data in TFDS) and to the model's family.
+def resolve(config: ConfigDict) -> ConfigDict:
+    """Returns a copy of the config, in which nothing is left to the task and the model's family.
+
+    The task gives labels and data in TFDS, the family targets and trained modules.
 
     Raises:
-      FileNotFoundError: "default" stands among targets or trained modules, and there is no model.
-      ValueError: no such task; or the model is of no family here.
+      FileNotFoundError: "default" is among targets or trained modules, and there is no model.
+      ValueError: there is no such task; or the model is of no family here.
     """
     task = glue.find(config.task)
     config = config.copy_and_resolve_references()
@@ -28,9 +30,11 @@ def resolved(config: ConfigDict) -> ConfigDict:
         config.data.source = config.data.source or f"tfds:glue/{config.task}"
         for field in [n for n in ("targets", "train") if DEFAULT in tuple(config.lora[n])]:
             family = _family(str(config.model.name))
-            own = {"targets": family.targets, "train": family.trained}[field]
-            entries = [own if entry == DEFAULT else (entry,) for entry in config.lora[field]]
-            config.lora[field] = tuple(name for names in entries for name in names)
+            defaults = {"targets": family.targets, "train": family.trained}[field]
+            names: list[str] = []
+            for entry in config.lora[field]:
+                names += defaults if entry == DEFAULT else (entry,)
+            config.lora[field] = tuple(names)
     return config
 
 
@@ -40,31 +44,26 @@ def _family(model: str) -> Family:
 
 
 def check(config: ConfigDict) -> None:
-    """Finds mistakes in a config before anything is loaded or written.
+    """Checks a config before anything is loaded or written.
 
     Raises:
-      ValueError: the first that it finds.
+      ValueError: names fields that are wrong.
     """
-    from_config.lora_config(config)
-    from_config.dtypes(config.model)
-    optimizer.check(config.optimizer)
-    training_config.check_sizes(config, _LEAST)
-    training_config.check(config)
+    from_config.check(config, _LEAST)
     _check_buckets(config)
     _check_labels(config)
-    mesh.check(config)
 
 
 def _check_labels(config: ConfigDict) -> None:
     task, labels = glue.find(config.task), tuple(config.model.labels)
-    least = 1 if task.regression else 2
+    least, kind = (1, "one value") if task.is_regression else (2, "two classes")
     if len(labels) != config.model.num_labels or len(set(labels)) < max(len(labels), least):
         raise ValueError(
             f"model.labels names {len(labels)} classes {labels}, and model.num_labels is "
             f"{config.model.num_labels}: there must be one name, each another, for each of at "
-            f"least {'one value' if task.regression else 'two classes'}."
+            f"least {kind}."
         )
-    # Sentences of one's own may have any classes; they come in the layout of SST-2.
+    # A user's own sentences may have any classes; they come in the layout of SST-2.
     if config.task != "sst2" and len(labels) != len(task.labels):
         raise ValueError(
             f"model.labels names {len(labels)} classes {labels}, and the task {config.task!r} has "
@@ -77,5 +76,5 @@ def _check_buckets(config: ConfigDict) -> None:
     if buckets[-1] < config.data.max_length:
         raise ValueError(
             f"data.buckets {buckets} end below data.max_length {config.data.max_length}: lower the "
-            "one, or add the other to the buckets."
+            "latter, or add it to the buckets."
         )

@@ -1,14 +1,14 @@
-"""The scores of GLUE (Wang et al. 2018, table 1) that are no means over examples.
+"""The scores of GLUE (Wang et al. 2018, table 1) that are not means over examples.
 
-Each takes predictions and labels ``(n,)`` and returns a Python float. Where a score is not defined,
-because all predictions or all labels are the same, it is 0, as GLUE has it.
+Each function takes predictions and labels ``(n,)`` and returns a Python float. A score that is not
+defined, because all predictions or all labels are the same, is 0, as GLUE has it.
 """
 
 import numpy as np
 
 
 def f1(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """``2·TP / (2·TP + FP + FN)`` of class 1.
+    """Computes ``2·TP / (2·TP + FP + FN)`` of class 1.
 
     >>> f1(np.array([1, 1, 0, 0]), np.array([1, 0, 1, 0]))
     0.5
@@ -19,7 +19,7 @@ def f1(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 
 def matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Matthews' correlation of two classes, which is Pearson's of their numbers 0 and 1.
+    """Computes Matthews' correlation of two classes, Pearson's of their numbers 0 and 1.
 
     >>> matthews(np.array([1, 1, 0, 0]), np.array([1, 1, 0, 0]))
     1.0
@@ -30,29 +30,29 @@ def matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 
 def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Pearson's correlation.
+    """Computes Pearson's correlation.
 
     >>> round(pearson(np.array([1.0, 2.0, 4.0]), np.array([1.0, 2.0, 3.0])), 4)
     0.982
     """
-    if _constant(predictions) or _constant(labels):
+    if _is_constant(predictions) or _is_constant(labels):
         return 0.0
     # In float64; rounding may still put it a little outside.
     return float(np.clip(np.corrcoef(np.float64(predictions), np.float64(labels))[0, 1], -1, 1))
 
 
 def spearman(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Spearman's correlation: Pearson's of the ranks, where equal values share a rank.
+    """Computes Spearman's correlation: Pearson's of the ranks; equal values share a rank.
 
     >>> round(spearman(np.array([1.0, 2.0, 40.0]), np.array([1.0, 2.0, 3.0])), 4)
     1.0
     """
-    from scipy import stats  # slow to import, and of use only here
+    from scipy import stats  # slow to import, and needed only here
 
     return pearson(stats.rankdata(predictions), stats.rankdata(labels))
 
 
-def _constant(values: np.ndarray) -> bool:
+def _is_constant(values: np.ndarray) -> bool:
     return bool(np.all(values == values[:1]))
 
 

@@ -1,12 +1,11 @@
-"""The task of learning what the assistant says: model, conversations and metrics, from a config."""
+"""Instruction tuning from a config: the task of learning the assistant's messages."""
 
-import dataclasses
 import datetime
 import functools
 import inspect
-from typing import Any
 
 import jax
+import numpy as np
 import tokenizers
 from ml_collections import ConfigDict
 
@@ -18,58 +17,63 @@ from lora_jax.data.packing import Packed
 from lora_jax.models import checkpoints
 from lora_jax.models.families import CAUSAL_LM
 from lora_jax.tasks import adapter_files, from_config, language_modeling
-from lora_jax.training import mesh, optimizer, training_config
+from lora_jax.training import mesh, training_config
 from lora_jax.training.task import Score, Task
 
 
-def resolved(config: ConfigDict) -> ConfigDict:
-    """A copy of the config; it leaves nothing open."""
+def resolve(config: ConfigDict) -> ConfigDict:
+    """Returns a copy of the config, in which nothing is left open."""
     return config.copy_and_resolve_references()
 
 
 def check(config: ConfigDict) -> None:
-    """Finds mistakes in a config before anything is loaded or written.
+    """Checks a config before anything is loaded or written.
 
     Raises:
-      ValueError: all but those of ``lora`` and ``optimizer`` in one message.
+      ValueError: names all fields that are wrong, but for those of ``lora`` and the dtypes, which
+        are checked first.
     """
-    from_config.lora_config(config)
-    optimizer.check(config.optimizer)
-    from_config.dtypes(config.model)
-    problems = training_config.size_problems(config, {"data.max_length": 2})
+    from_config.check_adapter_and_dtypes(config)
+    problems = training_config.list_problems(config, {"data.max_length": 2})
     if not config.model.name:
         problems.append("model.name must name a model: a directory, or one of the Hub")
     if not config.data.train:
         problems.append("data.train must be a file of conversations, one a line")
-    if bool(config.data.validation) == bool(config.data.holdout):
-        problems.append("either data.validation (a file) or data.holdout (a number) must be set")
+    problems += training_config.validation_problems(config)
     try:
         datetime.date.fromisoformat(config.data.date)
     except ValueError:
         problems.append(f"data.date must be a date like 2024-07-26, got {config.data.date!r}")
-    problems += mesh.problems(config)
-    if problems:
-        raise ValueError(f"The config is wrong: {'; '.join(problems)}.")
-    training_config.check(config)
+    training_config.raise_problems(problems)
 
 
-def make_task(config: ConfigDict) -> tuple[Task, lora.LoRAConfig]:
-    """Loads model and conversations, and an adapter to go on from, whose settings then hold."""
+def make_task(
+    config: ConfigDict, devices: mesh.Devices | None = None
+) -> tuple[Task, lora.LoRAConfig]:
+    """Loads model, conversations and, if the config names one, the adapter to start from.
+
+    Args:
+      config: config of the run.
+      devices: devices of the run; by default those that the config describes.
+
+    Returns:
+      The task, and the settings of the adapter.
+
+    Raises:
+      FileNotFoundError, ValueError: something is missing or damaged, or does not fit the rest.
+    """
     loaded = checkpoints.load(
         config.model.name,
         head=CAUSAL_LM,
         scan_layers=config.model.scan_layers,
-        **from_config.load_options(config),
+        **from_config.load_options(config, devices),
     )
     _check_model(config, loaded)
     tokenizer = checkpoints.load_tokenizer(loaded.checkpoint)
     training, evaluation = (
-        packed(config, some, loaded.checkpoint, tokenizer) for some in load_conversations(config)
+        pack(config, part, loaded.checkpoint, tokenizer) for part in load_conversations(config)
     )
-    settings, start, note = from_config.lora_config(config), None, ""
-    if config.adapter:
-        start, theirs, note = adapter_files.start(config.adapter, loaded)
-        settings = dataclasses.replace(theirs, dropout=config.lora.dropout)
+    initial = adapter_files.load_initial(config, loaded)
     task = Task(
         apply=functools.partial(language_modeling.apply, loaded.model),
         metrics=language_modeling.token_loss,
@@ -83,11 +87,12 @@ def make_task(config: ConfigDict) -> tuple[Task, lora.LoRAConfig]:
         base=loaded.params,
         base_id=loaded.base_id,
         metadata=language_modeling.metadata(config),
-        notes=(*_notes(config, loaded, training, evaluation), *([note] if note else [])),
-        adapter=start,
+        notes=adapter_files.add_notes(initial, _notes(loaded, training, evaluation)),
+        adapter=initial.adapter,
+        fresh_head=initial.fresh_head,
         score=Score("loss", higher_is_better=False),
     )
-    return task, settings
+    return task, initial.config
 
 
 def _check_model(config: ConfigDict, loaded: checkpoints.Loaded) -> None:
@@ -98,8 +103,8 @@ def _check_model(config: ConfigDict, loaded: checkpoints.Loaded) -> None:
             f"data.max_length {config.data.max_length} goes beyond the {positions} positions that "
             f"{name} was made for; lower it."
         )
-    takes = inspect.signature(type(loaded.model).__call__).parameters
-    if config.data.packing and "segment_ids" not in takes:
+    inputs = inspect.signature(type(loaded.model).__call__).parameters
+    if config.data.packing and "segment_ids" not in inputs:
         raise ValueError(
             f"{name} is a {type(loaded.model).__name__}, which can't keep several texts in a row "
             "apart: set data.packing to False."
@@ -107,64 +112,69 @@ def _check_model(config: ConfigDict, loaded: checkpoints.Loaded) -> None:
 
 
 def load_conversations(config: ConfigDict) -> tuple[list[Conversation], list[Conversation]]:
-    """Those to train on, and those to evaluate on.
+    """Loads the conversations to train on, and those to evaluate on.
 
-    With ``data.holdout`` the latter are so many of the former's file, chosen by ``data.seed``.
+    With ``data.holdout``, that number of conversations of the training file, chosen by
+    ``data.seed``, are those to evaluate on.
+
+    Raises:
+      FileNotFoundError, ValueError: a file is missing or damaged, or no conversation is left to
+        train on.
     """
     c = config.data
-    everything = conversations.read(c.train)
+    whole = conversations.read(c.train)
     if not c.holdout:
-        return everything, conversations.read(c.validation)
-    if c.holdout >= len(everything):
+        return whole, conversations.read(c.validation)
+    if c.holdout >= len(whole):
         raise ValueError(
-            f"data.holdout {c.holdout} leaves nothing of the {len(everything)} conversations in "
+            f"data.holdout {c.holdout} leaves nothing of the {len(whole)} conversations in "
             f"{c.train} to train on."
         )
-    order = permutation(len(everything), c.seed, stream=SUBSET)
-    chosen = set(order[: c.holdout].tolist())
-    part = lambda held: [x for k, x in enumerate(everything) if (k in chosen) == held]
-    return part(False), part(True)
+    order = permutation(len(whole), c.seed, stream=SUBSET)
+    evaluation, training = (sorted(part) for part in np.split(order, [c.holdout]))
+    return [whole[k] for k in training], [whole[k] for k in evaluation]
 
 
-def packed(
+def pack(
     config: ConfigDict,
-    some: list[Conversation],
+    part: list[Conversation],
     checkpoint: checkpoints.Checkpoint,
     tokenizer: tokenizers.Tokenizer,
 ) -> tuple[Packed, conversations.Fit]:
-    """Conversations as rows of tokens, and how many were too long."""
+    """Converts conversations to rows of tokens; also counts those that were too long."""
     c = config.data
     texts, fit = conversations.tokenize(
-        some,
+        part,
         chat_template.find(checkpoint),
         tokenizer,
         max_length=c.max_length,
-        # The same whenever a run goes on; templates may write it into the text.
+        # Templates may write the date into the text, which must not change when a run goes on.
         now=datetime.datetime.fromisoformat(c.date),
     )
-    return packing.pack(texts, c.max_length) if c.packing else packing.one_by_one(texts), fit
+    return packing.pack(texts, c.max_length) if c.packing else packing.pack_singly(texts), fit
 
 
-def _notes(config: ConfigDict, loaded: checkpoints.Loaded, *parts: tuple) -> tuple[str, ...]:
-    """The report at the start: where everything comes from, and what is made of it."""
-    start = (f"going on from: {config.adapter}, with its settings",) if config.adapter else ()
+def _notes(loaded: checkpoints.Loaded, *parts: tuple[Packed, conversations.Fit]) -> tuple[str, ...]:
+    """Returns the report at the start: the origin of model and data, and how they are packed."""
     device = jax.devices()[0]
     return (
-        *start,
         f"model: {loaded.checkpoint.name} from {loaded.checkpoint.origin}",
-        *(_about(name, *x) for name, x in zip(("training", "evaluation"), parts, strict=True)),
+        *(_describe(name, *x) for name, x in zip(("training", "evaluation"), parts, strict=True)),
         f"device: {jax.device_count()} x {device.device_kind} ({device.platform})",
     )
 
 
-def _about(name: str, rows: Packed, fit: conversations.Fit) -> str:
+def _describe(name: str, rows: Packed, fit: conversations.Fit) -> str:
     texts = rows.texts
-    learned, total = int(texts.counts.sum()), len(texts.ids)
-    full = total / (len(rows.rows) * rows.length)
-    long: list[Any] = [f"{fit.cut} cut to {rows.length}"] if fit.cut else []
-    long += [f"{fit.left_out} left out, as nothing to learn remained"] if fit.left_out else []
-    return (
-        f"{name}: {len(texts.offsets) - 1} conversations, {total:,} tokens ({learned:,} to learn) "
-        f"in {len(rows.rows)} rows of {rows.length} ({full:.0%} full)"
-        + (f"; {', '.join(long)}" if long else "")
+    to_learn, total = int(texts.counts.sum()), len(texts.ids)
+    fraction = total / (len(rows.rows) * rows.length)
+    line = (
+        f"{name}: {len(texts.offsets) - 1} conversations, {total:,} tokens ({to_learn:,} to learn) "
+        f"in {len(rows.rows)} rows of {rows.length} ({fraction:.0%} full)"
     )
+    too_long = []
+    if fit.cut:
+        too_long.append(f"{fit.cut} cut to {rows.length}")
+    if fit.left_out:
+        too_long.append(f"{fit.left_out} left out, as nothing to learn remained")
+    return f"{line}; {', '.join(too_long)}" if too_long else line

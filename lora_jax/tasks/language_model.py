@@ -9,20 +9,28 @@ from lora_jax.models import checkpoints
 from lora_jax.models.families import CAUSAL_LM
 from lora_jax.tasks import adapter_files, from_config
 
+PyTree = Any
 TASK = "language-modelling"
 
 
 class LanguageModel(NamedTuple):
-    """A base model with an adapter; ``notes`` say what was assumed where a file is silent."""
+    """A base model with an adapter.
+
+    Attributes:
+      loaded: the base.
+      adapter: the adapter.
+      config: settings of the adapter.
+      notes: assumptions about what a file does not say.
+    """
 
     loaded: checkpoints.Loaded
-    adapter: Any
+    adapter: PyTree
     config: lora.LoRAConfig
     notes: tuple[str, ...] = ()
 
 
 def is_language(directory: str | Path, *, model: str | None = None) -> bool:
-    """Whether an adapter, of either format, is for a causal language model.
+    """Returns whether an adapter, of either format, is for a causal language model.
 
     Raises:
       FileNotFoundError, ValueError: the adapter is missing or damaged.
@@ -41,8 +49,8 @@ def load(directory: str | Path, *, model: str | None = None) -> LanguageModel:
     """Loads an adapter and the base that it was made for.
 
     Args:
-      directory: of the adapter, as training leaves it or in PEFT's format.
-      model: name or directory of the base, where it is no longer found under its old name.
+      directory: directory of the adapter, in this library's format or in PEFT's.
+      model: name or directory of the base, if it is no longer found under its old name.
 
     Raises:
       FileNotFoundError, ValueError: adapter or base is missing, damaged, or they do not belong
@@ -60,6 +68,6 @@ def load(directory: str | Path, *, model: str | None = None) -> LanguageModel:
         raise ValueError(
             f"The adapter in {directory} does not name its base; give it with --model."
         )
-    loaded = adapter_files.widened(checkpoints.load(name, head=CAUSAL_LM, **options))
+    loaded = adapter_files.widen(checkpoints.load(name, head=CAUSAL_LM, **options))
     notes = (f"base {name}, from {loaded.checkpoint.origin}",) if peft.is_peft(directory) else ()
     return LanguageModel(loaded, *adapter_files.load(directory, loaded), notes)

@@ -1,30 +1,36 @@
 """Tasks of GLUE as text to text (Raffel et al. 2020, section 2.4): the classes are words.
 
 The model reads ``sst2 sentence: ...``, and writes ``positive`` or ``negative``. It is trained on
-the likelihood of the right word, and judged by which of the words it finds likeliest, so that there
-is always an answer, with a probability.
+the likelihood of the right word. Its prediction is the word that it finds most likely, so that
+there is always an answer, with a probability.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
+from lora_jax.data.batches import Batch
 from lora_jax.data.examples import Examples
-from lora_jax.tasks import glue
+from lora_jax.models.t5_config import T5Config
+from lora_jax.tasks.glue import GlueTask
 from lora_jax.training import metrics
 
+PyTree = Any
 
-class Words(NamedTuple):
-    """What the model may write: a row of tokens for each class, its end included.
+
+class LabelTokens(NamedTuple):
+    """The tokens of the labels: a row for each class, with the token that ends a text.
 
     Attributes:
-      inputs: ``(classes, n)`` int32, what the decoder reads: the tokens, one later.
+      inputs: ``(classes, n)`` int32, inputs of the decoder: the tokens, shifted by one.
       tokens: ``(classes, n)`` int32, padded.
-      mask: ``(classes, n)`` float32, 1 where there is a token.
+      mask: ``(classes, n)`` float32, 1 for tokens and 0 for padding.
     """
 
     inputs: np.ndarray
@@ -32,31 +38,37 @@ class Words(NamedTuple):
     mask: np.ndarray
 
 
-def prompts(examples: Examples, *, task: str) -> Examples:
-    """The examples as the model is asked about them.
+def to_prompts(examples: Examples, *, task: GlueTask) -> Examples:
+    """Writes the examples as T5 was asked about them, each as a single text.
 
-    >>> prompts(Examples(("Fine.",), None), task="sst2").sentences
+    >>> from lora_jax.tasks.glue import TASKS
+    >>> to_prompts(Examples(("Fine.",), None), task=TASKS["sst2"]).sentences
     ('sst2 sentence: Fine.',)
-    >>> prompts(Examples(("A.",), None, ("B.",)), task="mnli").sentences
+    >>> to_prompts(Examples(("A.",), None, ("B.",)), task=TASKS["mnli"]).sentences
     ('mnli premise: A. hypothesis: B.',)
     """
     columns = [x for x in (examples.sentences, examples.pairs) if x is not None]
-    fields = glue.find(task).layout.text
-    ask = lambda texts: [f"{name}: {text}" for name, text in zip(fields, texts, strict=True)]
-    sentences = (" ".join([task, *ask(texts)]) for texts in zip(*columns, strict=True))
+    sentences = [_to_prompt(task, texts) for texts in zip(*columns, strict=True)]
     return examples._replace(sentences=tuple(sentences), pairs=None)
 
 
-def words(labels: Sequence[str], tokenizer: tokenizers.Tokenizer, config: Any) -> Words:
-    """The tokens of the classes' names.
+def _to_prompt(task: GlueTask, texts: Sequence[str]) -> str:
+    parts = [f"{field}: {text}" for field, text in zip(task.layout.text, texts, strict=True)]
+    return " ".join([task.name, *parts])
+
+
+def encode_labels(
+    labels: Sequence[str], tokenizer: tokenizers.Tokenizer, config: T5Config
+) -> LabelTokens:
+    """Converts the names of the classes to tokens.
 
     Args:
-      labels: the names, in the order of the classes.
-      tokenizer: the model's own.
-      config: the model's, for the tokens that start, end and pad.
+      labels: names of the classes, in their order.
+      tokenizer: tokenizer of the model.
+      config: config of the model, for the tokens that start, end and pad a text.
 
     Raises:
-      ValueError: two names have the same tokens, as unknown words have.
+      ValueError: two names have the same tokens, as unknown words do.
     """
     rows = [tokenizer.encode(label).ids for label in labels]
     end = [config.eos_token_id]
@@ -64,42 +76,43 @@ def words(labels: Sequence[str], tokenizer: tokenizers.Tokenizer, config: Any) -
     if len(set(map(tuple, rows))) < len(rows):
         raise ValueError(
             f"model.labels {tuple(labels)} have the tokens {rows}: choose words that the model's "
-            "tokeniser tells apart."
+            "tokenizer tells apart."
         )
     n = max(map(len, rows))
-    pad = lambda row: row + [config.pad_token_id] * (n - len(row))
-    tokens = np.array([pad(row) for row in rows], np.int32)
+    tokens = np.full((len(rows), n), config.pad_token_id, np.int32)
+    for padded, row in zip(tokens, rows, strict=True):
+        padded[: len(row)] = row
     start = np.full((len(rows), 1), config.decoder_start_token_id, np.int32)
     mask = np.arange(n)[None, :] < np.array([[len(row)] for row in rows])
-    return Words(np.hstack([start, tokens[:, :-1]]), tokens, mask.astype(np.float32))
+    return LabelTokens(np.hstack([start, tokens[:, :-1]]), tokens, mask.astype(np.float32))
 
 
-def apply(model: Any, words: Words, params: Any, batch: dict, key: jax.Array | None) -> jax.Array:
-    """``log p(word | sentence)`` of each word ``(batch, classes)``; with a key, dropout is on."""
+def apply(
+    model: nn.Module, labels: LabelTokens, params: PyTree, batch: Batch, key: jax.Array | None
+) -> jax.Array:
+    """Computes ``log p(label | sentence)``, ``(batch, classes)``; with a key, with dropout."""
     rngs = None if key is None else {"dropout": key}
-    run = lambda *args, **options: model.apply(
-        params, *args, deterministic=key is None, rngs=rngs, **options
-    )
+    run = functools.partial(model.apply, params, deterministic=key is None, rngs=rngs)
     memory = run(batch["input_ids"], batch["attention_mask"], method="encode")
-    shape = (batch["input_ids"].shape[0], words.tokens.shape[1])
+    shape = (batch["input_ids"].shape[0], labels.tokens.shape[1])
 
     def score(inputs: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         logits = run(jnp.broadcast_to(inputs, shape), memory=memory, method="decode")
         tokens = jnp.broadcast_to(tokens, shape)[..., None]
-        found = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), tokens, axis=-1)
-        return jnp.sum(found[..., 0] * mask[None, :], axis=-1)
+        log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), tokens, axis=-1)
+        return jnp.sum(log_probs[..., 0] * mask[None, :], axis=-1)
 
-    return jax.vmap(score, out_axes=1)(*words)
+    return jax.vmap(score, out_axes=1)(*labels)
 
 
 def likelihood(scores: jax.Array, labels: jax.Array, weights: jax.Array) -> metrics.Sums:
-    """Sums of ``-log p(right word | sentence)``, and of sentences whose likeliest word is right.
+    """Sums ``-log p(right label | sentence)``, and sentences whose most likely label is right.
 
     Args:
       scores: ``(B, classes)``, from :func:`apply`.
       labels: ``(B,)``, integers.
       weights: ``(B,)``, 1 for an example and 0 for a row that fills the batch.
     """
-    right = jnp.take_along_axis(scores, labels[:, None], axis=-1)[:, 0]
+    log_probs = jnp.take_along_axis(scores, labels[:, None], axis=-1)[:, 0]
     correct = (jnp.argmax(scores, axis=-1) == labels).astype(scores.dtype)
-    return metrics.Sums(-jnp.sum(weights * right), jnp.sum(weights * correct), jnp.sum(weights))
+    return metrics.Sums(-jnp.sum(weights * log_probs), jnp.sum(weights * correct), jnp.sum(weights))

@@ -11,7 +11,7 @@ from lora_jax.training.workdirs import CURVES, METRICS
 
 
 def plot_curves(workdir: Path, score: str = "accuracy") -> None:
-    """Draws loss and score, training and validation, against the epoch."""
+    """Draws training and validation curves of the loss and of the score, and writes the image."""
     lines = read(workdir / METRICS)
     figure = Figure(figsize=(9, 3.4), layout="constrained")  # pyplot would choose a window system
     panels = figure.subplots(1, 2)

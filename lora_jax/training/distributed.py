@@ -1,15 +1,15 @@
-"""Several processes that are one run."""
+"""Agreement among several processes that are one run."""
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 
-def agree(step: int) -> None:
-    """Sees that every process goes on from the same step.
+def check_same_step(step: int) -> None:
+    """Checks that every process goes on from the same step.
 
     Raises:
-      ValueError: they do not: they have not found the same checkpoints.
+      ValueError: they do not, since they have not found the same checkpoints.
     """
     if jax.process_count() == 1:
         return
@@ -21,12 +21,12 @@ def agree(step: int) -> None:
         )
 
 
-def first() -> bool:
-    """Whether this process is the one that writes: the only one, or the first of several."""
+def is_first() -> bool:
+    """Returns whether this process is the one that writes: the only one, or the first."""
     return jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-    """Waits for the other processes, if there are any."""
+    """Waits until every process of the run has come here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)

@@ -1,8 +1,8 @@
-"""How long things take, in a config: in steps, in epochs, or as a part of the run."""
+"""Durations in a config: in steps, in epochs, or as a fraction of the run."""
 
 import math
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -17,19 +17,24 @@ _EXAMPLES = {
 
 
 class Duration(NamedTuple):
-    """An amount of a unit: "steps", "epochs", or "run", the run's whole length."""
+    """An amount of a unit.
+
+    Attributes:
+      amount: number of units.
+      unit: "steps", "epochs", or "run" for the run's whole length.
+    """
 
     amount: float
     unit: str
 
 
 class Plan(NamedTuple):
-    """A run's length and its regular pauses, in steps.
+    """Length of a run and of its regular intervals, in steps.
 
     Attributes:
-      total: at which it ends.
-      eval_every: steps from one evaluation to the next; the last is at the end.
-      checkpoint_every: from one checkpoint to the next, besides one with each evaluation; 0 for
+      total: number of steps of the run.
+      eval_every: number of steps between evaluations; the last evaluation is at the end.
+      checkpoint_every: number of steps between checkpoints, besides one with each evaluation; 0 for
         none.
     """
 
@@ -38,102 +43,124 @@ class Plan(NamedTuple):
     checkpoint_every: int
 
 
-def parse(value: Any, *, number: str = "steps") -> Duration:
-    """A duration from a config's number or text.
+def parse(value: float | str, *, number: str = "steps") -> Duration:
+    """Parses a number or a text of a config.
 
     Args:
-      value: such as 100, 0.06, "100 steps", "1.5 epochs" or "6%".
-      number: what a plain number stands for: "steps", or "fraction" of the run.
+      value: a value such as 100, 0.06, "100 steps", "1.5 epochs" or "6%".
+      number: meaning of a plain number: "steps", or "fraction" of the run.
 
     Raises:
-      ValueError: it is no duration; the message has examples.
+      ValueError: the value is no duration; the message has examples.
 
     >>> parse("1.5 epochs"), parse(0.06, number="fraction")
     (Duration(amount=1.5, unit='epochs'), Duration(amount=0.06, unit='run'))
     """
+    duration = _read(value, number)
+    if duration is None or not _is_valid(duration, number):
+        raise _error(value, number)
+    return duration
+
+
+def _read(value: float | str, number: str) -> Duration | None:
     if isinstance(value, int | float) and not isinstance(value, bool):
-        found = Duration(value, "steps" if number == "steps" else "run")
-    else:
-        match = _TEXT.fullmatch(value) if isinstance(value, str) else None
-        if match is None:
-            raise _wrong(value, number)
-        amount, unit = float(match[1]), match[2]
-        found = Duration(amount, "epochs" if unit.startswith("epoch") else "steps")
-        if unit == "%":
-            found = Duration(amount / 100, "run")
-    whole = found.unit != "steps" or float(found.amount).is_integer()
-    fraction = number != "fraction" or found.unit != "run" or found.amount < 1
-    if not (math.isfinite(found.amount) and found.amount >= 0 and whole and fraction):
-        raise _wrong(value, number)
-    return found
+        return Duration(value, "steps" if number == "steps" else "run")
+    match = _TEXT.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        return None
+    amount, unit = float(match[1]), match[2]
+    if unit == "%":
+        return Duration(amount / 100, "run")
+    return Duration(amount, "epochs" if unit.startswith("epoch") else "steps")
 
 
-def _wrong(value: Any, number: str) -> ValueError:
+def _is_valid(duration: Duration, number: str) -> bool:
+    amount, unit = duration
+    if not (math.isfinite(amount) and amount >= 0):
+        return False
+    if unit == "steps":
+        return float(amount).is_integer()
+    return number != "fraction" or unit != "run" or amount < 1
+
+
+def _error(value: float | str, number: str) -> ValueError:
     return ValueError(f"must be {_EXAMPLES[number]}; got {value!r}")
 
 
-def steps(value: Any, *, per_epoch: int, total: int | None = None, number: str = "steps") -> int:
-    """A duration in steps, rounded to the nearest.
+def to_steps(
+    value: float | str, *, per_epoch: int, total: int | None = None, number: str = "steps"
+) -> int:
+    """Converts a duration to steps, rounded to the nearest number.
 
     Args:
-      value: as :func:`parse`, which also gets ``number``.
-      per_epoch: steps of an epoch.
-      total: steps of the run; None where it is not known, and so can't be the measure.
+      value: the duration, as :func:`parse` takes it.
+      per_epoch: number of steps of an epoch.
+      total: number of steps of the run; None if it is not known yet.
+      number: meaning of a plain number, as in :func:`parse`.
 
     Raises:
-      ValueError: as :func:`parse`; or a part of the run where its length is not known.
+      ValueError: as :func:`parse`; or the value is a fraction of a run of unknown length.
 
-    >>> [steps(x, per_epoch=30, total=200) for x in (100, "100 steps", "1.5 epochs", "6%")]
+    >>> [to_steps(x, per_epoch=30, total=200) for x in (100, "100 steps", "1.5 epochs", "6%")]
     [100, 100, 45, 12]
     """
-    found = parse(value, number=number)
-    if found.unit == "run" and total is None:
+    amount, unit = parse(value, number=number)
+    if unit == "run" and total is None:
         raise ValueError(
             f"{value!r} is a part of the run, whose length this is to say: give steps or epochs"
         )
-    return round(found.amount * {"steps": 1, "epochs": per_epoch, "run": total}[found.unit])
+    return round(amount * {"steps": 1, "epochs": per_epoch, "run": total}[unit])
 
 
-def plan(config: ConfigDict, per_epoch: int) -> Plan:
-    """The length and the pauses that a config describes.
+def make_plan(config: ConfigDict, per_epoch: int) -> Plan:
+    """Makes the plan that a config describes.
+
+    Args:
+      config: config of the run.
+      per_epoch: number of steps of an epoch.
 
     Raises:
       ValueError: a field is no duration; the message names it.
     """
-    total = config.epochs * per_epoch
-    if length := _steps("steps", config.steps, per_epoch=per_epoch):
-        total = length
-    every = lambda field: _steps(field, config[field], per_epoch=per_epoch, total=total)
-    return Plan(total, every("eval_every"), every("checkpoint_every"))
+    length = _field_to_steps(config, "steps", per_epoch=per_epoch)
+    total = length or config.epochs * per_epoch
+    eval_every, checkpoint_every = (
+        _field_to_steps(config, field, per_epoch=per_epoch, total=total)
+        for field in ("eval_every", "checkpoint_every")
+    )
+    return Plan(total, eval_every, checkpoint_every)
 
 
-def _steps(field: str, value: Any, *, per_epoch: int, total: int | None = None) -> int:
-    """At least one step for what is not nothing."""
+def _field_to_steps(
+    config: ConfigDict, field: str, *, per_epoch: int, total: int | None = None
+) -> int:
+    """Converts a field to steps; a duration that is not zero is one step at least."""
+    value = config[field]
     try:
-        found = steps(value, per_epoch=per_epoch, total=total)
+        count = to_steps(value, per_epoch=per_epoch, total=total)
     except ValueError as error:
         raise ValueError(f"{field} {error}.") from error
-    return max(1, found) if parse(value).amount else 0
+    return max(1, count) if parse(value).amount else 0
 
 
-def parse_field(field: str, value: Any, *, number: str = "steps") -> Duration:
-    """:func:`parse`, with an error that names the field."""
+def parse_field(field: str, value: float | str, *, number: str = "steps") -> Duration:
+    """Parses the value of a field, as :func:`parse` does, with an error that names the field."""
     try:
         return parse(value, number=number)
     except ValueError as error:
         raise ValueError(f"{field} {error}.") from error
 
 
-def evaluates(plan: Plan, done: int) -> bool:
-    """Whether there is an evaluation after ``done`` steps.
+def is_evaluation_due(plan: Plan, step: int) -> bool:
+    """Returns whether there is an evaluation after a step, of which the first is 1.
 
-    >>> [done for done in range(1, 11) if evaluates(Plan(10, 4, 0), done)]
+    >>> [step for step in range(1, 11) if is_evaluation_due(Plan(10, 4, 0), step)]
     [4, 8, 10]
     """
-    return done % plan.eval_every == 0 or done == plan.total
+    return step % plan.eval_every == 0 or step == plan.total
 
 
-def saves(plan: Plan, done: int) -> bool:
-    """Whether there is a checkpoint after ``done`` steps."""
+def is_checkpoint_due(plan: Plan, step: int) -> bool:
+    """Returns whether there is a checkpoint after a step, of which the first is 1."""
     every = plan.checkpoint_every
-    return evaluates(plan, done) or bool(every and done % every == 0)
+    return is_evaluation_due(plan, step) or bool(every and step % every == 0)

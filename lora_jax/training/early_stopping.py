@@ -1,4 +1,4 @@
-"""When a run ends before its last step, since its score has stopped getting better."""
+"""Early stopping: a run ends before its last step if its score no longer gets better."""
 
 import dataclasses
 from typing import Any
@@ -8,31 +8,31 @@ from ml_collections import ConfigDict
 from lora_jax.training.task import Score
 
 
-def noted(progress: Any, score: Score, value: float, config: ConfigDict) -> Any:
-    """The progress after an evaluation with this score; ``ended`` is set if it is to be the last.
+def update(progress: Any, score: Score, value: float, config: ConfigDict) -> Any:
+    """Returns the progress after an evaluation; sets its ``ended`` if the run is to end there.
 
-    An evaluation counts as an improvement if its score is better by more than ``min_delta`` than
-    that of the last one that did: many steps too small to count do not add up unseen.
+    An evaluation improves the score if it is better by more than ``min_delta`` than the last
+    evaluation that improved it. So many small gains still add up.
 
     Args:
-      progress: with the fields ``reference``, ``waited`` and ``ended``.
-      score: which way is better.
-      value: of this evaluation.
-      config: the section ``early_stopping``; patience 0 for never.
+      progress: dataclass with the fields ``reference``, ``waited`` and ``ended``, such as
+        :class:`lora_jax.training.loop.Progress`.
+      score: says which way is better.
+      value: score of this evaluation.
+      config: section ``early_stopping`` of a config; with patience 0 a run never ends early.
     """
     if not config.patience:
         return progress
-    gain = None
-    if progress.reference is not None:
-        gain = (value - progress.reference) * (1 if score.higher_is_better else -1)
-    if gain is None or gain > config.min_delta:
+    reference = progress.reference
+    if reference is None or score.merit(value) - score.merit(reference) > config.min_delta:
         return dataclasses.replace(progress, reference=value, waited=0)
     progress = dataclasses.replace(progress, waited=progress.waited + 1)
     if progress.waited < config.patience:
         return progress
     margin = f" by more than {config.min_delta:g}" if config.min_delta else ""
+    count = "1 evaluation" if progress.waited == 1 else f"{progress.waited} evaluations"
     return dataclasses.replace(
         progress,
-        ended=f"{score.name} has not been better than {progress.reference:.4f}{margin} in "
-        f"{progress.waited} evaluation{'s' * (progress.waited > 1)} (early_stopping)",
+        ended=f"{score.name} has not been better than {reference:.4f}{margin} in {count} "
+        "(early_stopping)",
     )

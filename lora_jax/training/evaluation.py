@@ -1,8 +1,9 @@
 """The evaluation of an adapter on a task's examples, each counted once."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 import lora_jax as lora
@@ -14,7 +15,10 @@ PyTree = Any
 
 
 def eval_step(task: Task) -> Callable:
-    """``(adapter, base, batch) -> (sums, logits if the task wants them)``, a pure function."""
+    """Returns a pure function ``(adapter, base, batch) -> (sums, logits or None)``.
+
+    There are logits if the task has scores to compute from them.
+    """
 
     def step(adapter: PyTree, base: PyTree, batch: Batch) -> tuple:
         logits = lora.lift(task.apply, dropout=0.0)(lora.bind(base, adapter), batch, None)
@@ -23,19 +27,21 @@ def eval_step(task: Task) -> Callable:
     return step
 
 
-def make_eval_step(task: Task, on: Devices = ONE) -> Callable:
-    """:func:`eval_step`, compiled."""
-    return partitioning.eval_step(on, eval_step(task))
+def make_eval_step(task: Task, devices: Devices = ONE) -> Callable:
+    """Compiles :func:`eval_step` for the devices."""
+    return partitioning.compile_eval_step(devices, eval_step(task))
 
 
 def evaluate(eval_step: Callable, adapter: PyTree, task: Task) -> dict[str, float]:
-    """Loss and scores over all evaluation examples, each counted once."""
+    """Computes loss and scores over all evaluation examples, each counted once."""
     batches = task.eval_batches()
     return combine(task, [(batch, *eval_step(adapter, task.base, batch)) for batch in batches])
 
 
-def combine(task: Task, results: list[tuple[Batch, Any, Any]]) -> dict[str, float]:
-    """Loss and scores from each batch of an evaluation with its sums and logits."""
+def combine(
+    task: Task, results: list[tuple[Batch, NamedTuple, jax.Array | None]]
+) -> dict[str, float]:
+    """Computes loss and scores from the batches of an evaluation, their sums and their logits."""
     values = metrics.combine([sums for _, sums, _ in results])
     values.pop("examples")
     if task.scores is not None:

@@ -1,81 +1,99 @@
-"""The gradient of a batch's mean loss: at once, or from parts of the batch, one after the other."""
+"""The gradient of a batch's mean loss: at once, or accumulated over micro-batches."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 PyTree = Any
+Batch = dict[str, jax.Array]
+LossFn = Callable[[PyTree, Batch, jax.Array], NamedTuple]
 
 
-def whole(
-    fn: Callable, adapter: PyTree, batch: dict, key: jax.Array, *, axis: str | None = None
-) -> tuple[PyTree, Any]:
-    """The gradient of the mean loss of a batch, and the batch's sums.
+def compute(
+    fn: LossFn, adapter: PyTree, batch: Batch, key: jax.Array, *, axis: str | None = None
+) -> tuple[PyTree, NamedTuple]:
+    """Computes the gradient of the mean loss of a batch, and the batch's sums.
 
     Args:
-      fn: ``(adapter, batch, key) -> sums``, the first of losses, the last of weights.
-      adapter: what the gradient is taken of.
+      fn: ``(adapter, batch, key) -> sums``; the first is that of losses, the last that of weights.
+      adapter: tree with respect to which the gradient is taken.
       batch: arrays with a leading axis of rows.
-      key: of all dropout.
-      axis: of a ``pmap`` over devices that have some of the rows each; all get the result for all
-        of the rows.
+      key: PRNG key of all dropout.
+      axis: axis of a ``pmap`` over devices, each of which has some of the rows; all get the result
+        for all rows.
     """
 
-    def loss(adapter: PyTree) -> tuple[jax.Array, Any]:
+    def loss(adapter: PyTree) -> tuple[jax.Array, NamedTuple]:
         sums = fn(adapter, batch, key)
-        # Of all rows, not the mean of the devices' means: their weights may differ.
-        return sums[0] / _of_all(sums[-1], axis), sums
+        # Divided by the weight of all rows: a mean of the devices' means would be another number
+        # where their weights differ.
+        return sums[0] / _sum_over(axis, sums[-1]), sums
 
-    return _of_all(jax.grad(loss, has_aux=True)(adapter), axis)
+    return _sum_over(axis, jax.grad(loss, has_aux=True)(adapter))
 
 
-def _of_all(tree: PyTree, axis: str | None) -> PyTree:
+def _sum_over(axis: str | None, tree: PyTree) -> PyTree:
     return tree if axis is None else jax.lax.psum(tree, axis)
 
 
-def accumulated(
-    fn: Callable,
+def accumulate(
+    fn: LossFn,
     adapter: PyTree,
-    batch: dict,
+    batch: Batch,
     key: jax.Array,
     *,
     parts: int,
     axis: str | None = None,
-) -> tuple[PyTree, Any]:
-    """The same, with the activations of one part of the batch in memory at a time.
+) -> tuple[PyTree, NamedTuple]:
+    """Computes what :func:`compute` does, one micro-batch after the other.
 
-    The gradients of the parts' *sums* of losses are added up, and divided once by the weight of
-    all: the mean of the parts' means would count a token of a part that has few of them for more.
-    A part without any weight adds zero. Apart from rounding it is :func:`whole`, but for dropout:
-    each part draws its own masks, where the whole batch draws one mask for all of its rows.
+    The activations of a single micro-batch are in memory at a time. The gradients of the
+    micro-batches' *sums* of losses are added up, and divided once by the weight of all: a mean of
+    their means would give more weight to a token of a micro-batch that has few of them. A
+    micro-batch without any weight adds zero. The result is that of :func:`compute` but for rounding
+    and dropout: each micro-batch draws its own masks, where the whole batch draws one mask for all
+    of its rows.
 
     Raises:
-      ValueError: the rows can't be dealt out evenly.
+      ValueError: ``parts`` does not divide the number of rows.
     """
-    dealt = {name: deal(x, parts) for name, x in batch.items()}
+    micro_batches = {name: deal(x, parts) for name, x in batch.items()}
 
-    def loss(adapter: PyTree, batch: dict, key: jax.Array) -> tuple[jax.Array, Any]:
+    def loss(adapter: PyTree, batch: Batch, key: jax.Array) -> tuple[jax.Array, NamedTuple]:
         sums = fn(adapter, batch, key)
         return sums[0], sums
 
     gradient = jax.grad(loss, has_aux=True)
-    plus = lambda x, y: x + y.astype(x.dtype)
-    add = lambda so_far, part: (jax.tree.map(plus, so_far, gradient(adapter, *part)), None)
-    inputs = (dealt, jax.random.split(key, parts))
+
+    def add(total: PyTree, part: tuple[Batch, jax.Array]) -> tuple[PyTree, None]:
+        new = gradient(adapter, *part)
+        return jax.tree.map(lambda x, y: x + y.astype(x.dtype), total, new), None
+
+    inputs = (micro_batches, jax.random.split(key, parts))
     shapes = jax.eval_shape(gradient, adapter, *jax.tree.map(lambda x: x[0], inputs))
     total, _ = jax.lax.scan(add, jax.tree.map(_zeros, shapes), inputs)
-    grads, sums = _of_all(total, axis)
+    grads, sums = _sum_over(axis, total)
     mean = lambda x, like: (x / sums[-1].astype(x.dtype)).astype(like.dtype)
     return jax.tree.map(mean, grads, adapter), sums
 
 
 def deal(x: jax.Array, parts: int) -> jax.Array:
-    """``(rows, ...)`` to ``(parts, rows / parts, ...)``: row ``r`` goes to part ``r % parts``.
+    """Deals the rows of an array out like cards: row ``r`` goes to part ``r % parts``.
 
-    Dealt out like cards, the rows that a device holds of a sharded batch stay on it, and each part
-    gets some of every device's.
+    So the rows that a device holds of a sharded batch stay on it, and each part gets some rows of
+    every device.
+
+    Args:
+      x: ``(rows, ...)``.
+      parts: number of parts.
+
+    Returns:
+      ``(parts, rows / parts, ...)``.
+
+    Raises:
+      ValueError: ``parts`` does not divide the number of rows.
 
     >>> deal(jnp.arange(6), 2).tolist()
     [[0, 2, 4], [1, 3, 5]]

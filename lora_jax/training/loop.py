@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 import lora_jax as lora
@@ -25,7 +26,7 @@ from lora_jax.training import (
 )
 from lora_jax.training.evaluation import evaluate
 from lora_jax.training.metric_logger import Meter
-from lora_jax.training.state import TrainState, storable
+from lora_jax.training.state import TrainState, unwrap_key
 from lora_jax.training.task import Task
 
 PyTree = Any
@@ -36,15 +37,15 @@ class Progress:
     """How far a run is, apart from its state.
 
     Attributes:
-      best_step: of the best evaluation so far; -1 for none.
-      best_score: its score.
-      best_loss: its loss.
-      seconds: that the run has taken.
-      evaluated: the step of the last evaluation; 0 for none.
+      best_step: step of the best evaluation so far; -1 for none.
+      best_score: score of the best evaluation.
+      best_loss: loss of the best evaluation.
+      seconds: duration of the run so far.
+      evaluated: step of the last evaluation; 0 for none.
       pending: sums of the steps since the last line of the log.
-      reference: the score that early stopping wants to see improved, if there is one.
-      waited: evaluations since it was found.
-      ended: why the run is over before its last step, if it is.
+      reference: score that early stopping waits to see improved; None before the first.
+      waited: number of evaluations since that score was reached.
+      ended: reason why the run is over before its last step; "" if it is not.
     """
 
     best_step: int = -1
@@ -58,15 +59,15 @@ class Progress:
     ended: str = ""
 
 
-def stored_progress(stored: dict) -> Progress:
-    """The progress that a checkpoint notes.
+def parse_progress(stored: dict[str, Any]) -> Progress:
+    """Reads the progress that a checkpoint holds.
 
     Raises:
-      ValueError: it has more to say than this version knows.
+      ValueError: it has fields that this version does not know.
     """
     if unknown := sorted(stored.keys() - {field.name for field in dataclasses.fields(Progress)}):
         raise ValueError(
-            f"The checkpoint notes {', '.join(unknown)}, which this version does not know: go on "
+            f"The checkpoint holds {', '.join(unknown)}, which this version does not know: go on "
             "with the version that wrote it, or use a new workdir."
         )
     return Progress(**stored)
@@ -74,122 +75,147 @@ def stored_progress(stored: dict) -> Progress:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """What one run is, where it takes place, and where it writes."""
+    """A run, its devices, and its directory.
+
+    Attributes:
+      task: what the run is trained on.
+      config: config of the run.
+      lora_config: settings of the adapter.
+      workdir: directory of the run.
+      log: writer of the metrics.
+      plan: length and intervals of the run.
+      devices: devices of the run.
+    """
 
     task: Task
     config: ConfigDict
     lora_config: lora.LoRAConfig
     workdir: Path
     log: metric_writer.MetricWriter | metric_writer.NullWriter
-    on: mesh.Devices = mesh.ONE
+    plan: durations.Plan
+    devices: mesh.Devices = mesh.ONE
 
 
 class Evaluation(NamedTuple):
-    """Loss and scores on the evaluation examples after ``step`` steps."""
+    """Loss and scores on the evaluation examples, after ``step`` steps."""
 
     step: int
     values: dict[str, float]
 
 
 class Steps(NamedTuple):
-    """The compiled functions, of :mod:`step`."""
+    """The compiled functions of a run, of ``step.py`` and ``evaluation.py``."""
 
     train: Callable
     evaluate: Callable
 
 
 def loop(
-    run: Run, steps: Steps, checkpoints: Any, state: TrainState, progress: Progress
+    run: Run,
+    steps: Steps,
+    checkpoints: ocp.CheckpointManager,
+    state: TrainState,
+    progress: Progress,
 ) -> tuple[int, Progress]:
     """Runs the steps that are left, with evaluations and checkpoints between them.
-
-    It starts with the evaluation that is still to be made after the step before, if there is one.
 
     Returns:
       The last step, and the progress.
 
     Raises:
-      Stopped, FloatingPointError, OSError: as :func:`train.train`.
+      Stopped, FloatingPointError, OSError: as :func:`lora_jax.training.train.train`.
     """
-    start, per_epoch = int(partitioning.on_host(run.on, state.step)), run.task.steps_per_epoch
-    plan, policy = (
-        durations.plan(run.config, per_epoch),
-        nan_guard.policy(run.config, state.adapter),
-    )
-    begun, done = time.perf_counter() - progress.seconds, start
-    with Meter(
-        run.log, start=start, total=plan.total, per_epoch=per_epoch,
-        log_every=run.config.log_every, policy=policy, pending=progress.pending,
-    ) as meter:  # fmt: skip
-        for done in range(start, plan.total + 1):
-            if done > start:
-                batch = run.task.train_batch(done - 1)
-                state, told = steps.train(state, run.task.base, batch)
-                meter.add(done, *told)
-            stop = preemption.requested(done)
-            due = durations.evaluates(plan, done) and done > progress.evaluated
-            if due and done > start:
+    start, plan = int(partitioning.on_host(run.devices, state.step)), run.plan
+    start_time = time.perf_counter() - progress.seconds
+    with _meter(run, state.adapter, start, progress) as meter:
+        # An earlier stop may have left out the evaluation of its step, which has a checkpoint.
+        stop = preemption.is_requested(start)
+        is_due = durations.is_evaluation_due(plan, start) and start > progress.evaluated
+        if is_due and not stop:
+            progress, stop = _evaluate(run, steps, state.adapter, start, progress, meter)
+        if progress.ended:
+            return start, progress
+        if stop and (is_due or start < plan.total):
+            _stop(run, checkpoints, start)
+        for step in range(start + 1, plan.total + 1):
+            batch = run.task.train_batch(step - 1)
+            state, metrics = steps.train(state, run.task.base, batch)
+            meter.add(step, *metrics)
+            stop = preemption.is_requested(step)
+            is_due = durations.is_evaluation_due(plan, step)
+            if is_due:
                 meter.flush()
-            if due and not stop:
-                found = _evaluated(run, steps, state.adapter, done)
-                stop = found is None
-                progress = progress if stop else _noted(run, state.adapter, found, progress, meter)
-            if done > start and (due or stop or durations.saves(plan, done)):
-                seconds = time.perf_counter() - begun
+            if is_due and not stop:
+                progress, stop = _evaluate(run, steps, state.adapter, step, progress, meter)
+            if stop or durations.is_checkpoint_due(plan, step):
+                seconds = time.perf_counter() - start_time
                 progress = dataclasses.replace(progress, seconds=seconds, pending=meter.pending())
                 _save(run, checkpoints, state, progress)
             if progress.ended:
-                break
-            if stop and (due or done < plan.total):
-                _stop(run, checkpoints, done)
-    return done, progress
+                return step, progress
+            if stop and (is_due or step < plan.total):
+                _stop(run, checkpoints, step)
+    return plan.total, progress
 
 
-def _evaluated(run: Run, steps: Steps, adapter: PyTree, step: int) -> Evaluation | None:
-    """An evaluation, or None if it was left since the run is to stop."""
-    batches = lambda: preemption.unless_requested(run.task.eval_batches())
+def _meter(run: Run, adapter: PyTree, start: int, progress: Progress) -> Meter:
+    return Meter(
+        run.log, start=start, total=run.plan.total, per_epoch=run.task.steps_per_epoch,
+        log_every=run.config.log_every, policy=nan_guard.make_policy(run.config, adapter),
+        pending=progress.pending,
+    )  # fmt: skip
+
+
+def _evaluate(
+    run: Run, steps: Steps, adapter: PyTree, step: int, progress: Progress, meter: Meter
+) -> tuple[Progress, bool]:
+    """Makes the evaluation of a step; also says whether it was left, since the run is to stop."""
+    batches = lambda: preemption.until_requested(run.task.eval_batches())
     task = dataclasses.replace(run.task, eval_batches=batches)
     try:
-        return Evaluation(step, evaluate(steps.evaluate, adapter, task))
+        values = evaluate(steps.evaluate, adapter, task)
     except preemption.Interrupted:
-        return None
+        return progress, True
+    return _report(run, adapter, Evaluation(step, values), progress, meter), False
 
 
-def _noted(
-    run: Run, adapter: PyTree, found: Evaluation, progress: Progress, meter: Meter
+def _report(
+    run: Run, adapter: PyTree, evaluation: Evaluation, progress: Progress, meter: Meter
 ) -> Progress:
-    """Puts an evaluation where it is looked for: files, curves, bar."""
-    task = run.task
-    progress = recorded(run, partitioning.on_host(run.on, adapter), found, progress)
-    score = found.values[task.score.name]
-    progress = early_stopping.noted(progress, task.score, score, run.config.early_stopping)
-    if distributed.first():
-        curves.plot_curves(run.workdir, task.score.name)
-    meter.evaluated(task.score.name, progress.best_score)
+    """Writes an evaluation into the run's files, its curves and its bar."""
+    score = run.task.score
+    progress = record(run, partitioning.on_host(run.devices, adapter), evaluation, progress)
+    value = evaluation.values[score.name]
+    progress = early_stopping.update(progress, score, value, run.config.early_stopping)
+    if distributed.is_first():
+        curves.plot_curves(run.workdir, score.name)
+    meter.show_best(score.name, progress.best_score)
     return progress
 
 
-def _save(run: Run, checkpoints: Any, state: TrainState, progress: Progress) -> None:
+def _save(
+    run: Run, checkpoints: ocp.CheckpointManager, state: TrainState, progress: Progress
+) -> None:
     run.log.sync()
-    stored = partitioning.on_host(run.on, storable(state))
+    stored = partitioning.on_host(run.devices, unwrap_key(state))
     checkpointing.save(checkpoints, int(stored.step), stored, dataclasses.asdict(progress))
 
 
-def _stop(run: Run, checkpoints: Any, step: int) -> NoReturn:
-    checkpointing.wait(checkpoints)  # what is not on disk is no reason to end well
+def _stop(run: Run, checkpoints: ocp.CheckpointManager, step: int) -> NoReturn:
+    checkpointing.wait(checkpoints)  # a run without its checkpoint has not ended well
     raise preemption.Stopped(
         f"Stopped after step {step}, as asked, with a checkpoint in {run.workdir}. To go on:\n"
-        f"  {preemption.command()}"
+        f"  {preemption.command_line()}"
     )
 
 
-def recorded(run: Run, adapter: PyTree, found: Evaluation, progress: Progress) -> Progress:
+def record(run: Run, adapter: PyTree, evaluation: Evaluation, progress: Progress) -> Progress:
     """Logs an evaluation, and keeps the adapter if it is the best so far.
 
     Raises:
       FloatingPointError: the loss is NaN or infinite.
     """
-    step, values = found
+    step, values = evaluation
     loss, score = values["loss"], values[run.task.score.name]
     if not math.isfinite(loss):
         raise FloatingPointError(f"The validation loss is {loss} at step {step}")
@@ -200,7 +226,7 @@ def recorded(run: Run, adapter: PyTree, found: Evaluation, progress: Progress) -
     if progress.best_step >= 0 and not merit(score) > merit(progress.best_score):
         return progress
     metadata = {**run.task.metadata, "step": step, **values}
-    if distributed.first():
+    if distributed.is_first():
         lora.save(
             run.workdir / workdirs.ADAPTER, adapter, run.lora_config,
             base=run.task.base_id, metadata=metadata,

@@ -1,11 +1,12 @@
 """The devices of a run: the mesh that its config describes.
 
-Rows of a batch are split over the axes ``data`` and ``fsdp``; the base by its family's table; the
-adapter and the optimiser's state as the base. The compiler (GSPMD) makes of the step for one device
-the one for all. On a mesh of one device nothing is touched at all.
+Rows of a batch are split over the axes ``data`` and ``fsdp``, the base by the table of its family,
+and the adapter and the optimizer's state like the base. The compiler (GSPMD) turns the step for one
+device into the step for all. With a mesh of a single device no array is placed at all.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -19,11 +20,12 @@ PyTree = Any
 
 
 class Devices(NamedTuple):
-    """Where a run takes place.
+    """The devices of a run.
 
     Attributes:
-      mesh: of the axes of :data:`lora_jax.sharding.AXES`; None for JAX's default device.
-      pmap: whether the step is a ``jax.pmap`` over the mesh, whose only long axis is ``data``.
+      mesh: mesh with the axes of :data:`lora_jax.sharding.AXES`; None for JAX's default device.
+      pmap: whether the step is a ``jax.pmap`` over the mesh, of which only the axis ``data`` is
+        longer than 1.
     """
 
     mesh: Mesh | None = None
@@ -33,55 +35,67 @@ class Devices(NamedTuple):
 ONE = Devices()
 
 
-def problems(config: ConfigDict) -> list[str]:
-    """What is wrong with ``mesh`` and ``pmap`` in a config, for the devices that there are."""
-    sizes = {f"mesh.{name}": config.mesh[name] for name in sharding.AXES}
-    found = [
-        f"{field} must be a whole number of at least 1{', or -1' if least < 1 else ''}, got {size}"
-        for (field, size), least in zip(sizes.items(), (-1, 1, 1), strict=True)
-        if not _whole(size) or size < least or size == 0
-    ]
-    if found:
-        return found
-    data, *others = sizes.values()
-    if config.pmap and math.prod(others) > 1:
-        found.append(
-            f"pmap splits the rows of a batch alone, and mesh.fsdp is {others[0]}, mesh.tensor "
-            f"{others[1]}: set them to 1, or pmap to False"
+def list_problems(config: ConfigDict) -> list[str]:
+    """Says what is wrong with ``mesh`` and ``pmap`` in a config, for the devices that there are."""
+    problems = [*_size_problems(config)] or [*_pmap_problems(config)]
+    return problems or _device_problems(config) + _row_problems(config)
+
+
+def _size_problems(config: ConfigDict) -> Iterator[str]:
+    for name in sharding.AXES:
+        size, may_fill = config.mesh[name], name == sharding.DATA
+        is_whole = isinstance(size, int) and not isinstance(size, bool)
+        if not is_whole or size < 1 and not (may_fill and size == -1):
+            alternative = ", or -1" if may_fill else ""
+            yield f"mesh.{name} must be a whole number of at least 1{alternative}, got {size}"
+
+
+def _pmap_problems(config: ConfigDict) -> Iterator[str]:
+    fsdp, tensor = config.mesh.fsdp, config.mesh.tensor
+    if config.pmap and fsdp * tensor > 1:
+        yield (
+            f"pmap splits the rows of a batch alone, and mesh.fsdp is {fsdp}, mesh.tensor "
+            f"{tensor}: set them to 1, or pmap to False"
         )
     if config.pmap and jax.process_count() > 1:
-        found.append("pmap is for one process: set it to False, and mesh.data to -1")
-    return found or _misfits(config)
+        yield "pmap is for one process: set it to False, and mesh.data to -1"
 
 
-def _whole(x: Any) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool)
-
-
-def _misfits(config: ConfigDict) -> list[str]:
-    shape, there = _shape(config), jax.device_count()
-    said = " x ".join(f"{name} {size}" for name, size in zip(sharding.AXES, shape, strict=True))
-    if 0 in shape or math.prod(shape) > there:
+def _device_problems(config: ConfigDict) -> list[str]:
+    shape, count = _shape(config), jax.device_count()
+    axes = " x ".join(f"{name} {size}" for name, size in zip(sharding.AXES, shape, strict=True))
+    if not _fits(shape):
         needed = math.prod(max(size, 1) for size in shape)
-        return [f"the mesh needs {needed} devices or more ({said}), and there are {there}"]
-    found = []
-    if jax.process_count() > 1 and math.prod(shape) < there:
-        found.append(
-            f"the {jax.process_count()} processes have {there} devices, and the mesh has "
-            f"{math.prod(shape)} ({said}): all must be used, so set mesh.data to -1"
-        )
+        return [f"the mesh needs {needed} devices or more ({axes}), and there are {count}"]
+    if jax.process_count() > 1 and math.prod(shape) < count:
+        return [
+            f"the {jax.process_count()} processes have {count} devices, and the mesh has "
+            f"{math.prod(shape)} ({axes}): all must be used, so set mesh.data to -1"
+        ]
+    return []
+
+
+def _fits(shape: tuple[int, int, int]) -> bool:
+    return 0 not in shape and math.prod(shape) <= jax.device_count()
+
+
+def _row_problems(config: ConfigDict) -> list[str]:
+    shape, problems = _shape(config), []
+    if not _fits(shape):
+        return problems
     rows = {
         f"batch_size {config.batch_size}": (config.batch_size, config.accumulate),
         f"eval_batch_size {config.eval_batch_size}": (config.eval_batch_size, 1),
     }
-    for said, (size, parts) in rows.items():
-        if size % (shape[0] * shape[1] * parts):
+    for field, (size, parts) in rows.items():
+        # Less than one part is a mistake that the check of the field names.
+        if size % (shape[0] * shape[1] * max(parts, 1)):
             of_parts = f", of each of its {parts} parts (accumulate)" if parts > 1 else ""
-            found.append(
-                f"{said} must be a multiple of mesh.data x mesh.fsdp, {shape[0]} x {shape[1]}, "
+            problems.append(
+                f"{field} must be a multiple of mesh.data x mesh.fsdp, {shape[0]} x {shape[1]}, "
                 f"over which the rows{of_parts} are split"
             )
-    return found
+    return problems
 
 
 def _shape(config: ConfigDict) -> tuple[int, int, int]:
@@ -92,17 +106,17 @@ def _shape(config: ConfigDict) -> tuple[int, int, int]:
 
 
 def check(config: ConfigDict) -> None:
-    """Finds mistakes in the mesh.
+    """Checks the fields ``mesh`` and ``pmap``.
 
     Raises:
-      ValueError: all of them.
+      ValueError: names all that is wrong.
     """
-    if found := problems(config):
-        raise ValueError(f"The config is wrong: {'; '.join(found)}.")
+    if problems := list_problems(config):
+        raise ValueError(f"The config is wrong: {'; '.join(problems)}.")
 
 
 def find(config: ConfigDict) -> Devices:
-    """The devices that a config describes.
+    """Finds the devices that a config describes.
 
     Raises:
       ValueError: as :func:`check`.
@@ -116,7 +130,6 @@ def find(config: ConfigDict) -> Devices:
     return Devices(Mesh(devices, sharding.AXES), config.pmap)
 
 
-def base_mesh(config: ConfigDict) -> Mesh | None:
-    """The mesh over which the base is split while it is loaded, if it is."""
-    on = find(config)
-    return None if on.pmap else on.mesh
+def base_mesh(devices: Devices) -> Mesh | None:
+    """Returns the mesh over which the base is split while it is loaded, if there is one."""
+    return None if devices.pmap else devices.mesh

@@ -14,28 +14,28 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from lora_jax.files import write_atomically
 from lora_jax.training.workdirs import EVENTS, METRICS
 
-_EVALUATED = "eval_loss"  # in a line of an evaluation, and in no other
+_EVAL_KEY = "eval_loss"  # key of the lines of evaluations, and of no others
 
 
 class MetricWriter:
     """Metrics of a run: one JSON object a line in ``metrics.jsonl``, and TensorBoard events.
 
-    What was logged after ``step`` is dropped, as a resumed run will log it again; and so is the
-    evaluation at ``step`` if it is not the one at ``evaluated``, the last that counts.
+    Lines after ``step`` are dropped, since a resumed run logs them again. So are evaluations after
+    ``evaluated``, the step of the last one that the checkpoint knows.
 
-    TensorBoard's usual writer is a thread of its own, in which an error of the disk is lost; here
+    TensorBoard's usual writer is a thread of its own, in which an error of the disk is lost. Here
     each event is written at once.
     """
 
     def __init__(self, workdir: Path, step: int, evaluated: int | None = None) -> None:
         self._path = workdir / METRICS
         last = step if evaluated is None else evaluated
-        kept = [
+        lines = [
             json.dumps(line) + "\n"
             for line in read(self._path)
-            if line["step"] <= (last if _EVALUATED in line else step)
+            if line["step"] <= (last if _EVAL_KEY in line else step)
         ]
-        write_atomically(self._path, "".join(kept).encode())
+        write_atomically(self._path, "".join(lines).encode())
         (workdir / EVENTS).mkdir(exist_ok=True)
         self._events = EventsWriter(str(workdir / EVENTS / "events"))
         # Tells TensorBoard to hide the events of this and later steps in older files.
@@ -54,18 +54,20 @@ class MetricWriter:
         """Appends a line.
 
         Raises:
-          OSError: no space, ...; checkpoints are intact.
+          OSError: there is no space, for example; checkpoints are intact.
         """
         text = json.dumps({"step": step, **values}, allow_nan=False) + "\n"
         try:
             self._write(step, text, values)
         except OSError as error:
-            said = f"Could not write {self._path} ({error.strerror or error}); the checkpoints are"
-            todo = "intact: make room, and run the same command again to go on"
-            raise OSError(error.errno, f"{said} {todo}") from error
+            message = (
+                f"Could not write {self._path} ({error.strerror or error}); the checkpoints are "
+                "intact: make room, and run the same command again to go on"
+            )
+            raise OSError(error.errno, message) from error
 
     def sync(self) -> None:
-        """Makes the lines durable, before a checkpoint that counts on them."""
+        """Makes the lines durable, before a checkpoint that relies on them."""
         with self._path.open("rb") as file:
             os.fsync(file.fileno())
 
@@ -79,7 +81,7 @@ class MetricWriter:
 
 
 class NullWriter:
-    """In place of a :class:`MetricWriter` in the processes that do not write."""
+    """Stands in for a :class:`MetricWriter` in the processes that do not write."""
 
     def __init__(self, workdir: Path, step: int, evaluated: int | None = None) -> None:
         pass
@@ -94,11 +96,11 @@ class NullWriter:
         """Writes nothing."""
 
     def sync(self) -> None:
-        """Has nothing to make durable."""
+        """Does nothing."""
 
 
 def read(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics file, up to one that is none: a last one that was cut short."""
+    """Reads the lines of a metrics file, up to a last one that was cut short."""
     if not path.exists():
         return []
     lines = []

@@ -1,4 +1,4 @@
-"""Loss and accuracy as sums, so that batches of any size and padding combine exactly."""
+"""Losses and accuracies as sums, so that batches of any size and padding combine exactly."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -12,9 +12,9 @@ class Sums(NamedTuple):
     """Sums over examples, each counted by its weight; scalars, float32 or the logits' if wider.
 
     Attributes:
-      loss: the cross-entropy, in nats.
-      correct: 1 for each example whose highest logit is that of its label.
-      weight: the weights.
+      loss: sum of the cross-entropies, in nats.
+      correct: sum of 1 for each example whose highest logit is that of its label.
+      weight: sum of the weights.
     """
 
     loss: jax.Array
@@ -23,7 +23,7 @@ class Sums(NamedTuple):
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> Sums:
-    """Sums of ``-log softmax(logits)[label]`` and of right answers, in float32 or wider.
+    """Sums ``-log softmax(logits)[label]`` and right answers, in float32 or wider.
 
     A row of weight 0 counts for nothing, whatever stands in it, NaN included; its gradient is 0.
 
@@ -50,8 +50,8 @@ class Errors(NamedTuple):
     """Sums over examples of a regression, each counted by its weight; dtypes as in :class:`Sums`.
 
     Attributes:
-      loss: the squared errors.
-      weight: the weights.
+      loss: sum of the squared errors.
+      weight: sum of the weights.
     """
 
     loss: jax.Array
@@ -59,7 +59,7 @@ class Errors(NamedTuple):
 
 
 def squared_error(predictions: jax.Array, targets: jax.Array, weights: jax.Array) -> Errors:
-    """Sums of ``(prediction - target)²``, in float32 or wider.
+    """Sums ``(prediction - target)²``, in float32 or wider.
 
     A row of weight 0 counts for nothing, whatever stands in it, NaN included; its gradient is 0.
 
@@ -79,7 +79,7 @@ def squared_error(predictions: jax.Array, targets: jax.Array, weights: jax.Array
 
 
 def combine(batches: Iterable[NamedTuple]) -> dict[str, float]:
-    """Means over all examples of all batches, with their number.
+    """Computes means over all examples of all batches, and their number.
 
     The sums are added up in float64 on the host, after all have been dispatched.
 
@@ -91,7 +91,7 @@ def combine(batches: Iterable[NamedTuple]) -> dict[str, float]:
       right answers.
 
     Raises:
-      ValueError: no example at all.
+      ValueError: there is no example at all.
 
     >>> combine([Sums(2.0, 1.0, 1.0), Sums(4.0, 2.0, 3.0)])
     {'loss': 1.5, 'accuracy': 0.75, 'examples': 4.0}

@@ -1,69 +1,81 @@
-"""The optimiser that a config describes."""
+"""The optimizer that a config describes."""
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
 import lora_jax as lora
 from lora_jax.training import durations
 
+PyTree = Any
+Scalar = float | jax.Array | np.ndarray
 DECAYS = ("linear", "cosine", "none")
 _WARMUP = "optimizer.warmup"
 
 
 def check(config: ConfigDict) -> None:
-    """Finds settings that are out of their range.
+    """Checks the fields of the section ``optimizer``.
 
     Raises:
-      ValueError: names the field.
+      ValueError: names all fields that are wrong.
     """
+    if problems := list(list_problems(config)):
+        raise ValueError(f"{'; '.join(problems)}.")
+
+
+def list_problems(config: ConfigDict) -> Iterator[str]:
+    """Says what is wrong with the section ``optimizer``."""
     if not 0 < config.learning_rate < math.inf:
-        raise ValueError(f"optimizer.learning_rate must be positive, got {config.learning_rate}.")
+        yield f"optimizer.learning_rate must be positive, got {config.learning_rate}"
     for field in ("weight_decay", "clip_norm"):
         if not 0 <= config[field] < math.inf:
-            raise ValueError(f"optimizer.{field} must not be negative, got {config[field]}.")
-    durations.parse_field(_WARMUP, config.warmup, number="fraction")
+            yield f"optimizer.{field} must not be negative, got {config[field]}"
+    try:
+        durations.parse_field(_WARMUP, config.warmup, number="fraction")
+    except ValueError as error:
+        yield str(error).rstrip(".")
     if config.decay not in DECAYS:
-        raise ValueError(
-            f"optimizer.decay must be one of {', '.join(DECAYS)}, got {config.decay!r}."
-        )
+        yield f"optimizer.decay must be one of {', '.join(DECAYS)}, got {config.decay!r}"
 
 
 class Settings(NamedTuple):
-    """What the optimiser does with a gradient: numbers, or JAX scalars where a sweep varies them.
+    """Settings of the optimizer: numbers, or JAX scalars where a sweep varies them.
 
     Attributes:
-      learning_rate: at its peak.
-      warmup_steps: steps of the linear rise to it; 0 for none.
-      total_steps: the step at which the decay has come to zero.
-      weight_decay: of AdamW; it is multiplied by the learning rate.
-      clip_norm: the largest global norm of a gradient; infinite for no limit.
+      learning_rate: learning rate at its peak.
+      warmup_steps: number of steps of the linear rise to the peak; 0 for none.
+      total_steps: step at which the decay has come to zero.
+      weight_decay: weight decay of AdamW; it is multiplied by the learning rate.
+      clip_norm: largest global norm of a gradient; infinite for no limit.
     """
 
-    learning_rate: Any
-    warmup_steps: Any
-    total_steps: Any
-    weight_decay: Any
-    clip_norm: Any
+    learning_rate: Scalar
+    warmup_steps: Scalar
+    total_steps: Scalar
+    weight_decay: Scalar
+    clip_norm: Scalar
 
 
 def settings(config: ConfigDict, total_steps: int, *, per_epoch: int | None = None) -> Settings:
-    """The settings that a config describes, for a run of ``total_steps``.
+    """Returns the settings that a config describes.
 
     Args:
-      config: the section ``optimizer``.
-      total_steps: of the run.
-      per_epoch: steps of an epoch, in which the warm-up may be given; the whole run by default.
+      config: section ``optimizer`` of a config.
+      total_steps: number of steps of the run.
+      per_epoch: number of steps of an epoch, which may measure the warm-up; by default that of the
+        whole run.
 
     Raises:
       ValueError: as :func:`check`; or the warm-up takes as long as the run.
     """
     check(config)
-    warmup = durations.steps(
+    warmup = durations.to_steps(
         config.warmup, per_epoch=per_epoch or total_steps, total=total_steps, number="fraction"
     )
     if warmup and warmup >= total_steps:
@@ -80,14 +92,14 @@ def settings(config: ConfigDict, total_steps: int, *, per_epoch: int | None = No
     )
 
 
-def schedule(settings: Settings, decay: str = "linear") -> optax.Schedule:
-    """Linear warm-up, then the decay to zero at the last step; or no decay, for "none".
+def schedule(settings: Settings, decay: str) -> optax.Schedule:
+    """Returns a linear warm-up, then the decay to zero at the last step; or none, for "none".
 
-    Cosine: ``(1 + cos πx) / 2`` of the peak (Loshchilov & Hutter 2017, eq. 5), where ``x`` is the
-    part of the decay that is over. Optax's own schedules want the number of steps as a Python
-    number, where a sweep has an array.
+    The cosine is ``(1 + cos πx) / 2`` of the peak (Loshchilov & Hutter 2017, eq. 5), where ``x`` is
+    the fraction of the decay that is over. Optax's own schedules take the number of steps as a
+    Python number, and a sweep has an array.
 
-    >>> rate = schedule(Settings(0.5, 2, 6, 0.0, 1.0))
+    >>> rate = schedule(Settings(0.5, 2, 6, 0.0, 1.0), "linear")
     >>> [float(rate(step)) for step in range(7)]
     [0.0, 0.25, 0.5, 0.375, 0.25, 0.125, 0.0]
     """
@@ -107,8 +119,8 @@ def schedule(settings: Settings, decay: str = "linear") -> optax.Schedule:
     return rate
 
 
-def adamw(settings: Settings, adapter: Any, decay: str = "linear") -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019) on the trainable leaves; the scales stay as they are."""
+def adamw(settings: Settings, adapter: PyTree, decay: str) -> optax.GradientTransformation:
+    """Returns AdamW (Loshchilov & Hutter 2019) for the leaves of an adapter that are trained."""
     clip = optax.clip_by_global_norm(settings.clip_norm)
     rule = optax.adamw(schedule(settings, decay), weight_decay=settings.weight_decay)
     parts = {"trainable": optax.chain(clip, rule), "frozen": optax.set_to_zero()}
@@ -116,11 +128,11 @@ def adamw(settings: Settings, adapter: Any, decay: str = "linear") -> optax.Grad
 
 
 def make(
-    config: ConfigDict, adapter: Any, total_steps: int, *, per_epoch: int | None = None
+    config: ConfigDict, adapter: PyTree, total_steps: int, *, per_epoch: int | None = None
 ) -> optax.GradientTransformation:
-    """The optimiser of a config.
+    """Makes the optimizer of a config, for an adapter; arguments as in :func:`settings`.
 
     Raises:
-      ValueError: as :func:`settings`, which also gets the lengths.
+      ValueError: as :func:`settings`.
     """
     return adamw(settings(config, total_steps, per_epoch=per_epoch), adapter, config.decay)

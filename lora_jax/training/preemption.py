@@ -1,6 +1,7 @@
-"""Stopping on request: SIGTERM, which schedulers send some time before they end a process.
+"""Stops on request: by SIGTERM, which schedulers send some time before they end a process.
 
-The handler only takes note; the loop asks at each step, and stops where it can go on from.
+The handler only sets a flag. The loop reads it at each step, and stops at a step that it can go on
+from.
 """
 
 import shlex
@@ -15,7 +16,8 @@ import jax
 from jax.experimental import multihost_utils
 
 _T = TypeVar("_T")
-_asked = False  # no threading.Event: a second signal while the first sets it would wait forever
+# No threading.Event: a second signal while the first one sets it would wait forever.
+_is_requested = False
 
 
 class Stopped(Exception):
@@ -23,56 +25,58 @@ class Stopped(Exception):
 
 
 class Interrupted(Exception):
-    """An evaluation was left, since the run was asked to stop."""
+    """An evaluation was broken off, since the run was asked to stop."""
 
 
 @contextmanager
-def on_sigterm() -> Iterator[None]:
-    """Takes note of SIGTERM inside the block, however often it comes, in place of ending there.
+def handle_sigterm() -> Iterator[None]:
+    """Makes SIGTERM a request to stop inside the block, however often it comes.
 
     The old handler is back after the block. Only the main thread can have a handler; in another
-    one nothing changes. Nor does it among several processes, where JAX's own handler must stay.
+    one nothing changes. Nor does anything among several processes, where JAX's own handler must
+    stay.
     """
     if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
         yield
         return
-    _note(False)
-    old = signal.signal(signal.SIGTERM, lambda *_: _note(True))
+    _set_requested(False)
+    old = signal.signal(signal.SIGTERM, lambda *_: _set_requested(True))
     try:
         yield
     finally:
-        _note(False)
+        _set_requested(False)
         # None stands for a handler that was not set from Python, which can't be put back.
         signal.signal(signal.SIGTERM, signal.SIG_DFL if old is None else old)
 
 
-def _note(asked: bool) -> None:
-    global _asked
-    _asked = asked
+def _set_requested(value: bool) -> None:
+    global _is_requested
+    _is_requested = value
 
 
-def requested(step: int) -> bool:
-    """Whether to stop after ``step``: to be asked once a step, in order, by every process.
+def is_requested(step: int) -> bool:
+    """Returns whether to stop after ``step``.
 
-    Several processes agree on a step that none of them has passed yet.
+    Every process must call it once a step, in order. Several processes agree on a step that none of
+    them has passed yet.
     """
     if jax.process_count() > 1:
         return multihost_utils.reached_preemption_sync_point(step)
-    return _asked
+    return _is_requested
 
 
-def unless_requested(items: Iterable[_T]) -> Iterator[_T]:
-    """The same items, as long as no stop is asked for.
+def until_requested(items: Iterable[_T]) -> Iterator[_T]:
+    """Yields the items, as long as no stop is requested.
 
     Raises:
-      Interrupted: it is.
+      Interrupted: a stop is requested.
     """
     for item in items:
-        if _asked:
+        if _is_requested:
             raise Interrupted
         yield item
 
 
-def command() -> str:
-    """The command line of this process, to be pasted into a shell."""
+def command_line() -> str:
+    """Returns the command line of this process, to be pasted into a shell."""
     return shlex.join(sys.orig_argv)

@@ -1,9 +1,10 @@
-"""The state of a run: all that changes while it trains."""
+"""The training state of a run."""
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from ml_collections import ConfigDict
 
 import lora_jax as lora
@@ -15,7 +16,15 @@ PyTree = Any
 
 
 class TrainState(NamedTuple):
-    """All that changes during training."""
+    """All that changes during training.
+
+    Attributes:
+      step: number of steps that are done.
+      adapter: the adapter, of which some leaves are trained.
+      opt_state: state of the optimizer.
+      key: PRNG key of all dropout of the run.
+      health: memory of the NaN guard, a :class:`nan_guard.Health`.
+    """
 
     step: jax.Array
     adapter: PyTree
@@ -24,8 +33,25 @@ class TrainState(NamedTuple):
     health: PyTree = ()
 
 
-def initial_state(task: Task, config: ConfigDict, lora_config: lora.LoRAConfig) -> tuple:
-    """The state at step 0, and the optimiser."""
+def initial_state(
+    task: Task,
+    config: ConfigDict,
+    lora_config: lora.LoRAConfig,
+    *,
+    plan: durations.Plan | None = None,
+) -> tuple[TrainState, optax.GradientTransformation]:
+    """Makes the state at step 0, and the optimizer.
+
+    Args:
+      task: what is trained on.
+      config: config of the run.
+      lora_config: settings of the adapter.
+      plan: length of the run; by default the one that the config describes.
+
+    Raises:
+      ValueError: the config and the model do not fit.
+    """
+    plan = plan or durations.make_plan(config, task.steps_per_epoch)
     key = jax.random.key(config.seed)
     init_key, run_key = jax.random.split(key)
     if task.adapter is None:
@@ -35,22 +61,25 @@ def initial_state(task: Task, config: ConfigDict, lora_config: lora.LoRAConfig) 
     # So runs with other alphas and rates have states of one structure, that of checkpoints; the
     # steps get the rate as an argument.
     adapter = adapters.as_data(adapter)
-    # Leaves of a bfloat16 base that are trained in full: small updates would round to nothing.
-    wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    adapter = jax.tree.map(wide, adapter)
-    total = durations.plan(config, task.steps_per_epoch).total
-    tx = optimizer.make(config.optimizer, adapter, total, per_epoch=task.steps_per_epoch)
+    # Leaves of a bfloat16 base may be trained in full, and small updates would round to nothing.
+    widen = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    adapter = jax.tree.map(widen, adapter)
+    tx = optimizer.make(config.optimizer, adapter, plan.total, per_epoch=task.steps_per_epoch)
     state = TrainState(
-        jnp.int32(0), adapter, tx.init(adapter), jax.random.key_data(run_key), nan_guard.healthy()
+        jnp.int32(0),
+        adapter,
+        tx.init(adapter),
+        jax.random.key_data(run_key),
+        nan_guard.initial_health(),
     )
     return state._replace(key=jax.random.wrap_key_data(state.key)), tx
 
 
-def storable(state: TrainState) -> TrainState:
-    """The state with its PRNG key as plain integers."""
+def unwrap_key(state: TrainState) -> TrainState:
+    """Returns the state with its PRNG key as plain integers."""
     return state._replace(key=jax.random.key_data(state.key))
 
 
-def usable(stored: TrainState) -> TrainState:
-    """The inverse of :func:`storable`."""
+def wrap_key(stored: TrainState) -> TrainState:
+    """Inverts :func:`unwrap_key`."""
     return stored._replace(key=jax.random.wrap_key_data(stored.key))

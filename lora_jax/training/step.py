@@ -23,16 +23,17 @@ PyTree = Any
 
 
 class StepOptions(NamedTuple):
-    """What a step is compiled with, besides task and optimiser.
+    """Settings that a step is compiled with, besides task and optimizer.
 
     Attributes:
-      accumulate: into so many parts a batch is cut, of which one is in memory at a time.
-      guarded: whether a step without a finite loss and gradient changes nothing, and is told of.
+      accumulate: number of micro-batches that a batch is split into; one is in memory at a time.
+      has_guard: whether a step without a finite loss and gradient changes nothing; the metrics then
+        have the guard's verdict.
       spike: as in :class:`nan_guard.Policy`.
     """
 
     accumulate: int = 1
-    guarded: bool = False
+    has_guard: bool = False
     spike: float = 0.0
 
 
@@ -40,31 +41,36 @@ PLAIN = StepOptions()
 
 
 def step_options(config: ConfigDict) -> StepOptions:
-    """Those of a config, guarded."""
-    return StepOptions(config.accumulate, guarded=True, spike=config.guard.spike)
+    """Returns the options of a config, with the guard."""
+    return StepOptions(config.accumulate, has_guard=True, spike=config.guard.spike)
 
 
 def train_step(
     task: Task,
     tx: optax.GradientTransformation,
-    dropout: Any,
+    dropout: float | jax.Array,
     options: StepOptions = PLAIN,
     *,
     axis: str | None = None,
 ) -> Callable:
-    """``(state, base, batch) -> (state, metrics)``, a pure function.
+    """Returns the step, a pure function ``(state, base, batch) -> (state, metrics)``.
 
-    The dropout rate, and the numbers in ``tx``, may be JAX scalars: a sweep maps over them. Of a
-    guarded step the metrics are a pair, with the guard's verdict. Under a pmap ``axis`` is its
-    name; each device then has rows, and dropout, of its own.
+    The metrics are the task's sums; with a guard they are a pair of these and the guard's verdict.
+
+    Args:
+      task: gives ``apply`` and ``metrics``.
+      tx: optimizer; its numbers may be JAX scalars, over which a sweep maps.
+      dropout: rate of the low-rank branches; it may be a JAX scalar, too.
+      options: options of the step.
+      axis: name of the axis of a pmap; each device then has its own rows, and its own dropout.
     """
-    gradient = functools.partial(gradients.whole, axis=axis)
+    compute_gradient = functools.partial(gradients.compute, axis=axis)
     if options.accumulate > 1:
         parts = options.accumulate
-        gradient = functools.partial(gradients.accumulated, parts=parts, axis=axis)
+        compute_gradient = functools.partial(gradients.accumulate, parts=parts, axis=axis)
 
     def step(state: TrainState, base: PyTree, batch: Batch) -> tuple[TrainState, Any]:
-        def sums(adapter: PyTree, batch: Batch, key: jax.Array) -> NamedTuple:
+        def compute_sums(adapter: PyTree, batch: Batch, key: jax.Array) -> NamedTuple:
             model_key, branch_key = jax.random.split(key)
             apply = lora.lift(task.apply, dropout=dropout, dropout_key=branch_key)
             logits = apply(lora.bind(base, adapter), batch, model_key)
@@ -73,15 +79,15 @@ def train_step(
         key = jax.random.fold_in(state.key, state.step)
         if axis is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis))
-        grads, found = gradient(sums, state.adapter, batch, key)
+        grads, sums = compute_gradient(compute_sums, state.adapter, batch, key)
         updates, opt_state = tx.update(grads, state.opt_state, state.adapter)
         new = optax.apply_updates(state.adapter, updates), opt_state
-        if not options.guarded:
-            return TrainState(state.step + 1, *new, state.key, state.health), found
-        loss = jnp.where(jnp.isfinite(found[0]), found[0] / found[-1], found[0])
+        if not options.has_guard:
+            return TrainState(state.step + 1, *new, state.key, state.health), sums
+        loss = jnp.where(jnp.isfinite(sums[0]), sums[0] / sums[-1], sums[0])
         verdict, health = nan_guard.judge(state.health, loss, grads, spike=options.spike)
-        new = nan_guard.kept(verdict, new, (state.adapter, state.opt_state))
-        return TrainState(state.step + 1, *new, state.key, health), (found, verdict)
+        new = nan_guard.choose(verdict, new, (state.adapter, state.opt_state))
+        return TrainState(state.step + 1, *new, state.key, health), (sums, verdict)
 
     return step
 
@@ -92,11 +98,12 @@ def make_train_step(
     dropout: float,
     options: StepOptions = PLAIN,
     *,
-    on: Devices = ONE,
+    devices: Devices = ONE,
     like: TrainState | None = None,
 ) -> Callable:
-    """:func:`train_step`, compiled; the state is donated, and on a mesh stays where ``like`` is."""
+    """Compiles :func:`train_step`; the state is donated, and on a mesh it lies as ``like`` does."""
     # As an array, so that one minus the rate is rounded as in a sweep, and the masks are the same.
     rate = jnp.asarray(dropout, float) if dropout else 0.0
-    axis = partitioning.PMAP if on.pmap else None
-    return partitioning.train_step(on, train_step(task, tx, rate, options, axis=axis), like)
+    axis = partitioning.PMAP if devices.pmap else None
+    step = train_step(task, tx, rate, options, axis=axis)
+    return partitioning.compile_train_step(devices, step, like)

@@ -1,9 +1,10 @@
-"""What the training loop needs to know of a task."""
+"""What the training loop needs to know of a task: two values, ``Task`` and ``Recipe``."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -18,65 +19,70 @@ class Score(NamedTuple):
 
     Attributes:
       name: "loss", or a name among the task's metrics and scores.
-      higher_is_better: whether more of it is better.
+      higher_is_better: whether a higher value is better.
     """
 
     name: str = "accuracy"
     higher_is_better: bool = True
 
     def merit(self, value: float) -> float:
-        """The value with the sign with which the largest is the best."""
+        """Returns the value with the sign with which the largest is the best."""
         return value if self.higher_is_better else -value
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-    """What the loop needs to know of a task.
+    """A model and its data, as the training loop sees them.
 
     Attributes:
-      apply: ``(params, batch, key or None) -> logits``; no key, no dropout.
-      metrics: ``(logits, batch) -> sums``, a NamedTuple such as :class:`metrics.Sums`; its first
-        field is the sum of losses, its last the sum of weights.
-      train_batch: the batch of a step, a pure function of the step. Among several processes also
-        called with ``rows``, the numbers of the batch's rows that are to be made.
-      eval_batches: makes the batches of one evaluation; likewise.
-      steps_per_epoch: how many steps see every training example once.
-      base: the frozen parameters.
-      base_id: their content hash.
-      metadata: saved with the adapter, so that it can be used without the config.
-      notes: lines for the report at the start.
-      adapter: to start from, in place of a fresh one.
-      base_of: the frozen parameters as a run with another seed has them, for tasks that draw some
-        by the run's seed: ``base``, with other arrays for those leaves alone. None if none are.
-      score: what selects the best adapter.
-      scores: ``(logits of all evaluation examples, in their order) -> numbers by name``, for what
-        is no mean over examples. None if the means are all.
+      apply: ``(params, batch, key or None) -> logits``; there is no dropout without a key.
+      metrics: ``(logits, batch) -> sums``, a NamedTuple such as
+        :class:`lora_jax.training.metrics.Sums`; its first field is the sum of losses, its last the
+        sum of weights.
+      train_batch: ``step -> batch``, a pure function. Among several processes it also gets
+        ``rows``, the numbers of the batch's rows to make.
+      eval_batches: ``() -> batches`` of one evaluation; also gets ``rows`` among several processes.
+      steps_per_epoch: number of steps that see every training example once.
+      base: frozen parameters.
+      base_id: content hash of the frozen parameters.
+      metadata: JSON that is saved with the adapter, so that it can be used without the config.
+      notes: lines of the report at the start.
+      adapter: adapter to start from, in place of one that is drawn.
+      fresh_head: reason why the head is none of that adapter's; "" if it is.
+      redraw_base: ``seed -> base``, for tasks that draw some frozen parameters by the run's seed:
+        the base of a run with another seed, with other arrays for those leaves alone. None if no
+        parameters are drawn.
+      score: score that selects the best adapter.
+      scores: ``logits -> numbers by name``, from the logits of all evaluation examples in their
+        order, for scores that are no means over examples. None if there are no such scores.
     """
 
-    apply: Callable
-    metrics: Callable
+    apply: Callable[[PyTree, Batch, jax.Array | None], jax.Array]
+    metrics: Callable[[jax.Array, Batch], NamedTuple]
     train_batch: Callable[..., Batch]
     eval_batches: Callable[..., Iterable[Batch]]
     steps_per_epoch: int
     base: PyTree
     base_id: str
-    metadata: dict
+    metadata: dict[str, Any]
     notes: tuple[str, ...] = ()
     adapter: PyTree | None = None
-    base_of: Callable[[int], PyTree] | None = None
+    fresh_head: str = ""
+    redraw_base: Callable[[int], PyTree] | None = None
     score: Score = Score()
     scores: Callable[[np.ndarray], dict[str, float]] | None = None
 
 
 class Recipe(NamedTuple):
-    """How a config becomes a task: what the runs of one program have in common.
+    """How the configs of a program become tasks.
 
     Attributes:
-      resolve: gives a copy of a config that leaves nothing open.
-      check: raises ValueError for the mistakes of a config, before anything is loaded.
-      make_task: loads model and data; gives the task and the settings of the adapter.
+      resolve: returns a copy of a config in which nothing is left to the task or the model.
+      check: raises ValueError for mistakes in a config, before anything is loaded.
+      make_task: ``(config, devices=None) -> (task, settings of the adapter)``; loads model and
+        data. The devices are by default those that the config describes.
     """
 
     resolve: Callable[[ConfigDict], ConfigDict]
     check: Callable[[ConfigDict], None]
-    make_task: Callable[[ConfigDict], tuple[Task, LoRAConfig]]
+    make_task: Callable[..., tuple[Task, LoRAConfig]]

@@ -1,6 +1,6 @@
-"""Training: one way for every task, and for every kind of adapter.
+"""Training, for every task and every kind of adapter.
 
-A task brings a function of (params, batch, key), batches by step, and metrics.
+A task brings a function of ``(params, batch, key)``, batches by step, and metrics.
 """
 
 import contextlib
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 import lora_jax as lora
@@ -27,8 +28,8 @@ from lora_jax.training import (
     workdirs,
 )
 from lora_jax.training.evaluation import make_eval_step
-from lora_jax.training.loop import Progress, Run, Steps, loop, stored_progress
-from lora_jax.training.state import TrainState, initial_state, storable, usable
+from lora_jax.training.loop import Progress, Run, Steps, loop, parse_progress
+from lora_jax.training.state import TrainState, initial_state, unwrap_key, wrap_key
 from lora_jax.training.step import make_train_step, step_options
 from lora_jax.training.task import Task
 
@@ -42,6 +43,7 @@ def train(
     lora_config: lora.LoRAConfig,
     workdir: Path,
     *,
+    devices: mesh.Devices | None = None,
     say: Callable[[str], None] = _LOGGER.info,
 ) -> Progress:
     """Trains to the end, or goes on from the last checkpoint in ``workdir``.
@@ -50,78 +52,84 @@ def train(
     TensorBoard events and ``curves.png``.
 
     Args:
-      task: what is trained on.
-      config: its fields are those of ``configs/common.py``.
-      lora_config: the settings of the adapter.
-      workdir: a new directory, or that of this run.
+      task: what to train on.
+      config: config of the run, with the fields of ``configs/common.py``.
+      lora_config: settings of the adapter.
+      workdir: directory of the run; it may be new.
+      devices: devices of the run, on which the task's base was loaded; by default those that the
+        config describes.
       say: takes each line of the report; by default the logger ``lora_jax.training``.
 
+    Returns:
+      The progress at the end.
+
     Raises:
-      Stopped: SIGTERM came; it has stopped at a checkpoint, and goes on if called again.
-      FloatingPointError: a loss or gradient is NaN or infinite, or the loss too large, and the
+      Stopped: SIGTERM came; the run has stopped at a checkpoint, and goes on if called again.
+      FloatingPointError: a loss or gradient is NaN or infinite, or the loss is too large, and the
         config's guard says stop; the best adapter so far and the checkpoints are kept.
       ValueError: the config and the model do not fit; or the workdir is another run's, or in use.
-      OSError: the workdir can't be written; what was there is intact.
+      OSError: the workdir can't be written; earlier checkpoints are intact.
     """
-    on = mesh.find(config)
-    task = partitioning.settled(on, partitioning.local(on, task, config))
-    state, tx = initial_state(task, config, lora_config)
-    workdirs.check(workdir, config)  # before the claim: a mistake claims nothing
+    devices = mesh.find(config) if devices is None else devices
+    task = partitioning.place_task(devices, task, config)
+    plan = durations.make_plan(config, task.steps_per_epoch)
+    state, tx = initial_state(task, config, lora_config, plan=plan)
+    workdirs.check(workdir, config)  # before the claim, so that a mistake claims nothing
     with contextlib.ExitStack() as stack:
         _claim(stack, workdir, config)
-        stack.enter_context(preemption.on_sigterm())
-        lines = [*task.notes, *partitioning.notes(on, task.base), *report(task.base, state.adapter)]
-        say("\n".join(lines))
+        stack.enter_context(preemption.handle_sigterm())
+        notes = partitioning.notes(devices, task.base)
+        say("\n".join([*task.notes, *notes, *report(task.base, state.adapter)]))
         checkpoints = stack.enter_context(
             checkpointing.manager(workdir / workdirs.CHECKPOINTS, keep=config.checkpoint_keep)
         )
-        state, progress = _resumed(workdir, checkpoints, state, say)
-        start, total = int(state.step), durations.plan(config, task.steps_per_epoch).total
-        distributed.agree(start)
-        if start == total == progress.evaluated or progress.ended:
-            say(f"This run is finished: {_end(progress, start, total)}.")
+        state, progress = _resume(workdir, checkpoints, state, say)
+        start = int(state.step)
+        distributed.check_same_step(start)
+        if start == plan.total == progress.evaluated or progress.ended:
+            say(f"This run is finished: {_describe_end(progress, start, plan.total)}.")
             return progress
-        state = usable(partitioning.place(on, storable(state), task.base))
-        task = partitioning.with_copies(on, task)
+        state = wrap_key(partitioning.place_state(devices, unwrap_key(state), task.base))
+        task = partitioning.copy_base(devices, task)
         options = step_options(config)
         steps = Steps(
-            make_train_step(task, tx, lora_config.dropout, options, on=on, like=state),
-            make_eval_step(task, on),
+            make_train_step(task, tx, lora_config.dropout, options, devices=devices, like=state),
+            make_eval_step(task, devices),
         )
-        log = stack.enter_context(
-            (metric_writer.MetricWriter if distributed.first() else metric_writer.NullWriter)(
-                workdir, start, progress.evaluated
-            )
-        )
+        make_writer = metric_writer.NullWriter
+        if distributed.is_first():
+            make_writer = metric_writer.MetricWriter
         run = Run(
-            task=task, config=config, lora_config=lora_config, workdir=workdir, log=log, on=on
-        )
+            task=task, config=config, lora_config=lora_config, workdir=workdir, plan=plan,
+            log=stack.enter_context(make_writer(workdir, start, progress.evaluated)),
+            devices=devices,
+        )  # fmt: skip
         try:
             step, progress = loop(run, steps, checkpoints, state, progress)
         except FloatingPointError as error:
             newest = checkpoints.latest_step()
-            raise FloatingPointError(_diverged(error, workdir, newest)) from error
-        say(f"Training ended: {_end(progress, step, total)}.")
+            raise FloatingPointError(_explain_divergence(error, workdir, newest)) from error
+        say(f"Training ended: {_describe_end(progress, step, plan.total)}.")
         return progress
 
 
 def _claim(stack: contextlib.ExitStack, workdir: Path, config: ConfigDict) -> None:
-    """Takes the directory; of several processes the first does, and the others wait for it."""
-    if distributed.first():
-        stack.enter_context(workdirs.locked(workdir))
+    """Takes the directory for the run; of several processes the first does, and the others wait."""
+    if distributed.is_first():
+        stack.enter_context(workdirs.lock(workdir))
         workdirs.claim(workdir, config)
     distributed.barrier("the workdir is claimed")
 
 
-def _end(progress: Progress, step: int, total: int) -> str:
-    """Why a run is over."""
+def _describe_end(progress: Progress, step: int, total: int) -> str:
+    """Says why a run is over."""
     if progress.ended:
         return f"{progress.ended}, at step {step} of {total}"
     return f"all {total} steps are done"
 
 
 def report(base: PyTree, adapter: PyTree) -> list[str]:
-    """Lines that say what is trained."""
+    """Returns lines that say what is trained."""
     nodes = adapters.nodes(adapter)
     kernels = {name: node for name, node in nodes.items() if is_adapted(node)}
     lines = []
@@ -136,33 +144,36 @@ def report(base: PyTree, adapter: PyTree) -> list[str]:
     return [*lines, lora.summary(base, adapter)]
 
 
-def _resumed(
-    workdir: Path, checkpoints: Any, state: TrainState, say: Callable[[str], None]
+def _resume(
+    workdir: Path,
+    checkpoints: ocp.CheckpointManager,
+    state: TrainState,
+    say: Callable[[str], None],
 ) -> tuple[TrainState, Progress]:
-    found = checkpointing.restore(checkpoints, storable(state), say)
-    if found is None:
+    checkpoint = checkpointing.restore(checkpoints, unwrap_key(state), say)
+    if checkpoint is None:
         return state, Progress()
-    stored, progress = found[0], stored_progress(found[1])
+    stored, progress = checkpoint[0], parse_progress(checkpoint[1])
     if progress.best_step >= 0 and not (workdir / workdirs.ADAPTER).is_dir():
         raise FileNotFoundError(
             f"The run in {workdir} has its best adapter from step {progress.best_step}, and its "
             f"folder {workdirs.ADAPTER} is gone: put it back, or use a new workdir."
         )
     say(f"Going on from the checkpoint of step {int(stored.step)}.")
-    return usable(stored), progress
+    return wrap_key(stored), progress
 
 
-def _diverged(error: FloatingPointError, workdir: Path, newest: int | None) -> str:
-    said, *more = error.args
+def _explain_divergence(error: FloatingPointError, workdir: Path, newest: int | None) -> str:
+    problem, *details = error.args
     folder = workdir / workdirs.ADAPTER
-    kept = f"the best adapter so far is kept in {folder}"
+    adapter = f"the best adapter so far is kept in {folder}"
     if not folder.exists():
-        kept = "there was no evaluation before, so no adapter is kept"
+        adapter = "there was no evaluation before, so no adapter is kept"
     checkpoint = "there is no checkpoint yet"
     if newest is not None:
         checkpoint = f"the newest checkpoint, of step {newest}, in {workdir / workdirs.CHECKPOINTS}"
     return (
-        f"{said}: training stopped{''.join(more)}; {kept}; {checkpoint}. Lower "
+        f"{problem}: training stopped{''.join(details)}; {adapter}; {checkpoint}. Lower "
         "optimizer.learning_rate or lora.alpha, or set optimizer.clip_norm, in a new "
         'workdir; or go on in this one without such steps: set guard.action to "skip".'
     )

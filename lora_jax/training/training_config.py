@@ -1,63 +1,93 @@
-"""Checks of the fields that steer training, the same for every task."""
+"""Checks of the fields that every task has: each field's check stands here, once.
+
+The fields of the optimizer are checked in ``optimizer.py``, and those of the mesh in ``mesh.py``,
+where what they are compared with is known. The defaults are in ``configs/common.py``.
+"""
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from ml_collections import ConfigDict
 
 from lora_jax.models.layers import check_remat
-from lora_jax.training import durations
+from lora_jax.training import durations, mesh, optimizer
 
 ACTIONS = ("stop", "skip")
-# The least value of fields that every task has, for :func:`check_sizes`.
+# Least values of fields.
 LEAST = {
     "batch_size": 1,
     "eval_batch_size": 1,
+    "accumulate": 1,
     "epochs": 1,
     "log_every": 1,
     "checkpoint_keep": 1,
     "data.holdout": 0,
     "data.seed": 0,
+    "early_stopping.patience": 0,
+    "early_stopping.min_delta": 0,
+    "guard.patience": 1,
 }
 
 
-def check(config: ConfigDict) -> None:
-    """Finds mistakes in ``accumulate``, ``model.remat``, durations, early stopping and guard.
+def check(config: ConfigDict, least: Mapping[str, int] | None = None) -> None:
+    """Checks the fields that every task has.
+
+    Args:
+      config: config of a run.
+      least: least values of further fields, such as ``{"data.max_length": 1}``.
 
     Raises:
       ValueError: names all fields that are wrong.
     """
-    if problems := list(_problems(config)):
+    raise_problems(list_problems(config, least))
+
+
+def raise_problems(problems: list[str]) -> None:
+    """Raises what is wrong with a config, if anything is.
+
+    Raises:
+      ValueError: there are problems.
+    """
+    if problems:
         raise ValueError(f"The config is wrong: {'; '.join(problems)}.")
 
 
-def _problems(config: ConfigDict) -> Iterator[str]:
-    yield from _batch_problems(config)
-    yield from _duration_problems(config)
-    stopping, guard = config.early_stopping, config.guard
-    for field, value, low in (
-        ("early_stopping.patience", stopping.patience, 0),
-        ("early_stopping.min_delta", stopping.min_delta, 0),
-        ("guard.patience", guard.patience, 1),
-    ):
+def list_problems(config: ConfigDict, least: Mapping[str, int] | None = None) -> list[str]:
+    """Says what is wrong with a config; arguments as in :func:`check`."""
+    return [
+        *_size_problems(config, LEAST | dict(least or {})),
+        *_bucket_problems(config),
+        *_batch_problems(config),
+        *_duration_problems(config),
+        *_guard_problems(config.guard),
+        *optimizer.list_problems(config.optimizer),
+        *mesh.list_problems(config),
+    ]
+
+
+def _size_problems(config: ConfigDict, least: Mapping[str, int]) -> Iterator[str]:
+    for field, low in least.items():
+        section, _, name = field.rpartition(".")
+        value = (config[section] if section else config)[name]
         if not low <= value < math.inf:
             yield f"{field} must be at least {low}, got {value}"
-    if guard.action not in ACTIONS:
-        yield f"guard.action must be one of {', '.join(ACTIONS)}, got {guard.action!r}"
-    if not (guard.spike == 0 or 1 < guard.spike < math.inf):
-        yield f"guard.spike must be above 1, or 0 for no limit, got {guard.spike}"
+
+
+def _bucket_problems(config: ConfigDict) -> Iterator[str]:
+    if "buckets" not in config.data:
+        return
+    buckets = tuple(config.data.buckets)
+    if not buckets or any(low >= high for low, high in zip((0, *buckets), buckets, strict=False)):
+        yield f"data.buckets must be positive lengths that ascend, got {buckets}"
 
 
 def _batch_problems(config: ConfigDict) -> Iterator[str]:
     parts, rows = config.accumulate, config.batch_size
-    if parts < 1:
-        yield f"accumulate must be at least 1, got {parts}"
-    elif rows % parts:
-        fits = [n for n in range(1, rows + 1) if rows % n == 0]
+    if parts > 0 and rows > 0 and rows % parts:
+        divisors = [str(n) for n in range(1, rows + 1) if rows % n == 0]
         yield (
             f"accumulate is {parts}, which does not divide batch_size {rows}; "
-            f"{', '.join(map(str, fits))} do"
+            f"{', '.join(divisors)} do"
         )
     try:
         check_remat(config.model.remat)
@@ -68,35 +98,28 @@ def _batch_problems(config: ConfigDict) -> Iterator[str]:
 def _duration_problems(config: ConfigDict) -> Iterator[str]:
     for field in ("steps", "eval_every", "checkpoint_every"):
         try:
-            found: Any = durations.parse_field(field, config[field])
+            duration = durations.parse_field(field, config[field])
         except ValueError as error:
             yield str(error).rstrip(".")
             continue
-        if field == "steps" and found.unit == "run":
+        if field == "steps" and duration.unit == "run":
             yield f"steps {config.steps!r} is a part of the run, whose length it is to say"
-        if field == "eval_every" and not found.amount:
+        if field == "eval_every" and not duration.amount:
             yield "eval_every must not be 0; there is an evaluation at the end in any case"
 
 
-def size_problems(config: ConfigDict, least: Mapping[str, int]) -> list[str]:
-    """What is wrong with fields ("data.seed") that are below the least value that they may have."""
-    problems = []
-    for field, low in (LEAST | least).items():
-        part, _, name = field.rpartition(".")
-        value = (config[part] if part else config)[name]
-        if value < low:
-            problems.append(f"{field} must be at least {low}, got {value}")
-    return problems
+def _guard_problems(guard: ConfigDict) -> Iterator[str]:
+    if guard.action not in ACTIONS:
+        yield f"guard.action must be one of {', '.join(ACTIONS)}, got {guard.action!r}"
+    if not (guard.spike == 0 or 1 < guard.spike < math.inf):
+        yield f"guard.spike must be above 1, or 0 for no limit, got {guard.spike}"
 
 
-def check_sizes(config: ConfigDict, least: Mapping[str, int]) -> None:
-    """Finds sizes that are too small, and buckets that do not ascend.
-
-    Raises:
-      ValueError: names them.
-    """
-    if problems := size_problems(config, least):
-        raise ValueError(f"{'; '.join(problems)}.")
-    buckets = tuple(config.data.buckets)
-    if not buckets or any(low >= high for low, high in zip((0, *buckets), buckets, strict=False)):
-        raise ValueError(f"data.buckets must be positive lengths that ascend, got {buckets}.")
+def validation_problems(config: ConfigDict) -> Iterator[str]:
+    """Says what is wrong with the choice of evaluation data, for tasks that name files."""
+    c = config.data
+    if bool(c.validation) == bool(c.holdout):
+        yield (
+            "evaluation is either on the file data.validation or on data.holdout examples of the "
+            f"training file, so set one of them; got {c.validation!r} and {c.holdout}"
+        )

@@ -1,4 +1,4 @@
-"""The directory of a run: the names in it, its config, and what keeps others out of it."""
+"""The directory of a run: names of its files, its config, and the lock on it."""
 
 import contextlib
 import fcntl
@@ -20,7 +20,7 @@ MAY_CHANGE = ("checkpoint_keep", "guard", "mesh", "pmap")
 
 
 def check(workdir: Path, config: ConfigDict) -> None:
-    """Finds out, without a change to it, whether a run with this config may use the directory.
+    """Checks, without changing the directory, that a run with this config may use it.
 
     Raises:
       ValueError: it holds a run with another config (the message shows the differences), or
@@ -40,10 +40,10 @@ def check(workdir: Path, config: ConfigDict) -> None:
             )
         return
     try:
-        theirs = json.loads(path.read_text(encoding="utf-8"))
+        stored = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); use a new workdir.") from error
-    changes = list(differences(theirs, plain(config)))
+    changes = list(differences(stored, to_json_types(config)))
     if changes:
         raise ValueError(
             f"The workdir {workdir} holds a run with another config: {'; '.join(changes)}. "
@@ -52,9 +52,9 @@ def check(workdir: Path, config: ConfigDict) -> None:
 
 
 def claim(workdir: Path, config: ConfigDict) -> None:
-    """Takes the directory for this config, or finds that it already has it.
+    """Takes the directory for a run with this config, unless the run has it already.
 
-    Only the process that holds its lock may do so.
+    Only the process that holds the directory's lock may call it.
 
     Raises:
       ValueError: as :func:`check`.
@@ -62,21 +62,21 @@ def claim(workdir: Path, config: ConfigDict) -> None:
     """
     check(workdir, config)
     for pattern in (f".{CONFIG}.*", f".{METRICS}.*", f".{CURVES}.*", f"{ADAPTER}/.adapter*"):
-        for left in workdir.glob(pattern):  # of a process that was killed while it wrote
-            left.unlink(missing_ok=True)
+        for leftover in workdir.glob(pattern):  # a process was killed while it wrote
+            leftover.unlink(missing_ok=True)
     path = workdir / CONFIG
     if not path.exists():
         workdir.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, (json.dumps(plain(config), indent=2) + "\n").encode())
+        write_atomically(path, (json.dumps(to_json_types(config), indent=2) + "\n").encode())
 
 
-def plain(config: ConfigDict) -> Any:
-    """The config as JSON types; through JSON, so that tuples compare as they are stored."""
+def to_json_types(config: ConfigDict) -> dict[str, Any]:
+    """Converts a config to JSON types, in which tuples compare as they are stored."""
     return json.loads(config.to_json_best_effort())
 
 
 def differences(old: Any, new: Any, field: str = "") -> Iterator[str]:
-    """Says which fields of two configs differ that may not, in a sentence each."""
+    """Yields a phrase for each field that differs between two configs, and may not."""
     if field.removeprefix("config.") in MAY_CHANGE:
         return
     if isinstance(old, dict) and isinstance(new, dict):
@@ -87,26 +87,26 @@ def differences(old: Any, new: Any, field: str = "") -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def locked(workdir: Path, name: str = ".lock", hint: str = "wait for it") -> Iterator[None]:
-    """Keeps a second process from working in the directory at the same time; makes it if need be.
+def lock(workdir: Path, name: str = ".lock", hint: str = "wait for it") -> Iterator[None]:
+    """Locks the directory against other processes inside the block; makes it if need be.
 
-    The system lets go of the lock when the process ends, however it ends.
+    The system releases the lock when the process ends, however it ends.
 
     Args:
-      workdir: of a run or of a sweep.
-      name: of the file that stands for the lock; each is a lock of its own.
-      hint: what to do if another process has it.
+      workdir: directory of a run or of a sweep.
+      name: name of the file that stands for the lock; each name is a lock of its own.
+      hint: advice for the case that another process has the lock.
 
     Raises:
-      ValueError: another process has it.
+      ValueError: another process has the lock.
       OSError: the directory can't be written.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         handle = os.open(workdir / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as error:
-        said = f"The workdir {workdir} can't be written: {error.strerror}"
-        raise OSError(error.errno, said) from error
+        message = f"The workdir {workdir} can't be written: {error.strerror}"
+        raise OSError(error.errno, message) from error
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -118,19 +118,19 @@ def locked(workdir: Path, name: str = ".lock", hint: str = "wait for it") -> Ite
 
 
 def check_links(workdir: Path) -> None:
-    """Sees that nothing that is written in a directory would be written elsewhere.
+    """Checks that no link in a directory, or in a folder of it, leads out of it.
 
-    The directory itself may be reached through a link. Within it, and within its folders, a link
-    must not lead out of it.
+    So nothing that is written there ends up elsewhere. The directory itself may be reached through
+    a link.
 
     Raises:
       ValueError: names the links that do.
     """
     root = workdir.resolve()
-    found = [path for pattern in ("*", "*/*") for path in sorted(root.glob(pattern))]
+    entries = [path for pattern in ("*", "*/*") for path in sorted(root.glob(pattern))]
     bad = [
         f"{path.relative_to(root)} -> {os.readlink(path)}"
-        for path in found
+        for path in entries
         if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(root)
     ]
     if bad:

@@ -5,52 +5,52 @@ The rules of :mod:`.moves` that make one kernel of several, whose ranks add up.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import JaxprEqn
 
 from lora_jax.factors import BATCH, IN, OUT, factor_shapes, positions, swap_sides
 from lora_jax.transform.kernel import (
     SAME,
     Kernel,
     Unfactored,
-    alike,
-    carried,
-    joint,
+    align_roles,
+    assign_roles,
+    carried_axes,
+    flip_sides,
+    join_kernels,
     refuse_gain,
-    turned,
-    widened,
-    with_roles,
+    widen,
 )
 
 Array = jax.Array
 
 
-def add(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
-    """``w + plain + a·b``; the ranks of two kernels add up."""
-    return [_summed([widened(v, w[0]) for v in vals if isinstance(v, Kernel)], w[0])]
+def add(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    """Computes ``w + plain + a·b``; the ranks of two kernels add up."""
+    return [_sum_kernels([widen(v, w[0]) for v in vals if isinstance(v, Kernel)], w[0])]
 
 
-def sub(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
-    """``w - plain + a·b``, or the other way round; the ranks of two kernels add up."""
-    kernels = [widened(v, w[0]) for v in vals if isinstance(v, Kernel)]
+def sub(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    """Computes ``w - plain + a·b``, or the other way round; the ranks of two kernels add up."""
+    kernels = [widen(v, w[0]) for v in vals if isinstance(v, Kernel)]
     if isinstance(vals[1], Kernel):
         kernels[-1] = dataclasses.replace(kernels[-1], b=-kernels[-1].b)
-    return [_summed(kernels, w[0])]
+    return [_sum_kernels(kernels, w[0])]
 
 
-def _summed(kernels: Sequence[Kernel], w: Array) -> Kernel:
+def _sum_kernels(kernels: Sequence[Kernel], w: Array) -> Kernel:
     refuse_gain(kernels, "adds to a kernel")
-    kernels = alike(kernels)
+    kernels = align_roles(kernels)
     first = kernels[0]
     if len(kernels) == 1:
         return dataclasses.replace(first, w=w)
     a = _join([k.a for k in kernels], first.a.ndim - 1)
     b = _join([k.b for k in kernels], first.axes.count(BATCH))
-    return joint(kernels, w=w, a=a, b=b, axes=first.axes)
+    return join_kernels(kernels, w=w, a=a, b=b, axes=first.axes)
 
 
 def _join(parts: Sequence[Array], axis: int) -> Array:
@@ -58,45 +58,47 @@ def _join(parts: Sequence[Array], axis: int) -> Array:
     return lax.concatenate([x.astype(dtype) for x in parts], axis)
 
 
-def select(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
-    """``lax.select_n`` by a scalar: a plain case has factors of zeros."""
+def select(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    """Selects with ``lax.select_n`` by a scalar; a plain case has factors of zeros."""
     which, *cases = vals
     if isinstance(which, Kernel) or jnp.ndim(which):
         raise Unfactored("selects entry by entry")
-    kernels = alike([c for c in cases if isinstance(c, Kernel)])
+    kernels = align_roles([c for c in cases if isinstance(c, Kernel)])
     rank = max(k.a.shape[-1] for k in kernels)
-    found = iter([_padded(k, rank) for k in kernels])
-    zero = jax.tree.map(jnp.zeros_like, _padded(kernels[0], rank))
-    whole = [next(found) if isinstance(c, Kernel) else zero for c in cases]
-    a, b = (_select_n(which, [getattr(k, side) for k in whole]) for side in ("a", "b"))
-    gains, side = _gains(cases, kernels)
+    remaining = iter([_pad_rank(k, rank) for k in kernels])
+    zero = jax.tree.map(jnp.zeros_like, _pad_rank(kernels[0], rank))
+    kernel_cases = [next(remaining) if isinstance(c, Kernel) else zero for c in cases]
+    a, b = (_select_n(which, [getattr(k, side) for k in kernel_cases]) for side in ("a", "b"))
+    gains, side = _collect_gains(cases, kernels)
     gain = _select_n(which, gains) if gains else None
     axes = kernels[0].axes
-    return [joint(kernels, w=w[0], a=a, b=b, axes=axes, gain=gain, gain_side=side)]
+    return [join_kernels(kernels, w=w[0], a=a, b=b, axes=axes, gain=gain, gain_side=side)]
 
 
-def _gains(parts: Sequence[Any], kernels: Sequence[Kernel]) -> tuple[list[Array], str]:
-    """A gain for each part, ones where it has none, and their side; no gains if none has any.
+def _collect_gains(
+    parts: Sequence[Kernel | Array], kernels: Sequence[Kernel]
+) -> tuple[list[Array], str]:
+    """Returns a gain for each part, ones where it has none, and their side; [] if none has any.
 
     Args:
       parts: kernels and plain arrays.
-      kernels: those that are kernels, in their order, with the same roles.
+      kernels: the kernels among the parts, in their order, with the same roles.
     """
     sides = {k.gain_side for k in kernels if k.gain is not None}
     if len(sides) > 1:
         raise Unfactored("combines kernels with gains on different sides")
     if not sides:
         return [], OUT
-    (side,), found = sides, iter(kernels)
-    where = carried(kernels[0].axes, side)
+    (side,), remaining = sides, iter(kernels)
+    axes = carried_axes(kernels[0].axes, side)
     dtype = jnp.result_type(*(k.gain for k in kernels if k.gain is not None))
 
     def gain(part: Kernel | Array) -> Array:
-        kernel = next(found) if isinstance(part, Kernel) else None
+        kernel = next(remaining) if isinstance(part, Kernel) else None
         if kernel is not None and kernel.gain is not None:
             return kernel.gain
         shape = np.shape(part if kernel is None else kernel.w)
-        return jnp.ones([shape[k] for k in where], dtype)
+        return jnp.ones([shape[k] for k in axes], dtype)
 
     return [gain(part) for part in parts], side
 
@@ -106,7 +108,7 @@ def _select_n(which: Array, cases: Sequence[Array]) -> Array:
     return lax.select_n(which, *(x.astype(dtype) for x in cases))
 
 
-def _padded(kernel: Kernel, rank: int) -> Kernel:
+def _pad_rank(kernel: Kernel, rank: int) -> Kernel:
     a = _pad_axis(kernel.a, kernel.a.ndim - 1, 0, rank)
     return dataclasses.replace(
         kernel, a=a, b=_pad_axis(kernel.b, kernel.axes.count(BATCH), 0, rank)
@@ -114,55 +116,55 @@ def _padded(kernel: Kernel, rank: int) -> Kernel:
 
 
 def _pad_axis(x: Array, axis: int, before: int, size: int) -> Array:
-    """Zeros around ``x`` along one axis, up to ``size``."""
+    """Pads ``x`` with zeros along one axis, up to ``size``."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (before, size - before - x.shape[axis])
     return jnp.pad(x, widths)
 
 
-def concatenate(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
-    """``lax.concatenate``; see :func:`_concatenated`."""
-    return [_concatenated(list(vals), w[0], eqn.params["dimension"])]
+def concatenate(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    """Concatenates as ``lax.concatenate``; see :func:`_concatenate_kernels`."""
+    return [_concatenate_kernels(list(vals), w[0], eqn.params["dimension"])]
 
 
-def stack(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
-    """The primitive of ``jnp.stack``: a concatenation along a new axis."""
+def stack(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    """Stacks as the primitive of ``jnp.stack``: concatenates along a new axis."""
     axis = eqn.params["axis"]
-    return [_concatenated([_with_new_axis(v, axis) for v in vals], w[0], axis)]
+    return [_concatenate_kernels([_insert_axis(v, axis) for v in vals], w[0], axis)]
 
 
-def _with_new_axis(part: Kernel | Array, axis: int) -> Kernel | Array:
+def _insert_axis(part: Kernel | Array, axis: int) -> Kernel | Array:
     if not isinstance(part, Kernel):
         return lax.expand_dims(part, [axis])
     axes = part.axes[:axis] + SAME + part.axes[axis:]
     return dataclasses.replace(part, w=lax.expand_dims(part.w, [axis]), axes=axes)
 
 
-def _concatenated(parts: Sequence[Any], w: Array, dimension: int) -> Kernel:
-    """Several kernels side by side, as when query, key and value are computed in one product.
+def _concatenate_kernels(parts: Sequence[Kernel | Array], w: Array, dimension: int) -> Kernel:
+    """Puts kernels side by side, as when query, key and value are computed in one product.
 
     ``[W1 + a1·b1, W2 + a2·b2] = [W1, W2] + [a1, a2]·diag(b1, b2)``: the ranks add up. Along a batch
     axis the factors are concatenated as they are, the ranks padded with zeros to the largest.
     """
-    kernels = alike([p for p in parts if isinstance(p, Kernel)])
+    kernels = align_roles([p for p in parts if isinstance(p, Kernel)])
     axes = kernels[0].axes
     if axes[dimension] == SAME:
         axes = axes[:dimension] + BATCH + axes[dimension + 1 :]
-        kernels = [with_roles(k, axes) for k in kernels]
-    found = iter(kernels)
-    whole = [next(found) if isinstance(p, Kernel) else p for p in parts]
-    factors = [_factors(part, kernels[0]) for part in whole]
+        kernels = [assign_roles(k, axes) for k in kernels]
+    remaining = iter(kernels)
+    aligned = [next(remaining) if isinstance(p, Kernel) else p for p in parts]
+    factors = [_factors(part, kernels[0]) for part in aligned]
     sizes = [(p.w if isinstance(p, Kernel) else p).shape[dimension] for p in parts]
-    a, b = _side_by_side(factors, sizes, axes, dimension)
-    gains, side = _gains(whole, kernels)
+    a, b = _concatenate_factors(factors, sizes, axes, dimension)
+    gains, side = _collect_gains(aligned, kernels)
     if gains and axes[dimension] not in (BATCH, side):
         refuse_gain(kernels, "joins kernels along a side that the gain does not vary over")
-    gain = _join(gains, carried(axes, side).index(dimension)) if gains else None
-    return joint(kernels, w=w, a=a, b=b, axes=axes, gain=gain, gain_side=side)
+    gain = _join(gains, carried_axes(axes, side).index(dimension)) if gains else None
+    return join_kernels(kernels, w=w, a=a, b=b, axes=axes, gain=gain, gain_side=side)
 
 
 def _factors(part: Kernel | Array, like: Kernel) -> tuple[Array, Array]:
-    """The factors of a kernel; a plain array is one of rank zero."""
+    """Returns the factors of a kernel; a plain array has factors of rank zero."""
     if isinstance(part, Kernel):
         return part.a, part.b
     axes = like.axes.replace(SAME, "")
@@ -171,14 +173,14 @@ def _factors(part: Kernel | Array, like: Kernel) -> tuple[Array, Array]:
     return jnp.zeros(a, like.a.dtype), jnp.zeros(b, like.b.dtype)
 
 
-def _side_by_side(
+def _concatenate_factors(
     factors: list[tuple[Array, Array]], sizes: list[int], axes: str, dimension: int
 ) -> tuple[Array, Array]:
     n, role = axes.count(BATCH), axes[dimension]
     if role == IN:  # the mirror image of an output axis
         swapped = [swap_sides(a, b, axes)[:2] for a, b in factors]
         mirror = swap_sides(*factors[0], axes)[2]
-        a, b = _side_by_side(swapped, sizes, mirror, dimension)
+        a, b = _concatenate_factors(swapped, sizes, mirror, dimension)
         return swap_sides(a, b, mirror)[:2]
     if role == BATCH:
         rank = max(a.shape[-1] for a, _ in factors)
@@ -193,17 +195,17 @@ def _side_by_side(
     return _join(a, a[0].ndim - 1), _join(b, n)
 
 
-def product(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
-    """A product of two kernels, whose ranks add up.
+def product(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    """Multiplies two kernels, whose ranks add up.
 
     ``(W1 + a1·b1)·(W2 + a2·b2) = W1·W2 + [a1, W1·a2]·[b1·(W2 + a2·b2), b2]``.
     """
     (left_in, right_in), (left_batch, _) = eqn.params["dimension_numbers"]
     if left_batch or not all(isinstance(v, Kernel) for v in vals):
         raise Unfactored("a product of two kernels with batch axes")
-    left = _with_side(vals[0], left_in, OUT)
-    right = _with_side(vals[1], right_in, IN)
-    # As matrices: rows of the left kernel, what is summed over, columns of the right one.
+    left = _assign_sides(vals[0], left_in, OUT)
+    right = _assign_sides(vals[1], right_in, IN)
+    # As matrices the kernels are (rows, summed) and (summed, columns).
     rows, columns = positions(left.axes, IN), positions(right.axes, OUT)
     w1 = lax.transpose(left.w, [*rows, *left_in]).reshape(-1, _size(left.w, left_in))
     w2 = lax.transpose(right.w, [*right_in, *columns]).reshape(w1.shape[1], -1)
@@ -220,7 +222,7 @@ def product(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
     a = a.reshape(*(left.w.shape[k] for k in rows), -1)
     b = b.reshape(-1, *(right.w.shape[k] for k in columns))
     axes = IN * len(rows) + OUT * len(columns)
-    return [joint([left, right], w=w[0], a=a, b=b, axes=axes)]
+    return [join_kernels([left, right], w=w[0], a=a, b=b, axes=axes)]
 
 
 def _size(x: Array, axes: Sequence[int]) -> int:
@@ -230,11 +232,11 @@ def _size(x: Array, axes: Sequence[int]) -> int:
     return size
 
 
-def _with_side(kernel: Kernel, summed: Sequence[int], role: str) -> Kernel:
-    """The kernel with exactly the given axes on one side, and the rest on the other."""
+def _assign_sides(kernel: Kernel, summed: Sequence[int], role: str) -> Kernel:
+    """Puts exactly the given axes of a kernel on one side, and the rest on the other."""
     other = IN if role == OUT else OUT
     axes = "".join(role if k in summed else other for k in range(len(kernel.axes)))
     try:
-        return with_roles(kernel, axes)
+        return assign_roles(kernel, axes)
     except Unfactored:
-        return with_roles(turned(kernel), axes)
+        return assign_roles(flip_sides(kernel), axes)

@@ -95,7 +95,7 @@ def _steps_of(lead: int, steps: tuple[Step, ...]) -> Callable[[Array], Array]:
     return run
 
 
-def form(value: Any) -> Any:
+def materialize(value: Any) -> Any:
     """The array that a value stands for, if it is deferred; else the value itself."""
     if not isinstance(value, Deferred):
         return value
@@ -115,7 +115,7 @@ def evaluate(
     """
     if not any(isinstance(v, Deferred) for v in vals):
         return run(vals)
-    made = lambda vals: run([form(_gathered(v)) for v in vals])
+    made = lambda vals: run([materialize(_gathered(v)) for v in vals])
     return jax.checkpoint(made, prevent_cse=prevent_cse)(list(vals))
 
 

@@ -1,8 +1,10 @@
-"""What is written down while roles are sought: uses of parameters, and where they are lost."""
+"""The record of the search for roles: uses of parameters, and places where they are lost."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from jax.extend.core import JaxprEqn
 
 from lora_jax import factors
 from lora_jax.transform import forms, origins, uses
@@ -17,10 +19,10 @@ class Use(NamedTuple):
     """One use of one parameter.
 
     Attributes:
-      primitive: what used it; "gather" for a lookup.
+      primitive: name of the primitive that uses it; "gather" for a lookup.
       roles: one letter for each axis.
-      level: what the other operand depends on; ``PAIRED`` if it is another parameter.
-      is_picked: rows of it were picked before, by something that depends on the inputs.
+      level: dependence of the other operand; ``PAIRED`` if it is another parameter.
+      is_picked: whether rows of it were picked before, by something that depends on the inputs.
       source: file and line in the user's code.
     """
 
@@ -36,12 +38,12 @@ PAIRED = -1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Findings:
-    """What a walk has found.
+    """The results of a walk.
 
     Attributes:
-      uses: by parameter, in the order of the code.
-      losses: by parameter, where it stopped to be one, and why.
-      hidden: the primitive that can't be looked into, by parameter that goes into one.
+      uses: uses of each parameter, in the order of the code.
+      losses: places where each parameter ceases to be one, with the reasons.
+      hidden: primitive that can't be looked into, for each parameter that goes into one.
       unknown: equations of a form that is not known, with JAX's version.
     """
 
@@ -55,24 +57,24 @@ class Pair(NamedTuple):
     """A product of two arrays that both come from parameters: one kernel and its input, or two."""
 
     name: str
-    eqn: Any
+    eqn: JaxprEqn
     values: tuple[Value, Value]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Walk:
-    """What is written down on the way.
+    """The state of a walk through a jaxpr.
 
     Attributes:
-      uses: as in :class:`Findings`; also of pairs.
-      losses: likewise.
-      hidden: likewise.
-      unknown: likewise.
+      uses: uses of each parameter, as in :class:`Findings`, and of each pair.
+      losses: as in :class:`Findings`.
+      hidden: as in :class:`Findings`.
+      unknown: as in :class:`Findings`.
       pairs: products of two parameters, in the order of the code.
-      seen: what is known of the outputs of a jaxpr, by jaxpr and inputs.
-      numbers: of the pairs.
-      enter: walks a jaxpr within, given what is known of its inputs.
-      is_final: False while a loop settles, when nothing is written down for good.
+      seen: values of the outputs of a jaxpr, by jaxpr and values of the inputs.
+      numbers: numbers for the names of pairs.
+      enter: function that walks an inner jaxpr, given the values of its inputs.
+      is_final: whether uses are recorded for good; they are not while a loop's carry converges.
     """
 
     uses: dict[str, list[Use]]
@@ -86,8 +88,8 @@ class Walk:
     is_final: bool = True
 
 
-def lose(walk: Walk, eqn: Any, values: Sequence[Value], why: str) -> None:
-    """Notes that the parameters among the values are not followed beyond an equation."""
+def lose(walk: Walk, eqn: JaxprEqn, values: Sequence[Value], why: str) -> None:
+    """Records that the parameters among the values are not followed beyond an equation."""
     if not walk.is_final:
         return
     where = forms.source(eqn)
@@ -99,17 +101,17 @@ def lose(walk: Walk, eqn: Any, values: Sequence[Value], why: str) -> None:
                 reasons.append(reason)
 
 
-def hide(walk: Walk, eqn: Any, values: Sequence[Value]) -> None:
-    """Notes that parameters go into a primitive that can't be looked into."""
+def hide(walk: Walk, eqn: JaxprEqn, values: Sequence[Value]) -> None:
+    """Records that parameters go into a primitive that can't be looked into."""
     lose(walk, eqn, values, f"goes into {eqn.primitive.name!r}, which can't be looked into")
     for value in values if walk.is_final else ():
         walk.hidden.update(dict.fromkeys(origins.names(value.axes), eqn.primitive.name))
 
 
-def record(walk: Walk, eqn: Any, operand: int, value: Value, level: int) -> None:
-    """Notes a use of the parameters of one operand; ``level`` is that of the other operands."""
+def record(walk: Walk, eqn: JaxprEqn, operand: int, value: Value, level: int) -> None:
+    """Records a use of the parameters of one operand; ``level`` is that of the other operands."""
     if value.is_mixed and eqn.primitive.name in ("dot_general", LOOKUP):
-        return  # the product with the constant was its use; a convolution's kernel is resized so
+        return  # it was used by the product with the constant, unless it is a resized convolution's
     try:
         sides = sides_of(eqn, operand)
     except Unfactored as why:
@@ -119,46 +121,48 @@ def record(walk: Walk, eqn: Any, operand: int, value: Value, level: int) -> None
         return
     for name, roles in roles_of(value.axes, sides).items():
         use = Use(eqn.primitive.name, roles, level, value.is_picked, forms.source(eqn))
-        _note(walk, name, use)
+        _add_use(walk, name, use)
 
 
-def sides_of(eqn: Any, operand: int) -> uses.Sides:
-    """How an equation uses the axes of one of its operands.
+def sides_of(eqn: JaxprEqn, operand: int) -> uses.Sides:
+    """Returns how an equation uses the axes of one of its operands.
 
     Raises:
-      Unfactored: it has not two sides there.
+      Unfactored: the operand does not have two sides there.
     """
     shape = origins.shape(eqn.invars[operand])
     return uses.USES[eqn.primitive.name].sides(eqn.params, operand, shape)
 
 
-def _note(walk: Walk, name: str, use: Use) -> None:
+def _add_use(walk: Walk, name: str, use: Use) -> None:
     known = walk.uses.setdefault(name, [])
     if walk.is_final and use not in known:
         known.append(use)
 
 
 def roles_of(axes: origins.Axes, sides: uses.Sides) -> dict[str, str]:
-    """Roles of the axes of each parameter in one use.
+    """Returns the roles of the axes of each parameter in one use.
 
     An axis that is no longer there was stacked: a scan or an index took one entry of it.
     """
-    found: dict[str, list[set[str]]] = {}
+    by_name: dict[str, list[set[str]]] = {}
     for k, axis in enumerate(axes):
-        role = (
-            factors.IN if k in sides.inputs else factors.BATCH if k in sides.batch else factors.OUT
-        )
+        role = _role_of(k, sides)
         for origin in axis:
-            known = found.setdefault(origin.name, [set() for _ in range(origin.ndim)])
+            known = by_name.setdefault(origin.name, [set() for _ in range(origin.ndim)])
             known[origin.axis].add(role)
     # An axis that is used in two ways has no role.
-    clear = {name: axes for name, axes in found.items() if all(len(roles) < 2 for roles in axes)}
-    return {
-        name: "".join(roles.pop() if roles else factors.BATCH for roles in axes)
-        for name, axes in clear.items()
-    }
+    is_clear = lambda axes: all(len(roles) < 2 for roles in axes)
+    join = lambda axes: "".join(roles.pop() if roles else factors.BATCH for roles in axes)
+    return {name: join(axes) for name, axes in by_name.items() if is_clear(axes)}
+
+
+def _role_of(axis: int, sides: uses.Sides) -> str:
+    if axis in sides.inputs:
+        return factors.IN
+    return factors.BATCH if axis in sides.batch else factors.OUT
 
 
 def has_two_sides(roles: str) -> bool:
-    """Whether there are inputs and outputs."""
+    """Tells whether there are inputs and outputs."""
     return factors.IN in roles and factors.OUT in roles

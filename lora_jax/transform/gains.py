@@ -1,8 +1,8 @@
 """Gains in the uses of a kernel: ``x·(gain ⊙ W)``, computed from ``x·W``.
 
-Where a use keeps the axes along which the gain varies, what the product gives is scaled. Where it
-sums over them, as with a transposed kernel, what the product takes is. :data:`GAINS` says for each
-primitive how, that is, where the axes of the gain are in the result and in the other operand.
+Where a use keeps the axes along which the gain varies, the result of the product is scaled. Where
+it sums over them, as with a transposed kernel, the other operand is scaled. :data:`GAINS` has for
+each primitive the rules, which know where the gain's axes are in the result and in the operand.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import JaxprEqn
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.factors import BATCH, IN, OUT, spread, wide_dtype
 from lora_jax.transform import uses
-from lora_jax.transform.kernel import Kernel, Unfactored, carried
+from lora_jax.transform.kernel import Kernel, Unfactored, carried_axes
 from lora_jax.transform.uses import Factors
 
 Array = jax.Array
@@ -28,43 +29,43 @@ class Gain(NamedTuple):
     Each takes the equation's parameters, its operands, the factors, and the array to be scaled.
 
     Attributes:
-      result: scales the result by a gain that varies over outputs.
-      operand: scales the other operand by a gain that varies over inputs; None where such a gain
-        scales the result, too.
+      result: rule that scales the result by a gain that varies over outputs.
+      operand: rule that scales the other operand by a gain that varies over inputs; None if such a
+        gain scales the result, too.
     """
 
     result: Rule
     operand: Rule | None
 
 
-def scale_operand(eqn: Any, vals: Sequence[Any], which: int) -> list:
-    """The operands for the frozen part, scaled where the use sums over the axes of the gain.
+def scale_operand(eqn: JaxprEqn, vals: Sequence[Any], which: int) -> list:
+    """Returns the operands for the frozen part, scaled where the use sums over the gain's axes.
 
     Args:
-      eqn: the use.
-      vals: its operands.
-      which: the number of the one that is a kernel with a gain.
+      eqn: equation of the use.
+      vals: operands of the equation.
+      which: number of the operand that is a kernel with a gain.
 
     Raises:
-      Unfactored: the gain is not one of the other operand.
+      Unfactored: the gain can't scale the other operand.
     """
     kernel, scale = vals[which], GAINS[eqn.primitive.name].operand
     plain = [v.w if isinstance(v, Kernel) else v for v in vals]
     if scale is None:
         return plain
     sides = uses.USES[eqn.primitive.name].sides(eqn.params, which, kernel.w.shape)
-    factors = uses.oriented(kernel, sides)
+    factors = uses.orient(kernel, sides)
     if factors.gain_side == IN:
         other = 1 if which == 0 else 0
         plain[other] = scale(eqn.params, vals, factors, plain[other])
     return plain
 
 
-def scale_result(eqn: Any, vals: Sequence[Any], factors: Factors, base: Array) -> Array:
-    """The product with the frozen part, scaled where the use keeps the axes of the gain.
+def scale_result(eqn: JaxprEqn, vals: Sequence[Any], factors: Factors, base: Array) -> Array:
+    """Scales the product with the frozen part, where the use keeps the axes of the gain.
 
     Raises:
-      Unfactored: the gain is not one of the result.
+      Unfactored: the gain can't scale the result.
     """
     rules = GAINS[eqn.primitive.name]
     if factors.gain_side == IN and rules.operand is not None:
@@ -72,21 +73,21 @@ def scale_result(eqn: Any, vals: Sequence[Any], factors: Factors, base: Array) -
     return rules.result(eqn.params, vals, factors, base)
 
 
-def _times(x: Array, gain: Array) -> Array:
-    """The product in the wider precision of the two, rounded once to that of ``x``."""
+def _multiply(x: Array, gain: Array) -> Array:
+    """Multiplies in the wider precision of the two, and rounds once to that of ``x``."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise Unfactored(f"its gain would scale {x.dtype}")
     dtype = wide_dtype(x.dtype, gain.dtype)
-    return (x.astype(dtype) * _placed(gain, x).astype(dtype)).astype(x.dtype)
+    return (x.astype(dtype) * _place_gain(gain, x).astype(dtype)).astype(x.dtype)
 
 
-def _placed(gain: Array, x: Array) -> Array:
-    """The gain with the explicit sharding of the array that it scales."""
+def _place_gain(gain: Array, x: Array) -> Array:
+    """Gives the gain the explicit sharding of the array that it scales."""
     shardings = [getattr(jax.typeof(y), "sharding", None) for y in (gain, x)]
-    have, wanted = ([*getattr(sharding, "spec", ())] for sharding in shardings)
-    if all(entry is None for entry in (*have, *wanted)):
+    gain_spec, x_spec = ([*getattr(sharding, "spec", ())] for sharding in shardings)
+    if all(entry is None for entry in (*gain_spec, *x_spec)):
         return gain
-    entries = [entry if gain.shape[k] != 1 else None for k, entry in enumerate(wanted)]
+    entries = [entry if gain.shape[k] != 1 else None for k, entry in enumerate(x_spec)]
     return jax.sharding.reshard(gain, NamedSharding(shardings[1].mesh, PartitionSpec(*entries)))
 
 
@@ -96,24 +97,24 @@ def _dot_result(params: dict, vals: Sequence[Any], f: Factors, y: Array) -> Arra
     free = [k for k in range(len(f.axes)) if k not in (*contracting, *batch)]
     first = len(batch) if which == 0 else y.ndim - len(free)
     places = {k: n for n, k in enumerate(batch)} | {k: first + n for n, k in enumerate(free)}
-    return _times(y, spread(f.gain, [places[k] for k in carried(f.axes, OUT)], y.ndim))
+    return _multiply(y, spread(f.gain, [places[k] for k in carried_axes(f.axes, OUT)], y.ndim))
 
 
 def _dot_operand(params: dict, vals: Sequence[Any], f: Factors, x: Array) -> Array:
     which = 0 if isinstance(vals[0], Kernel) else 1
     contracting, batch = params["dimension_numbers"]
-    ours, theirs = ((*contracting[k], *batch[k]) for k in (which, 1 - which))
-    places, where = dict(zip(ours, theirs, strict=True)), carried(f.axes, IN)
-    if not set(where) <= set(places):
+    kernel_dims, operand_dims = ((*contracting[k], *batch[k]) for k in (which, 1 - which))
+    places, gain_axes = dict(zip(kernel_dims, operand_dims, strict=True)), carried_axes(f.axes, IN)
+    if not set(gain_axes) <= set(places):
         raise Unfactored("its input would be scaled by a gain for each kernel of a stack")
-    return _times(x, spread(f.gain, [places[k] for k in where], x.ndim))
+    return _multiply(x, spread(f.gain, [places[k] for k in gain_axes], x.ndim))
 
 
 def _ragged(params: dict, vals: Sequence[Any], f: Factors, x: Array) -> Array:
     """Scales each row, ``(rows, in)`` or ``(rows, out)``, by the gain of its expert."""
     if x.ndim != 2 or f.axes != "bio":
         raise Unfactored("a ragged product of other than (rows, in) and (experts, in, out)")
-    return _times(x, jnp.repeat(f.gain, vals[2], axis=0, total_repeat_length=x.shape[0]))
+    return _multiply(x, jnp.repeat(f.gain, vals[2], axis=0, total_repeat_length=x.shape[0]))
 
 
 def _gather(params: dict, vals: Sequence[Any], f: Factors, y: Array) -> Array:
@@ -124,28 +125,28 @@ def _gather(params: dict, vals: Sequence[Any], f: Factors, y: Array) -> Array:
     n_out = f.axes.count(OUT)
 
     def of_rows(x: Array) -> Array:
-        rows = uses.rows_at(params, indices, lax.expand_dims(x, [x.ndim]), f.axes)
+        rows = uses.look_up_rows(params, indices, lax.expand_dims(x, [x.ndim]), f.axes)
         rows = lax.reshape(rows, (*rows.shape[:-1], *[1] * n_out))
-        return uses.as_gathered(rows, params["dimension_numbers"], f.axes, n_ids)
+        return uses.arrange_as_gathered(rows, params["dimension_numbers"], f.axes, n_ids)
 
     if f.gain_side == IN:
         gain = of_rows(f.gain)
     else:
         gain = lax.expand_dims(f.gain, range(n_ids))
-        gain = uses.as_gathered(gain, params["dimension_numbers"], f.axes, n_ids)
+        gain = uses.arrange_as_gathered(gain, params["dimension_numbers"], f.axes, n_ids)
     if params["mode"] != lax.GatherScatterMode.FILL_OR_DROP:
-        return _times(y, gain)
-    # What is filled up where an index is out of bounds is not scaled. It may be NaN, which would
-    # spoil the gradient of the gain, so that it must not get into the product.
+        return _multiply(y, gain)
+    # Values that fill rows of indices out of bounds are not scaled. They may be NaN, which would
+    # spoil the gradient of the gain, so that they must not get into the product.
     sizes = [n for n, role in zip(vals[0].w.shape, f.axes, strict=True) if role == IN]
     is_row = jnp.broadcast_to(of_rows(jnp.ones(sizes, bool)), y.shape)
-    return jnp.where(is_row, _times(jnp.where(is_row, y, jnp.zeros_like(y)), gain), y)
+    return jnp.where(is_row, _multiply(jnp.where(is_row, y, jnp.zeros_like(y)), gain), y)
 
 
 def _conv_result(params: dict, vals: Sequence[Any], f: Factors, y: Array) -> Array:
     if f.axes.count(OUT) != 1 or BATCH in f.axes:
         raise Unfactored("convolution with a kernel whose output axis is not its only output")
-    return _times(y, spread(f.gain, [params["dimension_numbers"].out_spec[1]], y.ndim))
+    return _multiply(y, spread(f.gain, [params["dimension_numbers"].out_spec[1]], y.ndim))
 
 
 def _conv_operand(params: dict, vals: Sequence[Any], f: Factors, x: Array) -> Array:

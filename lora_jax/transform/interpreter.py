@@ -17,25 +17,25 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import JaxprEqn
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.dropout import dropout
 from lora_jax.factors import BATCH
 from lora_jax.transform import (
-    ahead,
     combinations,
     deferred,
     forms,
     gains,
-    kernel,
+    lookahead,
     moves,
     rearrangements,
     uses,
 )
-from lora_jax.transform.ahead import Wanted
 from lora_jax.transform.deferred import Deferred
 from lora_jax.transform.forms import Body, vary, varying_axes
-from lora_jax.transform.kernel import Kernel, Unfactored
+from lora_jax.transform.kernel import Kernel, Unfactored, materialize, with_numbers
+from lora_jax.transform.lookahead import Demand
 
 Array = jax.Array
 
@@ -44,9 +44,9 @@ class Event(NamedTuple):
     """One use of one kernel, or of several that were joined, seen during a trace.
 
     Attributes:
-      names: the paths of the parameters.
-      primitive: what used it.
-      reason: why it was formed in full there; empty if it stayed factored.
+      names: paths of the parameters.
+      primitive: name of the primitive that uses it.
+      reason: reason why it is formed in full there; empty if it stays factored.
       source: file and line in the user's code.
     """
 
@@ -56,129 +56,132 @@ class Event(NamedTuple):
     source: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Scope:
-    """What holds at one place of the evaluation.
+    """The settings at one place of the evaluation.
 
     Attributes:
-      strict: a fallback is an error.
+      strict: whether a fallback is an error.
       rate: dropout rate of all low-rank branches; None for the rate of each kernel.
-      key: the PRNG key of this place; each equation folds in its position.
-      events: where uses are recorded, by place, so that tracing a loop body twice counts once; None
-        if nobody asks.
-      place: the equations around this one.
-      depth: the number of nested calls around this one.
-      keeps: of each result of this equation, whether whatever uses it takes kernels.
-      varies: in a ``shard_map``, factors vary over devices over which their kernels do not, and so
-        do values that the user's equations were made for as constant.
-      in_scan: this is the body of a loop, of which the gradient is a loop of its own.
+      key: PRNG key of this place, into which each equation folds its position.
+      events: record of uses by place, so that tracing a loop body twice counts once; None if no
+        record is wanted.
+      place: identities of the equations around this one.
+      depth: number of nested calls around this one.
+      allows_kernels: for each result of this equation, whether all that uses it takes kernels.
+      varies: whether factors vary over devices of a ``shard_map`` over which their kernels do not,
+        so that values vary, too, which are constant in the user's equations.
+      in_scan: whether this is the body of a loop, of which the gradient is a loop of its own.
     """
 
     strict: bool = False
-    rate: Any = None
+    rate: Array | float | None = None
     key: Array | None = None
     events: dict[tuple, Event] | None = None
     place: tuple = ()
     depth: int = 0
-    keeps: tuple[bool, ...] = ()
+    allows_kernels: tuple[bool, ...] = ()
     varies: bool = False
     in_scan: bool = False
 
-    def at(self, index: Any, place: Any = None, keeps: tuple[bool, ...] = ()) -> "Scope":
-        """The scope of the equation (or loop iteration) number ``index``."""
+    def child(
+        self, index: Any, place: Any = None, allows_kernels: tuple[bool, ...] = ()
+    ) -> "Scope":
+        """Returns the scope of the equation (or loop iteration) number ``index``."""
         key = None if self.key is None else jax.random.fold_in(self.key, index)
         places = (*self.place, place)
-        # Once for each equation: `dataclasses.replace` takes three times as long.
+        # This runs for each equation, and `dataclasses.replace` takes three times as long.
         return Scope(
-            self.strict,
-            self.rate,
-            key,
-            self.events,
-            places,
-            self.depth,
-            keeps,
-            self.varies,
-            self.in_scan,
+            strict=self.strict,
+            rate=self.rate,
+            key=key,
+            events=self.events,
+            place=places,
+            depth=self.depth,
+            allows_kernels=allows_kernels,
+            varies=self.varies,
+            in_scan=self.in_scan,
         )
 
     def record(self, event: Event) -> None:
-        """Notes the use of a kernel at this place; of two of one kernel, that which forms it."""
+        """Records a use of a kernel at this place; a fallback is never overwritten."""
         place = (*self.place, event.names)
         if self.events is not None and not getattr(self.events.get(place), "reason", ""):
             self.events[place] = event
 
 
-Control = Callable[["Scope", Any, Sequence[Any]], list]
+Control = Callable[["Scope", JaxprEqn, Sequence[Any]], list]
 
 
 def evaluate(scope: Scope, body: Body, args: Sequence[Any], control: Mapping[str, Control]) -> list:
     """Evaluates a jaxpr some of whose inputs are kernels; outputs may be kernels too.
 
     Args:
-      scope: what holds here.
-      body: the jaxpr.
+      scope: scope of the jaxpr.
+      body: jaxpr with its arrays.
       args: arrays and kernels.
-      control: the rules of control flow, by primitive, which call this function again.
+      control: rules of control flow by primitive, which call this function again.
     """
     env: dict[Any, Any] = dict(zip(body.jaxpr.constvars, body.consts, strict=True))
     env.update(zip(body.jaxpr.invars, args, strict=True))
     read = lambda atom: atom.val if forms.is_literal(atom) else env[atom]
-    wanted = ahead.wanted(body.jaxpr, scope.keeps)
+    demand = lookahead.find_demand(body.jaxpr, scope.allows_kernels)
     index = -1
     for eqn in body.jaxpr.eqns:
-        # Not counted, so that dropout is the same on a mesh, where a model may have them.
+        # Constraints do not count, so that dropout is the same with a mesh and without.
         index += eqn.primitive.name != "sharding_constraint"
         vals = [read(atom) for atom in eqn.invars]
         has_kernel = any(isinstance(v, Kernel | Deferred) for v in vals)
         in_control = scope.varies and forms.name_of(eqn) in control
-        if has_kernel or (in_control and _vary_anew(eqn, vals)):
-            inner = scope.at(index, id(eqn), wanted.keeps(eqn.outvars))
-            outs = _factored(inner, eqn, vals, wanted, control)
+        if has_kernel or (in_control and _has_new_varying_axes(eqn, vals)):
+            inner = scope.child(index, id(eqn), demand.allows_kernels(eqn.outvars))
+            outs = _evaluate_factored(inner, eqn, vals, demand, control)
         else:
-            outs = plain(eqn, vary_alike(eqn, vals) if scope.varies else vals, wanted.used)
+            outs = evaluate_plain(eqn, vary_alike(eqn, vals) if scope.varies else vals, demand.used)
         env.update(zip(eqn.outvars, outs, strict=True))
     return [read(atom) for atom in body.jaxpr.outvars]
 
 
-def plain(eqn: Any, vals: Sequence[Any], used: set | None = None) -> list:
+def evaluate_plain(eqn: JaxprEqn, vals: Sequence[Any], used: set | None = None) -> list:
     """Hands one equation to JAX, as a jaxpr of its own: nothing of JAX is re-implemented here."""
     if eqn.primitive.name == "pvary":
         # An operand may vary over devices already, where an adapter does and the base does not.
         axes = tuple(a for a in eqn.params["axes"] if a not in varying_axes(vals[0]))
-        return [forms.rebound(eqn, vals[0], axes=axes)] if axes else [*vals]
+        return [forms.rebind(eqn, vals[0], axes=axes)] if axes else [*vals]
     variables = {
         atom: v for atom, v in zip(eqn.invars, vals, strict=True) if not forms.is_literal(atom)
     }
-    kept = [k for k, v in enumerate(eqn.outvars) if used is None or v in used]
-    outvars = [eqn.outvars[k] for k in kept]
-    jaxpr = _empty().replace(
+    used_outputs = [k for k, v in enumerate(eqn.outvars) if used is None or v in used]
+    outvars = [eqn.outvars[k] for k in used_outputs]
+    jaxpr = _empty_jaxpr().replace(
         invars=list(variables), outvars=outvars, eqns=[eqn], effects=eqn.effects
     )
-    results = dict(zip(kept, jax.core.eval_jaxpr(jaxpr, (), *variables.values()), strict=True))
+    outs = jax.core.eval_jaxpr(jaxpr, (), *variables.values())
+    results = dict(zip(used_outputs, outs, strict=True))
     return [results.get(k) for k in range(len(eqn.outvars))]
 
 
 @functools.cache
-def _empty() -> Any:
-    """A jaxpr without anything in it, to be filled with one equation."""
+def _empty_jaxpr() -> Any:
+    """Makes a jaxpr without anything in it, to be filled with one equation."""
     return forms.body_of(jax.make_jaxpr(lambda: ())()).jaxpr
 
 
-def _vary_anew(eqn: Any, vals: Sequence[Any]) -> bool:
-    known = [forms.varying_axes_of(atom.aval) for atom in eqn.invars]
-    return any(varying_axes(v) - axes for v, axes in zip(vals, known, strict=True))
+def _has_new_varying_axes(eqn: JaxprEqn, vals: Sequence[Any]) -> bool:
+    expected = [forms.varying_axes_of(atom.aval) for atom in eqn.invars]
+    return any(varying_axes(v) - axes for v, axes in zip(vals, expected, strict=True))
 
 
-def vary_alike(eqn: Any, vals: Sequence[Any]) -> list:
-    """Operands that vary over the same axes, as most primitives want them."""
+def vary_alike(eqn: JaxprEqn, vals: Sequence[Any]) -> list:
+    """Makes operands vary over the same axes, as most primitives want them."""
     if forms.bodies(eqn) or eqn.primitive.name == "pvary":
         return [*vals]
     axes = frozenset().union(*map(varying_axes, vals)) if vals else frozenset()
     return [vary(v, axes) for v in vals]
 
 
-def _factored(
-    scope: Scope, eqn: Any, vals: Sequence, wanted: Wanted, control: Mapping[str, Control]
+def _evaluate_factored(
+    scope: Scope, eqn: JaxprEqn, vals: Sequence, demand: Demand, control: Mapping[str, Control]
 ) -> list:
     name = forms.name_of(eqn)
     rule = control.get(name)
@@ -187,96 +190,100 @@ def _factored(
             return rule(scope, eqn, vals)
         with eqn.ctx.manager:
             if not any(isinstance(v, Kernel) for v in vals):
-                return _quantized(scope, eqn, vals, wanted)
+                return _evaluate_quantized(scope, eqn, vals, demand)
             if name in moves.MOVES:
-                return _move(eqn, vals, wanted)
+                return _apply_move(eqn, vals, demand)
             if name in uses.USES:
-                return _use(scope, eqn, vals, wanted)
+                return _apply_use(scope, eqn, vals, demand)
         raise Unfactored("no rule keeps a low-rank sum factored here")
     except Unfactored as why:
         reason = str(why)
     except (KeyError, TypeError, AttributeError) as error:
-        reason = forms.unknown(eqn, error)
-    return plain(eqn, [formed(scope, v, name, reason, eqn) for v in vals], wanted.used)
+        reason = forms.describe_unknown(eqn, error)
+    return evaluate_plain(eqn, [fall_back(scope, v, name, reason, eqn) for v in vals], demand.used)
 
 
-def _frozen(vals: Sequence) -> list:
+def _frozen_parts(vals: Sequence) -> list:
     return [v.w if isinstance(v, Kernel) else v for v in vals]
 
 
-def _quantized(scope: Scope, eqn: Any, vals: Sequence, wanted: Wanted) -> list:
-    """An equation that has quantized operands, none of which is adapted."""
+def _evaluate_quantized(scope: Scope, eqn: JaxprEqn, vals: Sequence, demand: Demand) -> list:
+    """Evaluates an equation that has quantized operands, none of which is adapted."""
     if (moved := deferred.move(eqn, vals)) is not None:
         return moved
     if eqn.primitive.name in uses.USES:
-        return _plain_at_use(scope, eqn, vals, wanted.used)
-    return plain(eqn, [deferred.form(v) for v in vals], wanted.used)
+        return _evaluate_use(scope, eqn, vals, demand.used)
+    return evaluate_plain(eqn, [deferred.materialize(v) for v in vals], demand.used)
 
 
-def _plain_at_use(scope: Scope, eqn: Any, vals: Sequence, used: set | None = None) -> list:
+def _evaluate_use(scope: Scope, eqn: JaxprEqn, vals: Sequence, used: set | None = None) -> list:
     """Hands a product to JAX; the numbers of a quantized operand are made for it, in each pass."""
-    run = lambda vals: plain(eqn, vals, used)
+    run = lambda vals: evaluate_plain(eqn, vals, used)
     # In a loop the passes are apart anyway, and what the backward pass computes again for other
     # reasons is the same.
     return deferred.evaluate(run, vals, prevent_cse=not scope.in_scan)
 
 
-def _move(eqn: Any, vals: Sequence, wanted: Wanted) -> list:
-    if eqn.primitive.name in moves.WITH_AN_ARRAY:
+def _apply_move(eqn: JaxprEqn, vals: Sequence, demand: Demand) -> list:
+    if eqn.primitive.name in moves.AMBIGUOUS:
         arrays = [v for v in vals if isinstance(v, Kernel) or jnp.ndim(v)]
-        if len(arrays) > 1 and not set(eqn.outvars) <= wanted.as_kernels:
+        if len(arrays) > 1 and not set(eqn.outvars) <= demand.kernels_only:
             raise Unfactored("the result is used as an activation, or changed entry by entry")
-    w = deferred.move(eqn, _frozen(vals))
+    w = deferred.move(eqn, _frozen_parts(vals))
     if w is None:
-        vals = [kernel.with_numbers(v) for v in vals]
-        w = plain(eqn, _frozen(vals))
+        vals = [with_numbers(v) for v in vals]
+        w = evaluate_plain(eqn, _frozen_parts(vals))
     return moves.MOVES[forms.name_of(eqn)](eqn, vals, w)
 
 
-def _use(scope: Scope, eqn: Any, vals: Sequence, wanted: Wanted) -> list:
+def _apply_use(scope: Scope, eqn: JaxprEqn, vals: Sequence, demand: Demand) -> list:
     use = uses.USES[eqn.primitive.name]
-    vals = [deferred.form(v) for v in vals]  # of what is not adapted
+    vals = [deferred.materialize(v) for v in vals]  # of what is not adapted
     if scope.varies:
-        vals = _kernels_vary_alike(eqn, vals)
+        vals = _vary_kernels_alike(eqn, vals)
     kernels = [k for k, v in enumerate(vals) if isinstance(v, Kernel)]
     if use.branch is None:
         raise Unfactored("no rule keeps a low-rank sum factored here")
     is_product = eqn.primitive.name == "dot_general" and len(kernels) == 2
     has_gain = any(vals[k].gain is not None for k in kernels)
-    if is_product and not has_gain and set(eqn.outvars) <= wanted.as_kernels:
-        vals = [kernel.with_numbers(v) for v in vals]
-        return combinations.product(eqn, vals, plain(eqn, _frozen(vals)))
+    if is_product and not has_gain and set(eqn.outvars) <= demand.kernels_only:
+        vals = [with_numbers(v) for v in vals]
+        return combinations.product(eqn, vals, evaluate_plain(eqn, _frozen_parts(vals)))
     if len(kernels) > 1:
-        # One of them is formed: the smaller, which is an input more often.
+        # The smaller of them is formed: it is more often an input.
         first = min(kernels, key=lambda k: vals[k].w.size)
         reason = "the other operand is a low-rank sum too"
-        array = formed(scope, vals[first], eqn.primitive.name, reason, eqn)
-        return _use(scope, eqn, [array if k == first else v for k, v in enumerate(vals)], wanted)
+        array = fall_back(scope, vals[first], eqn.primitive.name, reason, eqn)
+        operands = [array if k == first else v for k, v in enumerate(vals)]
+        return _apply_use(scope, eqn, operands, demand)
     if kernels[0] not in use.operands:
         raise Unfactored(f"it is operand {kernels[0]}; the rule wants one of {use.operands}")
-    operands = gains.scale_operand(eqn, vals, kernels[0]) if has_gain else _frozen(vals)
-    sum_ = vals[kernels[0]]
-    sides = use.sides(eqn.params, kernels[0], sum_.w.shape)
-    if eqn.primitive.name == "gather" and {sum_.axes[k] for k in sides.inputs} == {BATCH}:
-        (base,) = deferred.move(eqn, operands) or _plain_at_use(scope, eqn, operands)
-        return rearrangements.picked(eqn, sum_, vals[1], base, sides.inputs)
-    (base,) = _plain_at_use(scope, eqn, operands)
-    factors = uses.oriented(sum_, sides)
+    operands = gains.scale_operand(eqn, vals, kernels[0]) if has_gain else _frozen_parts(vals)
+    kernel = vals[kernels[0]]
+    sides = use.sides(eqn.params, kernels[0], kernel.w.shape)
+    if eqn.primitive.name == "gather" and {kernel.axes[k] for k in sides.inputs} == {BATCH}:
+        (base,) = deferred.move(eqn, operands) or _evaluate_use(scope, eqn, operands)
+        return rearrangements.pick_entries(eqn, kernel, vals[1], base, sides.inputs)
+    (base,) = _evaluate_use(scope, eqn, operands)
+    factors = uses.orient(kernel, sides)
     if has_gain:
         base = gains.scale_result(eqn, vals, factors, base)
-    branch = use.branch(eqn.params, vals, factors, base, functools.partial(_drop, scope, sum_))
-    scope.record(Event(sum_.names, eqn.primitive.name, source=forms.source(eqn)))
+    drop = functools.partial(_drop_inputs, scope, kernel)
+    branch = use.branch(eqn.params, vals, factors, base, drop)
+    scope.record(Event(kernel.names, eqn.primitive.name, source=forms.source(eqn)))
     return [base + branch.astype(base.dtype)]
 
 
-def _kernels_vary_alike(eqn: Any, vals: Sequence) -> list:
-    arrays = vary_alike(eqn, _frozen(vals))
+def _vary_kernels_alike(eqn: JaxprEqn, vals: Sequence) -> list:
+    arrays = vary_alike(eqn, _frozen_parts(vals))
     pairs = zip(vals, arrays, strict=True)
     return [dataclasses.replace(v, w=x) if isinstance(v, Kernel) else x for v, x in pairs]
 
 
-def _drop(scope: Scope, sum_: Kernel, x: Array, shape: Sequence[int] | None = None) -> Array:
-    rate = sum_.rate or None if scope.rate is None else scope.rate
+def _drop_inputs(
+    scope: Scope, kernel: Kernel, x: Array, shape: Sequence[int] | None = None
+) -> Array:
+    rate = kernel.rate or None if scope.rate is None else scope.rate
     if rate is None:
         return x
     key = scope.key
@@ -284,30 +291,30 @@ def _drop(scope: Scope, sum_: Kernel, x: Array, shape: Sequence[int] | None = No
         key = jax.random.fold_in(key, lax.axis_index(axis))
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and jax.typeof(key).sharding.mesh != mesh:
-        # The equation is one of a part with automatic axes in a function with explicit ones.
+        # The equation is in a part with automatic axes of a function with explicit ones.
         key = jax.sharding.reshard(key, NamedSharding(mesh, PartitionSpec()))
     return dropout(x, rate, key, shape)
 
 
-def formed(scope: Scope, value: Any, primitive: str, reason: str, eqn: Any = None) -> Any:
+def fall_back(scope: Scope, value: Any, primitive: str, reason: str, eqn: JaxprEqn = None) -> Any:
     """Falls back to ``W + s·BA`` if ``value`` is a kernel; makes numbers of one that is frozen."""
     if not isinstance(value, Kernel):
-        return deferred.form(value)
+        return deferred.materialize(value)
     source = "" if eqn is None else forms.source(eqn)
     scope.record(Event(value.names, primitive, reason=reason, source=source))
-    # What the function returns is no product: its sum has no input to drop anything of.
+    # A kernel that the function returns has no input, of which dropout could drop entries.
     drops = (scope.rate is not None or value.rate) and primitive != OUTPUT
     if drops or scope.strict:
         why = "dropout needs it factored" if drops else "strict=True forbids it"
         raise FallbackError(Event(value.names, primitive, reason, source), why)
-    return kernel.form(value)
+    return materialize(value)
 
 
 OUTPUT = "output"
 
 
 class FallbackError(ValueError):
-    """A kernel would be formed in full where that is forbidden."""
+    """An attempt to form a kernel in full where that is forbidden."""
 
     def __init__(self, event: Event, why: str) -> None:
         self.event, self.why = event, why

@@ -15,6 +15,7 @@ from lora_jax.transform.deferred import Deferred
 
 Array = jax.Array
 SAME = "="  # the role of an axis along which the sum is constant: neither factor carries it
+Change = Callable[[Array, list[int], list[int]], Array]
 
 
 class Unfactored(Exception):
@@ -26,14 +27,14 @@ class Kernel:
     """A kernel inside the interpreter: ``gain ⊙ w + a·b``, rearranged by the moves so far.
 
     Attributes:
-      w: the frozen part, which may be quantized.
+      w: frozen part, which may be quantized.
       a: ``(*batch, *in, rank)``.
       b: ``(*batch, rank, *out)`` with the scale already in it.
-      gain: ``(*batch, *out)``, or ``(*batch, *in)`` if the sides were exchanged; None for one.
-      axes: the role of each axis of ``w``: "i", "o", "b", or "=" for one that was added.
-      gain_side: the role of the axes along which the gain varies, beside the batch axes.
-      names: the paths of the parameters that it is made of; in a nested call their numbers.
-      rate: its own rate of dropout on the input of the branch.
+      gain: ``(*batch, *out)``, or ``(*batch, *in)`` after the sides were exchanged; None if one.
+      axes: role of each axis of ``w``: "i", "o", "b", or "=" for one that was added.
+      gain_side: role of the axes along which the gain varies, beside the batch axes.
+      names: paths of the parameters that it is made of; in a nested call their numbers.
+      rate: rate of dropout on the input of its branch.
     """
 
     w: Array | Deferred
@@ -51,24 +52,25 @@ jax.tree_util.register_dataclass(
 )
 
 
-def carried(axes: str, role: str) -> list[int]:
-    """The axes that a factor carries, in its own order: batch axes, then those of its role."""
+def carried_axes(axes: str, role: str) -> list[int]:
+    """Returns the axes that a factor carries, in its own order: batch axes, then its role's."""
     return positions(axes, BATCH + role)
 
 
 def map_factors(
-    kernel: Kernel, w: Array, axes: str, change: Callable, *, change_gain: Callable | None = None
+    kernel: Kernel, w: Array, axes: str, change: Change, *, change_gain: Change | None = None
 ) -> Kernel:
     """Applies ``change(factor, old, new)`` to both factors, and to the gain if there is one.
 
     ``old`` and ``new`` are the kernel axes that the factor carries before and after, in the order
-    of its own axes; the rank is the factor's last axis meanwhile. A gain has a rank of one then.
-    ``change_gain`` is for a change that fills up factors with zeros, and a gain with ones.
+    of its own axes; ``change`` sees the rank as the last axis, and a gain with a rank of one.
+    ``change_gain`` replaces ``change`` for a gain: padding fills factors with zeros, gains with
+    ones.
     """
-    sides = lambda role: (carried(kernel.axes, role), carried(axes, role))
+    sides = lambda role: (carried_axes(kernel.axes, role), carried_axes(axes, role))
     a = change(kernel.a, *sides(IN))
-    b = change(rank_last(kernel), *sides(OUT))
-    new = {"w": w, "a": a, "b": rank_inside(b, axes), "axes": axes}
+    b = change(move_rank_last(kernel), *sides(OUT))
+    new = {"w": w, "a": a, "b": move_rank_inside(b, axes), "axes": axes}
     if kernel.gain is not None:
         gain = lax.expand_dims(kernel.gain, [kernel.gain.ndim])
         gain = (change_gain or change)(gain, *sides(kernel.gain_side))
@@ -77,19 +79,19 @@ def map_factors(
 
 
 def factor_specs(kernel: Kernel, spec: Sequence[Any]) -> dict[str, PartitionSpec]:
-    """The spec of each factor, and of a gain, where the kernel has the given one: see `spec_of`."""
+    """Returns the specs of the factors, and of a gain, for a kernel with the given spec."""
     letters = {"a": factors.A_AXES, "b": factors.B_AXES}
     letters |= {} if kernel.gain is None else {"gain": BATCH + kernel.gain_side}
     return {name: factors.spec_of(axes, kernel.axes, spec) for name, axes in letters.items()}
 
 
-def rank_last(kernel: Kernel) -> Array:
-    """``b`` with its rank as the last axis, as ``a`` has it."""
+def move_rank_last(kernel: Kernel) -> Array:
+    """Moves the rank of ``b`` to its last axis, where ``a`` has it."""
     return _moveaxis(kernel.b, kernel.axes.count(BATCH), kernel.b.ndim - 1)
 
 
-def rank_inside(b: Array, axes: str) -> Array:
-    """The inverse of :func:`rank_last`."""
+def move_rank_inside(b: Array, axes: str) -> Array:
+    """Inverts :func:`move_rank_last`."""
     return _moveaxis(b, b.ndim - 1, axes.count(BATCH))
 
 
@@ -99,8 +101,8 @@ def _moveaxis(x: Array, source: int, target: int) -> Array:
     return x if order == list(range(x.ndim)) else lax.transpose(x, order)
 
 
-def the_kernel(vals: Sequence[Any], which: int = 0) -> Kernel:
-    """Operand number ``which``, if it and no other is a kernel."""
+def require_kernel(vals: Sequence[Any], which: int = 0) -> Kernel:
+    """Returns operand number ``which``, if it and no other is a kernel."""
     kernels = [k for k, x in enumerate(vals) if isinstance(x, Kernel)]
     if kernels != [which]:
         raise Unfactored(
@@ -109,10 +111,10 @@ def the_kernel(vals: Sequence[Any], which: int = 0) -> Kernel:
     return vals[which]
 
 
-def broadcasted(kernel: Kernel, w: Array, dims: Sequence[int]) -> Kernel:
-    """``lax.broadcast_in_dim``, of which ``w`` is the result for the frozen part."""
-    old = dict(zip(dims, kernel.axes, strict=True))
-    axes = "".join(old.get(k, SAME) for k in range(w.ndim))
+def broadcast_kernel(kernel: Kernel, w: Array, dims: Sequence[int]) -> Kernel:
+    """Broadcasts factors as ``lax.broadcast_in_dim`` has broadcast the frozen part to ``w``."""
+    role_of = dict(zip(dims, kernel.axes, strict=True))
+    axes = "".join(role_of.get(k, SAME) for k in range(w.ndim))
 
     def change(x: Array, before: list[int], new: list[int]) -> Array:
         sizes = [*(w.shape[k] for k in new), x.shape[-1]]
@@ -121,55 +123,55 @@ def broadcasted(kernel: Kernel, w: Array, dims: Sequence[int]) -> Kernel:
     return map_factors(kernel, w, axes, change)
 
 
-def widened(kernel: Kernel, w: Array) -> Kernel:
-    """The kernel with the shape of ``w``, to which an operation with an array has broadcast it."""
+def widen(kernel: Kernel, w: Array) -> Kernel:
+    """Broadcasts a kernel to the shape of ``w``, the result of an operation with an array."""
     if kernel.w.shape == w.shape:
         return kernel
     wide = lax.broadcast_in_dim(kernel.w, w.shape, range(w.ndim))
-    return broadcasted(kernel, wide, range(w.ndim))
+    return broadcast_kernel(kernel, wide, range(w.ndim))
 
 
 def with_numbers(value: Any) -> Any:
-    """The value with numbers in place of what is quantized: a kernel's frozen part, or itself."""
+    """Makes numbers of what is quantized: a kernel's frozen part, or the value itself."""
     if not isinstance(value, Kernel):
-        return deferred.form(value)
-    return dataclasses.replace(value, w=deferred.form(value.w))
+        return deferred.materialize(value)
+    return dataclasses.replace(value, w=deferred.materialize(value.w))
 
 
-def form(kernel: Kernel) -> Array:
-    """The plain array that the kernel stands for."""
+def materialize(kernel: Kernel) -> Array:
+    """Computes the plain array that the kernel stands for."""
     kernel = with_numbers(kernel)
     if SAME not in kernel.axes:
         gain = spread_gain(kernel)
-        return factors.dense(kernel.w, kernel.a, kernel.b, kernel.axes, gain)
-    return form(with_roles(kernel, kernel.axes.replace(SAME, OUT)))
+        return factors.materialize(kernel.w, kernel.a, kernel.b, kernel.axes, gain)
+    return materialize(assign_roles(kernel, kernel.axes.replace(SAME, OUT)))
 
 
 def spread_gain(kernel: Kernel) -> Array | None:
-    """The gain with an axis for each of the kernel's; those that it does not carry have size 1."""
+    """Returns the gain with as many axes as the kernel, of size 1 where it does not vary."""
     if kernel.gain is None:
         return None
-    where = carried(kernel.axes, kernel.gain_side)
+    where = carried_axes(kernel.axes, kernel.gain_side)
     return factors.spread(kernel.gain, where, kernel.w.ndim)
 
 
 def refuse_gain(kernels: Sequence[Kernel], what: str) -> None:
-    """Raises where a rule has no form for kernels with a gain.
+    """Refuses kernels with a gain where a rule has no form for them.
 
     Raises:
-      Unfactored: one has.
+      Unfactored: a kernel has a gain.
     """
     if any(k.gain is not None for k in kernels):
         raise Unfactored(f"{what}, which has a gain")
 
 
 def is_free(kernel: Kernel, axis: int) -> bool:
-    """Whether an axis may have any role: it has one entry, or all its entries are the same."""
+    """Tells whether an axis may have any role: it has one entry, or only equal ones."""
     return kernel.axes[axis] == SAME or kernel.w.shape[axis] == 1
 
 
-def with_roles(kernel: Kernel, axes: str) -> Kernel:
-    """The same kernel with other roles for its free axes.
+def assign_roles(kernel: Kernel, axes: str) -> Kernel:
+    """Gives other roles to the free axes of a kernel.
 
     Raises:
       Unfactored: another axis would get another role.
@@ -182,51 +184,51 @@ def with_roles(kernel: Kernel, axes: str) -> Kernel:
     shape = kernel.w.shape
 
     def change(x: Array, old: list[int], new: list[int]) -> Array:
-        kept = [k for k in old if k in new]  # what is left out has one entry
-        x = lax.reshape(x, [*(shape[k] for k in kept), x.shape[-1]])
-        where = [new.index(k) for k in kept]
-        order = sorted(range(len(kept)), key=where.__getitem__)
-        x = lax.transpose(x, [*order, len(kept)])
+        remaining = [k for k in old if k in new]  # the others have one entry
+        x = lax.reshape(x, [*(shape[k] for k in remaining), x.shape[-1]])
+        places = [new.index(k) for k in remaining]
+        order = sorted(range(len(remaining)), key=places.__getitem__)
+        x = lax.transpose(x, [*order, len(remaining)])
         sizes = [*(shape[k] for k in new), x.shape[-1]]
-        return lax.broadcast_in_dim(x, sizes, [*sorted(where), len(new)])
+        return lax.broadcast_in_dim(x, sizes, [*sorted(places), len(new)])
 
     return map_factors(kernel, kernel.w, axes, change)
 
 
-def turned(kernel: Kernel) -> Kernel:
-    """The same kernel with inputs and outputs exchanged: ``a·b`` is also ``bᵀ·aᵀ``, transposed."""
+def flip_sides(kernel: Kernel) -> Kernel:
+    """Exchanges inputs and outputs of a kernel: ``a·b`` is also ``bᵀ·aᵀ``, transposed."""
     a, b, axes = factors.swap_sides(kernel.a, kernel.b, kernel.axes)
     side = IN if kernel.gain_side == OUT else OUT
     return dataclasses.replace(kernel, a=a, b=b, axes=axes, gain_side=side)
 
 
-def alike(kernels: Sequence[Kernel]) -> list[Kernel]:
-    """The kernels with the same roles, where free axes and turning some of them allow that.
+def align_roles(kernels: Sequence[Kernel]) -> list[Kernel]:
+    """Gives kernels the same roles, by their free axes and by flipping the sides of some.
 
     Raises:
-      Unfactored: they have not.
+      Unfactored: they can't have the same roles.
     """
     first, *rest = kernels
-    same = [first]
+    aligned = [first]
     for other in rest:
-        for candidate in (other, turned(other)):
-            axes = _common_roles([*same, candidate])
+        for candidate in (other, flip_sides(other)):
+            axes = _common_roles([*aligned, candidate])
             if axes:
-                same = [with_roles(k, axes) for k in (*same, candidate)]
+                aligned = [assign_roles(k, axes) for k in (*aligned, candidate)]
                 break
         else:
             raise Unfactored(
                 f"combines kernels whose axes have different roles: {first.axes!r}, {other.axes!r}"
             )
-    return same
+    return aligned
 
 
-def joint(kernels: Sequence[Kernel], **parts: Any) -> Kernel:
-    """A kernel that is made of several, which have been given the same roles.
+def join_kernels(kernels: Sequence[Kernel], **parts: Any) -> Kernel:
+    """Makes one kernel of several, which have been given the same roles.
 
     Args:
-      kernels: with their names and rates.
-      **parts: of the result: ``w``, ``a``, ``b``, ``axes``, and a gain if it has one.
+      kernels: the kernels, which give names and rate.
+      **parts: fields of the result: ``w``, ``a``, ``b``, ``axes``, and a gain if it has one.
 
     Raises:
       Unfactored: they have different rates of dropout.
@@ -243,8 +245,8 @@ def _common_roles(kernels: Sequence[Kernel]) -> str:
         roles = {kernel.axes[k] for kernel in kernels if not is_free(kernel, k)}
         if len(roles) > 1:
             return ""
-        rest = [kernel.axes[k] for kernel in kernels if kernel.axes[k] != SAME]
-        axes += roles.pop() if roles else (rest or [SAME])[0]
+        free_roles = [kernel.axes[k] for kernel in kernels if kernel.axes[k] != SAME]
+        axes += roles.pop() if roles else (free_roles or [SAME])[0]
     return axes
 
 
@@ -271,7 +273,7 @@ def axis_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int],
 
 
 def _same_product(old: Sequence[int], new: Sequence[int]) -> tuple[int, int]:
-    """The smallest non-empty leading runs of two shapes with the same product."""
+    """Returns the lengths of the shortest leading runs of two shapes with the same product."""
     i, j, left, right = 1, 1, old[0], new[0]
     while left != right:
         if left < right:

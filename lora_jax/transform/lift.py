@@ -1,7 +1,7 @@
 """``lift``: a function of arrays becomes a function of low-rank sums, evaluated factored.
 
-``lift(fn)`` traces ``fn`` to a jaxpr with each node of a method (see :mod:`lora_jax.nodes`) seen as
-the array that it stands for, and hands the jaxpr to :mod:`lora_jax.transform.interpreter`.
+``lift(fn)`` traces ``fn`` to a jaxpr, in which each node of a method (see :mod:`lora_jax.nodes`) is
+the array that it stands for, and :mod:`lora_jax.transform.interpreter` evaluates the jaxpr.
 """
 
 import dataclasses
@@ -11,22 +11,26 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.extend.core import ClosedJaxpr
+from jax.tree_util import PyTreeDef
 
 from lora_jax.nodes import Adapted, Trained, is_adapted, is_node, terms
 from lora_jax.quantized import is_quantized
 from lora_jax.transform import origins, roles
 from lora_jax.transform.control import evaluate
-from lora_jax.transform.deferred import Deferred, form
+from lora_jax.transform.deferred import Deferred, materialize
 from lora_jax.transform.findings import Findings
 from lora_jax.transform.forms import body_of, has_places, varying_axes
-from lora_jax.transform.interpreter import OUTPUT, Event, Scope, formed
+from lora_jax.transform.interpreter import OUTPUT, Event, Scope, fall_back
 from lora_jax.transform.kernel import Kernel
 
 Array = jax.Array
+PyTree = Any
+Rate = Array | float | None
 
 
 def lift(
-    fn: Callable, *, strict: bool = False, dropout: Any = None, dropout_key: Array | None = None
+    fn: Callable, *, strict: bool = False, dropout: Rate = None, dropout_key: Array | None = None
 ) -> Callable:
     """Transforms ``fn`` into a function that takes low-rank sums in place of arrays.
 
@@ -37,16 +41,16 @@ def lift(
 
     Args:
       fn: any function that JAX can trace.
-      strict: raise where a sum cannot be kept factored, instead of forming ``W + s·BA`` there.
+      strict: whether to raise where a sum cannot stay factored, instead of forming ``W + s·BA``.
       dropout: rate in [0, 1) of the dropout on the input of each low-rank branch, a Python or JAX
         scalar; every use of a kernel draws its own mask. A looked-up row counts as one input. None
         is the adapter's own rate, ``LoRAConfig.dropout``; for evaluation give 0.0.
-      dropout_key: PRNG key for it.
+      dropout_key: PRNG key for the dropout.
 
     Raises:
-      ValueError: a rate without a key or out of range; in the lifted function: an adapter that has
-        a rate, where neither a key nor a rate is given; a fallback with ``strict`` or with dropout,
-        which a formed ``W + s·BA`` cannot have, except that a kernel may be returned.
+      ValueError: a rate has no key or is out of range; in the lifted function: the adapter has a
+        rate, and neither a key nor a rate is given; there is a fallback with ``strict`` or with
+        dropout, which a formed ``W + s·BA`` cannot have, except that a kernel may be returned.
 
     >>> import jax.numpy as jnp, lora_jax as lora
     >>> params, x = {"w": jnp.ones((3, 2))}, jnp.ones((1, 3))
@@ -56,17 +60,17 @@ def lift(
     >>> lora.lift(fn)(lora.bind(params, adapter), x)
     Array([[3., 3.]], dtype=float32)
     """
-    rate = _dropout_rate(dropout, dropout_key)
+    rate = _check_dropout(dropout, dropout_key)
 
     @functools.wraps(fn)
     def lifted(*args: Any, **kwargs: Any) -> Any:
         scope = Scope(strict=strict, rate=rate, key=dropout_key)
-        return _run(scope, fn, args, kwargs, own_rates=dropout is None)
+        return _run(scope, fn, args, kwargs, use_node_rates=dropout is None)
 
     return lifted
 
 
-def _dropout_rate(rate: Any, key: Array | None) -> Any:
+def _check_dropout(rate: Rate, key: Array | None) -> Rate:
     if rate is None:
         return None
     if isinstance(rate, int | float):
@@ -82,7 +86,7 @@ def _dropout_rate(rate: Any, key: Array | None) -> Any:
 
 
 def trace(fn: Callable, args: tuple, kwargs: dict) -> list[Event]:
-    """The uses of the low-rank sums in ``args`` by ``fn``, found without running it.
+    """Lists the uses of the low-rank sums in ``args`` by ``fn``, without running it.
 
     Arrays and ``jax.ShapeDtypeStruct`` are both accepted.
     """
@@ -101,16 +105,16 @@ def trace(fn: Callable, args: tuple, kwargs: dict) -> list[Event]:
 
 
 def trace_roles(
-    fn: Callable, params: Any, args: tuple, kwargs: dict, *, names: Mapping[int, str]
+    fn: Callable, params: PyTree, args: tuple, kwargs: dict, *, names: Mapping[int, str]
 ) -> Findings:
     """Finds out how ``fn(params, *args, **kwargs)`` uses its parameters, without running it.
 
     Args:
       fn: any function that JAX can trace.
       params: its parameters, arrays or ``jax.ShapeDtypeStruct``.
-      args: the other arguments; likewise.
-      kwargs: likewise.
-      names: the leaves of ``params`` to follow: their numbers, and what they are called.
+      args: its other arguments, of the same kinds.
+      kwargs: its keyword arguments, of the same kinds.
+      names: names of the leaves of ``params`` to follow, by the number of the leaf.
     """
     leaves, treedef = jax.tree.flatten((params, args, kwargs))
     n_params = len(jax.tree.leaves(params))
@@ -118,22 +122,24 @@ def trace_roles(
     needed = [k for k, x in enumerate(leaves) if k in names or isinstance(x, jax.ShapeDtypeStruct)]
     inputs = [k for k, x in enumerate(leaves) if is_input(k, x)]
     try:
-        closed = _jaxpr(fn, leaves, treedef, traced=sorted({*needed, *inputs}))
+        closed = _make_jaxpr(fn, leaves, treedef, traced=sorted({*needed, *inputs}))
     except Exception:
-        # The function needs the values of its inputs, for an `if` or a shape. They are constants
-        # of the jaxpr then, and nobody can tell them from other constants.
+        # The function needs the values of its inputs, for an `if` or a shape. Then they are
+        # constants of the jaxpr, and can't be told from other constants.
         inputs = []
-        closed = _jaxpr(fn, leaves, treedef, traced=needed)
+        closed = _make_jaxpr(fn, leaves, treedef, traced=needed)
     traced = sorted({*needed, *inputs})
-    named = lambda k: origins.of_parameter(names[k], len(leaves[k].shape))
-    other = lambda k: roles.of_input(leaves[k]) if k >= n_params else origins.Value()
+    named = lambda k: origins.parameter_value(names[k], len(leaves[k].shape))
+    other = lambda k: roles.input_value(leaves[k]) if k >= n_params else origins.Value()
     values = [named(k) if k in names else other(k) for k in traced]
     # A batch that is closed over is the input where no argument is one: keys are none.
     has_inputs = any(v.level == origins.DATA for v in values)
-    return roles.find(closed, values, consts_are_data=not has_inputs)
+    return roles.find_roles(closed, values, consts_are_data=not has_inputs)
 
 
-def _jaxpr(fn: Callable, leaves: Sequence, treedef: Any, *, traced: Sequence[int]) -> Any:
+def _make_jaxpr(
+    fn: Callable, leaves: Sequence, treedef: PyTreeDef, *, traced: Sequence[int]
+) -> ClosedJaxpr:
     def run(*values: Array) -> Any:
         filled = dict(zip(traced, values, strict=True))
         params, args, kwargs = treedef.unflatten([filled.get(k, x) for k, x in enumerate(leaves)])
@@ -142,7 +148,9 @@ def _jaxpr(fn: Callable, leaves: Sequence, treedef: Any, *, traced: Sequence[int
     return jax.make_jaxpr(run)(*[leaves[k] for k in traced])
 
 
-def _run(scope: Scope, fn: Callable, args: tuple, kwargs: dict, *, own_rates: bool = False) -> Any:
+def _run(
+    scope: Scope, fn: Callable, args: tuple, kwargs: dict, *, use_node_rates: bool = False
+) -> Any:
     is_leaf = lambda x: is_node(x) or is_quantized(x)
     leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_leaf)
     leaves = [leaf.value if isinstance(leaf, Trained) else leaf for leaf in leaves]
@@ -157,24 +165,24 @@ def _run(scope: Scope, fn: Callable, args: tuple, kwargs: dict, *, own_rates: bo
         return call()
     # Only the kernels are traced here. Everything else is closed over and so reaches `fn` as it
     # was given: flags stay Python values, concrete arrays stay concrete, outer tracers outer.
-    values = [_value(node, own_rates) for node in nodes.values()]
+    values = [_make_value(node, use_node_rates=use_node_rates) for node in nodes.values()]
     kernels = [v for v in values if isinstance(v, Kernel)]
-    varies = any(_vary_over_more(k) for k in kernels)
-    scope = dataclasses.replace(_with_key_if_used(scope, kernels), varies=varies)
-    closed, shapes = jax.make_jaxpr(call, return_shape=True)(*map(_type, values))
+    varies = any(_has_varying_factors(k) for k in kernels)
+    scope = dataclasses.replace(_check_key(scope, kernels), varies=varies)
+    closed, shapes = jax.make_jaxpr(call, return_shape=True)(*map(_find_type, values))
     outs = evaluate(scope, body_of(closed), values)
-    outs = [formed(scope, x, OUTPUT, "is returned by the function") for x in outs]
+    outs = [fall_back(scope, x, OUTPUT, "is returned by the function") for x in outs]
     return jax.tree.unflatten(jax.tree.structure(shapes), outs)
 
 
-def _value(leaf: Any, own_rates: bool) -> Kernel | Deferred | Array:
+def _make_value(leaf: Any, *, use_node_rates: bool) -> Kernel | Deferred | Array:
     if is_quantized(leaf):
-        return _frozen(leaf)
-    return _kernel(leaf, leaf.dropout if own_rates else 0.0)
+        return _defer(leaf)
+    return _make_kernel(leaf, leaf.dropout if use_node_rates else 0.0)
 
 
-def _frozen(w: Any) -> Any:
-    """A frozen kernel as the interpreter carries it: one that is quantized stays so.
+def _defer(w: Any) -> Any:
+    """Makes of a frozen kernel what the interpreter carries: one that is quantized stays so.
 
     Where its type would say more than shape and dtype, as in a ``shard_map`` or with explicit
     sharding, it becomes an array at once.
@@ -182,22 +190,22 @@ def _frozen(w: Any) -> Any:
     if not is_quantized(w):
         return w
     value = Deferred(w)
-    return form(value) if has_places(value) else value
+    return materialize(value) if has_places(value) else value
 
 
-def _type(value: Any) -> Any:
-    """What a function is traced with in place of a kernel."""
+def _find_type(value: Any) -> Any:
+    """Finds what a function is traced with in place of a kernel."""
     w = value.w if isinstance(value, Kernel) else value
     return w.aval if isinstance(w, Deferred) else w
 
 
-def _vary_over_more(kernel: Kernel) -> bool:
-    """Whether, in a ``shard_map``, a factor varies over devices over which the kernel does not."""
+def _has_varying_factors(kernel: Kernel) -> bool:
+    """Tells whether a factor varies over devices over which its kernel does not."""
     parts = [x for x in (kernel.a, kernel.b, kernel.gain) if x is not None]
     return bool(frozenset().union(*map(varying_axes, parts)) - varying_axes(kernel.w))
 
 
-def _with_key_if_used(scope: Scope, kernels: list[Kernel]) -> Scope:
+def _check_key(scope: Scope, kernels: list[Kernel]) -> Scope:
     dropping = next((k for k in kernels if k.rate), None)
     if dropping is None and scope.rate is None:
         return dataclasses.replace(scope, key=None)
@@ -210,7 +218,7 @@ def _with_key_if_used(scope: Scope, kernels: list[Kernel]) -> Scope:
     return scope
 
 
-def _kernel(node: Adapted, rate: float) -> Kernel:
+def _make_kernel(node: Adapted, rate: float) -> Kernel:
     if node.w is None:
         raise ValueError(
             "Got an adapter where a bound tree is expected; "
@@ -218,5 +226,5 @@ def _kernel(node: Adapted, rate: float) -> Kernel:
         )
     a, b, gain = terms(node, node.w)
     return Kernel(
-        w=_frozen(node.w), a=a, b=b, gain=gain, axes=node.axes, names=(node.name,), rate=rate
+        w=_defer(node.w), a=a, b=b, gain=gain, axes=node.axes, names=(node.name,), rate=rate
     )

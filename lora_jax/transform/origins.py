@@ -1,8 +1,8 @@
 """Where the axes of an array come from: the axes of which parameters, through rearrangements.
 
-While roles are sought nothing is computed. An array is a :class:`Value`: each of its axes has a set
-of origins, and an origin is an axis of a parameter. This file says for each primitive that
-rearranges an array, or changes it entry by entry, what origins the axes of its results have.
+The search for roles computes nothing. An array is a :class:`Value`: each of its axes has a set of
+origins, and an origin is an axis of a parameter. This file has for each primitive that rearranges
+an array, or changes it elementwise, the origins of the axes of its results.
 """
 
 import dataclasses
@@ -10,16 +10,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax.extend.core import JaxprEqn
 
 from lora_jax.transform import forms
 from lora_jax.transform.kernel import Unfactored, axis_groups
 
-# What a value depends on: parameters and constants; random numbers too; the function's inputs too.
+# A value depends on parameters and constants alone, on noise too, or on the function's inputs too.
 FIXED, NOISE, DATA = range(3)
 
 
 class Origin(NamedTuple):
-    """An axis of a parameter: its name, the number of the axis, and of how many."""
+    """An axis of a parameter: the parameter's name, the number of the axis, the number of axes."""
 
     name: str
     axis: int
@@ -31,14 +32,14 @@ Axes = tuple[frozenset[Origin], ...]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Value:
-    """What is known of an array.
+    """The facts that are known of an array.
 
     Attributes:
-      axes: the origins of each axis; None if the array is no rearrangement of parameters.
-      level: what it depends on: ``FIXED``, ``NOISE`` or ``DATA``.
-      is_repeated: an axis was added or widened by repetition.
-      is_picked: rows of a parameter, chosen by something that depends on the inputs.
-      is_mixed: it was multiplied by a constant matrix, as when a table of positions is resized.
+      axes: origins of each axis; None if the array is no rearrangement of parameters.
+      level: dependence of the array: ``FIXED``, ``NOISE`` or ``DATA``.
+      is_repeated: whether an axis was added or widened by repetition.
+      is_picked: whether it has rows of a parameter that something chose by the inputs.
+      is_mixed: whether it was multiplied by a constant matrix, as a resized table of positions.
     """
 
     axes: Axes | None = None
@@ -51,52 +52,52 @@ class Value:
 CONSTANT, INPUT = Value(), Value(level=DATA)
 
 
-def of_parameter(name: str, ndim: int) -> Value:
-    """The value of a parameter itself."""
+def parameter_value(name: str, ndim: int) -> Value:
+    """Returns the value of a parameter itself."""
     return Value(axes=tuple(frozenset({Origin(name, k, ndim)}) for k in range(ndim)))
 
 
-def like(values: Sequence[Value], *, axes: Axes | None = None, level: int) -> Value:
-    """A value that is made of others: what holds of the origins of one of them holds of it."""
+def derive(values: Sequence[Value], *, axes: Axes | None = None, level: int) -> Value:
+    """Makes a value of others: the flags of any value that has origins hold of it."""
     flags = ("is_repeated", "is_picked", "is_mixed")
     parts = [v for v in values if v.axes is not None]
-    found = {flag: any(getattr(v, flag) for v in parts) for flag in flags}
-    return Value(axes=axes, level=level, **found)
+    set_flags = {flag: any(getattr(v, flag) for v in parts) for flag in flags}
+    return Value(axes=axes, level=level, **set_flags)
 
 
 def names(axes: Axes | None) -> list[str]:
-    """The parameters that the axes come from, in a fixed order."""
+    """Returns the parameters that the axes come from, in a fixed order."""
     return sorted({origin.name for axis in axes or () for origin in axis})
 
 
 def union(parts: Sequence[Axes]) -> Axes:
-    """Axis by axis, the origins in any of the parts; of ``W + Wᵀ``, those of the first."""
+    """Unites the origins of the parts axis by axis; for ``W + Wᵀ`` it takes those of the first."""
     first, *rest = parts
     for part in rest:
-        known = names(first)
-        new = [frozenset(o for o in axis if o.name not in known) for axis in part]
+        known_names = names(first)
+        new = [frozenset(o for o in axis if o.name not in known_names) for axis in part]
         first = tuple(a | b for a, b in zip(first, new, strict=True))
     return first
 
 
 def shape(atom: Any) -> tuple[int, ...]:
-    """The shape of a variable or literal of a jaxpr, also of a reference to an array."""
+    """Returns the shape of a variable or literal of a jaxpr, also of a reference to an array."""
     return tuple(atom.aval.shape)
 
 
 # ---- Rearrangements ------------------------------------------------------------------------------
 #
-# Each takes the equation and the origins of its operands (None for those that have none), and gives
-# the origins of each result.
+# A rule takes the equation and the origins of its operands (None for those that have none), and
+# returns the origins of each result.
 
-Rule = Callable[[Any, Sequence[Axes | None]], list[Axes]]
+Rule = Callable[[JaxprEqn, Sequence[Axes | None]], list[Axes]]
 
 
-def _transpose(eqn: Any, axes: Sequence) -> list[Axes]:
+def _transpose(eqn: JaxprEqn, axes: Sequence) -> list[Axes]:
     return [tuple(axes[0][k] for k in eqn.params["permutation"])]
 
 
-def _reshape(eqn: Any, axes: Sequence) -> list[Axes]:
+def _reshape(eqn: JaxprEqn, axes: Sequence) -> list[Axes]:
     order = eqn.params.get("dimensions")
     order = range(len(axes[0])) if order is None else order
     old, sizes = [axes[0][k] for k in order], [shape(eqn.invars[0])[k] for k in order]
@@ -108,90 +109,92 @@ def _reshape(eqn: Any, axes: Sequence) -> list[Axes]:
     return [tuple(new)]
 
 
-def _squeeze(eqn: Any, axes: Sequence) -> list[Axes]:
-    gone = {k % len(axes[0]) for k in eqn.params["dimensions"]}
-    return [tuple(axis for k, axis in enumerate(axes[0]) if k not in gone)]
+def _squeeze(eqn: JaxprEqn, axes: Sequence) -> list[Axes]:
+    removed = {k % len(axes[0]) for k in eqn.params["dimensions"]}
+    return [tuple(axis for k, axis in enumerate(axes[0]) if k not in removed)]
 
 
-def _broadcast(eqn: Any, axes: Sequence) -> list[Axes]:
+def _broadcast(eqn: JaxprEqn, axes: Sequence) -> list[Axes]:
     old = dict(zip(eqn.params["broadcast_dimensions"], axes[0], strict=True))
     return [tuple(old.get(k, frozenset()) for k in range(len(shape(eqn.outvars[0]))))]
 
 
-def _pick_blocks(eqn: Any, axes: Sequence) -> list[Axes]:
-    """A ``dynamic_slice``: an axis of which one entry is taken has no origin any more."""
+def _pick_blocks(eqn: JaxprEqn, axes: Sequence) -> list[Axes]:
+    """Follows a ``dynamic_slice``: an axis of which one entry is taken loses its origin."""
     before, after = shape(eqn.invars[0]), shape(eqn.outvars[0])
-    kept = [a == b or b > 1 for a, b in zip(before, after, strict=True)]
-    return [tuple(x if keep else frozenset() for x, keep in zip(axes[0], kept, strict=True))]
+    keeps_origin = [a == b or b > 1 for a, b in zip(before, after, strict=True)]
+    return [
+        tuple(x if keep else frozenset() for x, keep in zip(axes[0], keeps_origin, strict=True))
+    ]
 
 
-def _unstack(eqn: Any, axes: Sequence) -> list[Axes]:
-    gone = eqn.params["axis"]
-    return [axes[0][:gone] + axes[0][gone + 1 :]] * len(eqn.outvars)
+def _unstack(eqn: JaxprEqn, axes: Sequence) -> list[Axes]:
+    removed = eqn.params["axis"]
+    return [axes[0][:removed] + axes[0][removed + 1 :]] * len(eqn.outvars)
 
 
-def _stack(eqn: Any, axes: Sequence) -> list[Axes]:
+def _stack(eqn: JaxprEqn, axes: Sequence) -> list[Axes]:
     joined, new = union([x for x in axes if x is not None]), eqn.params["axis"]
     return [(*joined[:new], frozenset(), *joined[new:])]
 
 
-def _gather(eqn: Any, axes: Sequence) -> list[Axes]:
-    """Entries that are picked by number keep the origin of their axis, if it is one.
+def _gather(eqn: JaxprEqn, axes: Sequence) -> list[Axes]:
+    """Follows a gather: entries picked by number keep the origin of their axis, if it is one.
 
     So does an axis of which a window is taken, as by a ``dynamic_slice`` under ``vmap``, unless the
     window holds one entry.
     """
     dims, indices = eqn.params["dimension_numbers"], shape(eqn.invars[1])
-    gone = (*dims.collapsed_slice_dims, *getattr(dims, "operand_batching_dims", ()))
-    rows = [k for k in range(len(axes[0])) if k not in gone]
+    looked_up = (*dims.collapsed_slice_dims, *getattr(dims, "operand_batching_dims", ()))
+    rows = [k for k in range(len(axes[0])) if k not in looked_up]
     picked = {k for k in rows if eqn.params["slice_sizes"][k] == 1 < shape(eqn.invars[0])[k]}
-    kept = iter(frozenset() if k in picked else axes[0][k] for k in rows)
-    index = axes[0][gone[0]] if len(gone) == 1 and len(indices) == 2 else frozenset()
+    remaining = iter(frozenset() if k in picked else axes[0][k] for k in rows)
+    index = axes[0][looked_up[0]] if len(looked_up) == 1 and len(indices) == 2 else frozenset()
     out = range(len(shape(eqn.outvars[0])))
-    return [tuple(next(kept) if k in dims.offset_dims else index for k in out)]
+    return [tuple(next(remaining) if k in dims.offset_dims else index for k in out)]
 
 
-def _scatter(eqn: Any, axes: Sequence) -> list[Axes]:
-    """``x.at[...].set(y)``: the axes of ``x`` and those of ``y`` that lie along them."""
+def _scatter(eqn: JaxprEqn, axes: Sequence) -> list[Axes]:
+    """Follows ``x.at[...].set(y)``: the axes of ``x`` and those of ``y`` that lie along them."""
     dims, ndim = eqn.params["dimension_numbers"], len(shape(eqn.outvars[0]))
-    gone = (*dims.inserted_window_dims, *getattr(dims, "operand_batching_dims", ()))
-    rows = [k for k in range(ndim) if k not in gone]
+    set_by_number = (*dims.inserted_window_dims, *getattr(dims, "operand_batching_dims", ()))
+    rows = [k for k in range(ndim) if k not in set_by_number]
     parts = [] if axes[0] is None else [axes[0]]
     if axes[2] is not None:
         along = dict(zip(rows, dims.update_window_dims, strict=True))
         numbers = [k for k in range(len(axes[2])) if k not in dims.update_window_dims]
-        if len(gone) == len(numbers) == 1:  # rows that are set by number
-            along[gone[0]] = numbers[0]
+        if len(set_by_number) == len(numbers) == 1:  # rows that are set by number
+            along[set_by_number[0]] = numbers[0]
         parts.append(tuple(axes[2][along[k]] if k in along else frozenset() for k in range(ndim)))
     return [union(parts)]
 
 
-def _all_gather(eqn: Any, axes: Sequence) -> list[Axes]:
+def _all_gather(eqn: JaxprEqn, axes: Sequence) -> list[Axes]:
     new = eqn.params["all_gather_dimension"]
     added = () if eqn.params["tiled"] else (frozenset(),)
     return [(*axes[0][:new], *added, *axes[0][new:])]
 
 
-def _reduce_scatter(eqn: Any, axes: Sequence) -> list[Axes]:
-    gone = eqn.params["scatter_dimension"]
-    return [axes[0] if eqn.params["tiled"] else axes[0][:gone] + axes[0][gone + 1 :]]
+def _reduce_scatter(eqn: JaxprEqn, axes: Sequence) -> list[Axes]:
+    removed = eqn.params["scatter_dimension"]
+    return [axes[0] if eqn.params["tiled"] else axes[0][:removed] + axes[0][removed + 1 :]]
 
 
-def _all_to_all(eqn: Any, axes: Sequence) -> list[Axes]:
+def _all_to_all(eqn: JaxprEqn, axes: Sequence) -> list[Axes]:
     if eqn.params["tiled"]:
         return [axes[0]]
-    gone, new = eqn.params["split_axis"], eqn.params["concat_axis"]
-    rest = axes[0][:gone] + axes[0][gone + 1 :]
+    removed, new = eqn.params["split_axis"], eqn.params["concat_axis"]
+    rest = axes[0][:removed] + axes[0][removed + 1 :]
     return [(*rest[:new], frozenset(), *rest[new:])]
 
 
-def _by_axis(eqn: Any, axes: Sequence) -> list[Axes]:
-    """The one operand with origins and all results have as many axes, in the same order."""
+def _keep_axes(eqn: JaxprEqn, axes: Sequence) -> list[Axes]:
+    """Gives all results the axes of the one operand with origins, in the same order."""
     (only,) = [x for x in axes if x is not None]
     return [only] * len(eqn.outvars)
 
 
-def _of_all(eqn: Any, axes: Sequence) -> list[Axes]:
+def _unite_axes(eqn: JaxprEqn, axes: Sequence) -> list[Axes]:
     return [union([x for x in axes if x is not None])]
 
 
@@ -200,39 +203,39 @@ REARRANGEMENTS: dict[str, Rule] = {
     "reshape": _reshape,
     "squeeze": _squeeze,
     "broadcast_in_dim": _broadcast,
-    "slice": _by_axis,
+    "slice": _keep_axes,
     "dynamic_slice": _pick_blocks,
-    "dynamic_update_slice": _of_all,
+    "dynamic_update_slice": _unite_axes,
     "gather": _gather,
     "scatter": _scatter,
     **dict.fromkeys(
         (f"scatter{sign}{kind}" for sign in "-_" for kind in ("add", "sub", "mul", "min", "max")),
         _scatter,
     ),
-    "pad": _by_axis,
-    "rev": _by_axis,
-    "tile": _by_axis,
-    "split": _by_axis,
+    "pad": _keep_axes,
+    "rev": _keep_axes,
+    "tile": _keep_axes,
+    "split": _keep_axes,
     "unstack": _unstack,
     "stack": _stack,
-    "concatenate": _of_all,
-    "sharding_constraint": _by_axis,
-    "reshard": _by_axis,
-    "pvary": _by_axis,
-    "pcast": _by_axis,
+    "concatenate": _unite_axes,
+    "sharding_constraint": _keep_axes,
+    "reshard": _keep_axes,
+    "pvary": _keep_axes,
+    "pcast": _keep_axes,
     "all_gather": _all_gather,
     "all_gather_invariant": _all_gather,
     "reduce_scatter": _reduce_scatter,
     "all_to_all": _all_to_all,
-    "ppermute": _by_axis,
-    "copy": _by_axis,
-    "copy_p": _by_axis,
-    "convert_element_type": _by_axis,
-    "reduce_precision": _by_axis,
-    "name": _by_axis,
+    "ppermute": _keep_axes,
+    "copy": _keep_axes,
+    "copy_p": _keep_axes,
+    "convert_element_type": _keep_axes,
+    "reduce_precision": _keep_axes,
+    "name": _keep_axes,
 }
 
-# Primitives of which the result has fewer axes, or other entries, and is no kernel any more.
+# Primitives whose result has fewer axes, or other entries, and is no kernel any more.
 REDUCTIONS = {
     *("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "reduce"),
     *("argmax", "argmin", "reduce_window", "reduce_window_sum", "reduce_window_max", "psum"),
@@ -241,15 +244,15 @@ REDUCTIONS = {
 # Primitives whose results are their operands.
 ONE_TO_ONE = {"device_put", "optimization_barrier"}
 # Primitives that repeat entries, if the result is larger than the operand.
-REPEATING = {"broadcast_in_dim", "tile"}
-# Sums of products: an array that is known to be zero or one where noise says so is still a kernel.
+REPETITIONS = {"broadcast_in_dim", "tile"}
+# Products: a kernel that noise multiplies by zero or one is still a kernel.
 MULTIPLICATIVE = {"mul", "div", "select_n"}
 
 
-def entry_by_entry(eqn: Any, values: Sequence[Value]) -> list[Axes | None]:
-    """Any other operation: a result of the shape of its operands has their origins.
+def elementwise_axes(eqn: JaxprEqn, values: Sequence[Value]) -> list[Axes | None]:
+    """Gives a result of any other operation the origins of the operands of its shape.
 
-    An operand that is broadcast has no say beside one that is not: a layer scale of shape
+    An operand that is broadcast does not count beside one that is not: a layer scale of shape
     ``(1, features)`` that multiplies a kernel is not another kernel.
     """
     result: list[Axes | None] = []
@@ -268,8 +271,8 @@ def entry_by_entry(eqn: Any, values: Sequence[Value]) -> list[Axes | None]:
     return result
 
 
-def _outer(eqn: Any, values: Sequence[Value]) -> Axes | None:
-    """The origins of a product of which each operand is broadcast, as in a Kronecker product."""
+def _outer(eqn: JaxprEqn, values: Sequence[Value]) -> Axes | None:
+    """Returns the origins of a product whose operands are all broadcast, as a Kronecker product."""
     pairs = zip(values, eqn.invars, strict=True)
     parts = [
         tuple(axis if n != 1 else frozenset() for axis, n in zip(v.axes, shape(x), strict=True))
@@ -279,8 +282,8 @@ def _outer(eqn: Any, values: Sequence[Value]) -> Axes | None:
     return union(parts) if parts else None
 
 
-def rearranged(eqn: Any, values: Sequence[Value]) -> list[Axes | None] | None:
-    """The origins of each result; None where the primitive is no rearrangement, or of another form.
+def rearranged_axes(eqn: JaxprEqn, values: Sequence[Value]) -> list[Axes | None] | None:
+    """Returns the origins of each result; None where the primitive is no known rearrangement.
 
     Raises:
       KeyError, TypeError, ValueError, AttributeError: the equation has a form that is not known.

@@ -1,6 +1,6 @@
-"""Moves that change where a kernel lies, and not what it is: on devices, in memory, over a mesh.
+"""Moves that change only where a kernel lies: on devices, in memory, over a mesh.
 
-The rules of :mod:`.moves` that let each factor go where the axes that it carries go.
+By these rules of :mod:`.moves` each factor goes where the axes that it carries go.
 """
 
 import dataclasses
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.extend.core import JaxprEqn
 from jax.sharding import NamedSharding
 
 from lora_jax.factors import BATCH, IN, OUT
@@ -20,29 +21,29 @@ from lora_jax.transform.kernel import (
     factor_specs,
     is_free,
     map_factors,
-    the_kernel,
+    require_kernel,
 )
 
 Array = jax.Array
 
 
-def factors_untouched(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list:
-    """Marks and moves the frozen part alone; the results are one for each operand."""
+def replace_frozen(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list:
+    """Replaces the frozen parts alone; there is one result for each operand."""
     pairs = zip(vals, w, strict=True)
     return [dataclasses.replace(v, w=x) if isinstance(v, Kernel) else x for v, x in pairs]
 
 
-def reshard(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
-    """``jax.reshard``: an axis of a factor lies where the kernel's does."""
-    kernel, target = the_kernel(vals), eqn.params["dst_sharding"]
-    place = lambda x, spec: forms.rebound(eqn, x, dst_sharding=NamedSharding(target.mesh, spec))
+def reshard(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    """Reshards as ``jax.reshard``: an axis of a factor lies where the kernel's does."""
+    kernel, target = require_kernel(vals), eqn.params["dst_sharding"]
+    place = lambda x, spec: forms.rebind(eqn, x, dst_sharding=NamedSharding(target.mesh, spec))
     specs = factor_specs(kernel, target.spec).items()
     placed = {name: place(getattr(kernel, name), spec) for name, spec in specs}
     return [dataclasses.replace(kernel, w=w[0], **placed)]
 
 
-def device_put(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list:
-    """``jax.device_put``, also from one kind of memory to another."""
+def device_put(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list:
+    """Moves kernels as ``jax.device_put``, also from one kind of memory to another."""
     triples = zip(vals, w, eqn.params["devices"], strict=True)
     return [_put(v, x, target) if isinstance(v, Kernel) else x for v, x, target in triples]
 
@@ -60,9 +61,9 @@ def _put(kernel: Kernel, w: Array, target: Any) -> Kernel:
     return dataclasses.replace(kernel, w=w, **put)
 
 
-def all_gather(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
-    """``lax.all_gather`` in a ``shard_map``, along an axis of which each device has a part."""
-    kernel, axis = the_kernel(vals), eqn.params["all_gather_dimension"]
+def all_gather(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
+    """Gathers as ``lax.all_gather`` in a ``shard_map``, along an axis split over devices."""
+    kernel, axis = require_kernel(vals), eqn.params["all_gather_dimension"]
     if not eqn.params["tiled"]:
         axes = kernel.axes[:axis] + _role_over_devices(eqn, kernel) + kernel.axes[axis:]
     elif is_free(kernel, axis) and kernel.axes[axis] == SAME:
@@ -73,13 +74,13 @@ def all_gather(eqn: Any, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
     def change(x: Array, old: list[int], new: list[int]) -> Array:
         if axis not in new:
             return x
-        return forms.rebound(eqn, x, all_gather_dimension=new.index(axis))
+        return forms.rebind(eqn, x, all_gather_dimension=new.index(axis))
 
     return [map_factors(kernel, w[0], axes, change)]
 
 
-def _role_over_devices(eqn: Any, kernel: Kernel) -> str:
-    """The role of an axis of devices, of which a factor that varies over them has a part each.
+def _role_over_devices(eqn: JaxprEqn, kernel: Kernel) -> str:
+    """Returns the role of an axis of devices: varying factors have a part on each.
 
     Raises:
       Unfactored: the gain varies over devices, and the factor of its side does not, or vice versa.

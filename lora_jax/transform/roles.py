@@ -6,8 +6,8 @@ summed over are its inputs ("i"), those that are paired with axes of the other o
 axes ("b"), as are those of which one entry was taken before, and the rest are outputs ("o").
 
 An array keeps its origins only through operations whose other operands come from parameters and
-constants. So what is found does not depend on the shapes of the inputs: a position embedding that
-is added to a batch of one example becomes an activation there.
+constants. So the findings do not depend on the shapes of the inputs: a position embedding that is
+added to a batch of one example becomes an activation there.
 
 A jaxpr of a form that is not known is never passed over: its name is among the findings.
 """
@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from lora_jax.transform import forms, origins, pairs, uses
 from lora_jax.transform.findings import LOOKUP, Findings, Walk, hide, lose, record, sides_of
@@ -26,13 +27,15 @@ from lora_jax.transform.nested import CONTROL
 from lora_jax.transform.origins import DATA, FIXED, NOISE, Value
 
 
-def find(jaxpr: Any, values: Sequence[Value], *, consts_are_data: bool = False) -> Findings:
-    """Walks a closed jaxpr, given what is known of its inputs.
+def find_roles(
+    jaxpr: Jaxpr | ClosedJaxpr, values: Sequence[Value], *, consts_are_data: bool = False
+) -> Findings:
+    """Walks a closed jaxpr, given the values of its inputs.
 
     Args:
-      jaxpr: as ``jax.make_jaxpr`` gives it.
-      values: one for each input; parameters as :func:`origins.of_parameter` makes them.
-      consts_are_data: arrays that the function closes over are inputs of its.
+      jaxpr: closed jaxpr that ``jax.make_jaxpr`` has made.
+      values: one for each input; parameters as :func:`origins.parameter_value` makes them.
+      consts_are_data: whether arrays that the function closes over count as inputs.
     """
     walk = Walk(
         uses={},
@@ -54,20 +57,20 @@ def find(jaxpr: Any, values: Sequence[Value], *, consts_are_data: bool = False) 
 def _walk(
     walk: Walk, body: Body, values: Sequence[Value], consts: Value = origins.CONSTANT
 ) -> list:
-    """What is known of the outputs of a jaxpr."""
+    """Walks a jaxpr, and returns the values of its outputs."""
     key = (id(body.jaxpr), walk.is_final, tuple(values))
     if key not in walk.seen:  # a function that is called twice with the same arrays
         env = dict.fromkeys(body.jaxpr.constvars, consts)
         env.update(zip(body.jaxpr.invars, values, strict=True))
         read = lambda atom: origins.CONSTANT if forms.is_literal(atom) else env[atom]
         for eqn in body.jaxpr.eqns:
-            outs = _equation(walk, eqn, [read(x) for x in eqn.invars])
+            outs = _walk_equation(walk, eqn, [read(x) for x in eqn.invars])
             env.update(zip(eqn.outvars, outs, strict=True))
         walk.seen[key] = [read(x) for x in body.jaxpr.outvars]
     return walk.seen[key]
 
 
-def _equation(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
+def _walk_equation(walk: Walk, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     level = max((v.level for v in values), default=FIXED)
     if all(v.axes is None for v in values):
         return [Value(level=level)] * len(eqn.outvars)
@@ -76,50 +79,51 @@ def _equation(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
         if name in CONTROL:
             return CONTROL[name](walk, eqn, values)
         if name in uses.USES and (name != LOOKUP or values[1].level == DATA):
-            return _use(walk, eqn, values)
+            return _walk_use(walk, eqn, values)
         if name == LOOKUP:
             record(walk, eqn, 0, values[0], FIXED)
         if name not in origins.REARRANGEMENTS and (body := forms.matching_body(eqn)):
             outs = _walk(walk, body, values)
             if len(outs) == len(eqn.outvars):
                 return outs
-        return _carried_on(walk, eqn, values)
+        return _follow(walk, eqn, values)
     except UnknownForm as why:
         reason = str(why)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        reason = forms.unknown(eqn, error)
+        reason = forms.describe_unknown(eqn, error)
     if reason not in walk.unknown:
         walk.unknown.append(reason)
     lose(walk, eqn, values, f"goes into an equation that is not understood: {reason}")
     return [Value(level=level)] * len(eqn.outvars)
 
 
-def _carried_on(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
-    """A rearrangement or an operation on each entry: the results may still be parameters."""
+def _follow(walk: Walk, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+    """Follows a rearrangement or an elementwise operation, whose results may be parameters."""
     if eqn.primitive.name in origins.ONE_TO_ONE and len(values) == len(eqn.outvars):
         return values
     level = max(v.level for v in values)
     if _is_opaque(eqn):
         hide(walk, eqn, values)
         return [Value(level=level)] * len(eqn.outvars)
-    values = _without_tables_beside_picked(walk, eqn, values)
-    values = _without_mixed_beside_whole(values)
-    why = _obstacle(eqn, values)
-    if why:
-        lose(walk, eqn, values, why)
+    values = _drop_tables_beside_picked(walk, eqn, values)
+    values = _drop_mixed_beside_whole(values)
+    reason = _find_obstacle(eqn, values)
+    if reason:
+        lose(walk, eqn, values, reason)
         return [Value(level=level)] * len(eqn.outvars)
-    axes = origins.rearranged(eqn, values)
+    axes = origins.rearranged_axes(eqn, values)
     if axes is None:
-        axes = origins.entry_by_entry(eqn, _without_pairs(eqn, values))
+        axes = origins.elementwise_axes(eqn, _drop_pairs(eqn, values))
         if not any(axes):
             lose(walk, eqn, values, f"goes into {eqn.primitive.name!r}")
-    like = origins.like(values, level=level)
-    like = dataclasses.replace(like, is_picked=like.is_picked or _picks_by_data(eqn, values))
-    return [_result(eqn, var, a, like) for var, a in zip(eqn.outvars, axes, strict=True)]
+    common = origins.derive(values, level=level)
+    is_picked = common.is_picked or _is_picked_by_data(eqn, values)
+    common = dataclasses.replace(common, is_picked=is_picked)
+    return [_make_result(eqn, var, a, common) for var, a in zip(eqn.outvars, axes, strict=True)]
 
 
-def _is_opaque(eqn: Any) -> bool:
-    """Whether nobody can tell what a primitive does, and it is neither known nor entry by entry."""
+def _is_opaque(eqn: JaxprEqn) -> bool:
+    """Tells whether a primitive is unknown and not elementwise: nobody can tell what it does."""
     if forms.name_of(eqn) in (*origins.REARRANGEMENTS, *origins.REDUCTIONS):
         return False
     shapes = [origins.shape(x) for x in (*eqn.invars, *eqn.outvars) if hasattr(x.aval, "shape")]
@@ -129,76 +133,76 @@ def _is_opaque(eqn: Any) -> bool:
     )
 
 
-def _result(eqn: Any, var: Any, axes: Any, like: Value) -> Value:
+def _make_result(eqn: JaxprEqn, var: Var, axes: origins.Axes | None, like: Value) -> Value:
     if axes is None:
         return Value(level=like.level)
     larger = _size(var) > max((_size(x) for x in eqn.invars), default=0)
-    repeated = like.is_repeated or (eqn.primitive.name in origins.REPEATING and larger)
-    return dataclasses.replace(like, axes=axes, is_repeated=repeated)
+    is_repeated = like.is_repeated or (eqn.primitive.name in origins.REPETITIONS and larger)
+    return dataclasses.replace(like, axes=axes, is_repeated=is_repeated)
 
 
-def _size(atom: Any) -> int:
+def _size(atom: Var | Literal) -> int:
     size = 1
     for n in origins.shape(atom) if hasattr(atom.aval, "shape") else ():
         size = size * n if isinstance(n, int) else size
     return size
 
 
-def _without_tables_beside_picked(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
-    """A table that is added to picked rows (positions to words) meets the inputs there."""
+def _drop_tables_beside_picked(walk: Walk, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+    """Drops a table that is added to picked rows (positions to words), which are inputs."""
     if not any(v.axes is not None and v.is_picked for v in values):
         return values
     is_table = lambda v: v.axes is not None and not v.is_picked
-    lose(walk, eqn, [v for v in values if is_table(v)], _meets(eqn))
+    lose(walk, eqn, [v for v in values if is_table(v)], _describe_meeting(eqn))
     return [origins.CONSTANT if is_table(v) else v for v in values]
 
 
-def _without_mixed_beside_whole(values: list[Value]) -> list[Value]:
-    """What a constant matrix was multiplied with is no kernel beside a parameter that is one."""
+def _drop_mixed_beside_whole(values: list[Value]) -> list[Value]:
+    """Drops what a constant matrix was multiplied with beside a parameter: it is no kernel."""
     if all(v.is_mixed for v in values if v.axes is not None):
         return values
     return [Value(level=v.level) if v.is_mixed else v for v in values]
 
 
-def _without_pairs(eqn: Any, values: list[Value]) -> list[Value]:
-    """A product of two parameters is a kernel no more after a function that is not linear."""
+def _drop_pairs(eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+    """Drops products of two parameters at functions that are not linear."""
     if eqn.primitive.name in ("add", "sub", "add_any", "neg", "mul", "div"):
         return values
     is_pair = lambda v: any(n.startswith(pairs.PAIR) for n in origins.names(v.axes))
     return [Value(level=v.level) if is_pair(v) else v for v in values]
 
 
-def _obstacle(eqn: Any, values: Sequence[Value]) -> str:
-    """Why the results are no parameters any more; empty if they still are."""
+def _find_obstacle(eqn: JaxprEqn, values: Sequence[Value]) -> str:
+    """Says why the results are no parameters any more; returns an empty text if they still are."""
     for value, atom in zip(values, eqn.invars, strict=True):
         if value.axes is not None or value.level == FIXED or not hasattr(atom.aval, "shape"):
             continue
-        if atom is eqn.invars[0] and _chooses(eqn, values):
+        if atom is eqn.invars[0] and _is_choice(eqn, values):
             continue
         masks = value.level == NOISE and eqn.primitive.name in origins.MULTIPLICATIVE
         if origins.shape(atom) != () and not masks:
-            return _meets(eqn)
+            return _describe_meeting(eqn)
     return ""
 
 
-def _chooses(eqn: Any, values: Sequence[Value]) -> bool:
-    """Whether the first operand chooses among parameters, as in a ``switch`` under ``vmap``."""
+def _is_choice(eqn: JaxprEqn, values: Sequence[Value]) -> bool:
+    """Tells whether the first operand chooses among parameters: a ``switch`` under ``vmap``."""
     is_fixed = lambda v: v.axes is not None or v.level == FIXED
     return eqn.primitive.name == "select_n" and all(map(is_fixed, values[1:]))
 
 
-def _meets(eqn: Any) -> str:
+def _describe_meeting(eqn: JaxprEqn) -> str:
     return f"is combined by {eqn.primitive.name!r} with what depends on the inputs"
 
 
-def _picks_by_data(eqn: Any, values: Sequence[Value]) -> bool:
+def _is_picked_by_data(eqn: JaxprEqn, values: Sequence[Value]) -> bool:
     return eqn.primitive.name == "dynamic_slice" and any(v.level == DATA for v in values[1:])
 
 
 # ---- Uses ----------------------------------------------------------------------------------------
 
 
-def _use(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
+def _walk_use(walk: Walk, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     allowed = uses.USES[eqn.primitive.name].operands
     kernels = [k for k in allowed if values[k].axes is not None]
     whole = [k for k in kernels if not values[k].is_picked and not values[k].is_mixed]
@@ -206,7 +210,7 @@ def _use(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
         return [pairs.follow(walk, eqn, (values[0], values[1]))]
     # Picked rows that meet a parameter are its input, as the rows of an embedding are.
     chosen = whole or (kernels if len(kernels) == 1 else [])
-    if chosen and (mixed := _mixed(eqn, values, chosen[0])):
+    if chosen and (mixed := _mix_with_constant(eqn, values, chosen[0])):
         if not pairs.is_table(walk, mixed):
             record(walk, eqn, chosen[0], values[chosen[0]], FIXED)
         return [mixed]
@@ -216,13 +220,13 @@ def _use(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
     rest = [Value() if k in chosen else v for k, v in enumerate(values)]
     lose(walk, eqn, rest, f"is the input of {eqn.primitive.name!r}")
     if eqn.primitive.name == LOOKUP:
-        (axes,) = origins.rearranged(eqn, values)
+        (axes,) = origins.rearranged_axes(eqn, values)
         return [Value(axes=axes, level=DATA, is_picked=True)]
     return [Value(level=max(v.level for v in values))] * len(eqn.outvars)
 
 
-def _mixed(eqn: Any, values: Sequence[Value], which: int) -> Value | None:
-    """The product of an array with a constant matrix, if it is one: another basis of one axis."""
+def _mix_with_constant(eqn: JaxprEqn, values: Sequence[Value], which: int) -> Value | None:
+    """Returns the product with a constant matrix, which changes the basis of one axis, or None."""
     if eqn.primitive.name != "dot_general" or values[1 - which].level != FIXED:
         return None
     sides, matrix = sides_of(eqn, which), origins.shape(eqn.invars[1 - which])
@@ -237,8 +241,8 @@ def _mixed(eqn: Any, values: Sequence[Value], which: int) -> Value | None:
     return dataclasses.replace(values[which], axes=axes, is_mixed=True)
 
 
-def of_input(x: Any) -> Value:
-    """What is known of an array that is no parameter: PRNG keys give noise, the rest is data."""
+def input_value(x: Any) -> Value:
+    """Returns the value of an array that is no parameter: PRNG keys are noise, the rest is data."""
     return Value(level=NOISE if _is_key(x) else DATA)
 
 

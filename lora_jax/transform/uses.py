@@ -1,8 +1,8 @@
 """Uses: the primitives that consume a kernel that is a low-rank sum, and compute ``x·W + (x·A)·B``.
 
-A rule says how its primitive treats the kernel's axes, and computes what the low-rank term adds to
-the result. One that does not fit raises ``Unfactored`` with the reason. The first half serves to
-find out which parameters are kernels, too.
+A rule has two parts: one tells how its primitive treats the kernel's axes, the other computes what
+the low-rank term adds to the result. A rule that does not fit raises ``Unfactored`` with the
+reason. The first part also serves to find out which parameters are kernels.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,13 +15,13 @@ from jax import lax
 
 from lora_jax import factors
 from lora_jax.factors import BATCH, IN, OUT, positions
-from lora_jax.transform.kernel import Kernel, Unfactored, is_free, turned, with_roles
+from lora_jax.transform.kernel import Kernel, Unfactored, assign_roles, flip_sides, is_free
 
 Array = jax.Array
 
 
 class Sides(NamedTuple):
-    """How a use treats the kernel's axes: what it sums over or looks up, and what it batches."""
+    """The axes of a kernel that a use sums over or looks up, and those that it batches over."""
 
     inputs: tuple[int, ...]
     batch: tuple[int, ...] = ()
@@ -37,15 +37,15 @@ class Factors(NamedTuple):
     gain_side: str = OUT
 
 
-def oriented(kernel: Kernel, sides: Sides) -> Factors:
-    """The factors such that the use sums over the axes of ``a``.
+def orient(kernel: Kernel, sides: Sides) -> Factors:
+    """Returns the factors such that the use sums over the axes of ``a``.
 
     Raises:
       Unfactored: the use takes some input and some output axes, or part of one side.
     """
-    for candidate in (kernel, turned(kernel)):
+    for candidate in (kernel, flip_sides(kernel)):
         try:
-            fitting = with_roles(candidate, _wanted_roles(candidate, sides))
+            fitting = assign_roles(candidate, _required_roles(candidate, sides))
         except Unfactored:
             continue
         return Factors(fitting.a, fitting.b, fitting.axes, fitting.gain, fitting.gain_side)
@@ -58,15 +58,15 @@ def oriented(kernel: Kernel, sides: Sides) -> Factors:
     )
 
 
-def _wanted_roles(kernel: Kernel, sides: Sides) -> str:
-    """Inputs are what is summed over; batch axes stay so where the use leaves them free."""
+def _required_roles(kernel: Kernel, sides: Sides) -> str:
+    """Makes inputs of what is summed over; batch axes stay so where the use leaves them free."""
     rest = lambda k: BATCH if kernel.axes[k] == BATCH and kernel.w.shape[k] != 1 else OUT
     named = dict.fromkeys(sides.inputs, IN) | dict.fromkeys(sides.batch, BATCH)
     return "".join(named[k] if k in named else rest(k) for k in range(len(kernel.axes)))
 
 
 def _branch_dtype(x: Array, result: Array) -> Any:
-    """The activation's dtype, so that a float32 adapter leaves a bfloat16 model in bfloat16."""
+    """Returns the activation's dtype: a float32 adapter leaves a bfloat16 model in bfloat16."""
     return x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else result.dtype
 
 
@@ -102,7 +102,7 @@ def _ragged_sides(params: dict, which: int, shape: Sequence[int]) -> Sides:
 
 
 def _ragged(params: dict, vals: Sequence[Any], f: Factors, base: Array, drop: Callable) -> Array:
-    """A product in which each group of rows has its expert's kernel, with that expert's factors."""
+    """Multiplies each group of rows by its expert's factors."""
     x, _, sizes = vals
     if x.ndim != 2 or f.axes != "bio" or params["group_offset"] is not None:
         raise Unfactored("a ragged product of other than (rows, in) and (experts, in, out)")
@@ -127,10 +127,10 @@ def _gather_sides(params: dict, which: int, shape: Sequence[int]) -> Sides:
 
 
 def _looked_up_axes(params: dict, shape: Sequence[int]) -> set[int]:
-    """The axes of which a gather takes one entry.
+    """Returns the axes of which a gather takes one entry.
 
-    They are collapsed where a table is indexed by an array of rows. ``vmap`` of an index leaves
-    them in the result with size 1, and indexes every other axis as well, at 0.
+    They are collapsed if a table is indexed by an array of rows. ``vmap`` of an index leaves them
+    in the result with size 1, and indexes every other axis as well, at 0.
     """
     dims, sizes = params["dimension_numbers"], params["slice_sizes"]
     one_of_many = {k for k in dims.start_index_map if sizes[k] == 1 and shape[k] != 1}
@@ -138,18 +138,19 @@ def _looked_up_axes(params: dict, shape: Sequence[int]) -> set[int]:
 
 
 def _gather(params: dict, vals: Sequence[Any], f: Factors, base: Array, drop: Callable) -> Array:
-    """Rows of ``a`` at the indices, times ``b``: the lookup is a product with a one-hot input."""
+    """Multiplies rows of ``a`` at the indices by ``b``: the input of a lookup is one-hot."""
     if BATCH in f.axes:
         raise Unfactored("gather from a stack of tables")
     dims, n_ids = params["dimension_numbers"], vals[1].ndim - 1
-    looked_up = rows_at(params, vals[1], f.a, f.axes).astype(base.dtype)
-    looked_up = drop(looked_up, (*looked_up.shape[:-1], 1))  # one draw a row: the input is one-hot
+    looked_up = look_up_rows(params, vals[1], f.a, f.axes).astype(base.dtype)
+    # The input is one-hot, so that there is one draw for each row.
+    looked_up = drop(looked_up, (*looked_up.shape[:-1], 1))
     y = lax.dot_general(looked_up, f.b.astype(base.dtype), (((n_ids,), (0,)), ((), ())))
-    return as_gathered(y, dims, f.axes, n_ids)
+    return arrange_as_gathered(y, dims, f.axes, n_ids)
 
 
-def rows_at(params: dict, indices: Array, x: Array, axes: str) -> Array:
-    """The rows ``(*ids, n)`` of ``x (*in, n)`` that a gather of a kernel looks up."""
+def look_up_rows(params: dict, indices: Array, x: Array, axes: str) -> Array:
+    """Looks up the rows ``(*ids, n)`` of ``x (*in, n)`` that a gather of a kernel takes."""
     dims = params["dimension_numbers"]
     rows, n_ids = positions(axes, IN), indices.ndim - 1
     columns = [k for k, axis in enumerate(dims.start_index_map) if axis in rows]
@@ -165,18 +166,18 @@ def rows_at(params: dict, indices: Array, x: Array, axes: str) -> Array:
         indices_are_sorted=params["indices_are_sorted"],
         unique_indices=params["unique_indices"],
         mode=params["mode"],
-        fill_value=0,  # out of bounds the base's own fill value must stand
+        fill_value=0,  # out of bounds the base's own fill value must remain
     )
 
 
-def as_gathered(y: Array, dims: Any, axes: str, n_ids: int) -> Array:
+def arrange_as_gathered(y: Array, dims: lax.GatherDimensionNumbers, axes: str, n_ids: int) -> Array:
     """Puts ``(*ids, *out)`` in the order of the gather's result; rows that it keeps have size 1."""
-    kept = [k for k in range(len(axes)) if k not in dims.collapsed_slice_dims]
-    of_row = [p for p, k in zip(dims.offset_dims, kept, strict=True) if axes[k] == IN]
+    window_axes = [k for k in range(len(axes)) if k not in dims.collapsed_slice_dims]
+    row_axes = [p for p, k in zip(dims.offset_dims, window_axes, strict=True) if axes[k] == IN]
     ids, offsets = iter(range(n_ids)), iter(range(n_ids, y.ndim))
-    order = [p for p in range(y.ndim + len(of_row)) if p not in of_row]
+    order = [p for p in range(y.ndim + len(row_axes)) if p not in row_axes]
     y = lax.transpose(y, [next(offsets if p in dims.offset_dims else ids) for p in order])
-    return lax.expand_dims(y, of_row)
+    return lax.expand_dims(y, row_axes)
 
 
 def _conv_sides(params: dict, which: int, shape: Sequence[int]) -> Sides:
@@ -187,10 +188,10 @@ def _conv_sides(params: dict, which: int, shape: Sequence[int]) -> Sides:
 
 
 def _conv(params: dict, vals: Sequence[Any], f: Factors, base: Array, drop: Callable) -> Array:
-    """A convolution with ``a`` to ``rank`` channels, then a 1×1 convolution with ``b``.
+    """Convolves with ``a`` to ``rank`` channels, then with ``b`` as a 1×1 convolution.
 
     With ``g`` feature groups each group has its own inputs and outputs but shares ``a``, so that
-    the middle has ``g·rank`` channels, and ``b`` is grouped likewise.
+    there are ``g·rank`` channels in between, and ``b`` is grouped in the same way.
     """
     spec, x = params["dimension_numbers"], vals[0]
     if f.axes.count(OUT) != 1 or BATCH in f.axes:
@@ -233,9 +234,12 @@ def _sparse_sides(params: dict, which: int, shape: Sequence[int]) -> Sides:
 class Use(NamedTuple):
     """A primitive that consumes a kernel.
 
-    ``operands`` are the ones that may be the kernel; ``sides(params, which, shape)`` says how the
-    axes of operand number ``which`` are used; ``branch(params, operands, factors, base, drop)``
-    computes what ``a·b`` adds to the result, and is None where nothing does yet.
+    Attributes:
+      operands: numbers of the operands that may be the kernel.
+      sides: function ``sides(params, which, shape)`` that tells how the axes of operand number
+        ``which`` are used.
+      branch: function ``branch(params, operands, factors, base, drop)`` that computes what ``a·b``
+        adds to the result; None if there is no rule for it yet.
     """
 
     operands: tuple[int, ...]

@@ -2,16 +2,16 @@
 
 import json
 
-import family
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
-from family import torch_logits
 
 from lora_jax.models import checkpoints
+from tests.helpers import family_parity
+from tests.helpers.family_parity import torch_logits
+
+torch, transformers = family_parity.torch, family_parity.transformers
 
 pytestmark = pytest.mark.parity
 
@@ -40,12 +40,12 @@ def random_config(seed):
 
 def random_inputs(config, seed):
     rng = np.random.default_rng(seed)
-    inputs = family.padded_ids(config.vocab_size, seed)
+    inputs = family_parity.padded_ids(config.vocab_size, seed)
     types = rng.integers(0, config.type_vocab_size, inputs["input_ids"].shape)
     return inputs | {"token_type_ids": types, "labels": rng.integers(0, 3, len(types))}
 
 
-CASE = family.Case(
+CASE = family_parity.Case(
     head="classifier",
     model=transformers.BertForSequenceClassification,
     config=random_config,
@@ -56,34 +56,34 @@ CASE = family.Case(
 @pytest.mark.supports("BERT", "logits")
 @pytest.mark.parametrize("seed", range(8))
 def test_logits_of_random_models(seed, tmp_path):
-    family.check_logits(CASE, seed, tmp_path, scan_layers=seed % 4 == 3)
+    family_parity.check_logits(CASE, seed, tmp_path, scan_layers=seed % 4 == 3)
 
 
 @pytest.mark.supports("BERT", "training")
 def test_50_steps(tmp_path):
-    family.check_training(CASE, tmp_path)
+    family_parity.check_training(CASE, tmp_path)
 
 
 @pytest.mark.supports("BERT", "PEFT round trip")
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_peft_round_trip(scan_layers, tmp_path):
-    family.check_peft(CASE, 1, tmp_path, scan_layers=scan_layers)
+    family_parity.check_peft(CASE, 1, tmp_path, scan_layers=scan_layers)
 
 
 @pytest.mark.supports("BERT", "merged export")
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_transformers_opens_merged_weights(scan_layers, tmp_path):
     auto = transformers.AutoModelForSequenceClassification
-    family.check_merged_export(CASE, 2, tmp_path, auto=auto, scan_layers=scan_layers)
+    family_parity.check_merged_export(CASE, 2, tmp_path, auto=auto, scan_layers=scan_layers)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_gradients_of_random_models(seed, tmp_path):
-    model = family.torch_model(CASE, seed)
+    model = family_parity.torch_model(CASE, seed)
     model.save_pretrained(tmp_path)
     inputs = random_inputs(model.config, seed)
     del inputs["labels"]
-    loaded = family.load(CASE, tmp_path)
+    loaded = family_parity.load(CASE, tmp_path)
     loss = lambda params: jnp.square(loaded.model.apply(params, **inputs)).sum()
     grads = jax.jit(jax.grad(loss))(loaded.params)["params"]["bert"]["encoder"]["layer_0"]
     model(**{k: torch.from_numpy(v) for k, v in inputs.items()}).logits.square().sum().backward()
@@ -96,21 +96,21 @@ def test_gradients_of_random_models(seed, tmp_path):
 
 
 def test_what_the_base_says_of_itself_is_replaced(tmp_path):
-    """Labels, and the dtype under its old and new words; the tokeniser goes with the weights."""
-    model = family.torch_model(CASE, 0)
+    """Labels, and the dtype under its old and new words; the tokenizer goes with the weights."""
+    model = family_parity.torch_model(CASE, 0)
     base, out = tmp_path / "base", tmp_path / "out"
     model.save_pretrained(base)
     (base / "vocab.txt").write_text("\n".join(VOCABULARY))
     about = json.loads((base / "config.json").read_text())
     about |= {"torch_dtype": "float16", "id2label": {"0": "x"}, "problem_type": "regression"}
     (base / "config.json").write_text(json.dumps(about))
-    loaded = family.load(CASE, base)
+    loaded = family_parity.load(CASE, base)
     checkpoints.save_hf(
-        out, loaded.params, loaded.checkpoint, head="classifier", labels=family.LABELS
+        out, loaded.params, loaded.checkpoint, head="classifier", labels=family_parity.LABELS
     )
     opened = transformers.AutoModelForSequenceClassification.from_pretrained(out)
     assert opened.dtype == torch.float32
-    assert opened.config.id2label == dict(enumerate(family.LABELS))
+    assert opened.config.id2label == dict(enumerate(family_parity.LABELS))
     assert opened.config.problem_type is None
     assert (out / "vocab.txt").read_text().split() == VOCABULARY
 

@@ -1,12 +1,13 @@
 """DistilBERT against transformers and PEFT, live."""
 
-import family
 import numpy as np
 import pytest
-import transformers
 
 import lora_jax as lora
 from lora_jax.tasks import adapter_files
+from tests.helpers import family_parity
+
+transformers = family_parity.transformers
 
 pytestmark = pytest.mark.parity
 
@@ -32,10 +33,12 @@ def random_config(seed):
 
 def random_inputs(config, seed):
     labels = np.random.default_rng(seed).integers(0, 3, 4)
-    return family.padded_ids(config.vocab_size, seed, left=seed % 2 == 1) | {"labels": labels}
+    return family_parity.padded_ids(config.vocab_size, seed, left=seed % 2 == 1) | {
+        "labels": labels
+    }
 
 
-CASE = family.Case(
+CASE = family_parity.Case(
     head="classifier",
     model=transformers.DistilBertForSequenceClassification,
     config=random_config,
@@ -47,12 +50,12 @@ CASE = family.Case(
 @pytest.mark.supports("DistilBERT", "logits")
 @pytest.mark.parametrize("seed", range(8))
 def test_logits_of_random_models(seed, tmp_path):
-    family.check_logits(CASE, seed, tmp_path, scan_layers=seed % 4 == 3)
+    family_parity.check_logits(CASE, seed, tmp_path, scan_layers=seed % 4 == 3)
 
 
 @pytest.mark.supports("DistilBERT", "training")
 def test_50_steps(tmp_path):
-    family.check_training(CASE, tmp_path)
+    family_parity.check_training(CASE, tmp_path)
 
 
 # PEFT itself can't take "all-linear" here: it would adapt pre_classifier, which it also saves.
@@ -63,24 +66,24 @@ LAYERS = ("q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2")
 @pytest.mark.parametrize("targets", [("q_lin", "v_lin"), LAYERS])
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_peft_round_trip(targets, scan_layers, tmp_path):
-    family.check_peft(CASE._replace(targets=targets), 1, tmp_path, scan_layers=scan_layers)
+    family_parity.check_peft(CASE._replace(targets=targets), 1, tmp_path, scan_layers=scan_layers)
 
 
 @pytest.mark.supports("DistilBERT", "merged export")
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_transformers_opens_merged_weights(scan_layers, tmp_path):
     auto = transformers.AutoModelForSequenceClassification
-    family.check_merged_export(CASE, 2, tmp_path, auto=auto, scan_layers=scan_layers)
+    family_parity.check_merged_export(CASE, 2, tmp_path, auto=auto, scan_layers=scan_layers)
 
 
 def test_a_directory_of_the_programs_opens_in_peft(tmp_path):
     """With the whole head; with its last layer alone, PEFT would train the first one, too."""
-    model = family.torch_model(CASE, 3)
+    model = family_parity.torch_model(CASE, 3)
     model.save_pretrained(tmp_path / "base")
-    loaded = family.load(CASE, tmp_path / "base")
+    loaded = family_parity.load(CASE, tmp_path / "base")
     inputs = CASE.inputs(model.config, 3)
     settings = {"rank": 2, "alpha": 4.0, "targets": loaded.family.targets}
-    made = lambda train: family.random_adapter(
+    made = lambda train: family_parity.random_adapter(
         loaded.model.apply, loaded.params, inputs, train=train, **settings
     )
     save = lambda adapter, train: adapter_files.save_peft(
@@ -90,7 +93,7 @@ def test_a_directory_of_the_programs_opens_in_peft(tmp_path):
         save(made(("classifier",)), ("classifier",))
     adapter = made(loaded.family.trained)
     save(adapter, loaded.family.trained)
-    opened = family.opened_by_peft(family.torch_model(CASE, 3), tmp_path / "out")
+    opened = family_parity.opened_by_peft(family_parity.torch_model(CASE, 3), tmp_path / "out")
     lifted = lora.lift(loaded.model.apply)
-    ours = family.our_logits(lifted, lora.bind(loaded.params, adapter), inputs)
-    family.assert_same_logits(ours, family.torch_logits(opened, inputs), inputs)
+    ours = family_parity.our_logits(lifted, lora.bind(loaded.params, adapter), inputs)
+    family_parity.assert_same_logits(ours, family_parity.torch_logits(opened, inputs), inputs)

@@ -1,18 +1,16 @@
 """GPT-2 against transformers and PEFT, live; and generation, with GPT-2 as the model."""
 
-from pathlib import Path
-
-import family
 import jax
 import numpy as np
 import pytest
-import torch
-import transformers
 
 import lora_jax as lora
 from lora_jax.models import generate
 from lora_jax.models.decoding import Decoding
 from lora_jax.models.tokenizer import read_tokenizer
+from tests.helpers import family_parity, places
+
+torch, transformers = family_parity.torch, family_parity.transformers
 
 pytestmark = pytest.mark.parity
 
@@ -39,7 +37,7 @@ def random_config(seed):
 
 def random_inputs(config, seed):
     """Padding on the left; the positions that transformers.generate would give."""
-    inputs = family.padded_ids(config.vocab_size, seed, left=True)
+    inputs = family_parity.padded_ids(config.vocab_size, seed, left=True)
     mask = inputs["attention_mask"]
     positions = np.maximum(mask.cumsum(-1) - 1, 0)
     # Not the first token: what padding would say of it is nobody's business.
@@ -47,7 +45,7 @@ def random_inputs(config, seed):
     return inputs | {"position_ids": positions, "labels": labels}
 
 
-CASE = family.Case(
+CASE = family_parity.Case(
     head="causal-lm",
     model=transformers.GPT2LMHeadModel,
     config=random_config,
@@ -60,37 +58,37 @@ CASE = family.Case(
 @pytest.mark.supports("GPT-2", "logits")
 @pytest.mark.parametrize("seed", range(8))
 def test_logits_of_random_models(seed, tmp_path):
-    family.check_logits(CASE, seed, tmp_path, scan_layers=seed > 4)
+    family_parity.check_logits(CASE, seed, tmp_path, scan_layers=seed > 4)
 
 
 @pytest.mark.supports("GPT-2", "training")
 @pytest.mark.parametrize("targets", [("c_attn",), "all-linear"])
 def test_50_steps(targets, tmp_path):
     scan = targets == "all-linear"
-    family.check_training(CASE._replace(targets=targets), tmp_path, scan_layers=scan)
+    family_parity.check_training(CASE._replace(targets=targets), tmp_path, scan_layers=scan)
 
 
 @pytest.mark.supports("GPT-2", "PEFT round trip")
 @pytest.mark.parametrize("targets", [("c_attn",), "all-linear"])
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_peft_round_trip(targets, scan_layers, tmp_path):
-    family.check_peft(CASE._replace(targets=targets), 1, tmp_path, scan_layers=scan_layers)
+    family_parity.check_peft(CASE._replace(targets=targets), 1, tmp_path, scan_layers=scan_layers)
 
 
 @pytest.mark.supports("GPT-2", "merged export")
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_transformers_opens_merged_weights(scan_layers, tmp_path):
     auto = transformers.AutoModelForCausalLM
-    family.check_merged_export(CASE, 2, tmp_path, auto=auto, scan_layers=scan_layers)
+    family_parity.check_merged_export(CASE, 2, tmp_path, auto=auto, scan_layers=scan_layers)
 
 
 @pytest.mark.supports("GPT-2", "generation")
 @pytest.mark.parametrize("seed", range(4))
 def test_greedy_text(seed, tmp_path):
-    family.check_generation(CASE, seed, tmp_path, family.causal_text)
+    family_parity.check_generation(CASE, seed, tmp_path, family_parity.causal_text)
 
 
-FILES = Path(__file__).parents[3] / "shared" / "gpt2_tokenizer"
+FILES = places.SHARED / "gpt2_tokenizer"
 
 
 @pytest.mark.skipif(not FILES.is_dir(), reason="../shared/gpt2_tokenizer is not there")
@@ -140,7 +138,7 @@ def random_decoding(seed, vocab):
 def transformers_text(model, prompt, decoding):
     n = prompt["input_ids"].shape[1]
     rule = [NoRepeat(n, decoding.no_repeat_ngram)] if decoding.no_repeat_ngram else []
-    made = family.quiet(
+    made = family_parity.quiet(
         model.generate, **{k: torch.from_numpy(v) for k, v in prompt.items()}, do_sample=False,
         max_new_tokens=decoding.max_new_tokens, num_beams=decoding.beams,
         length_penalty=decoding.length_penalty, early_stopping=decoding.early_stopping,
@@ -158,10 +156,10 @@ def cut(row, stop):
 
 @pytest.mark.parametrize("seed", range(15))
 def test_beam_search(seed, tmp_path):
-    model = family.torch_model(CASE._replace(scale=0.4), seed)
-    family.quiet(model.save_pretrained, tmp_path)
-    loaded = family.load(CASE, tmp_path, scan_layers=seed % 2 == 0)
-    prompt = family.padded_ids(model.config.vocab_size, seed, left=True, length=9)
+    model = family_parity.torch_model(CASE._replace(scale=0.4), seed)
+    family_parity.quiet(model.save_pretrained, tmp_path)
+    loaded = family_parity.load(CASE, tmp_path, scan_layers=seed % 2 == 0)
+    prompt = family_parity.padded_ids(model.config.vocab_size, seed, left=True, length=9)
     decoding = random_decoding(seed, model.config.vocab_size)
     theirs = transformers_text(model, prompt, decoding)
     begin, step = generate.causal_lm(loaded.model, loaded.family.init_cache)
@@ -171,11 +169,13 @@ def test_beam_search(seed, tmp_path):
 
 
 def test_beam_search_with_a_lifted_model(tmp_path):
-    model = family.torch_model(CASE, 3)
-    family.quiet(model.save_pretrained, tmp_path / "base")
-    loaded = family.load(CASE, tmp_path / "base")
+    model = family_parity.torch_model(CASE, 3)
+    family_parity.quiet(model.save_pretrained, tmp_path / "base")
+    loaded = family_parity.load(CASE, tmp_path / "base")
     inputs = random_inputs(model.config, 3)
-    adapter = family.random_adapter(loaded.model.apply, loaded.params, inputs, targets=("c_attn",))
+    adapter = family_parity.random_adapter(
+        loaded.model.apply, loaded.params, inputs, targets=("c_attn",)
+    )
     merged = lora.merge(loaded.params, adapter)
     prompt = {k: inputs[k] for k in ("input_ids", "attention_mask")}
     decoding = Decoding(max_new_tokens=8, beams=3, stop=(4, 5))

@@ -1,9 +1,11 @@
 """The Llama family against transformers and PEFT, live."""
 
-import family
 import numpy as np
 import pytest
-import transformers
+
+from tests.helpers import family_parity
+
+transformers = family_parity.transformers
 
 pytestmark = pytest.mark.parity
 
@@ -87,7 +89,7 @@ def gemma3(rng, seed):
 
 def inputs(config, seed):
     """Padding left or right; the loss counts real tokens that come after one."""
-    given = family.padded_ids(config.vocab_size, seed, left=seed % 2 == 1)
+    given = family_parity.padded_ids(config.vocab_size, seed, left=seed % 2 == 1)
     real = given["attention_mask"] > 0
     real[:, 1:] &= real[:, :-1]
     labels = np.where(real, given["input_ids"], -100)
@@ -101,7 +103,7 @@ def unpadded(config, seed):
 
 
 def case(model, make, norm=1.0):
-    return family.Case(
+    return family_parity.Case(
         head="causal-lm",
         model=model,
         config=lambda seed: make(np.random.default_rng(seed), seed),
@@ -131,7 +133,7 @@ def rows(column):
 @rows("logits")
 @pytest.mark.parametrize("seed", range(4))
 def test_logits_of_random_models(row, seed, tmp_path):
-    family.check_logits(ROWS[row], seed, tmp_path, scan_layers=seed == 3)
+    family_parity.check_logits(ROWS[row], seed, tmp_path, scan_layers=seed == 3)
 
 
 @rows("training")
@@ -144,7 +146,7 @@ def test_50_steps(row, tmp_path):
         # float64 is minus infinity in the softmax's float32.
         tiny = tiny._replace(inputs=unpadded)
     scan = row in ("Qwen3", "Gemma 2")
-    family.check_training(tiny, tmp_path, rtol=1e-4, scan_layers=scan)
+    family_parity.check_training(tiny, tmp_path, rtol=1e-4, scan_layers=scan)
 
 
 @rows("PEFT round trip")
@@ -153,19 +155,19 @@ def test_peft_round_trip(row, scan_layers, tmp_path):
     targets = "all-linear" if scan_layers else ("q_proj", "v_proj")
     tiny = ROWS[row]._replace(targets=targets)
     # A scale of a half: with drawn factors, more would be far beyond what training does.
-    family.check_peft(tiny, 1 + scan_layers, tmp_path, scan_layers=scan_layers, lora_alpha=2)
+    family_parity.check_peft(tiny, 1 + scan_layers, tmp_path, scan_layers=scan_layers, lora_alpha=2)
 
 
 @rows("merged export")
 def test_transformers_opens_merged_weights(row, tmp_path):
     auto = transformers.AutoModelForCausalLM
     scan = row in ("Mistral", "Gemma 3")
-    family.check_merged_export(ROWS[row], 2, tmp_path, auto=auto, scan_layers=scan)
+    family_parity.check_merged_export(ROWS[row], 2, tmp_path, auto=auto, scan_layers=scan)
 
 
 @rows("generation")
 @pytest.mark.parametrize("seed", range(2))
 def test_greedy_text(row, seed, tmp_path):
-    left = lambda config, seed: family.padded_ids(config.vocab_size, seed, left=True)
+    left = lambda config, seed: family_parity.padded_ids(config.vocab_size, seed, left=True)
     tiny = ROWS[row]._replace(inputs=left)
-    family.check_generation(tiny, seed, tmp_path, family.causal_text)
+    family_parity.check_generation(tiny, seed, tmp_path, family_parity.causal_text)

@@ -29,6 +29,7 @@ from lora_jax.models import bert, checkpoints
 from lora_jax.peft import load_peft, save_peft
 from lora_jax.tasks import classifier
 from lora_jax.training import optimizer
+from tests.helpers.places import ROOT
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")
@@ -38,7 +39,6 @@ peft = pytest.importorskip("peft")
 # Threads cost tiny models more than they give, the more so where tests run side by side.
 torch.set_num_threads(1)
 
-ROOT = Path(__file__).parents[2]
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 STEPS, BATCH, LENGTH = 200, 4, 10
 RATE, DECAY, CLIP = 2e-3, 0.01, 1.0
@@ -354,7 +354,7 @@ def module(path):
 @pytest.mark.parametrize("kind", ["gpt2", "gpt2, stacked", "conv"])
 def test_peft_opens_other_layouts(kind, tmp_path):
     """Conv1D, look-ups, convolutions, scanned layers: drawn here, opened by PEFT."""
-    torch_like = module(ROOT / "tests" / "torch_like.py")
+    torch_like = module(ROOT / "tests" / "helpers" / "torch_like.py")
     goldens = quiet(module, ROOT / "scripts" / "make_peft_goldens.py")
     name = kind.split(",")[0]
     base, inputs = quiet(goldens.base, name)

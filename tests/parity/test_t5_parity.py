@@ -1,14 +1,14 @@
 """T5 1.0 and 1.1 against transformers and PEFT, live."""
 
-import family
 import numpy as np
 import pytest
-import torch
-import transformers
 
 import lora_jax as lora
 from lora_jax.models import generate
 from lora_jax.models.decoding import Decoding
+from tests.helpers import family_parity
+
+torch, transformers = family_parity.torch, family_parity.transformers
 
 pytestmark = pytest.mark.parity
 
@@ -39,8 +39,10 @@ def random_config(seed, **version):
 def random_inputs(config, seed):
     """Input and output tokens, both with padding on one side or the other."""
     rng = np.random.default_rng(seed)
-    source = family.padded_ids(config.vocab_size, seed, length=14, left=bool(seed % 2))
-    target = family.padded_ids(config.vocab_size, seed + 1, length=9, left=bool(seed % 3 == 1))
+    source = family_parity.padded_ids(config.vocab_size, seed, length=14, left=bool(seed % 2))
+    target = family_parity.padded_ids(
+        config.vocab_size, seed + 1, length=9, left=bool(seed % 3 == 1)
+    )
     labels = rng.integers(0, config.vocab_size, target["input_ids"].shape)
     mask = target["attention_mask"]
     return source | {
@@ -56,7 +58,7 @@ def untie(model):
     model.config.tie_word_embeddings = False
 
 
-V1_0 = family.Case(
+V1_0 = family_parity.Case(
     head="seq2seq-lm",
     model=transformers.T5ForConditionalGeneration,
     config=random_config,
@@ -82,7 +84,7 @@ scanned = pytest.mark.parametrize("scan_layers", [False, True], ids=["layers", "
 @pytest.mark.parametrize("seed", range(4))
 @each
 def test_logits(version, seed, tmp_path):
-    family.check_logits(CASES[version], seed, tmp_path, scan_layers=seed == 3)
+    family_parity.check_logits(CASES[version], seed, tmp_path, scan_layers=seed == 3)
 
 
 ACTIVATIONS = ("gelu", "gated-relu", "gated-silu", "gated-gelu_new")
@@ -92,7 +94,7 @@ ACTIVATIONS = ("gelu", "gated-relu", "gated-silu", "gated-gelu_new")
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_logits_with_other_activations(activation, tmp_path):
     config = lambda seed: random_config(seed, feed_forward_proj=activation)
-    family.check_logits(V1_0._replace(config=config), 5, tmp_path)
+    family_parity.check_logits(V1_0._replace(config=config), 5, tmp_path)
 
 
 @pytest.mark.supports("T5", "training")
@@ -103,7 +105,7 @@ def test_logits_with_other_activations(activation, tmp_path):
 def test_training(version, targets, scan_layers, tmp_path):
     # transformers takes the mean square of its norms in float32, whatever the model's dtype.
     case = CASES[version]._replace(targets=targets)
-    family.check_training(case, tmp_path, rtol=1e-4, scan_layers=scan_layers)
+    family_parity.check_training(case, tmp_path, rtol=1e-4, scan_layers=scan_layers)
 
 
 @pytest.mark.supports("T5", "PEFT round trip")
@@ -112,7 +114,7 @@ def test_training(version, targets, scan_layers, tmp_path):
 def test_peft(version, targets, tmp_path):
     scan_layers = version == "1.1" and targets != "all-linear"
     case = CASES[version]._replace(targets=targets)
-    family.check_peft(case, 1, tmp_path, scan_layers=scan_layers)
+    family_parity.check_peft(case, 1, tmp_path, scan_layers=scan_layers)
 
 
 @pytest.mark.supports("T5", "merged export")
@@ -120,7 +122,9 @@ def test_peft(version, targets, tmp_path):
 @each
 def test_merged_export(version, scan_layers, tmp_path):
     auto = transformers.AutoModelForSeq2SeqLM
-    family.check_merged_export(CASES[version], 2, tmp_path, auto=auto, scan_layers=scan_layers)
+    family_parity.check_merged_export(
+        CASES[version], 2, tmp_path, auto=auto, scan_layers=scan_layers
+    )
 
 
 def text(loaded, params, inputs, new_tokens, lifted):
@@ -134,7 +138,7 @@ def text(loaded, params, inputs, new_tokens, lifted):
 @pytest.mark.parametrize("seed", range(2))
 @each
 def test_greedy_text(version, seed, tmp_path):
-    family.check_generation(CASES[version], seed, tmp_path, text)
+    family_parity.check_generation(CASES[version], seed, tmp_path, text)
 
 
 @pytest.mark.supports("T5", "generation")
@@ -143,13 +147,13 @@ def test_greedy_text(version, seed, tmp_path):
 def test_beam_search(version, seed, tmp_path):
     """With an end that some texts come to; the layers are scanned in some."""
     case = CASES[version]
-    model = family.torch_model(case, seed)
-    family.quiet(model.save_pretrained, tmp_path)
-    loaded = family.load(case, tmp_path, scan_layers=seed == 1)
+    model = family_parity.torch_model(case, seed)
+    family_parity.quiet(model.save_pretrained, tmp_path)
+    loaded = family_parity.load(case, tmp_path, scan_layers=seed == 1)
     inputs = case.inputs(model.config, seed)
     prompt = {k: inputs[k] for k in ("input_ids", "attention_mask")}
     settings = Decoding(max_new_tokens=10, beams=2 + seed, stop=(3, 5), length_penalty=0.8)
-    theirs = family.quiet(
+    theirs = family_parity.quiet(
         model.generate, **{k: torch.from_numpy(v) for k, v in prompt.items()}, do_sample=False,
         max_new_tokens=10, num_beams=settings.beams, eos_token_id=[3, 5], pad_token_id=0,
         length_penalty=0.8,

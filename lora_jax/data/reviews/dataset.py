@@ -39,7 +39,7 @@ class LoraReviews(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(split) for split in ("train", "validation")}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        examples = read_tsv(FOLDER / f"{split}.tsv", labelled=True)
+        examples = read_tsv(FOLDER / f"{split}.tsv", require_labels=True)
         rows = zip(examples.sentences, examples.labels, strict=True)
         for number, (sentence, label) in enumerate(rows):
             yield number, {"sentence": sentence, "label": int(label), "idx": number}

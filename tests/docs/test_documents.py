@@ -1,0 +1,174 @@
+"""What the documentation shows is run: README snippets, its commands, and docstrings."""
+
+import doctest
+import importlib
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import configs
+import experiments
+import lora_jax
+from lora_jax.tasks import glue_config
+from tests.helpers.places import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def _modules(*packages):
+    for package in packages:
+        yield package.__name__
+        for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            yield info.name
+
+
+@pytest.mark.parametrize("name", list(_modules(lora_jax)))
+def test_docstrings(name):
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+def test_docstrings_of_programs():
+    names = list(_modules(experiments, configs))
+    assert {"experiments.sst2", "experiments.sweep", "configs.common"} <= set(names)
+    done = subprocess.run(
+        [sys.executable, "tests/helpers/run_docstrings.py", *names],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_readme_snippets(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(snippets) >= 6
+    space = {}
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), space)
+    assert "trainable params: 355 || all params: 1,443" in capsys.readouterr().out
+
+
+def test_snippets_of_any_function(capsys):
+    text = (ROOT / "docs" / "any_function.md").read_text(encoding="utf-8")
+    space = {}
+    for snippet in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        exec(compile(snippet, "any_function.md", "exec"), space)
+    shown = re.search(r"```text\n(.*?)```", text, flags=re.DOTALL).group(1).splitlines()
+    printed = capsys.readouterr().out
+    assert all(line in printed for line in shown) and len(shown) == 4
+
+
+def test_snippets_of_quantization(capsys):
+    text = (ROOT / "docs" / "quantization.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    (shown,) = re.findall(r"```text\n(.*?)```", text, flags=re.DOTALL)
+    exec(compile(snippet, "quantization.md", "exec"), {})
+    assert capsys.readouterr().out == shown
+
+
+def test_readme_commands_name_what_exists():
+    commands = re.findall(r"^\$ (.*?)(?:  +#.*)?$", README, flags=re.MULTILINE)
+    assert commands[:2] == ["make quickstart", "make test"]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for command in commands:
+        for target in re.findall(r"^make ([\w-]+)", command):
+            assert f"\n{target}:" in makefile
+        for module in re.findall(r"-m (experiments[\w.]*)", command):
+            assert (ROOT / f"{module.replace('.', '/')}.py").is_file()
+        for config in re.findall(r"--config=(\S+)", command):
+            assert (ROOT / config).is_file()
+
+
+def _tested_versions():
+    """Name and version of everything that CI pins."""
+    pins = [(ROOT / file).read_text(encoding="utf-8") for file in ("constraints.txt", ".ci/run")]
+    return [
+        (name.lower(), v) for text in pins for name, v in re.findall(r"([\w-]+)==([\w.]+)", text)
+    ]
+
+
+def _table_of_versions(names):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = [*project["dependencies"], *project["optional-dependencies"]["train"]]
+    admitted = dict(re.match(r"([\w-]+)(.*)", line).groups() for line in lines)
+    tested = dict(_tested_versions())
+    rows = [f"| {n} | `{admitted[n]}` | {tested[n]} |" for n in names]
+    head = ["| | admitted | in `constraints.txt` |", "|---|---|---|"]
+    return "\n".join([*head, f"| Python | `{project['requires-python']}` | |", *rows]) + "\n"
+
+
+def test_readme_names_the_versions_that_ci_tests():
+    begin, end = (
+        "<!-- versions, from pyproject.toml and constraints.txt -->\n",
+        "<!-- end of the versions -->",
+    )
+    names = ("jax", "flax", "numpy", "optax", "orbax-checkpoint", "safetensors")
+    assert README.partition(begin)[2].partition(end)[0] == _table_of_versions(names)
+    named = re.findall(r"\b(jax|flax|numpy|optax|torch|transformers|PEFT) (\d+(?:\.\d+)+)", README)
+    assert len(named) > 3
+    for name, version in named:
+        tested = [v for n, v in _tested_versions() if n == name.lower()]
+        assert any(f"{v}.".startswith(f"{version}.") for v in tested), (name, version, tested)
+    floor = re.search(
+        r"^requires-python = \">=(.*)\"$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE
+    )
+    newest = re.search(
+        r"^release=.*Python ([\d.]+)$", (ROOT / "scripts/test_newest.sh").read_text(), re.MULTILINE
+    )
+    assert set(re.findall(r"Python (\d[\d.]*\d)", README)) == {floor[1], newest[1]}
+
+
+def test_import_is_light():
+    """`import lora_jax` brings in none of what the experiments need."""
+    code = (
+        "import sys, lora_jax\n"
+        "heavy = 'optax orbax tensorflow tensorflow_datasets tokenizers huggingface_hub absl.flags "
+        "ml_collections matplotlib lora_jax.models experiments'.split()\n"
+        "print([m for m in heavy if m in sys.modules])"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, cwd=ROOT,
+    )  # fmt: skip
+    assert out.stdout.strip() == "[]"
+
+
+def test_public_names():
+    assert sorted(set(lora_jax.__all__) - {"__version__"}) == sorted(
+        "LoRAConfig init bind lift merge labels mask summary explain save load quantize "
+        "tabulate from_nnx update_nnx from_keras update_keras".split()
+    )
+    for name in lora_jax.__all__:
+        if name != "__version__":
+            assert getattr(lora_jax, name).__doc__
+
+
+@pytest.mark.parametrize("path", sorted(Path(ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
+def test_configs_are_locked_and_valid(path):
+    if path.stem in ("__init__", "common"):
+        pytest.skip("not a config of its own")
+    config = importlib.import_module(f"configs.{path.stem}").get_config()
+    assert config.is_locked and config.lora.is_locked
+    assert f"--config=configs/{path.name}" in path.read_text(encoding="utf-8")
+    fields = config.lora.to_dict()
+    if glue_config.DEFAULT in fields["targets"]:  # known with the model's family alone
+        fields |= {"targets": ("query",), "train": ("classifier",)}
+    lora_jax.LoRAConfig.from_dict(fields)
+
+
+def test_every_test_that_the_documents_name_exists():
+    """And the slow ones are marked as such there."""
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`(\*?)", text)
+    assert len(named) > 40
+    for file, name, star in named:
+        source = next((ROOT / "tests").rglob(file)).read_text(encoding="utf-8")
+        assert f"\ndef {name}(" in source, (file, name)
+        before = source.split(f"\ndef {name}(")[0].rsplit("\n\n\n", 1)[-1]
+        slow = "pytestmark = pytest.mark.slow" in source or "@pytest.mark.slow\n" in before
+        assert bool(star) == slow, (file, name)
