@@ -13,6 +13,7 @@ import lora_jax as lora
 from lora_jax import adapter as adapters
 from lora_jax.lowrank import LowRank
 from tests.helpers import zoo
+from tests.helpers.comparisons import assert_close, perturbed
 
 is_lora = lambda x: isinstance(x, LowRank)
 RANK = 2
@@ -23,9 +24,6 @@ METHODS = {
     "probe": dict(targets=(), train=("head",)),
     "full": dict(targets=(), train=("re:.*",)),
 }
-# Float32 sums in another order: a few ulps of values of order one, more for gradients, which add
-# up over the batch.
-CLOSE = dict(rtol=2e-5, atol=2e-5)
 
 
 class Case:
@@ -71,26 +69,9 @@ class Case:
         return fn(lora.bind(params, adapter), self.model.x if x is None else x)
 
 
-def perturbed(adapter, seed=5, size=0.2):
-    """Random values in every trainable leaf, so that nothing is zero by accident."""
-    rng = np.random.default_rng(seed)
-    noise = lambda x: jnp.asarray(x + size * rng.normal(size=x.shape), x.dtype)
-    return jax.tree.map(lambda x, t: noise(x) if t else x, adapter, lora.mask(adapter))
-
-
 @functools.cache
 def case(model, method):
     return Case(model, method)
-
-
-def assert_close(got, want, **tolerance):
-    jax.tree.map(
-        lambda g, w: np.testing.assert_allclose(
-            np.asarray(g, np.float64), np.asarray(w, np.float64), **(tolerance or CLOSE)
-        ),
-        got,
-        want,
-    )
 
 
 def assert_same(got, want):

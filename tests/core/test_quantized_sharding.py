@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +12,8 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from lora_jax import sharding
 from lora_jax.quantized_sharding import part_specs
 from lora_jax.schemes import encode
+from tests.helpers.places import ROOT
 
-ROOT = Path(__file__).parents[1]
 SIZES = {"fsdp": 4, "tensor": 2}
 
 
@@ -72,7 +71,7 @@ def test_specs_of_a_tree_have_one_for_each_kernel():
 
 def test_codes_travel_and_not_numbers():
     """On four devices: values, gradients, and the largest array that is gathered."""
-    program = [sys.executable, ROOT / "tests" / "quantized_devices.py"]
+    program = [sys.executable, "-m", "tests.helpers.cases_on_quantized"]
     run = subprocess.run(program, capture_output=True, text=True, cwd=ROOT, timeout=900)
     assert run.returncode == 0, run.stderr[-4000:]
     found = json.loads(run.stdout)

@@ -1,40 +1,31 @@
 """Checkpoints that are quantized, and those that are quantized while they are loaded."""
 
 import json
-import pathlib
 import shutil
 from time import process_time
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
-import mutations
 import numpy as np
 import pytest
 import safetensors.numpy
-from test_contract import assert_close
 
 import lora_jax as lora
 from lora_jax import adapter as adapters
-from lora_jax import files, names
+from lora_jax import names
 from lora_jax.code_books import TABLES
 from lora_jax.models import checkpoints, gpt2, hub
 from lora_jax.paths import named_leaves
 from lora_jax.quantized import as_array, decode, is_quantized
 from lora_jax.schemes import encode
+from tests.helpers import damaged_files
+from tests.helpers.comparisons import assert_close
+from tests.helpers.quantized_checkpoints import GOLDENS, NAME, changed, load, quantized
 
-GOLDENS = pathlib.Path(__file__).parent / "goldens" / "quantized"
 GOLDEN = np.load(GOLDENS / "golden.npz")
 KINDS = ("nf4_double", "fp4", "int8")
 KERNELS = 14  # of two layers
-
-
-def load(directory, **options):
-    return checkpoints.load(directory, head="causal-lm", **options)
-
-
-def quantized(params):
-    return {n: x for n, x in named_leaves(params).items() if is_quantized(x)}
 
 
 def logits(loaded, params=None):
@@ -93,25 +84,6 @@ def peft_tensors(grads, loaded):
 
 
 # ---- Other files ----------------------------------------------------------------------------------
-
-
-def changed(tmp_path, kind, change):
-    """A copy of a golden checkpoint with other tensors."""
-    directory = shutil.copytree(GOLDENS / kind, tmp_path / "changed")
-    (directory / "model.safetensors").unlink()
-    tensors = read(GOLDENS / kind / "model.safetensors")
-    change(tensors)
-    safetensors.numpy.save_file(tensors, directory / "model.safetensors")
-    return directory
-
-
-def read(path):
-    """Tensors, bfloat16 among them, which safetensors' own reader does not give."""
-    stored = files.open_safetensors(path)
-    return {name: files.read_tensor(x) for name, x in stored.items()}
-
-
-NAME = "model.layers.1.mlp.down_proj.weight"
 
 
 def state_of(tensors, name=NAME):
@@ -371,7 +343,7 @@ def damage(tensors, rng):
     belongs = [n for n in tensors if n.startswith("model.layers") and "norm" not in n]
     name = belongs[rng.integers(len(belongs))]
     if "quant_state" in name and rng.random() < 0.8:
-        change = list(mutations.OF_JSON.values())[rng.integers(len(mutations.OF_JSON))]
+        change = list(damaged_files.OF_JSON.values())[rng.integers(len(damaged_files.OF_JSON))]
         tensors[name] = np.frombuffer(change(tensors[name].tobytes(), rng), np.uint8)
         return
     new = damaged_tensor(tensors.pop(name), rng)

@@ -1,6 +1,6 @@
 """Quantized kernels on 4 virtual devices, in a process of its own; prints a JSON object.
 
-python tests/quantized_devices.py
+python -m tests.helpers.cases_on_quantized
 """
 
 import json
@@ -13,12 +13,13 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import jax.numpy as jnp
 import numpy as np
-from collectives import collectives
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lora_jax as lora
 from lora_jax import sharding
 from lora_jax.quantized import is_quantized
+from lora_jax.quantized_sharding import spec_of
+from tests.helpers.collectives import collectives
 
 LAYERS, WIDTH, INNER, ROWS = 2, 256, 512, 8
 MESHES = {"fsdp": (4, 1), "tensor": (1, 4), "mixed": (2, 2)}
@@ -69,7 +70,7 @@ def case(scheme, shape, plain, adapter, x):
         ),
         "really": sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(placed))
         / sum(x.nbytes for x in jax.tree.leaves(params)),
-        "specs": [str(tuple(sharding.spec_of(x))) for x in leaves],
+        "specs": [str(tuple(spec_of(x))) for x in leaves],
     }  # fmt: skip
 
 

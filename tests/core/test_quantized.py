@@ -1,7 +1,5 @@
 """Quantized leaves alone: what is stored, what it stands for, and how JAX handles it."""
 
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +9,9 @@ from lora_jax import paths
 from lora_jax.code_books import DYNAMIC, TABLES
 from lora_jax.quantized import CodeBook, Quantized, abstract, decode, is_quantized, numbers, parts
 from lora_jax.schemes import SCHEMES, encode, nest
+from tests.helpers.places import GOLDENS
 
-CASES = np.load(pathlib.Path(__file__).parent / "goldens" / "quantized" / "cases.npz")
+CASES = np.load(GOLDENS / "quantized" / "cases.npz")
 KERNELS = sorted({name.split("/")[0] for name in CASES.files if name.endswith("/w")})
 ROOT_MEAN_SQUARE = {  # of the error, relative to that of normal numbers
     "nf4": 0.095, "nf4_double": 0.095, "fp4": 0.125, "fp4_double": 0.125, "int8": 0.009,

@@ -4,19 +4,17 @@ Packed here by the formulas of their documentation; compressed-tensors also by t
 """
 
 import json
-import pathlib
 import shutil
 
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from test_quantized_checkpoints import NAME, load, quantized, read
 
-from lora_jax.models import grouped_tensors
+from lora_jax.models import checkpoints, grouped_tensors
 from lora_jax.quantized import decode
+from tests.helpers.quantized_checkpoints import GOLDENS, NAME, load, quantized, read
 
-HERE = pathlib.Path(__file__).parent
 N_OUT, N_IN, GROUP = 64, 128, 32  # of down_proj in the golden model
 MODULE = NAME.removesuffix(".weight")
 
@@ -90,9 +88,7 @@ MADE = {
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     """The golden model with plain numbers."""
-    from lora_jax.models import checkpoints
-
-    loaded = load(HERE / "goldens" / "quantized" / "fp4")
+    loaded = load(GOLDENS / "fp4")
     directory = tmp_path_factory.mktemp("plain")
     checkpoints.save_hf(directory, loaded.params, loaded.checkpoint, head="causal-lm")
     return directory
@@ -163,7 +159,7 @@ def test_kinds_that_are_not_read(plain, tmp_path, about, says):
 @pytest.mark.parametrize("kind", ["sym", "asym"])
 def test_what_compressed_tensors_writes(kind):
     """Kernels (24, 96) with groups of 32, by the package itself."""
-    golden = np.load(HERE / "goldens" / "quantized" / "compressed_tensors.npz")
+    golden = np.load(GOLDENS / "compressed_tensors.npz")
     part = lambda name: golden[f"{kind}/{name}"]
     names = {"codes": "weight_packed", "scales": "weight_scale", "zeros": "weight_zero_point"}
     values = {k: part(n) for k, n in names.items() if f"{kind}/{n}" in golden.files}

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import tiny_llama
 
 import lora_jax as lora
 from configs import instruct_llama
@@ -11,6 +10,7 @@ from lora_jax.paths import named_leaves
 from lora_jax.quantized import is_quantized
 from lora_jax.tasks import from_config, instruction_tuning, language_model
 from lora_jax.training.train import train
+from tests.helpers import tiny_llama
 
 
 def config(root, **changes):
@@ -61,7 +61,7 @@ def test_widening_keeps_codes(root):
     loaded = checkpoints.load(
         root / "model", head="causal-lm", quantize="int8", param_dtype="bfloat16"
     )
-    wide = language_model.adapter_files.widened(loaded)
+    wide = language_model.adapter_files.widen(loaded)
     for name, x in named_leaves(wide.params).items():
         assert x.dtype == np.float32, name
         before = named_leaves(loaded.params)[name]

@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import zoo
-from test_contract import assert_close, perturbed
 
 import lora_jax as lora
 from lora_jax import adapter as adapters
 from lora_jax.kernels import KERNEL
 from lora_jax.quantized import as_array, is_quantized
 from lora_jax.schemes import SCHEMES, encode
+from tests.helpers import zoo
+from tests.helpers.comparisons import assert_close, perturbed
 
 SMALL = 4  # kernels of the zoo have eight inputs and more
 
