@@ -24,8 +24,8 @@ TABLES = {
 }
 
 
-def _dynamic() -> np.ndarray:
-    """Midpoints of 2^i equal parts of [0.1, 1], times 10^(i - 6), of both signs; and 0 and 1."""
+def _make_dynamic() -> np.ndarray:
+    """Lists midpoints of 2^i equal parts of [0.1, 1], times 10^(i - 6), of both signs; 0 and 1."""
     positive = []
     for i in range(7):
         ends = _linspace(0.1, 1.0, 2**i + 1)
@@ -43,4 +43,4 @@ def _linspace(start: float, stop: float, n: int) -> np.ndarray:
     return values.astype(np.float32)
 
 
-DYNAMIC = _dynamic()
+DYNAMIC = _make_dynamic()

@@ -69,7 +69,7 @@ def quantize(
     (32,)
     """
     chosen, leaves = find_scheme(scheme, block), base_leaves(params)
-    roles, kernels = _roles(like, leaves)
+    roles, kernels = _find_roles(like, leaves)
     explicit = [entry for entry in targets if entry != ALL_LINEAR]
     hits = paths.select(explicit, leaves, what="targets")
     _check_known(hits, roles)
@@ -83,8 +83,8 @@ def quantize(
     return jax.tree.structure(params, is_leaf=is_quantized).unflatten(new)
 
 
-def _roles(like: Any, leaves: Mapping[str, Any]) -> tuple[dict[str, str], set[str]]:
-    """The roles of the axes of each leaf that has any, and those that are kernels."""
+def _find_roles(like: Any, leaves: Mapping[str, Any]) -> tuple[dict[str, str], set[str]]:
+    """Returns the roles of the axes of each leaf that has any, and those that are kernels."""
     if isinstance(like, Table):
         known = {n: row.leaf for n, row in like.rows.items() if row.leaf.axes}
         linear = {n for n, leaf in known.items() if leaf.kind == KERNEL and leaf.is_weight}
@@ -108,7 +108,7 @@ def _roles(like: Any, leaves: Mapping[str, Any]) -> tuple[dict[str, str], set[st
 
 
 def _is_usual(x: Any, scheme: Scheme) -> bool:
-    """Whether a kernel is an array of at least one block."""
+    """Tells whether a kernel is an array of at least one block."""
     return not is_quantized(x) and x.size >= scheme.block
 
 
@@ -125,12 +125,12 @@ def _check_known(hits: Mapping[str, Sequence[str]], roles: Mapping[str, str]) ->
 def _check_fit(
     leaves: Mapping[str, Any], roles: Mapping[str, str], name: str, scheme: Scheme
 ) -> None:
-    problems = {n: _problem(x, roles[n], name, scheme) for n, x in leaves.items()}
+    problems = {n: _describe_problem(x, roles[n], name, scheme) for n, x in leaves.items()}
     if bad := [f"{n} {problem}" for n, problem in problems.items() if problem]:
         raise ValueError(f"These can't be quantized: {'; '.join(bad)}.")
 
 
-def _problem(x: Any, axes: str, name: str, scheme: Scheme) -> str:
+def _describe_problem(x: Any, axes: str, name: str, scheme: Scheme) -> str:
     return "is quantized already" if is_quantized(x) else misfit(x, axes, name, scheme)
 
 

@@ -80,7 +80,7 @@ class Quantized:
         return side(IN), side(OUT)
 
     def matrix(self) -> Array:
-        """The numbers ``(*batch, in, out)`` in float32."""
+        """Computes the numbers ``(*batch, in, out)`` in float32."""
         raise NotImplementedError
 
 
@@ -108,7 +108,7 @@ class CodeBook(Quantized):
     block: int
 
     def matrix(self) -> Array:
-        """Entries of the table times the scale of their block."""
+        """Multiplies entries of the table by the scale of their block."""
         n_in, n_out = self.sides
         values = _entries(TABLES[self.table], unpack(self.codes))
         scales = spread(self.block_scales(), values.shape[-2], self.block, axis=-2)
@@ -119,7 +119,7 @@ class CodeBook(Quantized):
         return jnp.swapaxes(rows, -1, -2)
 
     def block_scales(self) -> Array:
-        """The scale of each block in float32: what is the largest of its entries."""
+        """Computes the scale of each block in float32: what is the largest of its entries."""
         if self.nested is None or self.offset is None:
             return self.scales.astype(jnp.float32)
         *batch, rows, columns = self.scales.shape
@@ -158,7 +158,7 @@ class Affine(Quantized):
     factor: float = 1.0
 
     def matrix(self) -> Array:
-        """Codes times the scale of their block."""
+        """Multiplies codes by the scale of their block."""
         codes = unpack(self.codes) if self.code == "uint4" else self.codes
         if self.code.startswith("float8"):
             codes = lax.bitcast_convert_type(codes, jnp.dtype(self.code))
@@ -185,18 +185,18 @@ for _cls, _parts in _PARTS.items():
 
 
 def is_quantized(x: Any) -> bool:
-    """Whether ``x`` is a leaf that is stored as codes and scales."""
+    """Tells whether ``x`` is a leaf that is stored as codes and scales."""
     return isinstance(x, Quantized)
 
 
 def parts(leaf: Quantized) -> Mapping[str, Array]:
-    """The arrays of a leaf by name, each with the batch axes first."""
+    """Returns the arrays of a leaf by name, each with the batch axes first."""
     named = {name: getattr(leaf, name) for name in _PARTS[type(leaf)]}
     return {name: x for name, x in named.items() if x is not None}
 
 
 def numbers(leaf: Quantized) -> Array:
-    """The numbers of a leaf in float32, before they are rounded to its dtype.
+    """Computes the numbers of a leaf in float32, before they are rounded to its dtype.
 
     No gradient reaches its parts, which are frozen.
     """
@@ -208,17 +208,17 @@ def numbers(leaf: Quantized) -> Array:
 
 
 def decode(leaf: Quantized) -> Array:
-    """The array that a leaf stands for: its numbers, rounded once to its dtype."""
+    """Computes the array that a leaf stands for: its numbers, rounded once to its dtype."""
     return numbers(leaf).astype(leaf.dtype)
 
 
 def as_array(x: Any) -> Any:
-    """``x`` itself, or the array that it stands for if it is quantized."""
+    """Returns ``x`` itself, or the array that it stands for if it is quantized."""
     return decode(x) if is_quantized(x) else x
 
 
 def abstract(x: Any) -> Any:
-    """``x`` itself, or the shape and dtype of what it stands for if it is quantized."""
+    """Returns ``x`` itself, or shape and dtype of what it stands for if it is quantized."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype) if is_quantized(x) else x
 
 
@@ -226,7 +226,7 @@ def abstract(x: Any) -> Any:
 
 
 def as_matrix(x: Array, axes: str) -> Array:
-    """The kernel as ``(*batch, in, out)``."""
+    """Rearranges a kernel as ``(*batch, in, out)``."""
     order = positions(axes, BATCH + IN + OUT)
     batch = [x.shape[k] for k in positions(axes, BATCH)]
     n_in = math.prod(x.shape[k] for k in positions(axes, IN))
@@ -235,7 +235,7 @@ def as_matrix(x: Array, axes: str) -> Array:
 
 
 def side_sizes(shape: Sequence[int], axes: str) -> tuple[int, ...]:
-    """The sizes of the axes that are inputs or outputs, in the kernel's order."""
+    """Returns the sizes of the axes that are inputs or outputs, in the kernel's order."""
     return tuple(n for n, role in zip(shape, axes, strict=True) if role != BATCH)
 
 
@@ -251,7 +251,7 @@ def pack(codes: Array) -> Array:
 
 
 def unpack(codes: Array) -> Array:
-    """The inverse of :func:`pack`."""
+    """Inverts :func:`pack`."""
     pairs = jnp.stack([codes >> 4, codes & 15], axis=-2)
     return pairs.reshape(*codes.shape[:-2], 2 * codes.shape[-2], codes.shape[-1])
 

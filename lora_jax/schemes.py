@@ -92,7 +92,7 @@ def encode(
 
 
 def find_scheme(name: str, block: int | None = None) -> Scheme:
-    """The scheme of a name, with another size of its blocks if one is given.
+    """Finds the scheme of a name, with another size of its blocks if one is given.
 
     Raises:
       ValueError: there is none, or it has no blocks of such a size.
@@ -127,7 +127,7 @@ def misfit(x: Any, axes: str, name: str, scheme: Scheme) -> str:
 
 
 def _is_finite(x: Array) -> bool:
-    """Whether there is no NaN or infinity, as far as the values are known."""
+    """Tells whether there is no NaN or infinity, as far as the values are known."""
     return isinstance(x, jax.core.Tracer) or bool(_all_finite(x))
 
 
@@ -140,8 +140,8 @@ def _all_finite(x: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _blocks(matrix: Array, table: str, block: int, is_flat: bool) -> tuple[Array, Array]:
-    """Packed codes, and the largest absolute value of each block."""
+def _encode_blocks(matrix: Array, table: str, block: int, is_flat: bool) -> tuple[Array, Array]:
+    """Returns packed codes, and the largest absolute value of each block."""
     *batch, n_in, n_out = matrix.shape
     if is_flat:
         row = jnp.swapaxes(matrix, -1, -2).reshape(*batch, n_in * n_out, 1)
@@ -150,7 +150,7 @@ def _blocks(matrix: Array, table: str, block: int, is_flat: bool) -> tuple[Array
     scales = jnp.max(jnp.abs(tiles), axis=-2)
     inverse = jnp.where(scales > 0, 1 / jnp.where(scales > 0, scales, 1), 0)
     scaled = jnp.clip(tiles * inverse[..., None, :], -1, 1)
-    codes = _nearest(scaled, TABLES[table]).reshape(matrix.shape)
+    codes = _find_nearest(scaled, TABLES[table]).reshape(matrix.shape)
     if is_flat:
         n = n_in * n_out
         codes = codes[..., : n + n % 2, :]
@@ -158,14 +158,14 @@ def _blocks(matrix: Array, table: str, block: int, is_flat: bool) -> tuple[Array
 
 
 def _fill(x: Array, block: int) -> Array:
-    """Zeros after the last entry but one axis, up to a whole number of blocks."""
+    """Adds zeros along the last axis but one, up to a whole number of blocks."""
     widths = [(0, 0)] * x.ndim
     widths[-2] = (0, -x.shape[-2] % block)
     return jnp.pad(x, widths)
 
 
-def _nearest(x: Array, table: np.ndarray) -> Array:
-    """The codes of the nearest entries; of two that are as near, the smaller entry's."""
+def _find_nearest(x: Array, table: np.ndarray) -> Array:
+    """Finds the codes of the nearest entries; of two that are as near, the smaller entry's."""
     order = np.argsort(table, kind="stable").astype(np.uint8)
     values = table[order]
     middles = (values[:-1] + values[1:]) / np.float32(2)
@@ -178,7 +178,7 @@ def _nearest(x: Array, table: np.ndarray) -> Array:
 
 def _code_book(matrix: Array, scheme: Scheme, fields: Mapping[str, Any]) -> CodeBook:
     is_flat = bool(matrix.shape[-2] % scheme.block)
-    codes, scales = _blocks(matrix, scheme.table, scheme.block, is_flat)
+    codes, scales = _encode_blocks(matrix, scheme.table, scheme.block, is_flat)
     rest: dict[str, Any] = {"table": scheme.table, "block": scheme.block, **fields}
     if scheme.is_nested:
         # PyTorch adds up in another order: its mean may differ in the last digit.
@@ -189,7 +189,7 @@ def _code_book(matrix: Array, scheme: Scheme, fields: Mapping[str, Any]) -> Code
 
 @jax.jit
 def nest(scales: Array, offset: Array) -> tuple[Array, Array]:
-    """Bytes for scales less an offset, in blocks of 256, whose largest absolute values are kept.
+    """Makes bytes of scales less an offset, in blocks of 256 with their largest absolute value.
 
     Args:
       scales: ``(*batch, blocks of inputs, out)``, counted along inputs, then outputs.

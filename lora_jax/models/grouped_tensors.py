@@ -58,23 +58,23 @@ def settings(about: Mapping[str, Any]) -> Settings:
         groups = about.get("config_groups")
         weights = [g.get("weights") for g in groups.values()] if isinstance(groups, dict) else []
         bits = {w.get("num_bits") for w in weights if isinstance(w, dict)}
-        return _checked(Settings(method, bits.pop() if len(bits) == 1 else 0))
+        return _check(Settings(method, bits.pop() if len(bits) == 1 else 0))
     if method == "awq" and str(about.get("version", about.get("format", "gemm"))).lower() != "gemm":
         raise ValueError("is quantized with 'awq' in another layout than 'gemm', which is not read")
     # Version 1 stores zeros less one.
     form = about.get("checkpoint_format", about.get("format", "gptq"))
     plus = 1 if method == "gptq" and form != "gptq_v2" else 0
-    return _checked(Settings(method, about.get("bits", about.get("w_bit", 0)), plus))
+    return _check(Settings(method, about.get("bits", about.get("w_bit", 0)), plus))
 
 
-def _checked(made: Settings) -> Settings:
+def _check(made: Settings) -> Settings:
     if made.bits not in (4, 8) or (made.method == "awq" and made.bits != 4):
         raise ValueError(f"is quantized with {made.method!r} in {made.bits} bits, not in 4 or 8")
     return made
 
 
 def find(name: str, tensors: Mapping[str, Stored], about: Settings) -> dict[str, str]:
-    """The names of the tensors of a module whose codes have this name, by what they are.
+    """Finds the names of the tensors of a module whose codes have this name, by what they are.
 
     None if these are no codes.
 
@@ -99,7 +99,7 @@ def find(name: str, tensors: Mapping[str, Stored], about: Settings) -> dict[str,
 def read(
     values: Mapping[str, np.ndarray], shape: tuple[int, int], about: Settings
 ) -> tuple[type, dict[str, Any]]:
-    """The class and the fields of the leaf.
+    """Returns the class and the fields of the leaf.
 
     Raises:
       ValueError: the parts do not belong together.
@@ -129,7 +129,7 @@ def read(
 
 
 def _unpack(words: np.ndarray, bits: int, order: Sequence[int] | None = None) -> np.ndarray:
-    """The codes of words ``(rows, words)``, those in the low bits first: ``(rows, codes)``."""
+    """Unpacks words ``(rows, words)``, the low bits first: ``(rows, codes)``."""
     per_word = 32 // bits
     shifts = np.arange(per_word, dtype=np.uint32) * np.uint32(bits)
     parts = (words.view(np.uint32)[..., None] >> shifts) & np.uint32(2**bits - 1)
@@ -192,12 +192,12 @@ FORMATS: dict[str, Format] = {
 
 
 def module_of(name: str, about: Settings) -> str:
-    """The name of the module whose codes have this name."""
+    """Returns the name of the module whose codes have this name."""
     return name.removesuffix(FORMATS[about.method].parts["codes"])
 
 
 def matrix_shape(parts: Mapping[str, Stored], about: Settings) -> tuple[int, int]:
-    """The shape ``(out, in)`` of the kernel."""
+    """Returns the shape ``(out, in)`` of the kernel."""
     shape = FORMATS[about.method].shape(parts, about.bits)
     if math.prod(shape) == 0:
         raise ValueError(f"has the shape {shape}")

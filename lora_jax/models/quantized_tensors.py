@@ -50,7 +50,7 @@ class QuantizedTensor(NamedTuple):
 
 
 def read_settings(config: Mapping[str, Any], where: str) -> Settings | None:
-    """What a checkpoint's config says of groups of inputs; None where it speaks of none.
+    """Reads what a checkpoint's config says of groups of inputs; None where it names none.
 
     Raises:
       ValueError: the checkpoint is quantized in a way that is not read; the message names it.
@@ -79,7 +79,7 @@ def group(
     taken: set[str] = set()
     for name in tensors:
         try:
-            made, names_of_parts = _grouped(name, tensors, settings)
+            made, names_of_parts = _find_group(name, tensors, settings)
         except ValueError as error:
             problems.append(f"{name} {error}")
             continue
@@ -90,10 +90,10 @@ def group(
     return grouped, problems
 
 
-def _grouped(
+def _find_group(
     name: str, tensors: Mapping[str, Stored], settings: Settings | None
 ) -> tuple[QuantizedTensor | None, set[str]]:
-    """The quantized matrix whose codes have this name, and the names of its parts."""
+    """Finds the quantized matrix whose codes have this name, and the names of its parts."""
     if settings is not None and (found := grouped_tensors.find(name, tensors, settings)):
         parts = {key: tensors[full] for key, full in found.items()}
         make = lambda tensor, values: grouped_tensors.read(values, tensor.shape, settings)
@@ -101,16 +101,16 @@ def _grouped(
         module = f"{grouped_tensors.module_of(name, settings)}.weight"
         made = QuantizedTensor(module, np.dtype(np.float16), shape, parts, make)
         return made, set(found.values())
-    companions = _companions(name, tensors)
+    companions = _find_companions(name, tensors)
     if not companions:
         return None, set()
     parts = {key: stored for key, (_, stored) in companions.items()}
-    made = _tensor(name, {"codes": tensors[name], **parts})
+    made = _make_tensor(name, {"codes": tensors[name], **parts})
     return made, {name, *(full for full, _ in companions.values())}
 
 
-def _companions(name: str, tensors: Mapping[str, Stored]) -> dict[str, tuple[str, Stored]]:
-    """The further tensors of a quantized matrix, by what they are; none if it is a plain one."""
+def _find_companions(name: str, tensors: Mapping[str, Stored]) -> dict[str, tuple[str, Stored]]:
+    """Finds the further tensors of a quantized matrix, by what they are; a plain one has none."""
     if not name.endswith(".weight"):
         return {}
     module = name.removesuffix(".weight")
@@ -123,16 +123,16 @@ def _companions(name: str, tensors: Mapping[str, Stored]) -> dict[str, tuple[str
     return {label: (n, tensors[n]) for n, label in labels.items() if n in tensors}
 
 
-def _tensor(name: str, parts: dict[str, Stored]) -> QuantizedTensor:
-    """A quantized matrix, if its parts belong together.
+def _make_tensor(name: str, parts: dict[str, Stored]) -> QuantizedTensor:
+    """Makes a quantized matrix of its parts, if they belong together.
 
     Raises:
       ValueError: they do not; the message continues one that begins with the name.
     """
     if "state" in parts:
-        return _of_4_bits(name, parts)
+        return _make_4_bits(name, parts)
     if {"SCB", "codes"} <= set(parts) and parts["codes"].dtype == np.int8:
-        return _of_8_bits(name, parts)
+        return _make_8_bits(name, parts)
     if "scale" in parts and parts["codes"].dtype == _FLOAT8 and "second" not in parts:
         return _of_float8(name, parts)
     kinds = {key: str(stored.dtype) for key, stored in parts.items()}
@@ -140,14 +140,14 @@ def _tensor(name: str, parts: dict[str, Stored]) -> QuantizedTensor:
 
 
 def expected_shape(weight: Weight) -> tuple[int, int]:
-    """The shape ``(out, in)`` of the matrix of a kernel, also where torch has it transposed."""
+    """Returns the shape ``(out, in)`` of a kernel's matrix, also where torch has it transposed."""
     roles = names.axes(weight)
     side = lambda role: math.prod(n for n, x in zip(weight.shape, roles, strict=True) if x == role)
     return side(OUT), side(IN)
 
 
 def read_quantized(tensor: QuantizedTensor, weight: Weight, dtype: Any) -> Quantized | np.ndarray:
-    """The leaf for a kernel, in numpy arrays; a plain array for what is no linear kernel.
+    """Reads the leaf for a kernel, in numpy arrays; a plain array for what is no linear kernel.
 
     Raises:
       ValueError: the values do not belong together; the message continues one that begins with the
@@ -167,8 +167,8 @@ def read_quantized(tensor: QuantizedTensor, weight: Weight, dtype: Any) -> Quant
 # ---- bitsandbytes -------------------------------------------------------------------------------
 
 
-def _of_4_bits(name: str, parts: dict[str, Stored]) -> QuantizedTensor:
-    about = _state(read_tensor(parts["state"]))
+def _make_4_bits(name: str, parts: dict[str, Stored]) -> QuantizedTensor:
+    about = _read_state(read_tensor(parts["state"]))
     needed = {"absmax", "quant_map"} | ({"nested_absmax"} if "nested_offset" in about else set())
     if missing := needed - set(parts):
         raise ValueError(f"lacks {', '.join(sorted(missing))}")
@@ -184,12 +184,12 @@ def _of_4_bits(name: str, parts: dict[str, Stored]) -> QuantizedTensor:
             raise ValueError(f"has {key} of shape {parts[key].shape}, and {size} are needed")
     if (parts["absmax"].dtype == _BYTES) != ("nested_offset" in about):
         raise ValueError(f"has absmax of dtype {parts['absmax'].dtype}, unlike its quant_state")
-    make = lambda tensor, values: _code_book(tensor, values, about)
+    make = lambda tensor, values: _make_code_book(tensor, values, about)
     return QuantizedTensor(name, jnp.dtype(about["dtype"]), tuple(about["shape"]), parts, make)
 
 
-def _state(data: np.ndarray) -> dict[str, Any]:
-    """What a file says of a matrix, checked."""
+def _read_state(data: np.ndarray) -> dict[str, Any]:
+    """Reads what a file says of a matrix, and checks it."""
     try:
         about = json.loads(data.tobytes())
     except (ValueError, RecursionError) as error:
@@ -213,7 +213,7 @@ def _state(data: np.ndarray) -> dict[str, Any]:
     return about
 
 
-def _code_book(
+def _make_code_book(
     tensor: QuantizedTensor, values: Mapping[str, np.ndarray], about: Mapping[str, Any]
 ) -> tuple[type, dict[str, Any]]:
     table, block, n_in = about["quant_type"], about["blocksize"], tensor.shape[1]
@@ -226,12 +226,14 @@ def _code_book(
     fields = {"codes": turn(values["codes"].reshape(-1).view(np.uint8)), "table": table}
     fields |= {"block": block, "scales": turn(values["absmax"])}
     if "nested_offset" in about:
-        fields |= _nested(fields["scales"], values, float(about["nested_offset"]))
+        fields |= _make_nested(fields["scales"], values, float(about["nested_offset"]))
     return CodeBook, fields
 
 
-def _nested(scales: np.ndarray, values: Mapping[str, np.ndarray], offset: float) -> dict[str, Any]:
-    """The fields of scales that are quantized; plain scales where their table is not the usual."""
+def _make_nested(
+    scales: np.ndarray, values: Mapping[str, np.ndarray], offset: float
+) -> dict[str, Any]:
+    """Makes the fields of quantized scales; plain scales where their table is not the usual."""
     nested, table = values["nested_absmax"], values.get("nested_quant_map", DYNAMIC)
     if table.shape != DYNAMIC.shape or np.abs(table - DYNAMIC).max() > 1e-6:
         raise ValueError("has a nested_quant_map that is not known")
@@ -244,7 +246,7 @@ def _nested(scales: np.ndarray, values: Mapping[str, np.ndarray], offset: float)
     return {"scales": np.ascontiguousarray(plain.reshape(scales.T.shape).T)}
 
 
-def _of_8_bits(name: str, parts: dict[str, Stored]) -> QuantizedTensor:
+def _make_8_bits(name: str, parts: dict[str, Stored]) -> QuantizedTensor:
     shape = parts["codes"].shape
     if len(shape) != 2 or parts["SCB"].shape != (shape[0],):
         raise ValueError(f"has shape {shape}, and SCB has {parts['SCB'].shape}")
@@ -266,12 +268,12 @@ def _of_float8(name: str, parts: dict[str, Stored]) -> QuantizedTensor:
     shape, scale = parts["codes"].shape, parts["scale"]
     if len(shape) != 2 or not jnp.issubdtype(scale.dtype, jnp.floating):
         raise ValueError(f"has shape {shape}, and scales of {scale.dtype}")
-    _tile(shape, scale.shape)
+    _find_tile(shape, scale.shape)
     return QuantizedTensor(name, np.dtype(jnp.bfloat16), shape, parts, _float8)
 
 
-def _tile(shape: tuple[int, int], scales: tuple[int, ...]) -> tuple[int, int]:
-    """The outputs and inputs that share a scale."""
+def _find_tile(shape: tuple[int, int], scales: tuple[int, ...]) -> tuple[int, int]:
+    """Finds how many outputs and inputs share a scale."""
     if math.prod(scales) == 1:
         return shape
     if scales in ((shape[0],), (shape[0], 1)):
@@ -284,7 +286,7 @@ def _tile(shape: tuple[int, int], scales: tuple[int, ...]) -> tuple[int, int]:
 def _float8(
     tensor: QuantizedTensor, values: Mapping[str, np.ndarray]
 ) -> tuple[type, dict[str, Any]]:
-    n_out, n_in = _tile(tensor.shape, values["scale"].shape)
+    n_out, n_in = _find_tile(tensor.shape, values["scale"].shape)
     counts = [-(-n // size) for n, size in zip(tensor.shape, (n_out, n_in), strict=True)]
     scales = np.asarray(values["scale"], np.float32).reshape(counts).T
     codes = np.ascontiguousarray(values["codes"].T)

@@ -44,7 +44,7 @@ class Deferred:
     @property
     def aval(self) -> jax.ShapeDtypeStruct:
         """The shape and dtype of the array that it stands for."""
-        return _aval(self.leaf.shape, self.leaf.dtype, self.lead, self.steps)
+        return _eval_aval(self.leaf.shape, self.leaf.dtype, self.lead, self.steps)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -77,14 +77,14 @@ jax.tree_util.register_dataclass(Deferred, ["leaf"], ["steps"])
 
 
 @functools.cache
-def _aval(
+def _eval_aval(
     shape: tuple[int, ...], dtype: Any, lead: int, steps: tuple[Step, ...]
 ) -> jax.ShapeDtypeStruct:
     whole = jax.ShapeDtypeStruct(shape, dtype)
-    return jax.eval_shape(_steps_of(lead, steps), whole) if steps else whole
+    return jax.eval_shape(_compose_steps(lead, steps), whole) if steps else whole
 
 
-def _steps_of(lead: int, steps: tuple[Step, ...]) -> Callable[[Array], Array]:
+def _compose_steps(lead: int, steps: tuple[Step, ...]) -> Callable[[Array], Array]:
     def run(x: Array) -> Array:
         for step in steps:
             x = step.primitive.bind(x, **dict(step.params))
@@ -96,17 +96,17 @@ def _steps_of(lead: int, steps: tuple[Step, ...]) -> Callable[[Array], Array]:
 
 
 def materialize(value: Any) -> Any:
-    """The array that a value stands for, if it is deferred; else the value itself."""
+    """Computes the array that a value stands for, if it is deferred; else returns the value."""
     if not isinstance(value, Deferred):
         return value
     array = decode(value.leaf)
-    return _steps_of(value.lead, value.steps)(array) if value.steps else array
+    return _compose_steps(value.lead, value.steps)(array) if value.steps else array
 
 
 def evaluate(
     run: Callable[[Sequence[Any]], list], vals: Sequence[Any], *, prevent_cse: bool
 ) -> list:
-    """``run`` of the values with numbers in place of what is deferred, which it does not keep.
+    """Calls ``run`` with numbers in place of what is deferred, and does not keep them.
 
     Args:
       run: a function of a list.
@@ -115,18 +115,18 @@ def evaluate(
     """
     if not any(isinstance(v, Deferred) for v in vals):
         return run(vals)
-    made = lambda vals: run([materialize(_gathered(v)) for v in vals])
+    made = lambda vals: run([materialize(_gather_parts(v)) for v in vals])
     return jax.checkpoint(made, prevent_cse=prevent_cse)(list(vals))
 
 
-def _gathered(value: Any) -> Any:
+def _gather_parts(value: Any) -> Any:
     if not isinstance(value, Deferred):
         return value
     return dataclasses.replace(value, leaf=gather(value.leaf))
 
 
 def move(eqn: Any, vals: Sequence[Any]) -> list | None:
-    """The results of an equation that rearranges what is deferred; None where it makes numbers."""
+    """Moves what is deferred through an equation; None where the equation needs numbers."""
     if not isinstance(vals[0], Deferred) or any(isinstance(v, Deferred) for v in vals[1:]):
         return None
     name, value = eqn.primitive.name, vals[0]
@@ -211,10 +211,10 @@ _SAME = {"copy", "copy_p", "name", "stop_gradient"}
 
 
 def _bring_batch_first(params: dict, value: Deferred, _: Sequence) -> list[Deferred] | None:
-    """A transpose that only says anew where the axes of the stored matrix are."""
+    """Transposes where that only says anew where the axes of the stored matrix are."""
     leaf, order = value.leaf, params["permutation"]
     roles = leaf.roles
-    same = all([k for k in order if roles[k] == x] == _of_role(roles, x) for x in {*roles})
+    same = all([k for k in order if roles[k] == x] == _find_axes(roles, x) for x in {*roles})
     if value.steps or not same or len(order) != len(roles):
         return None
     axes = "".join(roles[k] for k in order)
@@ -222,7 +222,7 @@ def _bring_batch_first(params: dict, value: Deferred, _: Sequence) -> list[Defer
     return [Deferred(dataclasses.replace(leaf, axes=axes, sizes=sizes))]
 
 
-def _of_role(roles: str, role: str) -> list[int]:
+def _find_axes(roles: str, role: str) -> list[int]:
     return [k for k, x in enumerate(roles) if x == role]
 
 
@@ -275,7 +275,7 @@ def _unstack_batch(params: dict, value: Deferred, _: Sequence) -> list[Deferred]
 
 
 def _pick_batch(params: dict, value: Deferred, indices: Sequence) -> list[Deferred] | None:
-    """A gather of whole kernels along the leading batch axes, by numbers that are data."""
+    """Gathers whole kernels along the leading batch axes, by numbers that are data."""
     n, dims, sizes = value.lead, params["dimension_numbers"], params["slice_sizes"]
     n_ids = indices[0].ndim - 1
     rest = value.ndim - n
