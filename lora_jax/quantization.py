@@ -46,8 +46,8 @@ def quantize(
         ``like`` knows as kernels and that are at least as large as a block; rows that are looked up
         are none, also where they make logits, too.
       skip: patterns of kernels that "all-linear" leaves out: by default heads and embeddings.
-      block: the number of inputs that share a scale; None for that of the scheme.
-      dtype: of the arrays that the leaves stand for, such as the model's dtype for computations;
+      block: number of inputs that share a scale; None for that of the scheme.
+      dtype: dtype of the arrays that the leaves stand for, such as the model's dtype for computations;
         None for that of each kernel.
 
     Returns:

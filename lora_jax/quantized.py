@@ -36,9 +36,9 @@ class Quantized:
     Attributes:
       codes: ``(*batch, in, out)``, or with two inputs in each byte, the first in the high bits.
       scales: ``(*batch, blocks of inputs, blocks of outputs)``.
-      axes: the role of each axis of the kernel, as in :mod:`lora_jax.factors`.
-      sizes: of the axes that are inputs or outputs, in the kernel's order.
-      dtype: of the array that it stands for.
+      axes: role of each axis of the kernel, as in :mod:`lora_jax.factors`.
+      sizes: sizes of the axes that are inputs or outputs, in the kernel's order.
+      dtype: dtype of the array that it stands for.
       split: mesh axes over which inputs, and outputs, stay split where numbers are made; None where
         the leaf has not been put onto a mesh. See :mod:`lora_jax.quantized_sharding`.
     """
@@ -98,8 +98,8 @@ class CodeBook(Quantized):
       nested: ``(*batch, blocks of 256 scales)``, what the scales are to be multiplied with, if they
         are bytes; they are counted along inputs, then outputs.
       offset: ``(*batch,)``, what is to be added to them then.
-      table: the name of the table, "nf4" or "fp4".
-      block: the number of entries that share a scale.
+      table: name of the table, "nf4" or "fp4".
+      block: number of entries that share a scale.
     """
 
     nested: Array | None = None
@@ -142,12 +142,12 @@ class Affine(Quantized):
         codes in each byte.
       scales: ``(*batch, blocks of inputs, blocks of outputs)`` of any float; one block is the whole
         axis, and the last one may be smaller.
-      zeros: likewise, the code that stands for zero; None for ``zero``.
-      shifts: likewise, what is added; None for nothing.
-      tile: the inputs and outputs of a block.
-      code: what a code is: "int8", "uint8", "uint4" or "float8_e4m3fn".
-      zero: the code that stands for zero in every block.
-      factor: a number that all scales are multiplied with.
+      zeros: codes that stand for zero, of the same shape; None for ``zero``.
+      shifts: numbers to add, of the same shape; None for nothing.
+      tile: numbers of inputs and outputs of a block.
+      code: form of a code: "int8", "uint8", "uint4" or "float8_e4m3fn".
+      zero: code that stands for zero in every block.
+      factor: number that all scales are multiplied with.
     """
 
     zeros: Array | None = None

@@ -22,9 +22,9 @@ def part_specs(leaf: Quantized, spec: Sequence[Any], sizes: Mapping[str, int]) -
     whole; likewise outputs. Scales of scales are on every device.
 
     Args:
-      leaf: of arrays, or shapes.
-      spec: of the kernel.
-      sizes: of the mesh axes.
+      leaf: leaf of arrays, or shapes.
+      spec: spec of the kernel.
+      sizes: sizes of the mesh axes.
     """
     entries = [*map(_entry, spec), *[()] * (leaf.ndim - len(spec))]
     batch = [entries[k] for k in positions(leaf.roles, BATCH)]

@@ -34,10 +34,10 @@ class Scheme:
     Attributes:
       make: makes a leaf of the matrix ``(*batch, in, out)`` in float32, the scheme, and the fields
         that say what the leaf stands for.
-      block: the number of inputs that share a scale; 0 for all of them.
-      table: the name of a code book.
+      block: number of inputs that share a scale; 0 for all of them.
+      table: name of a code book.
       is_nested: whether the scales of a code book are quantized, too.
-      block_out: the number of outputs that share a scale; 0 for all of them.
+      block_out: number of outputs that share a scale; 0 for all of them.
     """
 
     make: Callable[[Array, "Scheme", Mapping[str, Any]], Quantized]
@@ -53,14 +53,14 @@ def encode(
     """Stores an array in fewer bits.
 
     Args:
-      x: the kernel, of floating-point numbers.
+      x: kernel of floating-point numbers.
       scheme: "nf4" or "fp4" (Dettmers et al. 2023, section 3), in blocks of 64 inputs; "nf4_double"
         or "fp4_double", whose scales are quantized, too; "int8", a scale for each output (Dettmers
         et al. 2022, section 2); "int4", a scale and a zero for each 64 inputs; "float8_e4m3", one
         scale, or "float8_e4m3_blocks", one for each 128 × 128 numbers.
-      axes: the role of each axis, as in :mod:`lora_jax.factors`.
+      axes: role of each axis, as in :mod:`lora_jax.factors`.
       block: another number of inputs that share a scale.
-      dtype: of the array that the leaf stands for; that of ``x`` if None.
+      dtype: dtype of the array that the leaf stands for; that of ``x`` if None.
 
     Returns:
       A leaf that stands for an array of the shape of ``x``; see :mod:`lora_jax.quantized`.

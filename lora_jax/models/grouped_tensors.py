@@ -21,7 +21,7 @@ class Format(NamedTuple):
     """How a format names the tensors of a module, and how it is read.
 
     Attributes:
-      parts: the endings of the names, by what they are; of "codes" the format is known.
+      parts: endings of the names, by what they are; of "codes" the format is known.
       optional: those that may be missing.
       shape: gives ``(out, in)`` of the parts.
       read: gives codes ``(in, out)``, scales and zeros ``(groups, out)``, or one zero for all.
@@ -38,8 +38,8 @@ class Settings(NamedTuple):
 
     Attributes:
       method: "gptq", "awq" or "compressed-tensors".
-      bits: of a code.
-      plus: what is to be added to the zeros of the file.
+      bits: bits of a code.
+      plus: number to add to the zeros of the file.
     """
 
     method: str

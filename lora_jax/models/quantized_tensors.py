@@ -35,11 +35,11 @@ class QuantizedTensor(NamedTuple):
     """A matrix ``(out, in)`` that is stored in several tensors, not read yet.
 
     Attributes:
-      name: of the matrix.
-      dtype: of what it stands for.
-      shape: likewise.
-      parts: the tensors that it is stored in, by what they are.
-      make: makes the fields of a leaf of the parts' values, and the class of the leaf.
+      name: name of the matrix.
+      dtype: dtype of what it stands for.
+      shape: shape of what it stands for.
+      parts: tensors that it is stored in, by what they are.
+      make: function that makes the class and the fields of a leaf of the parts' values.
     """
 
     name: str

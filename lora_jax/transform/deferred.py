@@ -34,7 +34,7 @@ class Deferred:
     """A quantized kernel, and the rearrangements that are to be made of its numbers.
 
     Attributes:
-      leaf: the kernel as it is stored.
+      leaf: kernel as it is stored.
       steps: rearrangements of each of the kernels along the leading batch axes.
     """
 
@@ -109,9 +109,9 @@ def evaluate(
     """Calls ``run`` with numbers in place of what is deferred, and does not keep them.
 
     Args:
-      run: a function of a list.
+      run: function of a list.
       vals: its items, in a list.
-      prevent_cse: as in ``jax.checkpoint``.
+      prevent_cse: flag as in ``jax.checkpoint``.
     """
     if not any(isinstance(v, Deferred) for v in vals):
         return run(vals)
