@@ -47,7 +47,7 @@ def quantize(
         are none, also where they make logits, too.
       skip: patterns of kernels that "all-linear" leaves out: by default heads and embeddings.
       block: number of inputs that share a scale; None for that of the scheme.
-      dtype: dtype of the arrays that the leaves stand for, such as the model's dtype for computations;
+      dtype: dtype of the arrays that the leaves stand for, such as the model's for computations;
         None for that of each kernel.
 
     Returns:
