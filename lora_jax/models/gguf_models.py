@@ -249,7 +249,13 @@ def _ropes(said: Mapping[str, Any], header: GGUF, config: Mapping[str, Any]) -> 
     kind, factor = said.get("rope.scaling.type", "none"), said.get("rope.scaling.factor", 1.0)
     if kind not in ("none", "linear"):
         raise ValueError(f"rope.scaling.type is {kind!r:.40}; linear scaling is built here.")
-    if kind == "linear" and factor not in (0.0, 1.0):
+    is_scaled = kind == "linear" and factor not in (0.0, 1.0)
+    if is_scaled and _ROPE_FREQS in header.tensors:
+        raise ValueError(
+            f"it has both rope.scaling.type {kind!r} and the tensor {_ROPE_FREQS}, which scale "
+            "frequencies in two ways; one of them is built here."
+        )
+    if is_scaled:
         return {"rope_scaling": {"rope_type": "linear", "factor": factor}}
     if _ROPE_FREQS in header.tensors:
         return _llama3(gguf.read_tensor(header.tensors[_ROPE_FREQS]), config)

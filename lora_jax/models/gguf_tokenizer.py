@@ -52,7 +52,7 @@ def special_tokens(header: GGUF) -> dict[str, str]:
     """Returns the texts of the special tokens that the file names, by ``bos_token`` and so on.
 
     Raises:
-      ValueError: an id that is none.
+      ValueError: an id is that of no token.
     """
     words, found = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}, {}
     for name, word in words.items():
@@ -76,7 +76,9 @@ def read_template(path: str | Path) -> tuple[str | None, dict[str, str]]:
     """
     header = gguf.read_header(path)
     source = header.metadata.get("tokenizer.chat_template")
-    return source if isinstance(source, str) else None, special_tokens(header)
+    if not isinstance(source, str | None):
+        raise ValueError(f"{header.path}: tokenizer.chat_template is {source!r:.60}, not a text.")
+    return source, special_tokens(header)
 
 
 def _word(header: GGUF, name: str) -> Any:
@@ -133,6 +135,8 @@ def _byte_level(header: GGUF) -> tokenizers.Tokenizer:
 
 def _sentencepiece(header: GGUF) -> tokenizers.Tokenizer:
     gemma = str(header.metadata.get("general.architecture")).startswith("gemma")
+    if gemma and _word(header, "add_space_prefix") is True:
+        raise ValueError("tokenizer.ggml.add_space_prefix is true, and Gemma adds no space")
     tokens = _tokens(header)
     if gemma:
         # Runs of spaces, which stand for themselves in the file; its scores are not in the order

@@ -54,6 +54,7 @@ class Bundle(NamedTuple):
       module: its name in Python.
       folder: the folder of the files, inside the module.
       sha256: hash of the weights.
+      weights: name of the file of weights in that folder.
     """
 
     package: str

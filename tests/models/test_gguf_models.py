@@ -186,6 +186,9 @@ def test_other_scalings_of_frequencies(tmp_path):
         hub.resolve(path)
     with pytest.raises(ValueError, match="rope_freqs.weight has shape .8,., and heads 8 features"):
         hub.resolve(gguf_files.convert(folder, path, words={"llama.attention.key_length": 8, "llama.attention.value_length": 8}))  # fmt: skip
+    linear = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0}
+    with pytest.raises(ValueError, match="'linear' and the tensor rope_freqs.weight, which scale"):
+        hub.resolve(gguf_files.convert(folder, path, words=linear))
 
 
 def test_numbers_that_are_not_finite(tmp_path):

@@ -183,6 +183,12 @@ def test_pieces_that_are_refused(changes, says, tmp_path):
         read(tmp_path, gguf_tokens.pieces() | changes)
 
 
+def test_a_gemma_that_begins_texts_with_a_space_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="add_space_prefix is true, and Gemma adds no space"):
+        words = gguf_tokens.pieces(gemma=True) | {f"{G}add_space_prefix": True}
+        read(tmp_path, words, arch="gemma2")
+
+
 def test_a_token_that_is_a_book(tmp_path):
     about = gguf_tokens.pieces()
     tokens = about[f"{G}tokens"]
@@ -221,6 +227,9 @@ def test_chat_templates(both, tmp_path):
     _, silent = gguf_checkpoints.make(tmp_path, "llama")
     with pytest.raises(ValueError, match="m.gguf has no chat template: .* tokenizer.chat_template"):
         chat_template.find(checkpoints.resolve(silent))
+    _, odd = gguf_checkpoints.make(tmp_path, "llama", words={"tokenizer.chat_template": 7})
+    with pytest.raises(ValueError, match="m.gguf: tokenizer.chat_template is 7, not a text"):
+        chat_template.find(checkpoints.resolve(odd))
 
 
 def test_both_reply_alike(both):
