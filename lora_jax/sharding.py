@@ -372,6 +372,19 @@ def _constrain(x: jax.Array, rows: Entry, last: Entry = ()) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _make_spec([axes, *[()] * (x.ndim - 2), last]))
 
 
+def count_parts(size: int, axes: Entry) -> int:
+    """Returns the number of parts that an activation's axis has under ``jax.set_mesh(mesh)``.
+
+    It is 1 without a mesh, or if the axes of the mesh do not divide the size.
+
+    Args:
+      size: size of the axis.
+      axes: names of the mesh axes that it is split over; those that the mesh lacks do not count.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return _count_pieces(_select_axes(mesh, axes, size), dict(mesh.shape))
+
+
 def _select_axes(mesh: AbstractMesh, axes: Entry, size: int) -> Entry:
     """Returns those of the axes that the mesh has, if they divide the size; else none."""
     sizes = dict(mesh.shape)

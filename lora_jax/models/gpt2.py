@@ -305,6 +305,25 @@ class GPT2LMHeadModel(nn.Module):
         Raises:
           ValueError: the shapes do not fit, or there are more tokens than positions.
         """
+        x, cache = self.compute_hidden(
+            input_ids, attention_mask, positions, cache, deterministic=deterministic
+        )
+        logits = self.compute_logits(x)
+        return logits if cache is None else (logits, cache)
+
+    def compute_hidden(
+        self,
+        input_ids: Array,
+        attention_mask: Array | None = None,
+        positions: Array | None = None,
+        cache: Cache | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> tuple[Array, Cache | None]:
+        """Computes what the head takes, ``(batch, n, n_embd)``, and the new cache, if any.
+
+        Arguments and errors are those of a call.
+        """
         slots = input_ids.shape[-1] if cache is None else kv_cache.count_slots(cache)
         if attention_mask is None:
             attention_mask = jnp.ones((input_ids.shape[0], slots), jnp.int32)
@@ -314,10 +333,12 @@ class GPT2LMHeadModel(nn.Module):
                 f"{slots} tokens, and the model has positions for {self.config.n_positions}; "
                 "truncate the input, or make fewer new tokens."
             )
-        x, cache = self.transformer(input_ids, attention_mask, positions, cache, deterministic)
+        return self.transformer(input_ids, attention_mask, positions, cache, deterministic)
+
+    def compute_logits(self, hidden: Array) -> Array:
+        """Applies the head to ``(..., n_embd)``; the logits are at least float32."""
         head = self.transformer.wte.attend if self.config.tie_word_embeddings else self.lm_head
-        logits = head(x).astype(jnp.promote_types(self.dtype, jnp.float32))
-        return logits if cache is None else (logits, cache)
+        return head(hidden).astype(jnp.promote_types(self.dtype, jnp.float32))
 
 
 _LINEAR = ("attn/c_attn", "attn/c_proj", "mlp/c_fc", "mlp/c_proj")

@@ -257,6 +257,31 @@ class LlamaForCausalLM(nn.Module):
         Raises:
           ValueError: the shapes do not fit.
         """
+        x, cache = self.compute_hidden(
+            input_ids,
+            attention_mask,
+            positions,
+            cache,
+            segment_ids=segment_ids,
+            deterministic=deterministic,
+        )
+        logits = self.compute_logits(x)
+        return logits if cache is None else (logits, cache)
+
+    def compute_hidden(
+        self,
+        input_ids: Array,
+        attention_mask: Array | None = None,
+        positions: Array | None = None,
+        cache: Cache | None = None,
+        *,
+        segment_ids: Array | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Array, Cache | None]:
+        """Computes what the head takes, ``(batch, n, hidden_size)``, and the new cache, if any.
+
+        Arguments and errors are those of a call.
+        """
         c = self.config
         slots = input_ids.shape[-1] if cache is None else kv_cache.count_slots(cache)
         if attention_mask is None:
@@ -270,13 +295,17 @@ class LlamaForCausalLM(nn.Module):
         mask = _make_mask(queries, attention_mask, segment_ids)
         kinds = [kind for kind in (FULL, SLIDING) if kind in c.layer_types]
         views = [_make_view(c, kind, queries, positions, mask) for kind in kinds]
-        x, cache = self.model(input_ids, views, cache, deterministic)
+        return self.model(input_ids, views, cache, deterministic)
+
+    def compute_logits(self, hidden: Array) -> Array:
+        """Applies the head to ``(..., hidden_size)``; the logits are at least float32."""
+        c = self.config
         head = self.model.embed_tokens.attend if c.tie_word_embeddings else self.lm_head
-        logits = head(x).astype(jnp.promote_types(self.dtype, jnp.float32))
+        logits = head(hidden).astype(jnp.promote_types(self.dtype, jnp.float32))
         if c.final_logit_softcapping is not None:
             bound = c.final_logit_softcapping
             logits = bound * jnp.tanh(logits / bound)
-        return logits if cache is None else (logits, cache)
+        return logits
 
 
 def _make_mask(queries: Array, attention_mask: Array, segment_ids: Array | None) -> Array:

@@ -11,12 +11,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
 import lora_jax as lora
 from lora_jax.data.batches import Batch, steps_per_epoch
 from lora_jax.data.texts import Texts, eval_batches, train_batch
 from lora_jax.models import checkpoints
+from lora_jax.models.token_losses import TokenLosses, compute_token_losses
 from lora_jax.tasks import adapter_files, from_config
 from lora_jax.tasks.language_model import TASK
 from lora_jax.training import metrics
@@ -25,43 +27,66 @@ from lora_jax.training.task import Score, Task
 PyTree = Any
 
 
-def token_loss(logits: jax.Array, batch: Batch, *, smoothing: float = 0.0) -> metrics.Sums:
-    """Sums the loss, right predictions, and their number over the tokens that count.
-
-    The logits one place before a token predict it. With smoothing ``ε`` the target is the token
-    with weight ``1 - ε`` and the uniform distribution with weight ``ε`` (Szegedy et al. 2016,
-    section 7).
-
-    Args:
-      logits: ``(B, L, vocab)``.
-      batch: ``input_ids`` and ``counts`` ``(B, L)``, ``weights`` ``(B,)``.
-      smoothing: label smoothing ``ε``.
-
-    >>> batch = {"input_ids": jnp.array([[1, 2, 3]]), "counts": jnp.array([[0, 1, 1]])}
-    >>> sums = token_loss(jnp.zeros((1, 3, 4)), batch | {"weights": jnp.ones(1)})
-    >>> [round(float(x), 3) for x in sums]
-    [2.773, 0.0, 2.0]
-    """
-    flat = logits[:, :-1].reshape(-1, logits.shape[-1])
-    labels = jnp.asarray(batch["input_ids"])[:, 1:].reshape(-1)
-    counts = jnp.asarray(batch["counts"])[:, 1:] * jnp.asarray(batch["weights"])[:, None]
-    weights = counts.reshape(-1)
-    sums = metrics.cross_entropy(flat, labels, weights)
-    if not smoothing:
-        return sums
-    real = jnp.where(weights[:, None] > 0, flat.astype(sums.loss.dtype), 0.0)
-    uniform = jnp.sum(weights * -jax.nn.log_softmax(real, axis=-1).mean(axis=-1))
-    return sums._replace(loss=(1 - smoothing) * sums.loss + smoothing * uniform)
-
-
 _INPUTS = ("input_ids", "attention_mask", "positions", "segment_ids")
 
 
-def apply(model: nn.Module, params: PyTree, batch: Batch, key: jax.Array | None) -> jax.Array:
-    """Computes the logits of a batch; with a key, with the model's own dropout."""
+def apply(
+    model: nn.Module,
+    params: PyTree,
+    batch: Batch,
+    key: jax.Array | None,
+    *,
+    smoothing: float = 0.0,
+) -> TokenLosses:
+    """Computes the losses of a batch's tokens; with a key, with the model's own dropout.
+
+    The states one place before a token predict it. The logits of the whole batch are never in
+    memory: see :func:`lora_jax.models.token_losses.compute_token_losses`.
+
+    Args:
+      model: language model with ``compute_hidden`` and ``compute_logits``.
+      params: its parameters.
+      batch: the model's inputs ``(B, L)``, and ``counts`` ``(B, L)`` and ``weights`` ``(B,)``.
+      key: PRNG key of the model's dropout, or None.
+      smoothing: label smoothing.
+
+    Returns:
+      Arrays ``(B, L)``: at each place what the next token costs, and 0 at the last.
+    """
     rngs = None if key is None else {"dropout": key}
     arrays = {name: batch[name] for name in _INPUTS if name in batch}
-    return model.apply(params, **arrays, deterministic=key is None, rngs=rngs)
+    options = {"deterministic": key is None, "rngs": rngs, "method": "compute_hidden"}
+    hidden, _ = model.apply(params, **arrays, **options)
+    head = functools.partial(model.apply, params, method="compute_logits")
+    labels, is_counted = _move_back(batch["input_ids"]), _weigh(batch) > 0
+    return compute_token_losses(head, hidden, labels, is_counted, smoothing=smoothing)
+
+
+def token_loss(losses: TokenLosses, batch: Batch) -> metrics.Sums:
+    """Sums the loss, right predictions, and their number over the tokens that count.
+
+    Args:
+      losses: those of :func:`apply`.
+      batch: ``counts`` ``(B, L)``, ``weights`` ``(B,)``.
+
+    >>> batch = {"counts": jnp.array([[0, 1, 1]]), "weights": jnp.ones(1)}
+    >>> losses = TokenLosses(jnp.array([[0.5, 2.0, 0.0]]), jnp.array([[True, False, False]]))
+    >>> [float(x) for x in token_loss(losses, batch)]
+    [2.5, 1.0, 2.0]
+    """
+    weights = _weigh(batch).astype(losses.loss.dtype)
+    sums = (jnp.sum(weights * x.astype(weights.dtype)) for x in losses)
+    return metrics.Sums(*sums, jnp.sum(weights))
+
+
+def _weigh(batch: Batch) -> jax.Array:
+    """Returns ``(B, L)``, what the token after each place counts."""
+    return _move_back(batch["counts"]) * jnp.asarray(batch["weights"])[:, None]
+
+
+def _move_back(x: ArrayLike) -> jax.Array:
+    """Moves ``(B, L)`` by one place, with 0 at the last: as wide as the states, and as even."""
+    return jnp.pad(jnp.asarray(x)[:, 1:], ((0, 0), (0, 1)))
 
 
 def check(config: ConfigDict, least: Mapping[str, int]) -> None:
@@ -94,8 +119,8 @@ def make_task(
     initial = adapter_files.load_initial(config, loaded)
     notes = _notes(config, loaded, training, evaluation)
     task = Task(
-        apply=functools.partial(apply, loaded.model),
-        metrics=functools.partial(token_loss, smoothing=config.label_smoothing),
+        apply=functools.partial(apply, loaded.model, smoothing=config.label_smoothing),
+        metrics=token_loss,
         train_batch=functools.partial(
             train_batch,
             training,

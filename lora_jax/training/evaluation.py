@@ -17,12 +17,12 @@ PyTree = Any
 def eval_step(task: Task) -> Callable:
     """Returns a pure function ``(adapter, base, batch) -> (sums, logits or None)``.
 
-    There are logits if the task has scores to compute from them.
+    There are logits, the outputs, if the task has scores to compute from them.
     """
 
     def step(adapter: PyTree, base: PyTree, batch: Batch) -> tuple:
-        logits = lora.lift(task.apply, dropout=0.0)(lora.bind(base, adapter), batch, None)
-        return task.metrics(logits, batch), None if task.scores is None else logits
+        outputs = lora.lift(task.apply, dropout=0.0)(lora.bind(base, adapter), batch, None)
+        return task.metrics(outputs, batch), None if task.scores is None else outputs
 
     return step
 

@@ -73,8 +73,8 @@ def train_step(
         def compute_sums(adapter: PyTree, batch: Batch, key: jax.Array) -> NamedTuple:
             model_key, branch_key = jax.random.split(key)
             apply = lora.lift(task.apply, dropout=dropout, dropout_key=branch_key)
-            logits = apply(lora.bind(base, adapter), batch, model_key)
-            return task.metrics(logits, batch)
+            outputs = apply(lora.bind(base, adapter), batch, model_key)
+            return task.metrics(outputs, batch)
 
         key = jax.random.fold_in(state.key, state.step)
         if axis is not None:

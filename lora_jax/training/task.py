@@ -35,8 +35,9 @@ class Task:
     """A model and its data, as the training loop sees them.
 
     Attributes:
-      apply: ``(params, batch, key or None) -> logits``; there is no dropout without a key.
-      metrics: ``(logits, batch) -> sums``, a NamedTuple such as
+      apply: ``(params, batch, key or None) -> outputs``, such as logits or the losses of tokens;
+        there is no dropout without a key.
+      metrics: ``(outputs, batch) -> sums``, a NamedTuple such as
         :class:`lora_jax.training.metrics.Sums`; its first field is the sum of losses, its last the
         sum of weights.
       train_batch: ``step -> batch``, a pure function. Among several processes it also gets
@@ -53,12 +54,13 @@ class Task:
         the base of a run with another seed, with other arrays for those leaves alone. None if no
         parameters are drawn.
       score: score that selects the best adapter.
-      scores: ``logits -> numbers by name``, from the logits of all evaluation examples in their
-        order, for scores that are no means over examples. None if there are no such scores.
+      scores: ``logits -> numbers by name``, where the outputs are logits: from those of all
+        evaluation examples in their order, for scores that are no means over examples. None if
+        there are no such scores.
     """
 
-    apply: Callable[[PyTree, Batch, jax.Array | None], jax.Array]
-    metrics: Callable[[jax.Array, Batch], NamedTuple]
+    apply: Callable[[PyTree, Batch, jax.Array | None], PyTree]
+    metrics: Callable[[PyTree, Batch], NamedTuple]
     train_batch: Callable[..., Batch]
     eval_batches: Callable[..., Iterable[Batch]]
     steps_per_epoch: int

@@ -24,15 +24,16 @@ import optax
 import lora_jax as lora
 from configs import common
 from lora_jax import paths, sharding
-from lora_jax.models import checkpoints, gpt2, llama, t5
+from lora_jax.models import checkpoints, gpt2, llama, t5, token_losses
 from lora_jax.tasks import classification, language_modeling
-from lora_jax.training import partitioning
+from lora_jax.training import metrics, partitioning
 from lora_jax.training.evaluation import evaluate, make_eval_step
 from lora_jax.training.mesh import find
 from lora_jax.training.state import initial_state, unwrap_key, wrap_key
 from lora_jax.training.step import make_train_step, step_options
 from tests.helpers import tiny_encoder
 from tests.helpers.collectives import collectives
+from tests.helpers.comparisons import perturbed
 
 STEPS = 50
 MESHES = {
@@ -146,7 +147,7 @@ def gradient(model, family, mesh):
     base = jax.eval_shape(model.init, jax.random.key(0), *inputs(family, ids))
     specs = sharding.specs(base, family.sharding, mesh, strict=False)
     base = jax.tree.map(at, base, sharding.shardings(specs, mesh))
-    fn = lambda p, ids: model.apply(p, *inputs(family, ids))
+    fn = forward(model, family)
     draw = lambda: lora.init(jax.random.key(0), fn, base, lora.LoRAConfig(rank=4), ids)
     adapter = jax.eval_shape(draw)
     split = sharding.shardings(sharding.adapter_specs(specs, adapter), mesh)
@@ -160,11 +161,26 @@ def inputs(family, ids):
     return (ids, jnp.ones(ids.shape, jnp.int32), ids)[: 3 if family is t5.FAMILY else 1]
 
 
+def forward(model, family):
+    """What the loss is computed from: a T5's logits, and the others' losses of tokens."""
+    if family is t5.FAMILY:
+        return lambda p, ids: model.apply(p, *inputs(family, ids))
+    return lambda p, ids: language_modeling.apply(model, p, batch_of(ids), None)
+
+
+def batch_of(ids):
+    return {"input_ids": ids, "counts": jnp.ones_like(ids), "weights": jnp.ones(len(ids))}
+
+
 def loss_of(fn):
     def loss(adapter, base, ids):
-        logits = lora.lift(fn)(lora.bind(base, adapter), ids)
-        batch = {"input_ids": ids, "counts": jnp.ones_like(ids), "weights": jnp.ones(len(ids))}
-        sums = language_modeling.token_loss(logits, batch)
+        outputs = lora.lift(fn)(lora.bind(base, adapter), ids)
+        if isinstance(outputs, token_losses.TokenLosses):
+            sums = language_modeling.token_loss(outputs, batch_of(ids))
+        else:
+            labels = ids[:, 1:].reshape(-1)
+            logits = outputs[:, :-1].reshape(labels.size, -1)
+            sums = metrics.cross_entropy(logits, labels, jnp.ones(labels.size))
         return sums.loss / sums.weight, sums
 
     return loss
@@ -189,7 +205,7 @@ def family(root, name):
     mesh, model, about = find(config(root, **MESHES["mixed"])).mesh, MODELS[name](), {}
     kind = lora_family(name)
     ids = np.random.default_rng(0).integers(0, 61, (8, 8)).astype(np.int32)
-    fn = lambda p, ids: model.apply(p, *inputs(kind, ids))
+    fn = forward(model, kind)
     base = jax.jit(model.init)(jax.random.key(1), *inputs(kind, jnp.asarray(ids)))
     adapter = lora.init(jax.random.key(0), fn, base, lora.LoRAConfig(rank=2, alpha=2.0), ids)
     specs = sharding.specs(base, kind.sharding, mesh, strict=False)
@@ -225,6 +241,44 @@ def steps(run, state, base, ids):
         state, loss = run(state, base, ids)
         losses.append(float(loss))
     return losses
+
+
+HEAD = LLAMA | dict(
+    vocab_size=512, hidden_size=16, num_hidden_layers=1, intermediate_size=24,
+    num_attention_heads=2, num_key_value_heads=2,
+)  # fmt: skip
+TOKENS = 8 * 4  # of each chunk, in four parts of rows, each with half of the vocabulary
+
+
+def chunks(root, name):
+    """An adapted head: the loss by chunks on a mesh, and at once on one device."""
+    mesh, kind = find(config(root, **MESHES[name])).mesh, lora_family("llama")
+    model = llama.LlamaForCausalLM(llama.LlamaConfig.from_hf(HEAD))
+    ids = np.random.default_rng(0).integers(0, 512, (8, 16)).astype(np.int32)
+    fn = forward(model, kind)
+    base = jax.jit(model.init)(jax.random.key(1), jnp.asarray(ids))
+    settings = lora.LoRAConfig(rank=2, targets=("lm_head", "q_proj"))
+    adapter = perturbed(lora.init(jax.random.key(0), fn, base, settings, ids))
+    run = lambda: jax.value_and_grad(loss_of(fn), has_aux=True)
+    (one, _), grads = jax.jit(run())(adapter, base, ids)
+    specs = sharding.specs(base, kind.sharding, mesh, strict=False)
+    placed = sharding.place(adapter, sharding.adapter_specs(specs, adapter), mesh)
+    args = (
+        placed,
+        sharding.place(base, specs, mesh),
+        sharding.put(ids, jax.NamedSharding(mesh, sharding.BATCH)),
+    )
+    token_losses.CHUNK_BYTES = TOKENS * 512 * 4 // mesh.size
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(run()).lower(*args).compile()
+        (many, _), split_grads = compiled(*args)
+    far = lambda x, y: float(np.abs(x - np.asarray(y)).max() / np.abs(x).max())
+    return {
+        "loss": abs(float(many) / float(one) - 1),
+        "gradients": max(jax.tree.leaves(jax.tree.map(far, jax.tree.map(np.asarray, grads), split_grads))),
+        "collectives": [x._asdict() for x in collectives(compiled.as_text())],
+        "whiles": compiled.as_text().count(" while("),
+    }  # fmt: skip
 
 
 def host_memory(root, name):
@@ -279,6 +333,7 @@ CASES = dict(
     family=family,
     stream=stream,
     host=host_memory,
+    chunks=chunks,
 )
 
 

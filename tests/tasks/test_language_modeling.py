@@ -1,7 +1,6 @@
 """Language modelling: which tokens count, what they cost, and texts written in batches."""
 
-import functools
-
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,6 +40,16 @@ def test_a_text_needs_both_parts(row):
         texts.make_texts([ROWS[0], row])
 
 
+class Said(nn.Module):
+    """A model that has its logits as a parameter."""
+
+    def compute_hidden(self, input_ids, attention_mask, deterministic):
+        return self.get_variable("params", "logits"), None
+
+    def compute_logits(self, hidden):
+        return hidden
+
+
 def loss_by_hand(logits, batch, smoothing):
     """Token by token, in float64."""
     loss = right = count = 0.0
@@ -68,7 +77,12 @@ def test_loss_of_the_tokens_that_count(smoothing):
     batch = texts.train_batch(texts.make_texts(ROWS), 0, seed=0, **OPTIONS)
     logits = np.random.default_rng(0).normal(size=(4, 6, 11)).astype(np.float32)
     logits[0, 0, batch["input_ids"][0, 1]] = 9.0  # one that is right, if it counts
-    loss = functools.partial(language_modeling.token_loss, smoothing=smoothing)
+
+    def loss(logits, batch):
+        params = {"params": {"logits": logits}}
+        losses = language_modeling.apply(Said(), params, batch, None, smoothing=smoothing)
+        return language_modeling.token_loss(losses, batch)
+
     sums = loss(jnp.asarray(logits), batch)
     np.testing.assert_allclose(sums, loss_by_hand(logits, batch, smoothing), rtol=1e-6)
     # What is said of anything else matters neither to the loss nor to its gradient.
