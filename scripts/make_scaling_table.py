@@ -19,6 +19,7 @@ from jax.sharding import AbstractMesh
 import lora_jax as lora
 from lora_jax import sharding
 from lora_jax.models import llama
+from lora_jax.models.token_losses import CHUNK_BYTES
 
 LENGTH = 2048  # tokens of a row; each device has one row of the batch
 RANK = 16
@@ -88,7 +89,7 @@ def activations(name):
     cut = lambda n: {"num_hidden_layers": n, "layer_types": whole.layer_types[:n]}
     one, two = (residuals(dataclasses.replace(whole, **cut(n))) for n in (1, 2))
     layer = two - one
-    logits = 2 * LENGTH * whole.vocab_size * 4  # and their softmax, in float32
+    logits = 2 * min(LENGTH * whole.vocab_size * 4, CHUNK_BYTES)  # and their softmax, in float32
     ends = one - layer + logits
     entry = LENGTH * whole.hidden_size * 2
     count = whole.num_hidden_layers
