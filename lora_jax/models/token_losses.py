@@ -93,8 +93,7 @@ def _score(
 # keep the exponentials of the sum for it, and so twice as much memory.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _cross_entropy(smoothing: float, logits: Array, labels: Array) -> Array:
-    shifted, log_total = _normalize(logits)
-    return log_total - _average(smoothing, shifted, labels)
+    return _losses(smoothing, *_normalize(logits), labels)
 
 
 @_cross_entropy.defjvp
@@ -102,8 +101,10 @@ def _cross_entropy_jvp(smoothing: float, primals: tuple, tangents: tuple) -> tup
     (logits, labels), (change, _) = primals, tangents
     shifted, log_total = _normalize(logits)
     probs = jnp.exp(shifted - log_total[..., None])
-    slope = (probs * change).sum(-1) - _average(smoothing, change, labels)
-    return log_total - _average(smoothing, shifted, labels), slope
+    # Not picked, so that its transpose is no scatter into an array of zeros.
+    is_label = jax.lax.broadcasted_iota(labels.dtype, logits.shape, 2) == labels[..., None]
+    slope = ((probs - (1 - smoothing) * is_label - smoothing / logits.shape[-1]) * change).sum(-1)
+    return _losses(smoothing, shifted, log_total, labels), slope
 
 
 def _normalize(logits: Array) -> tuple[Array, Array]:
@@ -112,13 +113,10 @@ def _normalize(logits: Array) -> tuple[Array, Array]:
     return shifted, jnp.log(jnp.exp(shifted).sum(-1))
 
 
-def _average(smoothing: float, x: Array, labels: Array) -> Array:
-    """Returns the mean of ``(..., vocab)`` by the target's probabilities."""
-    # The label's as a sum, of which a device needs only its own part of the vocabulary, and whose
-    # gradient is no scatter into an array of zeros.
-    is_label = jax.lax.broadcasted_iota(labels.dtype, x.shape, x.ndim - 1) == labels[..., None]
-    mean = (1 - smoothing) * jnp.where(is_label, x, 0).sum(-1)
-    return mean + smoothing * x.mean(-1) if smoothing else mean
+def _losses(smoothing: float, shifted: Array, log_total: Array, labels: Array) -> Array:
+    picked = jnp.take_along_axis(shifted, labels[..., None], axis=-1, mode="clip")[..., 0]
+    losses = log_total - (1 - smoothing) * picked
+    return losses - smoothing * shifted.mean(-1) if smoothing else losses
 
 
 def _chunk_size(logits: jax.ShapeDtypeStruct) -> int:
