@@ -37,8 +37,6 @@ from lora_jax.transform.forms import vary, varying_axes
 Array = jax.Array
 T = TypeVar("T")
 
-BLOCK = 512  # largest number of queries, and of keys, of a block
-
 _SUMS = "bgrqk,bgkd->bgrqd"  # over keys, of values by weights
 _BACK = "bgrqk,bgrqd->bgkd"  # over queries and heads of a group
 
@@ -89,7 +87,8 @@ def attend(
       scoring: how the scores are made.
       drop: rate and PRNG key of the dropout of weights, for which each pair of blocks has a key of
         its own; None for none.
-      block: largest number of queries, and of keys, of a block; None for :data:`BLOCK`.
+      block: largest number of queries, and of keys, of a block; None for
+        that of :func:`default_block`.
 
     Returns:
       ``(batch, queries, heads, d)`` in the dtype of ``value``. The scores, the sums and the
@@ -100,8 +99,16 @@ def attend(
     >>> attend(x, x[:, :, :2], x[:, :, :2], mask, Scoring(1.0), block=2).shape
     (1, 3, 4, 2)
     """
-    inputs, context = split((query, key, value), mask, scoring, drop, block or BLOCK)
+    inputs, context = split((query, key, value), mask, scoring, drop, block or default_block())
     return join(_attend(inputs, context), query.shape[1])
+
+
+def default_block() -> int:
+    """Returns the largest number of queries, and of keys, of a block.
+
+    The scores of a pair are to fit into a CPU's cache. Elsewhere fewer, larger products are better.
+    """
+    return 256 if jax.default_backend() == "cpu" else 512
 
 
 @jax.custom_vjp
