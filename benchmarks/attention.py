@@ -3,8 +3,10 @@
     python -m benchmarks.attention [--lengths=512,1024,2048,4096,8192] [--time] [--mask=causal]
 
 One JSON object a line and case. Bytes are XLA's own counts of temporary memory; times are medians
-of programs that take turns, and only to be compared within one run. Runs on whatever device JAX
-finds; with "cudnn" among the implementations, on an NVIDIA GPU in bfloat16.
+of programs that take turns, by the wall clock and of the processor (all threads of the process;
+the one to read on a CPU that does something else, too), and only to be compared within one run.
+Runs on whatever device JAX finds; with "cudnn" among the implementations, on an NVIDIA GPU with
+--dtype=bfloat16.
 """
 
 import argparse
@@ -58,21 +60,23 @@ def measure(options: argparse.Namespace, length: int) -> list[dict]:
         about |= {"batch": options.batch, "dtype": dtype.name, "compile_s": round(compile_s, 2)}
         rows.append(about | {"temporary_mb": round(used / 1e6, 1)})
     if options.time:
-        for row, seconds in zip(rows, time_all(programs, shape, dtype), strict=True):
-            row["seconds"] = seconds
+        for row, (wall, processor) in zip(rows, time_all(programs, shape, dtype), strict=True):
+            row |= {"step_s": wall, "cpu_s": processor}
     return rows
 
 
-def time_all(programs: list[Step], shape: tuple[int, ...], dtype: DTypeLike) -> list[float]:
-    """Times the programs in turn; the first turn does not count."""
+def time_all(
+    programs: list[Step], shape: tuple[int, ...], dtype: DTypeLike
+) -> list[tuple[float, float]]:
+    """Times the programs in turn, of which the first does not count: wall clock and processor."""
     arrays = [jax.random.normal(jax.random.key(k), shape, dtype) for k in range(3)]
-    found: list[list[float]] = [[] for _ in programs]
+    found: list[list[tuple[float, float]]] = [[] for _ in programs]
     for _ in range(6):
-        for seconds, program in zip(found, programs, strict=True):
-            start = time.perf_counter()
+        for times, program in zip(found, programs, strict=True):
+            start = time.perf_counter(), time.process_time()
             jax.block_until_ready(program(*arrays))
-            seconds.append(time.perf_counter() - start)
-    return [round(statistics.median(seconds[1:]), 4) for seconds in found]
+            times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
+    return [tuple(round(statistics.median(x), 4) for x in zip(*t[1:], strict=True)) for t in found]
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
     c.model.name = ""  # a directory, a GGUF file, or a name to look up in cache and Hub
     # Half the memory for the base: --config.model.param_dtype=bfloat16; an eighth for its kernels:
     # --config.model.quantize=nf4_double; the least for the activations: --config.model.remat=full.
+    # Attention's scores are not in memory where they would be large: --config.model.attention.
     c.model.dtype = "bfloat16"
     c.model.scan_layers = True  # one layer is compiled for all
 

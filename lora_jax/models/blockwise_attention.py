@@ -9,7 +9,7 @@ pairs of blocks in which no query may see a key are skipped.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -35,9 +35,8 @@ from lora_jax.models.attention_mask import Mask
 from lora_jax.transform.forms import vary, varying_axes
 
 Array = jax.Array
+PyTree = Any
 T = TypeVar("T")
-
-BLOCK = 512  # largest number of queries, and of keys, of a block
 
 _SUMS = "bgrqk,bgkd->bgrqd"  # over keys, of values by weights
 _BACK = "bgrqk,bgrqd->bgkd"  # over queries and heads of a group
@@ -89,7 +88,8 @@ def attend(
       scoring: how the scores are made.
       drop: rate and PRNG key of the dropout of weights, for which each pair of blocks has a key of
         its own; None for none.
-      block: largest number of queries, and of keys, of a block; None for :data:`BLOCK`.
+      block: largest number of queries, and of keys, of a block; None for
+        that of :func:`default_block`.
 
     Returns:
       ``(batch, queries, heads, d)`` in the dtype of ``value``. The scores, the sums and the
@@ -100,8 +100,16 @@ def attend(
     >>> attend(x, x[:, :, :2], x[:, :, :2], mask, Scoring(1.0), block=2).shape
     (1, 3, 4, 2)
     """
-    inputs, context = split((query, key, value), mask, scoring, drop, block or BLOCK)
+    inputs, context = split((query, key, value), mask, scoring, drop, block or default_block())
     return join(_attend(inputs, context), query.shape[1])
+
+
+def default_block() -> int:
+    """Returns the largest number of queries, and of keys, of a block.
+
+    The scores of a pair are to fit into a CPU's cache. Elsewhere fewer, larger products are better.
+    """
+    return 256 if jax.default_backend() == "cpu" else 512
 
 
 @jax.custom_vjp
@@ -123,9 +131,10 @@ def _forward_rows(inputs: Inputs, context: Context, rows: Rows) -> tuple[Array, 
         add = functools.partial(_add_columns, context, inputs.bias, rows, columns)
         return _run_if(columns.visible, add, carry), None
 
-    high, shape = _high(rows.query.dtype), rows.query.shape
-    make = lambda shape, number: _full(shape, number, high, (rows, inputs, context))
-    carry = make(shape[:-1], jnp.finfo(high).min), make(shape[:-1], 0.0), make(shape, 0.0)
+    row, arrays = rows.query[..., 0], (rows, inputs, context)
+    lowest = float(jnp.finfo(_high(row.dtype)).min)
+    starts = (row, lowest), (row, 0.0), (rows.query, 0.0)
+    carry = tuple(_full(like, number, arrays) for like, number in starts)
     (largest, total, result), _ = lax.scan(step, carry, make_columns(inputs, context, rows))
     sees_any = total > 0
     total = jnp.where(sees_any, total, 1.0)
@@ -162,7 +171,7 @@ def _backward(saved: tuple[Inputs, Context, Array, Array], gradient: Array) -> t
     high = _high(gradient.dtype)
     mean = jnp.sum(result.astype(high) * gradient.astype(high), -1)
     blocks = make_rows(inputs, context), _Cotangents(gradient, log_total, mean)
-    zeros = lambda x: _full(x.shape, 0.0, _high(x.dtype), (saved, gradient))
+    zeros = lambda x: _full(x, 0.0, (saved, gradient))
     sums = jax.tree.map(zeros, _Sums(inputs.key, inputs.value, inputs.bias))
     step = lambda sums, block: _backward_rows(inputs, context, sums, *block)
     sums, query = lax.scan(step, sums, blocks)
@@ -190,7 +199,7 @@ def _backward_rows(
         query, sums = _run_if(columns.visible, add, (query, _Sums(key, value, bias)))
         return (query, sums.bias), (sums.key, sums.value)
 
-    query = _full(rows.query.shape, 0.0, _high(rows.query.dtype), (inputs, context, cotangents))
+    query = _full(rows.query, 0.0, (inputs, context, rows, cotangents))
     blocks = make_columns(inputs, context, rows), sums.key, sums.value
     (query, bias), (key, value) = lax.scan(step, (query, sums.bias), blocks)
     return _Sums(key, value, bias), query
@@ -244,6 +253,6 @@ def _high(dtype: DTypeLike) -> DTypeLike:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def _full(shape: tuple[int, ...], number: float, dtype: DTypeLike, like: object) -> Array:
-    """Makes an array that varies over the mesh axes of a ``shard_map`` as others do."""
-    return vary(jnp.full(shape, number, dtype), varying_axes(like))
+def _full(like: Array, number: float, arrays: PyTree) -> Array:
+    """Fills an array of the shape of another, whose type has the places of all ``arrays``."""
+    return vary(jnp.full_like(like, number, _high(like.dtype)), varying_axes(arrays))

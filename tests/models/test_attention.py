@@ -129,7 +129,12 @@ def masks(draw, name):
     return np.array(is_token), np.cumsum(steps, axis=1), start, draw(strategies.booleans())
 
 
-@pytest.mark.parametrize("name", CASES)
+DEFAULT = ("cache", "everything")  # which between them have every part
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in DEFAULT else pytest.mark.slow) for n in CASES]
+)
 @hypothesis.given(strategies.data())
 @hypothesis.settings(max_examples=15, deadline=None)
 def test_values_and_gradients_are_those_of_the_whole(name, data):
@@ -323,7 +328,7 @@ def model_gradient(case, implementation, **options):
 
 
 def check_model(case, monkeypatch, **options):
-    monkeypatch.setattr(blockwise_attention, "BLOCK", BLOCK)
+    monkeypatch.setattr(blockwise_attention, "default_block", lambda: BLOCK)
     found, by_blocks = (model_gradient(case, name, **options) for name in ("xla", "blockwise"))
     np.testing.assert_allclose(by_blocks[0], found[0], rtol=1e-5, atol=1e-5)
     largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(found[1]))
@@ -331,7 +336,7 @@ def check_model(case, monkeypatch, **options):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5 * largest)
 
 
-QUICK = [("llama/gemma2", {"scan_layers": True}), ("t5/v1_1", {})]
+QUICK = [("llama/gemma2", {"scan_layers": True})]
 
 
 @pytest.mark.parametrize(("case", "options"), QUICK)
@@ -458,9 +463,8 @@ def test_cudnn_lowers_for_a_gpu(name, monkeypatch):
     count = 2 if name == "window of some layers" else 1
     for call in ("__cudnn$fmhaSoftmax(", "__cudnn$fmhaSoftmaxBackward("):
         assert text.count(call) == count, call
-    assert ("sliding_window_length" in text) and ('"sliding_window_length": 5' in text) == (
-        "window" in name
-    )
+    window = re.search(r"sliding_window_length\W*(22)?\W*5\b", text)
+    assert (window is not None) == ("window" in name)
 
 
 @pytest.mark.gpu
