@@ -110,28 +110,35 @@ def read_tensor(stored: Stored) -> np.ndarray:
 
 
 def safetensors_pieces(
-    shapes: Mapping[str, Any], values: Iterable[np.ndarray], metadata: Mapping[str, str]
-) -> Iterable[bytes]:
-    """Yields the content of a safetensors file of float32 tensors in pieces, to save memory.
+    shapes: Mapping[str, Any],
+    values: Iterable[np.ndarray],
+    metadata: Mapping[str, str],
+    *,
+    dtype: Any = np.float32,
+) -> Iterable[bytes | memoryview]:
+    """Yields the content of a safetensors file of tensors of one dtype in pieces, to save memory.
 
     Args:
       shapes: shapes of the tensors by name.
       values: tensors in the same order; each is requested when the one before has been written.
       metadata: strings for the header.
+      dtype: dtype of the tensors.
     """
+    dtype = np.dtype(dtype)
+    kind = next(kind for kind, known in _DTYPES.items() if np.dtype(known) == dtype)
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, shape in shapes.items():
-        begin, end = end, end + 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
+        begin, end = end, end + dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors are aligned
     yield len(text).to_bytes(8, "little") + text
     for value in values:
-        yield np.ascontiguousarray(value, "<f4").tobytes()
+        yield np.ascontiguousarray(value, dtype).reshape(-1).view(np.uint8).data
 
 
-def write_atomically(path: str | Path, data: bytes | Iterable[bytes]) -> None:
+def write_atomically(path: str | Path, data: bytes | Iterable[bytes | memoryview]) -> None:
     """Writes ``data`` to ``path`` through a temporary file, fsync and rename.
 
     Args:
@@ -151,7 +158,7 @@ def write_atomically(path: str | Path, data: bytes | Iterable[bytes]) -> None:
         ) from error
 
 
-def _replace(path: Path, data: bytes | Iterable[bytes]) -> None:
+def _replace(path: Path, data: bytes | Iterable[bytes | memoryview]) -> None:
     # In the same directory, because a rename is atomic within one file system only.
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

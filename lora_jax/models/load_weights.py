@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 
 from lora_jax import names
@@ -151,6 +153,19 @@ def open_tensors(checkpoint: Checkpoint) -> dict[str, Stored]:
             f"{'; '.join(damaged)}. Download or copy them again."
         )
     return tensors
+
+
+def find_narrowest_dtype(checkpoint: Checkpoint) -> np.dtype:
+    """Returns the dtype of all tensors if that is bfloat16 or float16, and float32 otherwise.
+
+    Parameters of this dtype are those of the files, to the bit.
+
+    Raises:
+      ValueError: as :func:`open_tensors`.
+    """
+    found = {stored.dtype for stored in open_tensors(checkpoint).values()}
+    halves = [np.dtype(x) for x in (jnp.bfloat16, jnp.float16) if found == {np.dtype(x)}]
+    return halves[0] if halves else np.dtype(np.float32)
 
 
 def _map_known_names(

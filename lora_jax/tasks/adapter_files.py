@@ -1,7 +1,7 @@
 """Adapter directories in this library's format and in PEFT's, for the programs."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from lora_jax import adapter as adapters
 from lora_jax import fields, paths, peft, serialize
 from lora_jax.models import checkpoints, registry
 from lora_jax.models.families import CAUSAL_LM, SEQ2SEQ_LM
+from lora_jax.models.load_weights import find_narrowest_dtype
 from lora_jax.nodes import is_adapted
 from lora_jax.quantized import is_quantized
 from lora_jax.tasks import from_config
@@ -44,6 +45,9 @@ def load(
         return lora.load(directory, like, base=loaded.base_id)
     table = checkpoints.names(loaded)
     adapter, config = peft.load_peft(directory, loaded.params, names=table)
+    if trained := _list_narrow_leaves(adapter):  # the file may have more digits than the base
+        params = _widen_params(loaded.params, trained)
+        adapter, config = peft.load_peft(directory, params, names=table)
     missing = missing_leaves(adapter, loaded)
     if missing:
         raise ValueError(
@@ -56,6 +60,31 @@ def load(
     return jax.tree.map(widen_node, adapter, is_leaf=is_adapted), config
 
 
+def _list_narrow_leaves(adapter: PyTree) -> list[str]:
+    """Lists the leaves that are trained in full in less than float32."""
+    trained = {n: x for n, x in adapters.nodes(adapter).items() if not is_adapted(x)}
+    return [n for n, x in trained.items() if jnp.promote_types(x.dtype, jnp.float32) != x.dtype]
+
+
+def narrow(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns options of loading with the narrowest dtype of parameters that changes no number.
+
+    An adapter is merged into such a base leaf by leaf, by
+    :func:`lora_jax.models.checkpoints.save_hf`.
+
+    Args:
+      name: name or directory of the base.
+      options: options of :func:`lora_jax.models.checkpoints.load`; "param_dtype" is the dtype to
+        which the adapter's run rounded the base, float32 if it did not.
+
+    Raises:
+      FileNotFoundError, ValueError: there is no such base, or it is damaged.
+    """
+    if options.get("param_dtype", jnp.float32) != jnp.float32:
+        return dict(options)
+    return {**options, "param_dtype": find_narrowest_dtype(checkpoints.resolve(name))}
+
+
 def widen(loaded: checkpoints.Loaded) -> checkpoints.Loaded:
     """Returns the model with its parameters in float32 or wider, of the same values.
 
@@ -65,8 +94,11 @@ def widen(loaded: checkpoints.Loaded) -> checkpoints.Loaded:
     return dataclasses.replace(loaded, params=_widen_params(loaded.params))
 
 
-def _widen_params(params: PyTree) -> PyTree:
-    return jax.tree.map(_widen_leaf, params, is_leaf=is_quantized)
+def _widen_params(params: PyTree, names: Collection[str] | None = None) -> PyTree:
+    """Widens all leaves, or those of these names."""
+    leaves = paths.named_leaves(params)
+    wide = [_widen_leaf(x) if names is None or n in names else x for n, x in leaves.items()]
+    return jax.tree.structure(params, is_leaf=is_quantized).unflatten(wide)
 
 
 def _widen_leaf(x: Any) -> Any:

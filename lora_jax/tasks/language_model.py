@@ -45,12 +45,14 @@ def is_language(directory: str | Path, *, model: str | None = None) -> bool:
     return any(str(head).endswith(("LMHeadModel", "ForCausalLM")) for head in heads or [])
 
 
-def load(directory: str | Path, *, model: str | None = None) -> LanguageModel:
+def load(directory: str | Path, *, model: str | None = None, wide: bool = True) -> LanguageModel:
     """Loads an adapter and the base that it was made for.
 
     Args:
       directory: directory of the adapter, in this library's format or in PEFT's.
       model: name or directory of the base, if it is no longer found under its old name.
+      wide: whether the base is to be float32, so that an adapter can be merged into all of it at
+        once; without it, it has the narrowest dtype that changes nothing.
 
     Raises:
       FileNotFoundError, ValueError: adapter or base is missing, damaged, or they do not belong
@@ -68,6 +70,8 @@ def load(directory: str | Path, *, model: str | None = None) -> LanguageModel:
         raise ValueError(
             f"The adapter in {directory} does not name its base; give it with --model."
         )
-    loaded = adapter_files.widen(checkpoints.load(name, head=CAUSAL_LM, **options))
+    options = options if wide else adapter_files.narrow(name, options)
+    loaded = checkpoints.load(name, head=CAUSAL_LM, **options)
+    loaded = adapter_files.widen(loaded) if wide else loaded
     notes = (f"base {name}, from {loaded.checkpoint.origin}",) if peft.is_peft(directory) else ()
     return LanguageModel(loaded, *adapter_files.load(directory, loaded), notes)

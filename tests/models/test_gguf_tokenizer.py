@@ -288,7 +288,7 @@ def test_programs(both, tmp_path):
     assert all(said)
     programs.succeed("export", adapter, f"--out={tmp_path / 'merged'}", "--merged")
     merged = checkpoints.load(tmp_path / "merged", head="causal-lm")
-    assert merged.fresh == ()
+    assert merged.fresh == () and merged.checkpoint.config["torch_dtype"] == "float32"
     found = language_model.load(workdir / "adapter")
     leaves = paths.named_leaves(found.loaded.params).values()
     assert sum(map(is_quantized, leaves)) == 7  # of the stack

@@ -90,7 +90,9 @@ def plain(tmp_path_factory):
     """The golden model with plain numbers."""
     loaded = load(GOLDENS / "fp4")
     directory = tmp_path_factory.mktemp("plain")
-    checkpoints.save_hf(directory, loaded.params, loaded.checkpoint, head="causal-lm")
+    checkpoints.save_hf(
+        directory, loaded.params, loaded.checkpoint, head="causal-lm", dtype="float32"
+    )
     return directory
 
 

@@ -263,7 +263,9 @@ def plain(tmp_path_factory):
     """The golden model with plain numbers."""
     loaded = load(GOLDENS / "fp4")
     directory = tmp_path_factory.mktemp("plain")
-    checkpoints.save_hf(directory, loaded.params, loaded.checkpoint, head="causal-lm")
+    checkpoints.save_hf(
+        directory, loaded.params, loaded.checkpoint, head="causal-lm", dtype="float32"
+    )
     return directory
 
 
@@ -307,7 +309,7 @@ def test_merge_of_a_loaded_model(plain, tmp_path):
     )
     merged = lora.merge(loaded.params, adapter)
     assert not quantized(merged)
-    checkpoints.save_hf(tmp_path, merged, loaded.checkpoint, head="causal-lm")
+    checkpoints.save_hf(tmp_path, merged, loaded.checkpoint, head="causal-lm", dtype="float32")
     want = logits(loaded, lora.bind(loaded.params, adapter))
     assert_close(logits(load(tmp_path)), want, rtol=1e-5, atol=1e-5)
     plain_base = jax.tree.map(as_array, loaded.params, is_leaf=is_quantized)
