@@ -60,6 +60,10 @@ def read_safetensors(data: bytes, *, float8: bool = False) -> dict[str, np.ndarr
     }
 
 
+class UnreadDtypeError(ValueError):
+    """Tensors of a whole safetensors file have dtypes that have no counterpart in numpy."""
+
+
 class Stored(NamedTuple):
     """A tensor in a safetensors file, not read yet; ``offset`` is in bytes from the start."""
 
@@ -73,7 +77,8 @@ def open_safetensors(path: str | Path) -> dict[str, Stored]:
     """Lists the tensors of a safetensors file by name; only the header is read.
 
     Raises:
-      ValueError: this is not a whole safetensors file, or a dtype has no counterpart in numpy.
+      UnreadDtypeError: a dtype has no counterpart in numpy.
+      ValueError: this is not a whole safetensors file.
     """
     path = Path(path)
     try:
@@ -88,7 +93,7 @@ def open_safetensors(path: str | Path) -> dict[str, Stored]:
     dtypes = _DTYPES | _FLOAT8
     unknown = sorted({entry["dtype"] for entry in header.values()} - set(dtypes))
     if unknown:
-        raise ValueError(f"tensors of dtype {unknown}, where {sorted(dtypes)} are read")
+        raise UnreadDtypeError(f"tensors of dtype {unknown}, where {sorted(dtypes)} are read")
     return {
         name: Stored(
             path,

@@ -18,6 +18,7 @@ from lora_jax.models.families import CLASSIFIER, Family
 from lora_jax.models.hub import Checkpoint, base_id, resolve
 from lora_jax.models.layers import check_remat
 from lora_jax.models.load_weights import load_params, open_tensors
+from lora_jax.models.quantized_tensors import read_settings
 from lora_jax.models.read_leaves import DECODED
 from lora_jax.models.save_checkpoint import SaveOptions, save_hf, stated_dtype
 from lora_jax.models.tokenizer import load_tokenizer
@@ -127,6 +128,7 @@ def load(name: str | Path, *, head: str, **options: Any) -> Loaded:
     if opts.quantize not in ("", DECODED):
         find_scheme(opts.quantize)
     model_class = find_model(family, head, checkpoint)
+    read_settings(checkpoint.config, checkpoint.name)  # first, since files may have odd dtypes then
     _check_layers(config, checkpoint)
     fields = {"dtype": opts.dtype, "scan_layers": opts.scan_layers, "remat": opts.remat}
     if head == CLASSIFIER:

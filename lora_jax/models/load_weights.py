@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from lora_jax import names
+from lora_jax import files, names
 from lora_jax.models import gguf_kernels
 from lora_jax.models.families import Family
 from lora_jax.models.hub import Checkpoint
-from lora_jax.models.quantized_tensors import group, read_settings
+from lora_jax.models.quantized_tensors import ADVICE, group, read_settings
 from lora_jax.models.read_leaves import DECODED, Part, check_headers, read_leaf
 from lora_jax.models.weight_files import Stored, open_file
 from lora_jax.names import LINEAR, Name, Weight
@@ -103,10 +103,12 @@ def load_params(
         if problems:  # the rest is only checked, and values are of no more use
             result.clear()
     if problems:
+        advice = "Check that its weights are those of its config.json, or copy them again."
+        if all("not read" in problem for problem in problems):  # they are sound
+            advice = ADVICE
         raise ValueError(
             f"The checkpoint {checkpoint.name!r} in {checkpoint.directory} does not fit the model: "
-            f"{join_problems(problems)}. Check that its weights are those of its config.json, or "
-            "copy them again."
+            f"{join_problems(problems)}. {advice}"
         )
     return result, fresh
 
@@ -133,13 +135,18 @@ def open_tensors(checkpoint: Checkpoint) -> dict[str, Stored]:
     """Finds the tensors of all files by name; it reads only headers.
 
     Raises:
-      ValueError: files are damaged, or a tensor is in two of them.
+      ValueError: files are damaged, or of a dtype that is not read, or a tensor is in two of them.
     """
     tensors: dict[str, Stored] = {}
     damaged = []
     for path in checkpoint.weights:
         try:
             file_tensors = open_file(path)
+        except files.UnreadDtypeError as error:
+            raise ValueError(
+                f"The checkpoint {checkpoint.name!r} is stored, or quantized, in a way that is not "
+                f"read here: {path} holds {error}. {ADVICE}"
+            ) from error
         except ValueError as error:
             damaged.append(f"{path}: {error}")
             continue

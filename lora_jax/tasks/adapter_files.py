@@ -24,6 +24,52 @@ PyTree = Any
 _TASK_TYPES = {CAUSAL_LM: "CAUSAL_LM", SEQ2SEQ_LM: "SEQ_2_SEQ_LM"}  # PEFT's words
 
 
+def find_base(directory: str | Path, model: str | None = None) -> str:
+    """Returns the name of the base of an adapter in PEFT's format.
+
+    Args:
+      directory: directory of the adapter.
+      model: name or directory of the base, if it is not to be that in the adapter's files.
+
+    Raises:
+      FileNotFoundError: there is no such checkpoint here; the message says what to give instead.
+      ValueError: the adapter does not name its base, or is damaged, or its base is.
+    """
+    words = peft.read_words(directory)
+    name = model or words["base_model_name_or_path"]
+    if not name:
+        raise ValueError(
+            f"The adapter in {directory} does not name its base; give it with --model."
+        )
+    try:
+        checkpoints.resolve(name)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}{_advise(name, words)}") from error
+    return name
+
+
+def _advise(name: str, words: dict[str, Any]) -> str:
+    """Says what to give as the base, if it is a quantized checkpoint that is not here."""
+    if name != words["base_model_name_or_path"] or not peft.describe_quantization(words):
+        return ""
+    return (
+        f"\nThe adapter was trained over {name!r}, which is quantized. Give --model=DIRECTORY of "
+        "that checkpoint, whose codes are kept, or --model of its original (by its name "
+        f"{peft.guess_plain_base(words)!r}), which differs by what quantizing lost; a program that "
+        "trains quantizes it with --config.model.quantize=nf4_double."
+    )
+
+
+def describe_base(directory: str | Path, loaded: checkpoints.Loaded) -> tuple[str, ...]:
+    """Says which base an adapter in PEFT's format has got, and what differs from its training."""
+    base = f"base {loaded.checkpoint.name}, from {loaded.checkpoint.origin}"
+    quantization = peft.describe_quantization(peft.read_words(directory))
+    leaves = paths.named_leaves(loaded.params).values()
+    if not quantization or any(map(is_quantized, leaves)):
+        return (base,)
+    return (base, f"plain numbers of it, though the adapter's was quantized ({quantization})")
+
+
 def load(
     directory: str | Path, loaded: checkpoints.Loaded
 ) -> tuple[dict[str, Any], lora.LoRAConfig]:

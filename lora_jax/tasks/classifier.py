@@ -93,12 +93,7 @@ _BUCKETS = (32, 64, 128, 256, 512)
 
 def _load_peft(directory: str | Path, model: str | None, *, wide: bool) -> Classifier:
     """Loads an adapter in PEFT's format, which may name its base, but no labels and lengths."""
-    words = peft.read_words(directory)
-    name = model or words["base_model_name_or_path"]
-    if not name:
-        raise ValueError(
-            f"The adapter in {directory} does not name its base; give it with --model."
-        )
+    name = adapter_files.find_base(directory, model)
     base = checkpoints.resolve(name).config
     labels, source = _read_labels(base), "those of the base"
     count = adapter_files.count_labels(directory, base) or len(labels) or 2  # as transformers has
@@ -120,7 +115,7 @@ def _load_peft(directory: str | Path, model: str | None, *, wide: bool) -> Class
         limit = f"at most {positions} tokens, all that the base has positions for"
     buckets = (*(b for b in _BUCKETS if b < longest), longest)
     notes = (
-        f"base {name}, from {loaded.checkpoint.origin}",
+        *adapter_files.describe_base(directory, loaded),
         f"labels {', '.join(labels)} ({source})",
         limit,
         inputs,

@@ -40,8 +40,10 @@ def is_language(directory: str | Path, *, model: str | None = None) -> bool:
     words = peft.read_words(directory)
     if words["task_type"]:
         return words["task_type"] == "CAUSAL_LM"
-    name = model or words["base_model_name_or_path"]
-    heads = checkpoints.resolve(name).config.get("architectures") if name else None
+    if not model and not words["base_model_name_or_path"]:
+        return False
+    base = checkpoints.resolve(adapter_files.find_base(directory, model))
+    heads = base.config.get("architectures")
     return any(str(head).endswith(("LMHeadModel", "ForCausalLM")) for head in heads or [])
 
 
@@ -60,7 +62,7 @@ def load(directory: str | Path, *, model: str | None = None, wide: bool = True) 
     """
     options: dict[str, Any] = {}
     if peft.is_peft(directory):
-        name = model or peft.read_words(directory)["base_model_name_or_path"]
+        name = adapter_files.find_base(directory, model)
     else:
         about = serialize.read_metadata(directory).get("model", {})
         name = model or about.get("name")
@@ -73,5 +75,5 @@ def load(directory: str | Path, *, model: str | None = None, wide: bool = True) 
     options = options if wide else adapter_files.narrow(name, options)
     loaded = checkpoints.load(name, head=CAUSAL_LM, **options)
     loaded = adapter_files.widen(loaded) if wide else loaded
-    notes = (f"base {name}, from {loaded.checkpoint.origin}",) if peft.is_peft(directory) else ()
+    notes = adapter_files.describe_base(directory, loaded) if peft.is_peft(directory) else ()
     return LanguageModel(loaded, *adapter_files.load(directory, loaded), notes)
