@@ -1,6 +1,7 @@
 """Writes a trained adapter in a form that other tools read.
 
 python -m experiments.export --adapter=runs/quickstart/adapter --out=runs/merged --merged
+python -m experiments.export --adapter=runs/chat/adapter --out=runs/merged --merged --dtype=bfloat16
 python -m experiments.export --adapter=runs/quickstart/adapter --out=runs/peft --peft
 
 The adapter may be in this library's format or in PEFT's.
@@ -11,10 +12,10 @@ from pathlib import Path
 
 from absl import flags
 
-import lora_jax as lora
 from experiments import cli
 from lora_jax.models import checkpoints
 from lora_jax.models.families import CAUSAL_LM, CLASSIFIER, SEQ2SEQ_LM
+from lora_jax.models.shards import DTYPES, SHARD_SIZE, parse_size
 from lora_jax.tasks import adapter_files, classifier, language_model
 
 _ADAPTER = flags.DEFINE_string("adapter", None, "Directory of the adapter.", required=True)
@@ -22,6 +23,18 @@ _MODEL = flags.DEFINE_string("model", None, "The base model, if it moved since t
 _OUT = flags.DEFINE_string("out", None, "Directory to write.", required=True)
 _MERGED = flags.DEFINE_bool("merged", False, "Write a Hugging Face directory of merged weights.")
 _PEFT = flags.DEFINE_bool("peft", False, "Write the adapter in PEFT's format.")
+
+_DTYPE = flags.DEFINE_enum(
+    "dtype",
+    None,
+    [*DTYPES],
+    "Dtype of the merged weights, to which the sum in float32 is rounded once. By default the one "
+    "that the config of the base states (of a quantized base, that of its numbers); float32 if it "
+    "states none, as a GGUF file.",
+)
+_SHARD_SIZE = flags.DEFINE_string(
+    "shard_size", None, f"Largest size of a file of merged weights; {SHARD_SIZE} by default."
+)
 
 _AUTO = {
     CLASSIFIER: "SequenceClassification",
@@ -39,12 +52,15 @@ def main(argv: list[str]) -> None:
             "Say what to write: either --merged for the merged weights in Hugging Face's layout, "
             "or --peft for the adapter in PEFT's format."
         )
+    if _PEFT.value and (_DTYPE.value or _SHARD_SIZE.value):
+        raise ValueError("--dtype and --shard_size are for --merged; an adapter keeps its dtype.")
+    shard_size = parse_size(_SHARD_SIZE.value or SHARD_SIZE)
     out = Path(_OUT.value)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty directory; choose another --out.")
     is_language = language_model.is_language(_ADAPTER.value, model=_MODEL.value)
     load = language_model.load if is_language else classifier.load
-    model = load(_ADAPTER.value, model=_MODEL.value)
+    model = load(_ADAPTER.value, model=_MODEL.value, wide=_PEFT.value)
     for note in model.notes:
         print(f"assumed: {note}", file=sys.stderr)
     if _PEFT.value:
@@ -53,10 +69,17 @@ def main(argv: list[str]) -> None:
         adapter_files.save_peft(out, model.loaded, model.adapter, model.config, base=base)
         print(f"Wrote {out}: open it with peft, PeftModel.from_pretrained(base, directory).")
         return
-    merged = lora.merge(model.loaded.params, model.adapter)
     head = model.loaded.head
-    labels = model.labels if head == CLASSIFIER else ()
-    checkpoints.save_hf(out, merged, model.loaded.checkpoint, head=head, labels=labels)
+    checkpoints.save_hf(
+        out,
+        model.loaded.params,
+        model.loaded.checkpoint,
+        head=head,
+        labels=model.labels if head == CLASSIFIER else (),
+        adapter=model.adapter,
+        dtype=_DTYPE.value or "",
+        shard_size=shard_size,
+    )
     print(f"Wrote {out}: open it with transformers, AutoModelFor{_AUTO[head]}.")
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import fields, paths
+from lora_jax.factors import BATCH, WHOLE
 from lora_jax.nodes import (
     Field,
     Node,
@@ -109,12 +110,46 @@ def _merge_leaf(leaf: Any, node: Node) -> jax.Array:
     return node.merge(numbers(leaf)).astype(leaf.dtype)  # which alone rounds
 
 
-def _overlay(params: PyTree, adapter: PyTree, put: Callable) -> PyTree:
-    entries = nodes(adapter)
-    leaves = base_leaves(params)
-    problems = misfits(leaves, entries)
-    if problems:
+def merge_leaf(leaf: Any, entry: Any = None, *, layer: int | None = None) -> jax.Array:
+    """Computes what :func:`merge` makes of one leaf, before it is rounded to the leaf's dtype.
+
+    Args:
+      leaf: array, or quantized leaf.
+      entry: entry of the adapter; None if it has none for the leaf.
+      layer: place along the first axis of the leaf, a batch axis; None for the whole leaf.
+
+    Returns:
+      An array in float32, or in the leaf's dtype if that is wider.
+    """
+    if layer is not None:
+        leaf = jax.tree.map(lambda x: x[layer], leaf)
+        entry = None if entry is None else _take_layer(entry, layer)
+    whole = numbers(leaf) if is_quantized(leaf) else jnp.asarray(leaf)
+    whole = whole.astype(jnp.promote_types(whole.dtype, jnp.float32))
+    return whole if entry is None else as_node(entry).merge(whole)
+
+
+def _take_layer(entry: Any, layer: int) -> Any:
+    has_layers = lambda field: field.axes.startswith((BATCH, WHOLE))
+    take = lambda name, field, x: x[layer] if has_layers(field) else x
+    taken = fields.map_fields(take, entry)
+    return dataclasses.replace(taken, axes=taken.axes[1:]) if is_adapted(taken) else taken
+
+
+def overlay(params: PyTree, adapter: PyTree) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the leaves of the parameters, and the entries of an adapter for them, by path.
+
+    Raises:
+      ValueError: as :func:`bind`.
+    """
+    entries, leaves = nodes(adapter), base_leaves(params)
+    if problems := misfits(leaves, entries):
         raise ValueError("The adapter does not fit the parameters: " + "; ".join(problems) + ".")
+    return leaves, entries
+
+
+def _overlay(params: PyTree, adapter: PyTree, put: Callable) -> PyTree:
+    leaves, entries = overlay(params, adapter)
     merged = [put(n, x, entries[n]) if n in entries else x for n, x in leaves.items()]
     return jax.tree.structure(params, is_leaf=is_quantized).unflatten(merged)
 

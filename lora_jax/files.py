@@ -60,6 +60,10 @@ def read_safetensors(data: bytes, *, float8: bool = False) -> dict[str, np.ndarr
     }
 
 
+class UnreadDtypeError(ValueError):
+    """Tensors of a whole safetensors file have dtypes that have no counterpart in numpy."""
+
+
 class Stored(NamedTuple):
     """A tensor in a safetensors file, not read yet; ``offset`` is in bytes from the start."""
 
@@ -73,7 +77,8 @@ def open_safetensors(path: str | Path) -> dict[str, Stored]:
     """Lists the tensors of a safetensors file by name; only the header is read.
 
     Raises:
-      ValueError: this is not a whole safetensors file, or a dtype has no counterpart in numpy.
+      UnreadDtypeError: a dtype has no counterpart in numpy.
+      ValueError: this is not a whole safetensors file.
     """
     path = Path(path)
     try:
@@ -88,7 +93,7 @@ def open_safetensors(path: str | Path) -> dict[str, Stored]:
     dtypes = _DTYPES | _FLOAT8
     unknown = sorted({entry["dtype"] for entry in header.values()} - set(dtypes))
     if unknown:
-        raise ValueError(f"tensors of dtype {unknown}, where {sorted(dtypes)} are read")
+        raise UnreadDtypeError(f"tensors of dtype {unknown}, where {sorted(dtypes)} are read")
     return {
         name: Stored(
             path,
@@ -110,28 +115,35 @@ def read_tensor(stored: Stored) -> np.ndarray:
 
 
 def safetensors_pieces(
-    shapes: Mapping[str, Any], values: Iterable[np.ndarray], metadata: Mapping[str, str]
-) -> Iterable[bytes]:
-    """Yields the content of a safetensors file of float32 tensors in pieces, to save memory.
+    shapes: Mapping[str, Any],
+    values: Iterable[np.ndarray],
+    metadata: Mapping[str, str],
+    *,
+    dtype: Any = np.float32,
+) -> Iterable[bytes | memoryview]:
+    """Yields the content of a safetensors file of tensors of one dtype in pieces, to save memory.
 
     Args:
       shapes: shapes of the tensors by name.
       values: tensors in the same order; each is requested when the one before has been written.
       metadata: strings for the header.
+      dtype: dtype of the tensors.
     """
+    dtype = np.dtype(dtype)
+    kind = next(kind for kind, known in _DTYPES.items() if np.dtype(known) == dtype)
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, shape in shapes.items():
-        begin, end = end, end + 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
+        begin, end = end, end + dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors are aligned
     yield len(text).to_bytes(8, "little") + text
     for value in values:
-        yield np.ascontiguousarray(value, "<f4").tobytes()
+        yield np.ascontiguousarray(value, dtype).reshape(-1).view(np.uint8).data
 
 
-def write_atomically(path: str | Path, data: bytes | Iterable[bytes]) -> None:
+def write_atomically(path: str | Path, data: bytes | Iterable[bytes | memoryview]) -> None:
     """Writes ``data`` to ``path`` through a temporary file, fsync and rename.
 
     Args:
@@ -151,7 +163,7 @@ def write_atomically(path: str | Path, data: bytes | Iterable[bytes]) -> None:
         ) from error
 
 
-def _replace(path: Path, data: bytes | Iterable[bytes]) -> None:
+def _replace(path: Path, data: bytes | Iterable[bytes | memoryview]) -> None:
     # In the same directory, because a rename is atomic within one file system only.
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

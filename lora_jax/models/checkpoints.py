@@ -1,38 +1,36 @@
 """Loads and saves Hugging Face checkpoints of every family, by its table of names."""
 
 import dataclasses
-import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
-from lora_jax import names as tables
 from lora_jax import paths, sharding
-from lora_jax.files import safetensors_pieces, write_atomically
-from lora_jax.models import hub, registry
+from lora_jax.models.architectures import config_file, eval_shapes, find_model, read_config
 from lora_jax.models.attention import AUTO, check_attention
 from lora_jax.models.families import CLASSIFIER, Family
-from lora_jax.models.gguf import is_gguf
 from lora_jax.models.hub import Checkpoint, base_id, resolve
 from lora_jax.models.layers import check_remat
-from lora_jax.models.load_weights import join_problems, load_params, open_tensors
-from lora_jax.models.tokenizer import load_tokenizer, tokenizer_files
+from lora_jax.models.load_weights import load_params, open_tensors
+from lora_jax.models.quantized_tensors import read_settings
+from lora_jax.models.read_leaves import DECODED
+from lora_jax.models.save_checkpoint import SaveOptions, save_hf, stated_dtype
+from lora_jax.models.tokenizer import load_tokenizer
 from lora_jax.names import Name
-from lora_jax.quantized import as_array, is_quantized
 from lora_jax.schemes import find_scheme
 
 __all__ = [
     "Checkpoint",
     "LoadOptions",
     "Loaded",
+    "SaveOptions",
     "base_id",
     "load",
     "load_tokenizer",
@@ -40,6 +38,7 @@ __all__ = [
     "redraw",
     "resolve",
     "save_hf",
+    "stated_dtype",
 ]
 
 PyTree = Any
@@ -88,7 +87,9 @@ class LoadOptions:
       attention: how attention is computed: "auto", "xla", "cudnn" or "blockwise"; see
         :func:`lora_jax.models.attention.choose`.
       quantize: scheme of :func:`lora_jax.quantize` for kernels that are plain in the checkpoint,
-        but heads and embeddings; "" to leave them so. What the checkpoint holds quantized stays so.
+        but heads and embeddings. What the checkpoint holds quantized stays so; the kernels of a
+        GGUF file are decoded, and quantized with the scheme. "" for no scheme: those of a GGUF file
+        stay in their own codes, too. "none" to decode all.
     """
 
     num_labels: int = 2
@@ -126,19 +127,20 @@ def load(name: str | Path, *, head: str, **options: Any) -> Loaded:
             f"num_labels must be a whole number of at least 1, got {opts.num_labels!r}."
         )
     checkpoint = resolve(name)
-    family, config = _read_config(checkpoint)
+    family, config = read_config(checkpoint)
     check_remat(opts.remat)
     check_attention(opts.attention)
-    if opts.quantize:
+    if opts.quantize not in ("", DECODED):
         find_scheme(opts.quantize)
-    model_class = _find_model(family, head, checkpoint)
+    model_class = find_model(family, head, checkpoint)
+    read_settings(checkpoint.config, checkpoint.name)  # first, since files may have odd dtypes then
     _check_layers(config, checkpoint)
     fields = {name: getattr(opts, name) for name in ("dtype", "scan_layers", "remat", "attention")}
     if head == CLASSIFIER:
         fields["num_labels"] = opts.num_labels
     model = model_class(config, **fields)
     table = family.names(config, head=head, scan_layers=opts.scan_layers)
-    shapes = _cast_shapes(_eval_shapes(model, family.inputs(head)), opts.param_dtype)
+    shapes = _cast_shapes(eval_shapes(model, family.inputs(head)), opts.param_dtype)
     rules = family.sharding if opts.rules is None else opts.rules
     shardings = _make_shardings(shapes, opts.mesh, rules)
     leaves, fresh = load_params(
@@ -173,29 +175,6 @@ def redraw(loaded: Loaded, key: jax.Array) -> PyTree:
     return {"params": paths.nest(leaves)}
 
 
-def _read_config(checkpoint: Checkpoint) -> tuple[Family, Any]:
-    """Finds the checkpoint's family, and reads its config."""
-    try:
-        family = registry.find(checkpoint.config)
-        return family, family.config.from_hf(checkpoint.config)
-    except (ValueError, TypeError, OverflowError) as error:  # the last two: values of odd types
-        raise ValueError(f"{_config_file(checkpoint)}: {error}") from error
-
-
-def _config_file(checkpoint: Checkpoint) -> Path:
-    whole = is_gguf(checkpoint.directory)
-    return checkpoint.directory if whole else checkpoint.directory / "config.json"
-
-
-def _find_model(family: Family, head: str, checkpoint: Checkpoint) -> Callable[..., nn.Module]:
-    if head not in family.models:
-        raise ValueError(
-            f"The checkpoint {checkpoint.name!r} is of type {checkpoint.config['model_type']!r}, "
-            f"which has no head {head!r} here; it has {', '.join(map(repr, family.models))}."
-        )
-    return family.models[head]
-
-
 def _check_layers(config: Any, checkpoint: Checkpoint) -> None:
     """Checks that the files can hold the layers, before anything is made for each of them."""
     tensors = len(open_tensors(checkpoint))
@@ -203,15 +182,9 @@ def _check_layers(config: Any, checkpoint: Checkpoint) -> None:
         value = getattr(config, field.name)
         if "layer" in field.name and type(value) is int and value > tensors:
             raise ValueError(
-                f"{_config_file(checkpoint)} has {field.name} {value}, and the files beside it "
+                f"{config_file(checkpoint)} has {field.name} {value}, and the files beside it "
                 f"hold {tensors} tensors: they do not belong together."
             )
-
-
-def _eval_shapes(
-    model: nn.Module, inputs: Sequence[jax.ShapeDtypeStruct]
-) -> dict[str, jax.ShapeDtypeStruct]:
-    return paths.named_leaves(jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"])
 
 
 def _cast_shapes(
@@ -258,111 +231,3 @@ def _init_fresh(
         return sharding.put(value, shardings[name]) if name in shardings else value
 
     return {name: init(name, x.shape) if name in fresh else x for name, x in leaves.items()}
-
-
-def save_hf(
-    directory: str | Path,
-    params: PyTree,
-    checkpoint: Checkpoint,
-    *,
-    head: str,
-    labels: Sequence[str] = (),
-) -> None:
-    """Writes a model as a directory that ``transformers`` opens.
-
-    Args:
-      directory: directory of the files; it is made if it does not exist.
-      params: plain variables of the model (merge an adapter first), with the layers stacked or not;
-        they are saved in float32.
-      checkpoint: the base, which has the config and the tokenizer.
-      head: as in :func:`load`.
-      labels: name of each class of a classifier, in the order of the logits.
-
-    Raises:
-      ValueError: the parameters are not this model's, or not finite, or the labels do not fit.
-      OSError: a file can't be written; each file that existed before is intact.
-    """
-    directory, labels = Path(directory), list(labels)
-    if len(set(labels)) < len(labels) or bool(labels) != (head == CLASSIFIER):
-        raise ValueError(
-            "labels must be one different name for each class of a classifier, and none for "
-            f"another head; got {labels} for the head {head!r}."
-        )
-    family, config = _read_config(checkpoint)
-    model_class = _find_model(family, head, checkpoint)
-    model = model_class(config, num_labels=len(labels)) if labels else model_class(config)
-    plain = jax.tree.map(as_array, params.get("params", params), is_leaf=is_quantized)
-    leaves = paths.named_leaves(plain)
-    table = _find_table(family, config, head, leaves)
-    architecture = family.architectures[head]
-    _check_leaves(leaves, table, model, family.inputs(head), architecture=architecture)
-    # A tied weight is stored once, under its first name.
-    tensors = tables.weights([row._replace(tied=()) for row in table], leaves)
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, content in tokenizer_files(checkpoint).items():
-        write_atomically(directory / name, content)
-    shapes = {weight.hf: tables.tensor_shape(weight) for weight in tensors}
-    pieces = safetensors_pieces(shapes, _make_tensors(leaves, tensors), {"format": "pt"})
-    write_atomically(directory / hub.WEIGHTS, pieces)
-    # The config is written last, so that a directory that has one is complete.
-    config_json = _make_config_json(checkpoint.config, architecture, labels)
-    text = json.dumps(config_json, indent=2) + "\n"
-    write_atomically(directory / "config.json", text.encode())
-
-
-def _make_config_json(
-    base: Mapping[str, Any], architecture: str, labels: list[str]
-) -> dict[str, Any]:
-    config = {**base, "architectures": [architecture], "torch_dtype": "float32"}
-    config.pop("dtype", None)  # the newer key for torch_dtype, which would win
-    config.pop("quantization_config", None)  # of the base; what is written is plain
-    if labels:
-        config["id2label"] = {str(k): label for k, label in enumerate(labels)}
-        config["label2id"] = {label: k for k, label in enumerate(labels)}
-        config.pop("problem_type", None)  # belongs to the head of the base
-        config.pop("num_labels", None)  # follows from id2label
-    return config
-
-
-def _find_table(
-    family: Family, config: Any, head: str, leaves: Mapping[str, jax.Array]
-) -> list[Name]:
-    """Finds the table that fits the leaves, with stacked layers or without."""
-    both = [family.names(config, head=head, scan_layers=scan) for scan in (False, True)]
-    return max(both, key=lambda table: sum(row.flax in leaves for row in table))
-
-
-def _check_leaves(
-    leaves: Mapping[str, jax.Array],
-    table: list[Name],
-    model: nn.Module,
-    inputs: Sequence[jax.ShapeDtypeStruct],
-    *,
-    architecture: str,
-) -> None:
-    """Raises ValueError unless the leaves are all of the model's, with its shapes, and finite."""
-    scan_layers = any(tables.STACK in row.hf for row in table)
-    expected = _eval_shapes(model.clone(scan_layers=scan_layers), inputs)
-    known = {row.flax for row in table}
-    problems = [f"{name} is missing" for name in sorted(known & set(expected) - set(leaves))]
-    problems += [f"{name} is unexpected" for name in leaves if name not in known]
-    for name in [n for n in leaves if n in expected and n in known]:
-        if np.shape(leaves[name]) != expected[name].shape:
-            shapes = f"{np.shape(leaves[name])} instead of {expected[name].shape}"
-            problems.append(f"{name} has shape {shapes}")
-        elif not np.isfinite(np.asarray(leaves[name])).all():
-            problems.append(f"{name} holds NaN or infinity")
-    if problems:
-        raise ValueError(
-            f"Nothing is saved, since the parameters are not those of {architecture} with this "
-            f"config and these labels: {join_problems(problems)}. Merge an adapter into them "
-            "first, and give one label for each output of a classifier."
-        )
-
-
-def _make_tensors(
-    leaves: Mapping[str, jax.Array], tensors: Sequence[tables.Weight]
-) -> Iterator[np.ndarray]:
-    for weight in tensors:
-        value = leaves[weight.leaf] if weight.layer is None else leaves[weight.leaf][weight.layer]
-        yield tables.to_tensor(weight, np.asarray(value, np.float32))

@@ -14,6 +14,11 @@ from lora_jax.models.weight_files import Stored, read_tensor
 from lora_jax.quantized import Affine
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output that each part of a word holds
+# Layouts of each format, the usual one first; float-quantized are floats of 8 bits.
+_USUAL = {
+    "gptq": ("gptq", "gptq_v2"), "awq": ("gemm",),
+    "compressed-tensors": ("pack-quantized", "float-quantized", "naive-quantized"),
+}  # fmt: skip
 _WORD = np.dtype(np.int32)
 
 
@@ -47,24 +52,29 @@ class Settings(NamedTuple):
     plus: int = 0
 
 
-def settings(about: Mapping[str, Any]) -> Settings:
-    """Reads the ``quantization_config`` of a checkpoint.
+def settings(about: Mapping[str, Any], method: str) -> Settings:
+    """Reads the ``quantization_config`` of a checkpoint of one of the formats.
 
     Raises:
       ValueError: it is of a kind that is not read; the message continues one on the checkpoint.
     """
-    method = about["quant_method"]
+    usual = _USUAL[method][0]
+    words = ("version", "format") if method == "awq" else ("checkpoint_format", "format")
+    form = next((str(about[word]).lower() for word in words if about.get(word)), usual)
+    if form not in _USUAL[method]:
+        raise ValueError(f"is quantized with {method!r} in the layout {form!r}, which is not read")
     if method == "compressed-tensors":
         groups = about.get("config_groups")
         weights = [g.get("weights") for g in groups.values()] if isinstance(groups, dict) else []
         bits = {w.get("num_bits") for w in weights if isinstance(w, dict)}
         return _check(Settings(method, bits.pop() if len(bits) == 1 else 0))
-    if method == "awq" and str(about.get("version", about.get("format", "gemm"))).lower() != "gemm":
-        raise ValueError("is quantized with 'awq' in another layout than 'gemm', which is not read")
+    bits = about.get("bits", about.get("w_bit", 0))
+    others = about.get("dynamic") if isinstance(about.get("dynamic"), dict) else {}
+    if any(isinstance(x, dict) and x.get("bits", bits) != bits for x in others.values()):
+        raise ValueError(f"is quantized with {method!r} in several numbers of bits, not in one")
     # Version 1 stores zeros less one.
-    form = about.get("checkpoint_format", about.get("format", "gptq"))
-    plus = 1 if method == "gptq" and form != "gptq_v2" else 0
-    return _check(Settings(method, about.get("bits", about.get("w_bit", 0)), plus))
+    plus = 1 if form == "gptq" else 0
+    return _check(Settings(method, bits, plus))
 
 
 def _check(made: Settings) -> Settings:

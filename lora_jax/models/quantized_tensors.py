@@ -24,6 +24,8 @@ from lora_jax.names import Weight
 from lora_jax.quantized import NESTED_BLOCK, Affine, CodeBook, Quantized, decode
 
 METHODS = ("bitsandbytes", "gptq", "awq", "compressed-tensors", "fp8", "fbgemm_fp8", "modelopt")
+ADVICE = "Take the original model, and quantize it on loading."
+_KEYS = ("quantization_config", "compression_config", "quantization")  # the last is MLX's
 _STATE = ".quant_state.bitsandbytes__"
 _BYTES = np.dtype(np.uint8)
 _FIELDS = {"quant_type", "blocksize", "dtype", "shape"}
@@ -38,7 +40,7 @@ class QuantizedTensor(NamedTuple):
       name: name of the matrix.
       dtype: dtype of what it stands for.
       shape: shape of what it stands for.
-      parts: tensors that it is stored in, by what they are.
+      parts: tensors to read for it, by what they are; none if ``make`` reads it itself.
       make: function that makes the class and the fields of a leaf of the parts' values.
     """
 
@@ -55,19 +57,35 @@ def read_settings(config: Mapping[str, Any], where: str) -> Settings | None:
     Raises:
       ValueError: the checkpoint is quantized in a way that is not read; the message names it.
     """
-    about = config.get("quantization_config") or config.get("compression_config")
+    about = next((config[key] for key in _KEYS if config.get(key)), None)
     if about is None:
         return None
-    method = about.get("quant_method", "bitsandbytes") if isinstance(about, Mapping) else about
-    if method not in METHODS:
+    method = _find_method(about)
+    if method not in METHODS or not isinstance(about, Mapping):
         raise ValueError(
             f"The checkpoint {where!r} is quantized with {method!r}, which is not read here; read "
-            f"are {', '.join(METHODS)}. Take the original model, and quantize it on loading."
+            f"are {', '.join(METHODS)}. {ADVICE}"
         )
     try:
-        return grouped_tensors.settings(about) if method in grouped_tensors.FORMATS else None
+        if method == "modelopt" and (kind := about.get("quant_algo", "FP8")) != "FP8":
+            raise ValueError(f"is quantized with 'modelopt' in {kind!r}, which is not read")
+        has_groups = method in grouped_tensors.FORMATS
+        return grouped_tensors.settings(about, method) if has_groups else None
     except ValueError as error:
-        raise ValueError(f"The checkpoint {where!r} {error}.") from error
+        raise ValueError(f"The checkpoint {where!r} {error}. {ADVICE}") from error
+
+
+def _find_method(about: Any) -> Any:
+    """Finds the name of a scheme; some files do not give it, and are known by other words."""
+    if not isinstance(about, Mapping):
+        return about
+    if about.get("quant_method"):
+        return about["quant_method"]
+    if any("4bit" in word or "8bit" in word for word in about):
+        return "bitsandbytes"
+    if "config_groups" in about:
+        return "compressed-tensors"
+    return "mlx" if {"bits", "group_size"} <= set(about) else dict(about)
 
 
 def group(
@@ -159,7 +177,7 @@ def read_quantized(tensor: QuantizedTensor, weight: Weight, dtype: Any) -> Quant
     axes, sizes = (names.axes(weight), weight.shape) if is_kernel else ("oi", tensor.shape)
     leaf = cls(axes=axes, sizes=tuple(sizes), dtype=np.dtype(dtype), **fields)
     for key, x in jax.tree_util.tree_flatten_with_path(leaf)[0]:
-        if not np.isfinite(np.asarray(x, np.float32) if x.dtype.kind != "u" else x).all():
+        if not np.isfinite(np.asarray(x, np.float32) if x.dtype.kind not in "iu" else x).all():
             raise ValueError(f"has NaN or infinity in its {jax.tree_util.keystr(key).strip('.')}")
     return leaf if is_kernel else names.from_tensor(weight, np.asarray(decode(leaf)))
 

@@ -5,8 +5,16 @@ with PEFT's words. Features of PEFT that this library lacks (DoRA, ...) are refu
 is ignored in silence.
 """
 
-from lora_jax.peft.config import read_words
+from lora_jax.peft.config import describe_quantization, guess_plain_base, read_words
 from lora_jax.peft.load import is_peft, load_peft, tensor_shapes
 from lora_jax.peft.save import save_peft
 
-__all__ = ["is_peft", "load_peft", "read_words", "save_peft", "tensor_shapes"]
+__all__ = [
+    "describe_quantization",
+    "guess_plain_base",
+    "is_peft",
+    "load_peft",
+    "read_words",
+    "save_peft",
+    "tensor_shapes",
+]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -41,9 +42,10 @@ DEFAULTS: dict[str, Any] = {
 # Words about an adapter that do not change what it computes; the caller of `save_peft` sets them.
 METADATA = ("task_type", "base_model_name_or_path", "revision", "auto_mapping")
 # Further words without a meaning for finished factors: how they were first drawn, and settings that
-# act only together with a refused word.
+# act only together with a refused word; and how the base was loaded.
 _IDLE = (*METADATA, "inference_mode", "peft_version", "eva_config", "megatron_core",
-         "qalora_group_size", "runtime_config")  # fmt: skip
+         "qalora_group_size", "runtime_config", "quantization_config",
+         "loftq_config")  # fmt: skip
 # Initial values that leave the base as it is. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA)
 # change the base, so that such an adapter does not belong to the base that it names.
 _INITS = (True, False, "gaussian", "eva", "orthogonal")
@@ -73,6 +75,36 @@ def find_problems(words: Any) -> list[str]:
         f"{n}: {error}" for n, error in ill_formed.items() if error
     ]
     return problems or _find_contradictions(words)
+
+
+def describe_quantization(words: Mapping[str, Any]) -> str:
+    """Describes how the base of an adapter was quantized, as far as its words tell; "" if not.
+
+    >>> describe_quantization({"base_model_name_or_path": "unsloth/llama-3-8b-bnb-4bit"})
+    'bnb-4bit'
+    """
+    about = words.get("quantization_config")
+    found = _QUANTIZED.search(str(words.get("base_model_name_or_path") or ""))
+    if found:
+        return found[1]
+    return json.dumps(about, default=str)[:200] if about else ""
+
+
+# As in names on the Hub: "...-unsloth-bnb-4bit", "...-GPTQ-Int4", "...-AWQ".
+_QUANTIZED = re.compile(
+    r"[-_.]((?:unsloth-)?bnb-[48]bit|(?:gptq|awq|hqq|aqlm|exl2|fp8|int[48]|[48]-?bit|w4a16|w8a8)"
+    r"(?:[-_.][\w.-]*)?)$",
+    re.IGNORECASE,
+)
+
+
+def guess_plain_base(words: Mapping[str, Any]) -> str:
+    """Returns what the plain base of an adapter is likely to be called, by the name of its base.
+
+    >>> guess_plain_base({"base_model_name_or_path": "unsloth/llama-3-8b-bnb-4bit"})
+    'unsloth/llama-3-8b'
+    """
+    return _QUANTIZED.sub("", str(words.get("base_model_name_or_path") or ""))
 
 
 def _parse(path: Path) -> dict[str, Any]:

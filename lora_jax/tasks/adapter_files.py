@@ -1,7 +1,7 @@
 """Adapter directories in this library's format and in PEFT's, for the programs."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from lora_jax import adapter as adapters
 from lora_jax import fields, paths, peft, serialize
 from lora_jax.models import checkpoints, registry
 from lora_jax.models.families import CAUSAL_LM, SEQ2SEQ_LM
+from lora_jax.models.load_weights import find_narrowest_dtype
 from lora_jax.nodes import is_adapted
 from lora_jax.quantized import is_quantized
 from lora_jax.tasks import from_config
@@ -21,6 +22,52 @@ from lora_jax.tasks import from_config
 PyTree = Any
 
 _TASK_TYPES = {CAUSAL_LM: "CAUSAL_LM", SEQ2SEQ_LM: "SEQ_2_SEQ_LM"}  # PEFT's words
+
+
+def find_base(directory: str | Path, model: str | None = None) -> str:
+    """Returns the name of the base of an adapter in PEFT's format.
+
+    Args:
+      directory: directory of the adapter.
+      model: name or directory of the base, if it is not to be that in the adapter's files.
+
+    Raises:
+      FileNotFoundError: there is no such checkpoint here; the message says what to give instead.
+      ValueError: the adapter does not name its base, or is damaged, or its base is.
+    """
+    words = peft.read_words(directory)
+    name = model or words["base_model_name_or_path"]
+    if not name:
+        raise ValueError(
+            f"The adapter in {directory} does not name its base; give it with --model."
+        )
+    try:
+        checkpoints.resolve(name)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}{_advise(name, words)}") from error
+    return name
+
+
+def _advise(name: str, words: dict[str, Any]) -> str:
+    """Says what to give as the base, if it is a quantized checkpoint that is not here."""
+    if name != words["base_model_name_or_path"] or not peft.describe_quantization(words):
+        return ""
+    return (
+        f"\nThe adapter was trained over {name!r}, which is quantized. Give --model=DIRECTORY of "
+        "that checkpoint, whose codes are kept, or --model of its original (by its name "
+        f"{peft.guess_plain_base(words)!r}), which differs by what quantizing lost; a program that "
+        "trains quantizes it with --config.model.quantize=nf4_double."
+    )
+
+
+def describe_base(directory: str | Path, loaded: checkpoints.Loaded) -> tuple[str, ...]:
+    """Says which base an adapter in PEFT's format has got, and what differs from its training."""
+    base = f"base {loaded.checkpoint.name}, from {loaded.checkpoint.origin}"
+    quantization = peft.describe_quantization(peft.read_words(directory))
+    leaves = paths.named_leaves(loaded.params).values()
+    if not quantization or any(map(is_quantized, leaves)):
+        return (base,)
+    return (base, f"plain numbers of it, though the adapter's was quantized ({quantization})")
 
 
 def load(
@@ -44,6 +91,9 @@ def load(
         return lora.load(directory, like, base=loaded.base_id)
     table = checkpoints.names(loaded)
     adapter, config = peft.load_peft(directory, loaded.params, names=table)
+    if trained := _list_narrow_leaves(adapter):  # the file may have more digits than the base
+        params = _widen_params(loaded.params, trained)
+        adapter, config = peft.load_peft(directory, params, names=table)
     missing = missing_leaves(adapter, loaded)
     if missing:
         raise ValueError(
@@ -56,6 +106,31 @@ def load(
     return jax.tree.map(widen_node, adapter, is_leaf=is_adapted), config
 
 
+def _list_narrow_leaves(adapter: PyTree) -> list[str]:
+    """Lists the leaves that are trained in full in less than float32."""
+    trained = {n: x for n, x in adapters.nodes(adapter).items() if not is_adapted(x)}
+    return [n for n, x in trained.items() if jnp.promote_types(x.dtype, jnp.float32) != x.dtype]
+
+
+def narrow(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns options of loading with the narrowest dtype of parameters that changes no number.
+
+    An adapter is merged into such a base leaf by leaf, by
+    :func:`lora_jax.models.checkpoints.save_hf`.
+
+    Args:
+      name: name or directory of the base.
+      options: options of :func:`lora_jax.models.checkpoints.load`; "param_dtype" is the dtype to
+        which the adapter's run rounded the base, float32 if it did not.
+
+    Raises:
+      FileNotFoundError, ValueError: there is no such base, or it is damaged.
+    """
+    if options.get("param_dtype", jnp.float32) != jnp.float32:
+        return dict(options)
+    return {**options, "param_dtype": find_narrowest_dtype(checkpoints.resolve(name))}
+
+
 def widen(loaded: checkpoints.Loaded) -> checkpoints.Loaded:
     """Returns the model with its parameters in float32 or wider, of the same values.
 
@@ -65,8 +140,11 @@ def widen(loaded: checkpoints.Loaded) -> checkpoints.Loaded:
     return dataclasses.replace(loaded, params=_widen_params(loaded.params))
 
 
-def _widen_params(params: PyTree) -> PyTree:
-    return jax.tree.map(_widen_leaf, params, is_leaf=is_quantized)
+def _widen_params(params: PyTree, names: Collection[str] | None = None) -> PyTree:
+    """Widens all leaves, or those of these names."""
+    leaves = paths.named_leaves(params)
+    wide = [_widen_leaf(x) if names is None or n in names else x for n, x in leaves.items()]
+    return jax.tree.structure(params, is_leaf=is_quantized).unflatten(wide)
 
 
 def _widen_leaf(x: Any) -> Any:

@@ -14,6 +14,7 @@ from lora_jax.data.chat_template import ChatTemplate, Message
 from lora_jax.models import checkpoints, generate
 from lora_jax.models.decoding import Decoding
 from lora_jax.models.families import CAUSAL_LM
+from lora_jax.models.read_leaves import DECODED
 from lora_jax.tasks import language_model
 
 PyTree = Any
@@ -67,7 +68,7 @@ def _model(directory: str | None, model: str | None) -> tuple[checkpoints.Loaded
         return trained.loaded, lora.merge(trained.loaded.params, trained.adapter)
     if model is None:
         raise ValueError("Say what is to reply: give an adapter or a model (--adapter, --model).")
-    loaded = checkpoints.load(model, head=CAUSAL_LM)
+    loaded = checkpoints.load(model, head=CAUSAL_LM, quantize=DECODED)  # no lift is here
     return loaded, loaded.params
 
 

@@ -48,29 +48,32 @@ class Classifier:
     notes: tuple[str, ...] = ()
 
 
-def load(directory: str | Path, *, model: str | None = None) -> Classifier:
+def load(directory: str | Path, *, model: str | None = None, wide: bool = True) -> Classifier:
     """Loads an adapter and the base that it was made for.
 
     Args:
       directory: directory of the adapter, in this library's format or in PEFT's.
       model: name or directory of the base, if it is no longer found under its old name.
+      wide: whether the base is to be float32, so that an adapter can be merged into all of it at
+        once; without it, it has the narrowest dtype that changes nothing.
 
     Raises:
       FileNotFoundError, ValueError: adapter or base is missing, damaged, or they do not belong
         together.
     """
     if peft.is_peft(directory):
-        return _load_peft(directory, model)
+        return _load_peft(directory, model, wide=wide)
     metadata = serialize.read_metadata(directory)
     _check_metadata(directory, metadata)
     about_model = metadata["model"]
+    name, options = model or about_model["name"], from_config.dtypes(about_model)
     loaded = classification.load_model(
-        model or about_model["name"],
+        name,
         num_labels=len(about_model["labels"]),
         key=classification.head_key(metadata["seed"]),
-        **from_config.dtypes(about_model),
+        **(options if wide else adapter_files.narrow(name, options)),
     )
-    loaded = adapter_files.widen(loaded)
+    loaded = adapter_files.widen(loaded) if wide else loaded
     adapter, config = adapter_files.load(directory, loaded)
     return Classifier(
         loaded=loaded,
@@ -88,21 +91,17 @@ def load(directory: str | Path, *, model: str | None = None) -> Classifier:
 _BUCKETS = (32, 64, 128, 256, 512)
 
 
-def _load_peft(directory: str | Path, model: str | None) -> Classifier:
+def _load_peft(directory: str | Path, model: str | None, *, wide: bool) -> Classifier:
     """Loads an adapter in PEFT's format, which may name its base, but no labels and lengths."""
-    words = peft.read_words(directory)
-    name = model or words["base_model_name_or_path"]
-    if not name:
-        raise ValueError(
-            f"The adapter in {directory} does not name its base; give it with --model."
-        )
+    name = adapter_files.find_base(directory, model)
     base = checkpoints.resolve(name).config
     labels, source = _read_labels(base), "those of the base"
     count = adapter_files.count_labels(directory, base) or len(labels) or 2  # as transformers has
     if len(labels) != count:
         labels = tuple(f"LABEL_{k}" for k in range(count))
         source = "the base has none for them"
-    loaded = classification.load_model(name, num_labels=count)
+    options = {} if wide else adapter_files.narrow(name, {})
+    loaded = classification.load_model(name, num_labels=count, **options)
     pairs: bool | None = None
     inputs = "two sentences where there is a tab between them"
     if loaded.head == SEQ2SEQ_LM:
@@ -116,7 +115,7 @@ def _load_peft(directory: str | Path, model: str | None) -> Classifier:
         limit = f"at most {positions} tokens, all that the base has positions for"
     buckets = (*(b for b in _BUCKETS if b < longest), longest)
     notes = (
-        f"base {name}, from {loaded.checkpoint.origin}",
+        *adapter_files.describe_base(directory, loaded),
         f"labels {', '.join(labels)} ({source})",
         limit,
         inputs,

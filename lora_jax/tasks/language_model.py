@@ -40,17 +40,21 @@ def is_language(directory: str | Path, *, model: str | None = None) -> bool:
     words = peft.read_words(directory)
     if words["task_type"]:
         return words["task_type"] == "CAUSAL_LM"
-    name = model or words["base_model_name_or_path"]
-    heads = checkpoints.resolve(name).config.get("architectures") if name else None
+    if not model and not words["base_model_name_or_path"]:
+        return False
+    base = checkpoints.resolve(adapter_files.find_base(directory, model))
+    heads = base.config.get("architectures")
     return any(str(head).endswith(("LMHeadModel", "ForCausalLM")) for head in heads or [])
 
 
-def load(directory: str | Path, *, model: str | None = None) -> LanguageModel:
+def load(directory: str | Path, *, model: str | None = None, wide: bool = True) -> LanguageModel:
     """Loads an adapter and the base that it was made for.
 
     Args:
       directory: directory of the adapter, in this library's format or in PEFT's.
       model: name or directory of the base, if it is no longer found under its old name.
+      wide: whether the base is to be float32, so that an adapter can be merged into all of it at
+        once; without it, it has the narrowest dtype that changes nothing.
 
     Raises:
       FileNotFoundError, ValueError: adapter or base is missing, damaged, or they do not belong
@@ -58,7 +62,7 @@ def load(directory: str | Path, *, model: str | None = None) -> LanguageModel:
     """
     options: dict[str, Any] = {}
     if peft.is_peft(directory):
-        name = model or peft.read_words(directory)["base_model_name_or_path"]
+        name = adapter_files.find_base(directory, model)
     else:
         about = serialize.read_metadata(directory).get("model", {})
         name = model or about.get("name")
@@ -68,6 +72,8 @@ def load(directory: str | Path, *, model: str | None = None) -> LanguageModel:
         raise ValueError(
             f"The adapter in {directory} does not name its base; give it with --model."
         )
-    loaded = adapter_files.widen(checkpoints.load(name, head=CAUSAL_LM, **options))
-    notes = (f"base {name}, from {loaded.checkpoint.origin}",) if peft.is_peft(directory) else ()
+    options = options if wide else adapter_files.narrow(name, options)
+    loaded = checkpoints.load(name, head=CAUSAL_LM, **options)
+    loaded = adapter_files.widen(loaded) if wide else loaded
+    notes = adapter_files.describe_base(directory, loaded) if peft.is_peft(directory) else ()
     return LanguageModel(loaded, *adapter_files.load(directory, loaded), notes)

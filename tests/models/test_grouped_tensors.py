@@ -90,7 +90,9 @@ def plain(tmp_path_factory):
     """The golden model with plain numbers."""
     loaded = load(GOLDENS / "fp4")
     directory = tmp_path_factory.mktemp("plain")
-    checkpoints.save_hf(directory, loaded.params, loaded.checkpoint, head="causal-lm")
+    checkpoints.save_hf(
+        directory, loaded.params, loaded.checkpoint, head="causal-lm", dtype="float32"
+    )
     return directory
 
 
@@ -135,6 +137,14 @@ def test_damaged_parts(plain, tmp_path, kind, changes, says):
         load(checkpoint(plain, tmp_path, MADE[kind](), **changes))
 
 
+def test_groups_that_are_no_neighbours(plain, tmp_path):
+    """They are not damage: another copy of the files would not help."""
+    order = np.arange(128, dtype=np.int32)[::-1] // 32
+    with pytest.raises(ValueError, match=r"desc_act.*Take the original model") as told:
+        load(checkpoint(plain, tmp_path, MADE["gptq"](), g_idx=order))
+    assert "again" not in str(told.value)
+
+
 def test_missing_parts(plain, tmp_path):
     tensors, about, _ = MADE["awq"]()
     del tensors["qzeros"]
@@ -146,13 +156,24 @@ def test_missing_parts(plain, tmp_path):
     "about, says",
     [
         ({"quant_method": "gptq", "bits": 3}, "'gptq' in 3 bits"),
-        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "another layout than 'gemm'"),
+        (
+            {"quant_method": "awq", "bits": 4, "version": "gemv"},
+            "in the layout 'gemv', which is not read",
+        ),
         ({"quant_method": "compressed-tensors", "config_groups": {}}, "in 0 bits"),
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "layout 'marlin'"),
+        ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "'nvfp4-pack-"),
+        ({"quant_method": "compressed-tensors", "format": "marlin-24"}, "layout 'marlin-24'"),
+        (
+            {"quant_method": "gptq", "bits": 4, "dynamic": {"+:.*down.*": {"bits": 8}}},
+            "several numbers of bits",
+        ),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "'modelopt' in 'NVFP4'"),
     ],
 )
 def test_kinds_that_are_not_read(plain, tmp_path, about, says):
     tensors, _, _ = MADE["gptq"]()
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=f"is quantized with .*{says}.*Take the original model"):
         load(checkpoint(plain, tmp_path, (tensors, about, None)))
 
 

@@ -158,7 +158,11 @@ def test_damaged_files(tmp_path, kind, change, says):
     assert "down_proj.weight" in str(error.value)
 
 
-@pytest.mark.parametrize("method", ["hqq", "torchao", "mxfp4", "quanto"])
+OTHERS = """aqlm auto-round bitnet eetq exl2 fouroversix fp_quant gemma higgs hqq metal mxfp4 mxfp8 nvfp4
+quanto quark sinq spqr torchao vptq""".split()
+
+
+@pytest.mark.parametrize("method", OTHERS)
 def test_other_schemes_are_refused_by_name(tmp_path, method):
     directory = shutil.copytree(GOLDENS / "fp4", tmp_path / "x")
     about = json.loads((directory / "config.json").read_text())
@@ -166,6 +170,30 @@ def test_other_schemes_are_refused_by_name(tmp_path, method):
     (directory / "config.json").write_text(json.dumps(about))
     with pytest.raises(ValueError, match=f"is quantized with '{method}'"):
         load(directory)
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        ({"quantization": {"group_size": 64, "bits": 4}}, "is quantized with 'mlx'"),
+        ({"quantization_config": {"group_size": 64, "bits": 4}}, "is quantized with 'mlx'"),
+        ({"quantization_config": {"odd": 1}}, "is quantized with {'odd': 1}"),
+        ({"quantization_config": "awq-like"}, "is quantized with 'awq-like'"),
+        ({"quantization_config": {"load_in_4bit": True}}, "stored, or quantized, .*'U32'"),
+    ],
+)
+def test_schemes_are_named_before_files_are_opened(tmp_path, words, says):
+    """They have dtypes that numpy has not, which is no damage."""
+    directory = shutil.copytree(GOLDENS / "fp4", tmp_path / "x")
+    about = json.loads((directory / "config.json").read_text())
+    del about["quantization_config"]
+    (directory / "config.json").write_text(json.dumps(about | words))
+    header = json.dumps({NAME: {"dtype": "U32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    data = len(header).to_bytes(8, "little") + header + bytes(4)
+    (directory / "model.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match=f"{says}.*Take the original model") as told:
+        load(directory)
+    assert not {"damaged", "again"} & set(str(told.value).split())
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
@@ -263,7 +291,9 @@ def plain(tmp_path_factory):
     """The golden model with plain numbers."""
     loaded = load(GOLDENS / "fp4")
     directory = tmp_path_factory.mktemp("plain")
-    checkpoints.save_hf(directory, loaded.params, loaded.checkpoint, head="causal-lm")
+    checkpoints.save_hf(
+        directory, loaded.params, loaded.checkpoint, head="causal-lm", dtype="float32"
+    )
     return directory
 
 
@@ -307,7 +337,7 @@ def test_merge_of_a_loaded_model(plain, tmp_path):
     )
     merged = lora.merge(loaded.params, adapter)
     assert not quantized(merged)
-    checkpoints.save_hf(tmp_path, merged, loaded.checkpoint, head="causal-lm")
+    checkpoints.save_hf(tmp_path, merged, loaded.checkpoint, head="causal-lm", dtype="float32")
     want = logits(loaded, lora.bind(loaded.params, adapter))
     assert_close(logits(load(tmp_path)), want, rtol=1e-5, atol=1e-5)
     plain_base = jax.tree.map(as_array, loaded.params, is_leaf=is_quantized)

@@ -304,7 +304,7 @@ def test_dtypes_survive(bert, dtype, tmp_path, key):
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
         ({"kasa_config": {"beta": 1}}, "kasa_config"),
-        ({"loftq_config": {"loftq_bits": 4}}, "loftq_config"),
+        ({"loftq_config": {"loftq_bits": 4}, "init_lora_weights": "loftq"}, "init_lora_weights"),
         ({"ensure_weight_tying": True}, "ensure_weight_tying"),
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
         ({"peft_type": "lora"}, "peft_type is 'lora'"),
@@ -368,6 +368,8 @@ def test_all_unsupported_words_at_once(bert, tmp_path):
     {"brand_new": None}, {"brand_new": False}, {"brand_new": {}}, {"peft_version": "9.9@UNKNOWN"},
     {"runtime_config": {"ephemeral_gpu_offload": False}}, {"init_lora_weights": "gaussian"},
     {"inference_mode": False}, {"qalora_group_size": 32}, {"layers_to_transform": []},
+    {"loftq_config": {"loftq_bits": 4}}, {"loftq_config": None},
+    {"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}},
     {"fan_in_fan_out": True}, {"lora_bias": ...}, {"megatron_core": ...},
 ])  # fmt: skip
 def test_words_without_effect_are_read_over(bert, words, tmp_path):
