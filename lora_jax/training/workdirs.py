@@ -16,7 +16,7 @@ CONFIG, METRICS, CURVES, ADAPTER = "config.json", "metrics.jsonl", "curves.png",
 CHECKPOINTS, EVENTS = "checkpoints", "tensorboard"
 SWEEP = "sweep.json"  # in the directory of a sweep, whose runs are in directories below it
 # Fields, or sections, of a config that may differ between a run and its continuation.
-MAY_CHANGE = ("checkpoint_keep", "guard", "mesh", "pmap")
+MAY_CHANGE = ("checkpoint_keep", "guard", "mesh", "pmap", "replies")
 
 
 def check(workdir: Path, config: ConfigDict) -> None:
