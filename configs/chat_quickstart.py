@@ -28,13 +28,13 @@ def get_config() -> ConfigDict:
     c.lora.dropout = 0.0
 
     c.replies.pattern = tutor.PATTERN
-    c.replies.max_new_tokens = 96
+    c.replies.max_new_tokens = 80
     c.replies.batch_size = 50
 
     c.batch_size = 4
     c.eval_batch_size = 4
     c.epochs = 3
     c.eval_at_start = True
-    c.optimizer.learning_rate = 2e-3
+    c.optimizer.learning_rate = 1e-3
     c.optimizer.warmup = 0.1
     return c.lock()
