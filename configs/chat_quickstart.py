@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     c = instruct_llama.get_config().unlock()
     c.model.name = "SmolLM2-135M-Instruct.Q4_1.gguf"
     c.model.dtype = "float32"
-    c.model.quantize = "nf4"
+    c.model.quantize = ""  # the file's own codes of four bits stay
 
     c.data.train, c.data.validation = "tutor:train", "tutor:validation"
     c.data.holdout = 0

@@ -35,7 +35,9 @@ def base_config() -> ConfigDict:
     c.model.labels = ("negative", "positive")  # names of the classes; () for the task's own
     c.model.dtype = "float32"  # of the activations: float32 or bfloat16
     c.model.param_dtype = "float32"  # of the frozen base; what is trained is float32
-    c.model.quantize = ""  # scheme of its kernels: "nf4_double", "int8", ...; "" for plain ones
+    # Scheme of its kernels: "nf4_double", "int8", ...; "" for plain ones, or for the codes that the
+    # checkpoint has; "none" to decode these.
+    c.model.quantize = ""
     # Activations that the backward pass computes again, layer by layer, in place of keeping them:
     # "none", "full" (all), or the name of a policy in jax.checkpoint_policies.
     c.model.remat = "none"

@@ -23,6 +23,7 @@ from lora_jax.models.gguf import is_gguf
 from lora_jax.models.hub import Checkpoint, base_id, resolve
 from lora_jax.models.layers import check_remat
 from lora_jax.models.load_weights import join_problems, load_params, open_tensors
+from lora_jax.models.read_leaves import DECODED
 from lora_jax.models.tokenizer import load_tokenizer, tokenizer_files
 from lora_jax.names import Name
 from lora_jax.quantized import as_array, is_quantized
@@ -85,7 +86,9 @@ class LoadOptions:
       remat: what training computes again to save memory: "none", "full", or the name of a policy
         in ``jax.checkpoint_policies``; see :func:`lora_jax.models.layers.remat_layer`.
       quantize: scheme of :func:`lora_jax.quantize` for kernels that are plain in the checkpoint,
-        but heads and embeddings; "" to leave them so. What the checkpoint holds quantized stays so.
+        but heads and embeddings. What the checkpoint holds quantized stays so; the kernels of a
+        GGUF file are decoded, and quantized with the scheme. "" for no scheme: those of a GGUF file
+        stay in their own codes, too. "none" to decode all.
     """
 
     num_labels: int = 2
@@ -124,7 +127,7 @@ def load(name: str | Path, *, head: str, **options: Any) -> Loaded:
     checkpoint = resolve(name)
     family, config = _read_config(checkpoint)
     check_remat(opts.remat)
-    if opts.quantize:
+    if opts.quantize not in ("", DECODED):
         find_scheme(opts.quantize)
     model_class = _find_model(family, head, checkpoint)
     _check_layers(config, checkpoint)

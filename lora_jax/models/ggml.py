@@ -41,6 +41,8 @@ class Layout(NamedTuple):
       split: blocks to codes ``(n, block)``, scales ``(n, 1)`` and offsets; None if there is no
         such form.
       bits: number of bits of a code that are in use.
+      least: least code.
+      has_offsets: whether there are offsets.
     """
 
     name: str
@@ -49,6 +51,8 @@ class Layout(NamedTuple):
     decode: Callable[[Array], Array]
     split: Callable[[Array], tuple[Array, Array, Array | None]] | None = None
     bits: int = 0
+    least: int = 0
+    has_offsets: bool = False
 
 
 def _half(blocks: Array, at: int) -> Array:
@@ -97,13 +101,16 @@ def _bits(packed: Array) -> Array:
     return np.unpackbits(packed, axis=1, bitorder="little")
 
 
-def _affine(name: str, size: int, split: Callable[[Array], tuple], bits: int) -> Layout:
+def _affine(
+    name: str, size: int, split: Callable[[Array], tuple], *, bits: int, has_offsets: bool
+) -> Layout:
     def decode(blocks: Array) -> Array:
         codes, scale, offset = split(blocks)
         values = codes.astype(np.float32) * scale.astype(np.float32)
         return values if offset is None else values + offset.astype(np.float32)
 
-    return Layout(name, 32, size, decode, split, bits)
+    least = 0 if has_offsets else -(2 ** (bits - 1))
+    return Layout(name, 32, size, decode, split, bits, least, has_offsets)
 
 
 def _scaled(codes: Array, scales: Array, mins: Array | float = 0.0) -> Array:
@@ -160,11 +167,11 @@ LAYOUTS: dict[int, Layout] = {
     0: _plain("F32", np.dtype("<f4")),
     1: _plain("F16", np.dtype("<f2")),
     30: _plain("BF16", jnp.bfloat16),
-    2: _affine("Q4_0", 18, _split_q4_0, 4),
-    3: _affine("Q4_1", 20, _split_q4_1, 4),
-    6: _affine("Q5_0", 22, _split_q5_0, 5),
-    7: _affine("Q5_1", 24, _split_q5_1, 5),
-    8: _affine("Q8_0", 34, _split_q8_0, 8),
+    2: _affine("Q4_0", 18, _split_q4_0, bits=4, has_offsets=False),
+    3: _affine("Q4_1", 20, _split_q4_1, bits=4, has_offsets=True),
+    6: _affine("Q5_0", 22, _split_q5_0, bits=5, has_offsets=False),
+    7: _affine("Q5_1", 24, _split_q5_1, bits=5, has_offsets=True),
+    8: _affine("Q8_0", 34, _split_q8_0, bits=8, has_offsets=False),
     10: Layout("Q2_K", 256, 84, _decode_q2_k),
     11: Layout("Q3_K", 256, 110, _decode_q3_k),
     12: Layout("Q4_K", 256, 144, _decode_q4_k),

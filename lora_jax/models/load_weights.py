@@ -6,45 +6,27 @@ read. Then each leaf is read, transposed and given to JAX before the next one is
 
 import fnmatch
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding
 
-from lora_jax import names, sharding
+from lora_jax import names
+from lora_jax.models import gguf_kernels
 from lora_jax.models.families import Family
 from lora_jax.models.hub import Checkpoint
-from lora_jax.models.quantized_tensors import (
-    QuantizedTensor,
-    expected_shape,
-    group,
-    read_quantized,
-    read_settings,
-)
-from lora_jax.models.weight_files import Stored, open_file, read_tensor
+from lora_jax.models.quantized_tensors import group, read_settings
+from lora_jax.models.read_leaves import DECODED, Part, check_headers, read_leaf
+from lora_jax.models.weight_files import Stored, open_file
 from lora_jax.names import LINEAR, Name, Weight
 from lora_jax.paths import matches
 from lora_jax.quantization import SKIPPED
-from lora_jax.quantized import Quantized, is_quantized
-from lora_jax.schemes import encode, find_scheme
+from lora_jax.schemes import find_scheme
 
 _log = logging.getLogger("lora_jax.models.checkpoints")
 _MAX_PROBLEMS = 30  # number of problems in one message
-
-
-class _Part(NamedTuple):
-    """A leaf, or one layer of it, and the tensors that it can be read from.
-
-    Attributes:
-      weights: the tensors that a checkpoint may hold; several if the weight is tied.
-      stored: those that this checkpoint holds, with their names.
-    """
-
-    weights: list[Weight]
-    stored: list[tuple[str, Stored | QuantizedTensor]]
 
 
 def load_params(
@@ -60,7 +42,8 @@ def load_params(
 
     It logs the tensors that are left out, and the modules that must be initialized. Host memory
     holds one tensor more than the result (without ``shardings``, the layers of a stacked leaf count
-    as one). Kernels that the checkpoint holds quantized stay so.
+    as one). Kernels that the checkpoint holds quantized stay so; one line tells of those of a GGUF
+    file that can't.
 
     Args:
       checkpoint: the checkpoint that ``resolve`` found.
@@ -69,7 +52,8 @@ def load_params(
       family: the model's family.
       shardings: sharding of each leaf, by path; None for JAX's default device.
       scheme: scheme of :func:`lora_jax.quantize` for the kernels that are plain in the checkpoint,
-        but heads and embeddings; "" to leave them so.
+        but heads and embeddings, and for those of a GGUF file; "" to leave them as they are, and
+        ``DECODED`` to decode all.
 
     Returns:
       Arrays by path, and the paths of fresh leaves, for which the shape stands instead: those of
@@ -96,18 +80,20 @@ def load_params(
         _log.warning("%s: %s is freshly initialised, since %s", checkpoint.name, module, reason)
     prefixes = tuple(f"{module}/" for module in reasons)
     fresh = tuple(row.flax for row in table if row.flax in shapes and row.flax.startswith(prefixes))
-    leaves: dict[str, list[_Part]] = {}
+    leaves: dict[str, list[Part]] = {}
     for (leaf, _), part in parts.items():
         leaves.setdefault(leaf, []).append(part)
+    if not scheme:
+        _keep_codes(leaves, checkpoint.name)
     result: dict[str, jax.Array | jax.ShapeDtypeStruct] = {}
     for leaf, leaf_parts in leaves.items():
         if leaf in fresh:
             result[leaf] = shapes[leaf]
             continue
-        problems += [problem for part in leaf_parts for problem in _check_headers(part)]
+        problems += [problem for part in leaf_parts for problem in check_headers(part)]
         place = shardings[leaf] if shardings else None
-        own = scheme if _is_kernel(leaf_parts[0].weights[0], scheme) else ""
-        value, value_problems = _read_leaf(
+        own = _choose_scheme(leaf_parts[0].weights[0], scheme)
+        value, value_problems = read_leaf(
             leaf_parts, shapes[leaf], place, keep=not problems, scheme=own
         )
         problems += value_problems
@@ -133,11 +119,11 @@ def join_problems(problems: Sequence[str]) -> str:
 
 def _make_parts(
     table: Sequence[Name], shapes: Mapping[str, jax.ShapeDtypeStruct]
-) -> dict[tuple[str, int | None], _Part]:
+) -> dict[tuple[str, int | None], Part]:
     """Makes the parts of all leaves, by leaf and layer."""
-    parts: dict[tuple[str, int | None], _Part] = {}
+    parts: dict[tuple[str, int | None], Part] = {}
     for weight in names.weights(table, shapes):
-        parts.setdefault((weight.leaf, weight.layer), _Part([], [])).weights.append(weight)
+        parts.setdefault((weight.leaf, weight.layer), Part([], [])).weights.append(weight)
     return parts
 
 
@@ -219,7 +205,7 @@ def _is_ignored(name: str, family: Family, known: Mapping[str, str]) -> bool:
 
 
 def _find_fresh_modules(
-    parts: Mapping[tuple[str, int | None], _Part], family: Family
+    parts: Mapping[tuple[str, int | None], Part], family: Family
 ) -> dict[str, str]:
     """Finds the modules that must be initialized, each with the reason."""
     reasons = {}
@@ -238,146 +224,37 @@ def _find_fresh_modules(
     return reasons
 
 
-def _select_parts(parts: Mapping[tuple[str, int | None], _Part], module: str) -> list[_Part]:
+def _select_parts(parts: Mapping[tuple[str, int | None], Part], module: str) -> list[Part]:
     """Selects the parts of a module; there are none of the module ""."""
     return [part for (leaf, _), part in parts.items() if leaf.startswith(f"{module}/")]
 
 
-def _check_headers(part: _Part) -> list[str]:
-    """Lists the mismatches of a part that headers tell."""
-    if not part.stored:
-        return [f"{part.weights[0].hf} is missing"]
-    problems = []
-    for name, stored in part.stored:
-        weight = next((w for w in part.weights if w.hf == name), part.weights[0])
-        shape = names.tensor_shape(weight)
-        if isinstance(stored, QuantizedTensor) and names.axes(weight):
-            shape = expected_shape(weight)
-        if tuple(stored.shape) != shape:
-            problems.append(f"{name} has shape {stored.shape} instead of {shape}")
-        if not jnp.issubdtype(stored.dtype, jnp.floating):
-            problems.append(f"{name} has dtype {stored.dtype}, which is no floating-point type")
-        elif stored.dtype.itemsize < 2:
-            problems.append(f"{name} has dtype {stored.dtype}, and there are no scales for it")
-    return problems
+def _keep_codes(leaves: Mapping[str, Sequence[Part]], name: str) -> None:
+    """Has the kernels of a GGUF file be read as codes, and says of which it can't be done."""
+    count, types = 0, set()
+    for parts in leaves.values():
+        there = gguf_kernels.find_types(parts)
+        if there and _is_kernel(parts[0].weights[0]) and not gguf_kernels.keep_codes(parts):
+            count, types = count + len(parts), types | there
+    if count:
+        _log.warning(
+            "%s: %d kernels are decoded, since not all of the types %s can be kept as codes; "
+            "quantize (--config.model.quantize) stores them in fewer bits",
+            name,
+            count,
+            ", ".join(sorted(types)),
+        )
 
 
-def _is_kernel(weight: Weight, scheme: str) -> bool:
-    """Tells whether a kernel is one to quantize: no head, no embedding, and not below a block."""
-    if not scheme or names.kind(weight) != LINEAR or not names.axes(weight):
-        return False
-    size = int(np.prod(weight.shape))
-    is_spared = any(matches(pattern, weight.leaf) for pattern in SKIPPED)
-    return not is_spared and size >= find_scheme(scheme).block
+def _is_kernel(weight: Weight) -> bool:
+    """Tells whether a leaf is the kernel of a linear layer that is no head."""
+    is_linear = names.kind(weight) == LINEAR and bool(names.axes(weight))
+    return is_linear and not any(matches(pattern, weight.leaf) for pattern in SKIPPED)
 
 
-def _read_leaf(
-    parts: Sequence[_Part],
-    shape: jax.ShapeDtypeStruct,
-    place: NamedSharding | None,
-    *,
-    keep: bool,
-    scheme: str = "",
-) -> tuple[Any, list[str]]:
-    """Reads a leaf, and lists problems of its values; without ``keep`` it makes no array."""
-    problems: list[str] = []
-    values = _read_values(parts, problems, shape.dtype, keep=keep)
-    if not keep:
-        for _ in values:
-            pass
-        return None, problems
-    first, is_stacked = parts[0].weights[0], parts[0].weights[0].layer is not None
-    if scheme or any(isinstance(x, QuantizedTensor) for p in parts for _, x in p.stored):
-        layers = [_encode(first, x, scheme, shape) for x in values]
-        value = None if problems else _join_layers(layers, place, is_stacked=is_stacked)
-        if value is None and not problems:
-            problems.append(
-                f"{first.row.hf} is quantized in another way in some layers than in others, which "
-                "can't be stacked: load it with scan_layers=False"
-            )
-    elif is_stacked:
-        value = _stack_layers(values, shape, place)
-    else:
-        value = _put_value(*values, shape, place)
-    return (None if problems else value), problems
-
-
-def _encode(weight: Weight, value: Any, scheme: str, like: jax.ShapeDtypeStruct) -> Any:
-    """Makes numpy arrays of codes and scales of a kernel, unless it is stored so."""
-    if value is None or is_quantized(value) or not scheme:
-        return value
-    leaf = encode(jnp.asarray(value), scheme, names.axes(weight), dtype=like.dtype)
-    return jax.tree.map(np.asarray, leaf)
-
-
-def _join_layers(
-    layers: Sequence[Any], place: NamedSharding | None, *, is_stacked: bool
-) -> Quantized | None:
-    """Puts one leaf of the layers of a stack, or of the one there is, onto the devices.
-
-    Returns None if the layers have no form in common.
-    """
-    if len({jax.tree.structure(x) for x in layers}) > 1:
-        return None
-    leaf = jax.tree.map(lambda *x: np.stack(x), *layers) if is_stacked else layers[0]
-    return jax.tree.map(jnp.asarray, leaf) if place is None else sharding.put(leaf, place)
-
-
-def _read_values(
-    parts: Sequence[_Part], problems: list[str], dtype: Any, *, keep: bool
-) -> Iterator[Any]:
-    """Reads the value of each part; None after a problem, which is added to the list."""
-    for part in parts:
-        value = None
-        if any(isinstance(stored, QuantizedTensor) for _, stored in part.stored):
-            yield _read_quantized_value(part, problems, dtype)
-            continue
-        floating = [(n, s) for n, s in part.stored if jnp.issubdtype(s.dtype, jnp.floating)]
-        for name, stored in floating:
-            tensor = read_tensor(stored)
-            if not np.isfinite(tensor).all():
-                problems.append(f"{name} holds NaN or infinity")
-            elif name != floating[0][0]:
-                problems += _check_tied(tensor, name, floating[0])
-            elif keep:
-                value = names.from_tensor(part.weights[0], tensor)
-        yield None if problems else value
-
-
-def _read_quantized_value(part: _Part, problems: list[str], dtype: Any) -> Any:
-    (name, stored), *rest = part.stored
-    try:
-        if rest or not isinstance(stored, QuantizedTensor):
-            raise ValueError("is quantized, and tied to another tensor")
-        return read_quantized(stored, part.weights[0], dtype)
-    except ValueError as error:
-        problems.append(f"{name} {error}")
-        return None
-
-
-def _put_value(
-    value: np.ndarray | None, shape: jax.ShapeDtypeStruct, place: NamedSharding | None
-) -> jax.Array | None:
-    if value is None or place is not None:
-        return None if value is None else sharding.put(value, place, shape.dtype)
-    # It is made contiguous in the right dtype, so that JAX does not copy it once more.
-    return jnp.asarray(np.ascontiguousarray(value, shape.dtype))
-
-
-def _stack_layers(
-    values: Iterator[np.ndarray | None], shape: jax.ShapeDtypeStruct, place: NamedSharding | None
-) -> jax.Array:
-    zeros = np.broadcast_to(np.zeros((), shape.dtype), shape.shape[1:])  # after a problem
-    layers = (zeros if value is None else value for value in values)
-    if place is not None:
-        return sharding.put_layers(shape.shape, shape.dtype, layers, place)
-    stack = np.empty(shape.shape, shape.dtype)
-    for k, layer in enumerate(layers):
-        stack[k] = layer
-    return jnp.asarray(stack)
-
-
-def _check_tied(tensor: np.ndarray, name: str, first: tuple[str, Stored]) -> list[str]:
-    """Lists a tied weight that is stored twice, with different values."""
-    is_same = tensor.shape == first[1].shape and np.array_equal(tensor, read_tensor(first[1]))
-    return [] if is_same else [f"{name} differs from {first[0]}, to which it is tied"]
+def _choose_scheme(weight: Weight, scheme: str) -> str:
+    """Returns the scheme for a leaf; "" for what is no kernel, or smaller than a block."""
+    if scheme in ("", DECODED):
+        return scheme
+    is_large = math.prod(weight.shape) >= find_scheme(scheme).block
+    return scheme if is_large and _is_kernel(weight) else ""

@@ -38,7 +38,7 @@ class QuantizedTensor(NamedTuple):
       name: name of the matrix.
       dtype: dtype of what it stands for.
       shape: shape of what it stands for.
-      parts: tensors that it is stored in, by what they are.
+      parts: tensors to read for it, by what they are; none if ``make`` reads it itself.
       make: function that makes the class and the fields of a leaf of the parts' values.
     """
 
@@ -159,7 +159,7 @@ def read_quantized(tensor: QuantizedTensor, weight: Weight, dtype: Any) -> Quant
     axes, sizes = (names.axes(weight), weight.shape) if is_kernel else ("oi", tensor.shape)
     leaf = cls(axes=axes, sizes=tuple(sizes), dtype=np.dtype(dtype), **fields)
     for key, x in jax.tree_util.tree_flatten_with_path(leaf)[0]:
-        if not np.isfinite(np.asarray(x, np.float32) if x.dtype.kind != "u" else x).all():
+        if not np.isfinite(np.asarray(x, np.float32) if x.dtype.kind not in "iu" else x).all():
             raise ValueError(f"has NaN or infinity in its {jax.tree_util.keystr(key).strip('.')}")
     return leaf if is_kernel else names.from_tensor(weight, np.asarray(decode(leaf)))
 

@@ -16,6 +16,7 @@ from lora_jax.data.chat_template import ChatTemplate, Message
 from lora_jax.models import checkpoints, generate
 from lora_jax.models.decoding import Decoding
 from lora_jax.models.families import CAUSAL_LM
+from lora_jax.models.read_leaves import DECODED
 from lora_jax.tasks import generation, language_model
 
 PyTree = Any
@@ -58,7 +59,8 @@ def load(directory: str | Path | None, *, model: str | None = None, **options: A
         return _make(trained.loaded, trained.adapter, options)
     if model is None:
         raise ValueError("Say what is to reply: give an adapter or a model (--adapter, --model).")
-    return _make(checkpoints.load(model, head=CAUSAL_LM, scan_layers=True), {}, options)
+    options_of_base = {"scan_layers": True, "quantize": DECODED}  # no lift is here
+    return _make(checkpoints.load(model, head=CAUSAL_LM, **options_of_base), {}, options)
 
 
 def load_pair(

@@ -149,9 +149,8 @@ def write(config: ConfigDict, writer: Writer, adapter: PyTree | None = None) -> 
     c, decode = config.data, config.decode
     pairs = e2e_nlg.take_first(e2e_nlg.read(c.source, c.test), c.test_meanings)
     references = e2e_nlg.group_references(pairs)
-    params = writer.loaded.params
-    if adapter is not None:
-        params = lora.merge(adapter_files.widen(writer.loaded).params, adapter)
+    base = writer.loaded if adapter is None else adapter_files.widen(writer.loaded)
+    params = lora.merge(base.params, adapter or {})  # plain arrays, also of a quantized base
     rows = generation.write(
         writer.loaded,
         params,

@@ -8,6 +8,7 @@ from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 import lora_jax as lora
+from lora_jax.models.read_leaves import DECODED
 from lora_jax.schemes import SCHEMES
 from lora_jax.training import mesh, training_config
 
@@ -71,8 +72,11 @@ def dtypes(model: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_scheme(model: Mapping[str, Any]) -> dict[str, str]:
     scheme = model.get("quantize", "")
-    if scheme not in ("", *SCHEMES):
-        raise ValueError(f"model.quantize must be one of {[*SCHEMES]}, or '', got {scheme!r}.")
+    if scheme not in ("", DECODED, *SCHEMES):
+        raise ValueError(
+            f"model.quantize must be one of {[*SCHEMES]}, {DECODED!r} (decode what is stored as "
+            f"codes), or '', got {scheme!r}."
+        )
     return {"quantize": scheme} if scheme else {}
 
 

@@ -70,16 +70,21 @@ def packed(array, kind):
     blocks = np.asarray(array, np.float32).reshape(-1, 32)
     low, high = blocks.min(1, keepdims=True), blocks.max(1, keepdims=True)
     size = np.abs(blocks).max(1, keepdims=True)
-    scale = {"Q4_0": size / 7, "Q4_1": (high - low) / 15, "Q8_0": size / 127}[kind].astype("<f2")
-    least = low.astype("<f2") if kind == "Q4_1" else None
+    bits = int(kind[1])
+    # Scales below zero are usual in such files: codes of zero then stand for -0.0.
+    scale = (high - low) / (2**bits - 1) if kind.endswith("_1") else -size / (2 ** (bits - 1) - 1)
+    scale = scale.astype("<f2")
+    least = low.astype("<f2") if kind.endswith("_1") else None
     codes = np.rint((blocks - (0 if least is None else least)) / scale.astype(np.float32))
-    if kind == "Q8_0":
-        body = codes.astype(np.int8).view(np.uint8)
-    else:
-        four = np.clip(codes + (8 if kind == "Q4_0" else 0), 0, 15).astype(np.uint8)
-        body = four[:, :16] | four[:, 16:] << 4
     halves = [x.view(np.uint8) for x in (scale, least) if x is not None]
-    return kind, np.shape(array), np.concatenate([*halves, body], axis=1).tobytes()
+    if bits == 8:
+        body = [codes.astype(np.int8).view(np.uint8)]
+    else:
+        middle = 0 if kind.endswith("_1") else 2 ** (bits - 1)
+        few = np.clip(codes + middle, 0, 2**bits - 1).astype(np.uint8)
+        fifth = [np.packbits(few >> 4, axis=1, bitorder="little")] if bits == 5 else []
+        body = [*fifth, few[:, :16] & 15 | few[:, 16:] << 4]
+    return kind, np.shape(array), np.concatenate([*halves, *body], axis=1).tobytes()
 
 
 # Models of the Llama family, from Hugging Face's files to GGUF, as convert_hf_to_gguf.py does it.
@@ -136,7 +141,7 @@ def metadata(config):
 
 
 def tensors(config, arrays, kind="F32"):
-    """Of Hugging Face's, with all matrices of one type."""
+    """Of Hugging Face's, with all matrices of one type, or each of that which its name gives."""
     arch, found = ARCHITECTURES.get(config["model_type"], config["model_type"]), {}
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     for name, array in arrays.items():
@@ -147,7 +152,8 @@ def tensors(config, arrays, kind="F32"):
             array = pairs.reshape(array.shape)
         if arch.startswith("gemma") and there.endswith("norm.weight"):
             array = array + np.float32(1)
-        found[there] = packed(array, kind) if array.ndim == 2 else plain(array)
+        own = kind(there) if callable(kind) else kind
+        found[there] = packed(array, own) if array.ndim == 2 else plain(array)
     if config.get("rope_scaling", {}).get("rope_type") == "llama3":
         found["rope_freqs.weight"] = plain(llama3_factors(config))
     return found

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+import lora_jax as lora
 from lora_jax import paths
 from lora_jax.models import checkpoints, gguf, gguf_models, hub
 from tests.helpers import gguf_checkpoints, gguf_files, tiny_llama
@@ -15,7 +16,7 @@ from tests.helpers import gguf_checkpoints, gguf_files, tiny_llama
 def logits(path, **options):
     loaded = checkpoints.load(path, head="causal-lm", **options)
     ids = np.random.default_rng(0).integers(0, loaded.model.config.vocab_size, (2, 9))
-    return loaded, jax.jit(loaded.model.apply)(loaded.params, ids)
+    return loaded, jax.jit(lora.lift(loaded.model.apply))(loaded.params, ids)
 
 
 @pytest.mark.parametrize("case", list(gguf_checkpoints.CASES))
@@ -45,7 +46,7 @@ def test_rounded_models_are_near(kind, tmp_path):
 
 
 def test_codes_are_in_the_order_of_the_weights(tmp_path):
-    """A quantised leaf can be made of them without a look at the numbers."""
+    """A quantized leaf can be made of them without a look at the numbers."""
     _, path = gguf_checkpoints.make(tmp_path, "llama", "Q4_1")
     tensors = gguf_models.open_tensors(path)
     for x in "qk":
@@ -197,5 +198,9 @@ def test_numbers_that_are_not_finite(tmp_path):
     data = bytearray(path.read_bytes())
     data[tensor.offset : tensor.offset + 2] = b"\x00\x7e"
     path.write_bytes(data)
-    with pytest.raises(ValueError, match="layers.2.mlp.down_proj.weight holds NaN or infinity"):
+    with pytest.raises(
+        ValueError, match="layers.2.mlp.down_proj.weight has NaN or infinity in its scales"
+    ):
         checkpoints.load(path, head="causal-lm")
+    with pytest.raises(ValueError, match="layers.2.mlp.down_proj.weight holds NaN or infinity"):
+        checkpoints.load(path, head="causal-lm", quantize="int8")

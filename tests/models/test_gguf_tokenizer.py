@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 from tokenizers import pre_tokenizers
 
+import lora_jax as lora
+from lora_jax import paths
 from lora_jax.data import chat_template
 from lora_jax.models import checkpoints, gguf_splits, gguf_tokenizer
-from lora_jax.tasks import chat, instruction_tuning
+from lora_jax.quantized import is_quantized
+from lora_jax.tasks import chat, instruction_tuning, language_model
 from tests.helpers import gguf_checkpoints, gguf_files, gguf_tokens, programs, tiny_llama
 from tests.helpers.gguf_tokens import TEXTS
 
@@ -268,13 +271,26 @@ def test_programs(both, tmp_path):
         task, _ = instruction_tuning.make_task(config)
         rows.append(list(task.eval_batches()))
     jax.tree.map(np.testing.assert_array_equal, *rows)
-    fields = tiny_llama.overrides(tmp_path) | changes | {"model.name": both[1]}
+    # From here on over 4-bit codes.
+    words = gguf_tokens.words(gguf_tokens.bpe())
+    path = gguf_files.convert(both[0], tmp_path / "q.gguf", "Q4_1", words=words)
+    fields = tiny_llama.overrides(tmp_path) | changes | {"model.name": path}
     flags = [f"--config.{name}={value}" for name, value in fields.items()]
     workdir = tmp_path / "run"
     programs.succeed(
         "instruct", "--config=configs/instruct_llama.py", f"--workdir={workdir}", *flags
     )
     adapter = f"--adapter={workdir / 'adapter'}"
-    assert programs.succeed("chat", adapter, "--max_new_tokens=3", "what is two?").strip()
+    said = [
+        programs.succeed("chat", f"--{option}", "--max_new_tokens=3", "what is two?").strip()
+        for option in (adapter.removeprefix("--"), f"model={path}")
+    ]
+    assert all(said)
     programs.succeed("export", adapter, f"--out={tmp_path / 'merged'}", "--merged")
-    assert checkpoints.load(tmp_path / "merged", head="causal-lm").fresh == ()
+    merged = checkpoints.load(tmp_path / "merged", head="causal-lm")
+    assert merged.fresh == ()
+    found = language_model.load(workdir / "adapter")
+    leaves = paths.named_leaves(found.loaded.params).values()
+    assert sum(map(is_quantized, leaves)) == 7  # of the stack
+    wanted = lora.merge(found.loaded.params, found.adapter)["params"]["lm_head"]["kernel"]
+    np.testing.assert_array_equal(merged.params["params"]["lm_head"]["kernel"], wanted)

@@ -14,9 +14,12 @@ quants = pytest.importorskip("gguf").quants
 
 from tokenizers import pre_tokenizers  # noqa: E402
 
+import lora_jax as lora  # noqa: E402
 from lora_jax.data import chat_template  # noqa: E402
 from lora_jax.models import checkpoints, ggml, gguf, gguf_models, gguf_tokenizer  # noqa: E402
+from lora_jax.paths import named_leaves  # noqa: E402
 from lora_jax.peft import load_peft  # noqa: E402
+from lora_jax.quantized import is_quantized  # noqa: E402
 from tests.helpers import family_parity, gguf_checkpoints, gguf_files, gguf_tokens, talks  # noqa: E402
 
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -43,7 +46,7 @@ def check_logits(path, *, scan_layers, rtol):
     ids = np.random.default_rng(0).integers(0, loaded.model.config.vocab_size, (2, 24))
     with torch.no_grad():
         wanted = theirs(torch.tensor(ids)).logits.numpy()
-    found = np.asarray(jax.jit(loaded.model.apply)(loaded.params, ids))
+    found = np.asarray(jax.jit(lora.lift(loaded.model.apply))(loaded.params, ids))
     error = np.abs(found - wanted).max(-1) / np.abs(wanted).max(-1)
     assert error.max() < rtol, error.max()
 
@@ -87,6 +90,7 @@ def test_twenty_steps_on_smollm2(smollm2, tmp_path):
     wrapped = family_parity.peft_model(case, theirs_of(smollm2.directory))
     family_parity.quiet(wrapped.save_pretrained, tmp_path)
     loaded = checkpoints.load(smollm2.directory, head="causal-lm", scan_layers=True)
+    assert sum(is_quantized(x) for x in named_leaves(loaded.params).values()) == 7
     adapter, _ = load_peft(tmp_path, loaded.params, names=checkpoints.names(loaded))
     theirs = family_parity.torch_losses(wrapped, data, "causal-lm")
     ours, _ = family_parity.our_losses(
@@ -211,5 +215,5 @@ def test_transformers_opens_what_is_exported(smollm2, tmp_path):
     with torch.no_grad():
         model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
         logits = model(torch.tensor([ids])).logits.numpy()
-    found = np.asarray(jax.jit(loaded.model.apply)(loaded.params, np.array([ids])))
+    found = np.asarray(jax.jit(lora.lift(loaded.model.apply))(loaded.params, np.array([ids])))
     assert np.abs(found - logits).max() < 1e-5 * np.abs(logits).max()
