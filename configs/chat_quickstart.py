@@ -31,10 +31,10 @@ def get_config() -> ConfigDict:
     c.replies.max_new_tokens = 80
     c.replies.batch_size = 50
 
-    c.batch_size = 4
+    c.batch_size = 2
     c.eval_batch_size = 4
     c.epochs = 3
     c.eval_at_start = True
-    c.optimizer.learning_rate = 1e-3
+    c.optimizer.learning_rate = 1.5e-3
     c.optimizer.warmup = 0.1
     return c.lock()
