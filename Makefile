@@ -32,7 +32,7 @@ sweep-quickstart: $(VENV)/.base
 
 # Asks SmolLM2 two questions, fine-tunes it on the embedded conversations, and asks again.
 SMOLLM2 := SmolLM2-135M-Instruct.Q4_1.gguf
-QUESTIONS := --ask="Who are you?" --ask="Why is the sky blue?" --max_new_tokens=96
+QUESTIONS := --ask="Why is exercise good for me?" --ask="How can I sleep better?" --max_new_tokens=80
 
 chat-quickstart: $(VENV)/.chat
 	$(VENV)/bin/python -m experiments.chat --model=$(SMOLLM2) $(QUESTIONS)
