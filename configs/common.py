@@ -79,6 +79,7 @@ def base_config() -> ConfigDict:
     c.steps = duration(0)  # length of the run; 0 for the number of epochs
     c.log_every = 20  # steps between lines of metrics.jsonl
     c.eval_every = duration("1 epoch")  # between evaluations; there is always one at the end
+    c.eval_at_start = False  # whether there is an evaluation before the first step, too
     c.checkpoint_every = duration(0)  # steps between checkpoints, besides one with each evaluation
     c.checkpoint_keep = 2  # number of checkpoints to keep; an older one helps if one is damaged
 

@@ -31,12 +31,17 @@ def get_config() -> ConfigDict:
     c.lora.dropout = 0.05
 
     del c.data.source, c.data.data_dir, c.data.train_examples, c.data.buckets, c.data.alike
-    c.data.train = ""  # JSON lines, one conversation each
+    c.data.train = ""  # JSON lines, one conversation each; or "tutor:train", which comes along
     c.data.validation = ""  # the same; or
     c.data.holdout = 100  # number of conversations of data.train to keep for evaluation
     c.data.max_length = 1024  # tokens of a row; longer conversations are cut
     c.data.packing = True  # several conversations share a row, without seeing each other
     c.data.date = "2024-07-26"  # date for chat templates that write one
+
+    c.replies = ConfigDict()  # replies to the conversations of the evaluation, when all is trained
+    c.replies.pattern = ""  # regular expression of which matches are counted; "" for no replies
+    c.replies.max_new_tokens = 128
+    c.replies.batch_size = 16  # conversations at a time
 
     c.batch_size = 8  # rows
     c.eval_batch_size = 8

@@ -1,15 +1,20 @@
-"""Talks to a language model with a trained adapter.
+"""Talks to a language model, with a trained adapter or without.
 
 python -m experiments.chat --adapter=runs/instruct/adapter "Who are you?"
 python -m experiments.chat --adapter=runs/instruct/adapter
+python -m experiments.chat --adapter=runs/instruct/adapter --compare --ask="Who are you?"
 
 Without a message, each line of stdin is a message of the user's, and the conversation goes on until
-its end. The adapter may be in this library's format or in PEFT's. With --model alone, the model
-replies as it is; it may be one that experiments.export has merged.
+its end. Each --ask is a conversation of its own. With --compare the reply of the model without the
+adapter stands beside that with it. The adapter may be in this library's format or in PEFT's. With
+--model alone, the model replies as it is; it may be one that experiments.export has merged.
 """
 
+import itertools
+import shutil
 import sys
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from absl import flags
@@ -17,9 +22,12 @@ from absl import flags
 from experiments import cli
 from lora_jax.data.chat_template import Message
 from lora_jax.tasks import chat
+from lora_jax.tasks.chat import ChatModel
 
 _ADAPTER = flags.DEFINE_string("adapter", None, "Directory of the adapter.")
 _MODEL = flags.DEFINE_string("model", None, "The base, if it moved; or a model without adapter.")
+_ASK = flags.DEFINE_multi_string("ask", [], "A question, each in a conversation of its own.")
+_COMPARE = flags.DEFINE_bool("compare", False, "Also reply without the adapter, for --ask.")
 _SYSTEM = flags.DEFINE_string("system", None, "A first message, of the role system.")
 _NEW = flags.DEFINE_integer("max_new_tokens", 256, "Largest number of tokens of a reply.")
 _TEMPERATURE = flags.DEFINE_float(
@@ -29,24 +37,76 @@ _TOP_P = flags.DEFINE_float(
     "top_p", 1.0, "Sample the most likely tokens that together have this probability."
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of sampling.")
+_COLUMNS = ("without the adapter", "with the adapter")
 
 
 def main(argv: list[str]) -> None:
-    """Prints a reply to the message, or to each line of stdin."""
+    """Prints a reply to the message, to each question, or to each line of stdin."""
+    _check(argv)
+    options = _read_options()
+    if _COMPARE.value:
+        _ask(chat.load_pair(_ADAPTER.value, model=_MODEL.value, **options), _COLUMNS)
+        return
+    model = chat.load(_ADAPTER.value, model=_MODEL.value, **options)
+    if _ASK.value:
+        _ask([model])
+        return
+    _talk(model, [" ".join(argv)] if argv else _lines())
+
+
+def _check(argv: list[str]) -> None:
+    """Raises ValueError where flags and arguments do not go together."""
+    if argv and _ASK.value:
+        raise ValueError(f"--ask has the questions, and {' '.join(argv)!r} is another: add --ask.")
+    if _COMPARE.value and not (_ASK.value and _ADAPTER.value):
+        raise ValueError(
+            "--compare is for questions and an adapter: give --ask=QUESTION and --adapter."
+        )
+
+
+def _read_options() -> dict[str, Any]:
+    """Returns the settings by which tokens are chosen."""
     options: dict[str, Any] = {"max_new_tokens": _NEW.value}
     if _TEMPERATURE.value:
-        options |= {"sample": True, "temperature": _TEMPERATURE.value, "top_p": _TOP_P.value}
-    elif _TOP_P.value != 1:
+        return options | {"sample": True, "temperature": _TEMPERATURE.value, "top_p": _TOP_P.value}
+    if _TOP_P.value != 1:
         raise ValueError(f"--top_p={_TOP_P.value} is for sampling, and --temperature is 0: set it.")
-    model = chat.load(_ADAPTER.value, model=_MODEL.value, **options)
-    messages: list[Message] = []
-    if _SYSTEM.value:
-        messages.append({"role": "system", "content": _SYSTEM.value})
-    for turn, text in enumerate([" ".join(argv)] if argv else _lines()):
+    return options
+
+
+def _talk(model: ChatModel, texts: Sequence[str] | Iterator[str]) -> None:
+    """Replies to the user's messages, which are one conversation."""
+    messages = _begin()
+    for turn, text in enumerate(texts):
         messages.append({"role": "user", "content": text})
         answer = chat.reply(model, messages, seed=_SEED.value + turn)
         messages.append({"role": "assistant", "content": answer})
         print(answer, flush=True)
+
+
+def _ask(models: Sequence[ChatModel], heads: Sequence[str] = ()) -> None:
+    """Prints each question, and below it the reply; of several models, side by side with heads."""
+    for question in _ASK.value:
+        messages = [*_begin(), {"role": "user", "content": question}]
+        answers = [chat.reply(model, messages, seed=_SEED.value) for model in models]
+        text = _set_in_columns(heads, answers) if heads else answers[0]
+        print(f"> {question}\n{text}\n", flush=True)
+
+
+def _begin() -> list[Message]:
+    return [{"role": "system", "content": _SYSTEM.value}] if _SYSTEM.value else []
+
+
+def _set_in_columns(heads: Sequence[str], texts: Sequence[str]) -> str:
+    """Sets texts under their heads, side by side, as wide as the terminal."""
+    width = max(20, (shutil.get_terminal_size((100, 24)).columns + 3) // len(texts) - 3)
+    wrap = lambda line: textwrap.wrap(line, width) or [""]
+    columns = [
+        [head, "-" * width, *(part for line in text.splitlines() for part in wrap(line))]
+        for head, text in zip(heads, texts, strict=True)
+    ]
+    rows = itertools.zip_longest(*columns, fillvalue="")
+    return "\n".join(" | ".join(part.ljust(width) for part in row).rstrip() for row in rows)
 
 
 def _lines() -> Iterator[str]:

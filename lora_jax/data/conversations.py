@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import tokenizers
 
-from lora_jax.data import chat_template
+from lora_jax.data import chat_template, tutor
 from lora_jax.data.chat_template import ChatTemplate
 from lora_jax.data.texts import Texts
 
+_EMBEDDED = {f"tutor:{split}": path for split, path in tutor.SPLITS.items()}
 _MAX_PROBLEMS = 20  # number of problems in one message
 
 
@@ -41,15 +42,20 @@ class Fit(NamedTuple):
     left_out: int
 
 
-def read(path: str | Path) -> list[Conversation]:
+def read(source: str | Path) -> list[Conversation]:
     """Reads a file with one JSON object a line: ``{"messages": [{"role": ..., "content": ...}]}``.
 
+    Args:
+      source: path of the file; or "tutor:train" or "tutor:validation", which come with the package.
+
     Raises:
-      ValueError: lines are not in this form; all are in one message, by file and line.
+      ValueError: lines are not in this form; all are in one message, by file and line. Or an
+        embedded file of this name does not exist.
       OSError: the file can't be read.
     """
+    path = _find(source)
     conversations, problems = [], []
-    for number, line in enumerate(_read_lines(Path(path)), 1):
+    for number, line in enumerate(_read_lines(path), 1):
         place = f"{path}:{number}"
         messages, problem = _parse(line)
         if problem:
@@ -57,6 +63,13 @@ def read(path: str | Path) -> list[Conversation]:
         conversations.append(Conversation(messages, place))
     _raise_problems(problems)
     return conversations
+
+
+def _find(source: str | Path) -> Path:
+    """Finds the file of a source."""
+    if str(source).startswith("tutor:") and source not in _EMBEDDED:
+        raise ValueError(f"There is no {source!r}; the embedded files are {', '.join(_EMBEDDED)}.")
+    return Path(_EMBEDDED.get(str(source), source))
 
 
 def _read_lines(path: Path) -> list[str]:

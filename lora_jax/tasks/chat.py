@@ -1,7 +1,9 @@
 """Replies of a trained language model to messages."""
 
+import datetime
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +17,7 @@ from lora_jax.models import checkpoints, generate
 from lora_jax.models.decoding import Decoding
 from lora_jax.models.families import CAUSAL_LM
 from lora_jax.models.read_leaves import DECODED
-from lora_jax.tasks import language_model
+from lora_jax.tasks import generation, language_model
 
 PyTree = Any
 _BUCKET = 64  # prompts are padded to a multiple of it; each length is compiled once
@@ -26,7 +28,7 @@ class ChatModel(NamedTuple):
 
     Attributes:
       generate: ``(params, inputs, key) -> Generated``.
-      params: parameters, with the adapter merged into them.
+      params: parameters, with the adapter merged into them, if there is one; none is quantized.
       template: chat template of the model.
       tokenizer: tokenizer of the model.
       decoding: settings by which tokens are chosen.
@@ -39,7 +41,7 @@ class ChatModel(NamedTuple):
     decoding: Decoding
 
 
-def load(directory: str | None, *, model: str | None = None, **options: Any) -> ChatModel:
+def load(directory: str | Path | None, *, model: str | None = None, **options: Any) -> ChatModel:
     """Loads an adapter and its base, or a model alone.
 
     Args:
@@ -52,24 +54,43 @@ def load(directory: str | None, *, model: str | None = None, **options: Any) -> 
       FileNotFoundError, ValueError: adapter, base or chat template is missing or damaged, or they
         do not belong together.
     """
-    loaded, params = _model(directory, model)
+    if directory is not None:
+        trained = language_model.load(directory, model=model)
+        return _make(trained.loaded, trained.adapter, options)
+    if model is None:
+        raise ValueError("Say what is to reply: give an adapter or a model (--adapter, --model).")
+    options_of_base = {"scan_layers": True, "quantize": DECODED}  # no lift is here
+    return _make(checkpoints.load(model, head=CAUSAL_LM, **options_of_base), {}, options)
+
+
+def load_pair(
+    directory: str | Path, *, model: str | None = None, **options: Any
+) -> tuple[ChatModel, ChatModel]:
+    """Loads a base, without and with an adapter.
+
+    A prompt of a length is compiled once for both; the parameters of both are in memory.
+
+    Args:
+      directory: directory of the adapter, in either format.
+      model: name or directory of the base, if it is no longer found under its old name.
+      **options: fields of :class:`Decoding`.
+
+    Raises:
+      FileNotFoundError, ValueError: as :func:`load`.
+    """
+    trained = language_model.load(directory, model=model)
+    base = _make(trained.loaded, {}, options)
+    return base, base._replace(params=lora.merge(trained.loaded.params, trained.adapter))
+
+
+def _make(loaded: checkpoints.Loaded, adapter: PyTree, options: dict[str, Any]) -> ChatModel:
+    """Makes the model that replies; an empty adapter leaves it as it is."""
     tokenizer = checkpoints.load_tokenizer(loaded.checkpoint)
     template = chat_template.find(loaded.checkpoint)
     stop = stop_tokens(loaded.checkpoint, template, tokenizer)
     decoding = Decoding(stop=stop, pad_id=min(stop, default=0), **options)
     run = generate.generator(*generate.causal_lm(loaded.model, loaded.family.init_cache), decoding)
-    return ChatModel(run, params, template, tokenizer, decoding)
-
-
-def _model(directory: str | None, model: str | None) -> tuple[checkpoints.Loaded, PyTree]:
-    """Loads the model, and its parameters with the adapter merged into them."""
-    if directory is not None:
-        trained = language_model.load(directory, model=model)
-        return trained.loaded, lora.merge(trained.loaded.params, trained.adapter)
-    if model is None:
-        raise ValueError("Say what is to reply: give an adapter or a model (--adapter, --model).")
-    loaded = checkpoints.load(model, head=CAUSAL_LM, quantize=DECODED)  # no lift is here
-    return loaded, loaded.params
+    return ChatModel(run, lora.merge(loaded.params, adapter), template, tokenizer, decoding)
 
 
 def stop_tokens(
@@ -103,10 +124,49 @@ def reply(model: ChatModel, messages: Sequence[Message], *, seed: int = 0) -> st
     Raises:
       ValueError: the template refuses the messages.
     """
-    text = chat_template.render(model.template, messages, prompt=True).text
-    ids = model.tokenizer.encode(text, add_special_tokens=False).ids
+    ids = _encode(model, messages)
     length = -(-len(ids) // _BUCKET) * _BUCKET
     batch = generate.pad_left([ids], pad_id=model.decoding.pad_id, length=length)
     generated = model.generate(model.params, batch, jax.random.key(seed))
     tokens = np.asarray(generated.tokens)[0, : int(generated.lengths[0])].tolist()
-    return model.tokenizer.decode([t for t in tokens if t not in model.decoding.stop]).strip()
+    return _decode(model, [t for t in tokens if t not in model.decoding.stop])
+
+
+def reply_to_all(
+    model: ChatModel,
+    conversations: Sequence[Sequence[Message]],
+    *,
+    batch_size: int,
+    now: datetime.datetime | None = None,
+) -> list[str]:
+    """Generates the assistant's next message in each of several conversations.
+
+    Args:
+      model: the model.
+      conversations: messages of each conversation.
+      batch_size: number of conversations at a time.
+      now: time that the template takes for the present; None for the clock.
+
+    Raises:
+      ValueError: the template refuses messages; or there are no conversations.
+    """
+    rows = generation.generate_rows(
+        model.generate,
+        model.params,
+        [_encode(model, messages, now) for messages in conversations],
+        decoding=model.decoding,
+        batch_size=batch_size,
+    )
+    return [_decode(model, row) for row in rows]
+
+
+def _encode(
+    model: ChatModel, messages: Sequence[Message], now: datetime.datetime | None = None
+) -> list[int]:
+    """Returns the tokens of the prompt for the assistant's next message."""
+    text = chat_template.render(model.template, messages, prompt=True, now=now).text
+    return model.tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def _decode(model: ChatModel, tokens: Sequence[int]) -> str:
+    return model.tokenizer.decode(tokens).strip()

@@ -75,9 +75,44 @@ def write(
       ValueError: prompts and new tokens need more positions than the model has; or there are no
         prompts, or an empty one.
     """
+    run = generate.generator(*generate.causal_lm(loaded.model, loaded.family.init_cache), decoding)
+    return generate_rows(
+        run,
+        params,
+        prompts,
+        decoding=decoding,
+        batch_size=batch_size,
+        buckets=buckets,
+        seed=seed,
+    )
+
+
+def generate_rows(
+    run: generate.Generate,
+    params: PyTree,
+    prompts: Sequence[Sequence[int]],
+    *,
+    decoding: Decoding,
+    batch_size: int,
+    buckets: Sequence[int] = (),
+    seed: int = 0,
+) -> list[list[int]]:
+    """Does what :func:`write` does, by a function that :func:`generate.generator` has made.
+
+    Args:
+      run: the function, which is compiled once for all calls with prompts of one length.
+      params: as for :func:`write`, as are the others.
+      prompts: rows of tokens.
+      decoding: settings that ``run`` was made with.
+      batch_size: number of prompts at a time.
+      buckets: ascending lengths that prompts are padded to.
+      seed: seed of sampling.
+
+    Raises:
+      ValueError: as :func:`write`.
+    """
     longest = max(map(len, prompts), default=0)
     buckets = [*(b for b in buckets if b < longest), longest]
-    run = generate.generator(*generate.causal_lm(loaded.model, loaded.family.init_cache), decoding)
     order = sorted(range(len(prompts)), key=lambda k: (len(prompts[k]), k))
     texts: dict[int, list[int]] = {}
     for number, start in enumerate(range(0, max(len(order), 1), batch_size)):

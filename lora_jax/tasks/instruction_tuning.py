@@ -3,6 +3,7 @@
 import datetime
 import functools
 import inspect
+import re
 
 import jax
 import numpy as np
@@ -20,6 +21,8 @@ from lora_jax.tasks import adapter_files, from_config, language_modeling
 from lora_jax.training import mesh, training_config
 from lora_jax.training.task import Score, Task
 
+_LEAST = {"data.max_length": 2, "replies.max_new_tokens": 1, "replies.batch_size": 1}
+
 
 def resolve(config: ConfigDict) -> ConfigDict:
     """Returns a copy of the config, in which nothing is left open."""
@@ -34,7 +37,7 @@ def check(config: ConfigDict) -> None:
         are checked first.
     """
     from_config.check_adapter_and_dtypes(config)
-    problems = training_config.list_problems(config, {"data.max_length": 2})
+    problems = training_config.list_problems(config, _LEAST)
     if not config.model.name:
         problems.append("model.name must name a model: a directory, or one of the Hub")
     if not config.data.train:
@@ -44,6 +47,10 @@ def check(config: ConfigDict) -> None:
         datetime.date.fromisoformat(config.data.date)
     except ValueError:
         problems.append(f"data.date must be a date like 2024-07-26, got {config.data.date!r}")
+    try:
+        re.compile(config.replies.pattern)
+    except re.error as error:
+        problems.append(f"replies.pattern must be a regular expression, and {error}")
     training_config.raise_problems(problems)
 
 

@@ -36,11 +36,13 @@ class Plan(NamedTuple):
       eval_every: number of steps between evaluations; the last evaluation is at the end.
       checkpoint_every: number of steps between checkpoints, besides one with each evaluation; 0 for
         none.
+      eval_at_start: whether there is an evaluation before the first step, too.
     """
 
     total: int
     eval_every: int
     checkpoint_every: int
+    eval_at_start: bool = False
 
 
 def parse(value: float | str, *, number: str = "steps") -> Duration:
@@ -128,7 +130,7 @@ def make_plan(config: ConfigDict, per_epoch: int) -> Plan:
         _field_to_steps(config, field, per_epoch=per_epoch, total=total)
         for field in ("eval_every", "checkpoint_every")
     )
-    return Plan(total, eval_every, checkpoint_every)
+    return Plan(total, eval_every, checkpoint_every, config.eval_at_start)
 
 
 def _field_to_steps(
@@ -154,9 +156,15 @@ def parse_field(field: str, value: float | str, *, number: str = "steps") -> Dur
 def is_evaluation_due(plan: Plan, step: int) -> bool:
     """Returns whether there is an evaluation after a step, of which the first is 1.
 
-    >>> [step for step in range(1, 11) if is_evaluation_due(Plan(10, 4, 0), step)]
+    Step 0 stands for the start of the run.
+
+    >>> [step for step in range(11) if is_evaluation_due(Plan(10, 4, 0), step)]
     [4, 8, 10]
+    >>> is_evaluation_due(Plan(10, 4, 0, eval_at_start=True), 0)
+    True
     """
+    if step == 0:
+        return plan.eval_at_start
     return step % plan.eval_every == 0 or step == plan.total
 
 

@@ -41,7 +41,7 @@ class Progress:
       best_score: score of the best evaluation.
       best_loss: loss of the best evaluation.
       seconds: duration of the run so far.
-      evaluated: step of the last evaluation; 0 for none.
+      evaluated: step of the last evaluation, 0 for one before the first step; -1 for none.
       pending: sums of the steps since the last line of the log.
       reference: score that early stopping waits to see improved; None before the first.
       waited: number of evaluations since that score was reached.
@@ -52,7 +52,7 @@ class Progress:
     best_score: float = -math.inf
     best_loss: float = math.inf
     seconds: float = 0.0
-    evaluated: int = 0
+    evaluated: int = -1
     pending: Sequence[Sequence[float]] = ()
     reference: float | None = None
     waited: int = 0
@@ -128,7 +128,7 @@ def loop(
     start, plan = int(partitioning.on_host(run.devices, state.step)), run.plan
     start_time = time.perf_counter() - progress.seconds
     with _meter(run, state.adapter, start, progress) as meter:
-        # An earlier stop may have left out the evaluation of its step, which has a checkpoint.
+        # That of the start, or one that an earlier stop has left out at the step of its checkpoint.
         stop = preemption.is_requested(start)
         is_due = durations.is_evaluation_due(plan, start) and start > progress.evaluated
         if is_due and not stop:

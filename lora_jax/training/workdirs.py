@@ -16,9 +16,9 @@ CONFIG, METRICS, CURVES, ADAPTER = "config.json", "metrics.jsonl", "curves.png",
 CHECKPOINTS, EVENTS = "checkpoints", "tensorboard"
 SWEEP = "sweep.json"  # in the directory of a sweep, whose runs are in directories below it
 # Fields, or sections, of a config that may differ between a run and its continuation.
-MAY_CHANGE = ("checkpoint_keep", "guard", "mesh", "pmap")
+MAY_CHANGE = ("checkpoint_keep", "guard", "mesh", "pmap", "replies")
 # Fields that the configs of older runs lack, with the values that stand for what was done then.
-ADDED = {"model.quantize": "", "model.attention": "auto"}
+ADDED = {"eval_at_start": False, "model.quantize": "", "model.attention": "auto"}
 
 
 def check(workdir: Path, config: ConfigDict) -> None:

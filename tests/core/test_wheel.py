@@ -50,6 +50,7 @@ def test_it_holds_one_package(wheel):
     tops = {name.split("/")[0] for name in names}
     assert {name for name in tops if not name.endswith(".dist-info")} == {"lora_jax"}
     wanted = {"py.typed", "data/reviews/train.tsv", "data/reviews/validation.tsv"}
+    wanted |= {"data/tutor/train.jsonl", "data/tutor/validation.jsonl"}
     assert {f"lora_jax/{name}" for name in wanted} <= set(names)
     here = {str(p.relative_to(ROOT)) for p in (ROOT / "lora_jax").rglob("*.py")}
     assert here == {name for name in names if name.endswith(".py")}

@@ -16,6 +16,7 @@ from tests.helpers.places import ROOT
 pytestmark = pytest.mark.xdist_group("instruct")
 
 
+PATTERN = "a (colour|number|animal)"
 run = programs.succeed
 
 
@@ -25,6 +26,7 @@ def finished(tmp_path_factory):
     tiny_llama.checkpoint(root / "model")
     tiny_llama.data(root / "data.jsonl")
     flags = [f"--config.{name}={value}" for name, value in tiny_llama.overrides(root).items()]
+    flags += ["--config.eval_at_start=True", f"--config.replies.pattern={PATTERN}"]
     arguments = ("--config=configs/instruct_llama.py", f"--workdir={root / 'run'}", *flags)
     done = programs.start("instruct", *arguments)
     assert done.returncode == 0, done.stderr
@@ -37,9 +39,48 @@ def test_training_learns_and_reports(finished):
     assert f'python -m experiments.chat --adapter={root}/run/adapter "Who are you?"' in said
     lines = [json.loads(x) for x in (root / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
-    assert len(losses) == 8
+    assert len(losses) == 9
     assert min(losses) < 0.2 < 0.5 < losses[0]  # 0.37: an answer to no question in particular
     assert max(line["eval_accuracy"] for line in lines if "eval_loss" in line) > 0.99
+
+
+def test_losses_and_replies_before_and_after(finished):
+    root, said = finished
+    lines = [json.loads(x) for x in (root / "run" / "metrics.jsonl").read_text().splitlines()]
+    (before,) = (x["eval_loss"] for x in lines if x["step"] == 0)
+    assert f"validation loss before training {before:.4f}, best validation loss 0." in said
+    found = [json.loads(x) for x in (root / "run" / "replies.jsonl").read_text().splitlines()]
+    assert f"replies that match {PATTERN!r}: 0 of 6 before, 6 of 6 after" in said
+    for row in found:
+        (asked,) = row["messages"]
+        word = asked["content"].removeprefix("what is ").removesuffix("?")
+        assert row["after"] == tiny_llama.answer(word)["content"] != row["before"]
+
+
+def test_questions_and_both_replies(finished):
+    root, _ = finished
+    adapter = f"--adapter={root / 'run' / 'adapter'}"
+    asked = ["--ask=what is red?", "--ask=what is two?", "--max_new_tokens=9"]
+    assert (
+        run("chat", adapter, *asked) == "> what is red?\na colour\n\n> what is two?\na number\n\n"
+    )
+    said = run("chat", adapter, *asked, "--compare", env={"COLUMNS": "60"})
+    base = run("chat", f"--model={root / 'model'}", *asked)
+    for answer, block in zip(["a colour", "a number"], said.split("\n\n"), strict=False):
+        question, heads, _, *rows = block.splitlines()
+        assert heads.split(" | ") == [f"{'without the adapter':28}", "with the adapter"]
+        left, right = zip(*((f"{row:31}"[:28], row[31:]) for row in rows), strict=True)
+        assert " ".join(right).strip() == answer
+        assert f"{question}\n{' '.join(' '.join(left).split())}\n" in base
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--ask=a", "b"], "'b' is another: add --ask"),
+    (["--compare", "--ask=a"], "give --ask=QUESTION and --adapter"),
+])  # fmt: skip
+def test_flags_of_chat_that_do_not_go_together(flags, message):
+    done = programs.run("chat", "--model=nothing", *flags)
+    assert done.returncode == 2 and message in done.stderr
 
 
 def test_evaluation_alone_is_the_logged_loss(finished):
@@ -110,6 +151,7 @@ def test_stop_tokens_are_all_that_the_files_name(tmp_path):
 
 def test_all_mistakes_of_a_config_are_told(tmp_path):
     wrong = {"model.name": "", "data.train": "", "data.validation": "x", "data.date": "May"}
+    wrong |= {"replies.pattern": "(", "replies.batch_size": 0}
     with pytest.raises(ValueError) as error:
         instruction_tuning.check(
             tiny_llama.config(tmp_path, **wrong, **{"data.max_length": 1, "batch_size": 0})
@@ -121,6 +163,8 @@ def test_all_mistakes_of_a_config_are_told(tmp_path):
         "data.date",
         "max_length",
         "batch_size",
+        "replies.pattern",
+        "replies.batch_size",
     )
     assert all(field in str(error.value) for field in fields)
 

@@ -1,6 +1,7 @@
 """Durations of a config, the schedules that they shape, and the pauses of a run."""
 
 import ast
+import dataclasses
 import doctest
 
 import jax
@@ -15,7 +16,7 @@ from lora_jax.sweeps import scheduler, sweep_dirs, trials
 from lora_jax.tasks import classification, glue_config
 from lora_jax.training import durations, metric_writer, optimizer, train, training_config, workdirs
 from lora_jax.training.durations import Plan
-from tests.helpers import encoder_runs
+from tests.helpers import encoder_runs, tiny_task
 
 config, task = encoder_runs.config, encoder_runs.task
 
@@ -250,13 +251,41 @@ def test_the_sweep_refuses_what_only_a_run_alone_can_do():
     )
     values = [
         {"early_stopping.patience": 2}, {"guard.action": "skip"}, {"guard.spike": 4.0, "seed": 1},
+        {"eval_at_start": True},
     ]  # fmt: skip
     with pytest.raises(ValueError) as error:
         trials.make_trials(base, lambda add: [add(**v) for v in values], recipes.GLUE)
-    assert "3 of the sweep's 3 runs are wrong" in str(error.value)
+    assert "4 of the sweep's 4 runs are wrong" in str(error.value)
+    assert "eval_at_start is True" in str(error.value)
     assert "early_stopping.patience is 2" in str(error.value)
     assert str(error.value).count("leave guard.action at stop") == 2
     good = [{"optimizer.warmup": x, "optimizer.decay": d}
             for x in (0.1, "5 steps") for d in optimizer.DECAYS]  # fmt: skip
     found = trials.make_trials(base, lambda add: [add(**v) for v in good], recipes.GLUE)
     assert len(trials.group(found)) == 3  # the warm-up is a number of a run, the decay is not
+
+
+@pytest.mark.parametrize("halt", [3, 6])
+def test_an_evaluation_at_the_start(left_alone, tmp_path, halt):
+    """It is that of the base; once, also if the run is broken off before or after a checkpoint."""
+    made = tiny_task.task()
+
+    def batch(step):
+        if step == halt:
+            raise InterruptedError
+        return made.train_batch(step)
+
+    with pytest.raises(InterruptedError):
+        halting = dataclasses.replace(made, train_batch=batch)
+        tiny_task.run(tmp_path, halting, eval_at_start=True)
+    tiny_task.run(tmp_path, eval_at_start=True)
+    found = tiny_task.outcome(tmp_path)
+    first = [line for line in found.lines if line["step"] == 0]
+    assert [line for line in found.lines if line["step"]] == left_alone.lines
+    losses = []
+    for some in made.eval_batches():
+        logits = np.float64(some["x"]) @ np.float64(made.base["dense"]["kernel"])
+        logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+        losses += list(-logits[np.arange(6), some["labels"]])
+    assert [line["epoch"] for line in first] == [0]
+    np.testing.assert_allclose(first[0]["eval_loss"], np.mean(losses), rtol=1e-6)
