@@ -39,6 +39,9 @@ def base_config() -> ConfigDict:
     # Activations that the backward pass computes again, layer by layer, in place of keeping them:
     # "none", "full" (all), or the name of a policy in jax.checkpoint_policies.
     c.model.remat = "none"
+    # How attention is computed: "auto", or "xla" (writes its scores to memory), "blockwise" (memory
+    # linear in the length) or "cudnn" (fused, on NVIDIA GPUs); docs/scaling.md says what is chosen.
+    c.model.attention = "auto"
 
     c.lora = ConfigDict()  # the fields of lora_jax.LoRAConfig
     c.lora.rank = 8

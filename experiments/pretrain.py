@@ -97,7 +97,8 @@ def make_model(
     weights = (directory / hub.WEIGHTS,)
     here = hub.Checkpoint(str(directory), directory, json.loads(json.dumps(about)), weights, "made")
     checkpoints.save_hf(directory, params, here, head=CAUSAL_LM)
-    return checkpoints.load(directory, head=CAUSAL_LM, remat=config.model.remat)
+    options = {"remat": config.model.remat, "attention": config.model.attention}
+    return checkpoints.load(directory, head=CAUSAL_LM, **options)
 
 
 _SIZES = ("n_positions", "n_embd", "n_layer", "n_head", "resid_pdrop", "embd_pdrop", "attn_pdrop")

@@ -1,141 +1,268 @@
-"""The attention core that the models share, and the masks of its scores."""
+"""Attention of all models: who may see what, which program computes it, and that program's call.
 
-from collections.abc import Callable
-from typing import Any
+A model describes what its queries may see (:class:`lora_jax.models.attention_mask.Mask`), makes a
+:class:`Plan` of that, which says how attention is computed, and hands the plan to its layers.
+
+* ``"xla"``: the scores of all queries and keys are written to memory. The fastest for short texts.
+* ``"blockwise"``: block by block, in memory that is linear in the length, on every device.
+* ``"cudnn"``: by a fused kernel, on NVIDIA GPUs where its conditions hold.
+* ``"auto"``: the one of these that suits the device and the shapes, by :func:`choose`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax.typing import DTypeLike
+
+from lora_jax.models import blockwise_attention, cudnn_attention, plain_attention
+from lora_jax.models.attention_blocks import Scoring
+from lora_jax.models.attention_mask import Mask, make_bias
+from lora_jax.models.relative_positions import RelativeBias, make_relative_bias
 
 Array = jax.Array
 
+AUTO, XLA, CUDNN, BLOCKWISE = "auto", "xla", "cudnn", "blockwise"
+IMPLEMENTATIONS = (AUTO, XLA, CUDNN, BLOCKWISE)
 
-def make_padding_mask(attention_mask: Array) -> Array:
-    """Allows every query all keys that hold a token.
+# Bytes of scores below which they are written, whatever else the layer keeps.
+FLOOR = 2**26
+# Activations that a layer keeps besides scores, in arrays of the width of all its heads: 34 bytes
+# a number of two (Korthikanti et al. 2022, section 4.1).
+_KEPT = 17
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Heads:
+    """The attention of a model, as its config describes it.
+
+    Attributes:
+      count: number of heads of queries.
+      groups: number of heads of keys.
+      size: width of a head.
+      softcap: bound of the absolute value of a scaled product; None for none.
+      dropout: probability that a weight is dropped in training.
+      is_relative: whether scores of self-attention have terms for relative positions.
+    """
+
+    count: int
+    groups: int
+    size: int
+    softcap: float | None = None
+    dropout: float = 0.0
+    is_relative: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """What the choice of a program depends on.
+
+    Attributes:
+      heads: the model's attention.
+      batch: number of rows.
+      queries: number of queries in a row.
+      keys: number of keys in a row; None for that of queries.
+      dtype: dtype of the activations.
+      deterministic: whether no weights are dropped.
+      has_segments: whether a row holds several texts.
+      has_cache: whether keys come from a cache.
+      is_cross: whether keys come from another text.
+    """
+
+    heads: Heads
+    batch: int
+    queries: int
+    keys: int | None = None
+    dtype: DTypeLike
+    deterministic: bool = True
+    has_segments: bool = False
+    has_cache: bool = False
+    is_cross: bool = False
+
+    def __post_init__(self) -> None:
+        if self.keys is None:
+            object.__setattr__(self, "keys", self.queries)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("mask", "bias"),
+    meta_fields=("implementation",),
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How the attention of a model's layers is computed.
+
+    Attributes:
+      mask: what the queries may see; None for "xla", where it is in the bias.
+      bias: for "xla", what is added to the scores; otherwise the terms of relative positions.
+      implementation: "xla", "cudnn" or "blockwise".
+    """
+
+    mask: Mask | None
+    bias: Array | RelativeBias | None
+    implementation: str
+
+
+class WeightDropout(NamedTuple):
+    """Dropout of attention's weights.
+
+    Attributes:
+      rate: probability that a weight becomes zero.
+      apply: drops from all weights, and scales those that it keeps.
+      make_key: makes the PRNG key for dropping from a block at a time.
+    """
+
+    rate: float
+    apply: Callable[[Array], Array]
+    make_key: Callable[[], Array]
+
+
+def check_attention(implementation: str) -> None:
+    """Raises ValueError unless ``implementation`` is one of :data:`IMPLEMENTATIONS`."""
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"attention must be one of {', '.join(IMPLEMENTATIONS)}; got {implementation!r}"
+        )
+
+
+def make_plan(
+    mask: Mask, case: Case, implementation: str, *, bias: RelativeBias | None = None
+) -> Plan:
+    """Decides how attention is computed; what all layers have in common is computed here.
 
     Args:
-      attention_mask: ``(batch, keys)``, positive where there is a token, 0 at padding.
+      mask: what the queries may see.
+      case: the shapes.
+      implementation: one of :data:`IMPLEMENTATIONS`.
+      bias: terms that are added to the scores by distance, for which the mask has the places of
+        queries and keys; None for none.
 
-    Returns:
-      Booleans ``(batch, 1, 1, keys)``, for heads and queries alike.
-
-    >>> make_padding_mask(jnp.array([[1, 0]])).tolist()
-    [[[[True, False]]]]
+    Raises:
+      ValueError: as :func:`choose`.
     """
-    return (attention_mask > 0)[:, None, None, :]
-
-
-def make_causal_mask(attention_mask: Array, queries: Array) -> Array:
-    """Allows each query the keys that hold a token and do not come after it.
-
-    Args:
-      attention_mask: ``(batch, keys)``, positive where there is a token, 0 at padding.
-      queries: integers ``(n,)``, the places of the queries among the keys.
-
-    Returns:
-      Booleans ``(batch, 1, n, keys)``, for all heads alike.
-
-    >>> make_causal_mask(jnp.array([[0, 1, 1]]), jnp.array([1, 2])).tolist()
-    [[[[False, True, False], [False, True, True]]]]
-    """
-    keys = jnp.arange(attention_mask.shape[1])
-    is_before = keys[None, :] <= queries[:, None]
-    return is_before[None, None] & make_padding_mask(attention_mask)
-
-
-def mask_to_bias(mask: Array, bias: Array | float = 0.0) -> Array:
-    """Returns what :func:`attention` adds to the scores: ``bias``, or the lowest float32.
-
-    The sum is taken in float32 before the softmax: a key that is not allowed has weight exactly
-    zero, and a query that is allowed no key (padding) has equal weights rather than NaN.
-
-    Args:
-      mask: booleans, true where a query may see a key.
-      bias: added to the scores that are allowed; it broadcasts with the mask.
-
-    Returns:
-      Float32, or the dtype of ``bias`` if that is wider, in the shape of both broadcast together.
-    """
-    return jnp.where(mask, bias, jnp.finfo(jnp.float32).min)
+    chosen = choose(case, implementation)
+    if chosen != XLA:
+        return Plan(mask=mask, bias=bias, implementation=chosen)
+    if bias is None:
+        return Plan(mask=None, bias=make_bias(mask), implementation=chosen)
+    terms = make_relative_bias(bias, mask.queries.index, mask.keys.index)
+    return Plan(mask=None, bias=make_bias(mask, terms[None]), implementation=chosen)
 
 
 def attention(
     query: Array,
     key: Array,
     value: Array,
-    bias: Array,
+    plan: Plan,
     *,
     scale: float | None = None,
     softcap: float | None = None,
-    drop: Callable[[Array], Array] = lambda weights: weights,
+    drop: WeightDropout | None = None,
 ) -> Array:
     """Computes ``softmax(scale·QKᵀ + bias)·V`` for each head (Vaswani et al. 2017, eq. 1).
 
-    Three things make it fast. The axis of heads is moved before that of positions, so that both
-    products and their gradients are batched matrix products. The softmax's division comes after the
-    weighted sum, where a query has ``d`` numbers rather than one for each key, so that only the
-    weights before the division are kept for the gradient (except in bfloat16, see below). The
-    largest score is subtracted as a constant, because the result does not depend on it.
-
     Args:
-      query: ``(batch, queries, heads, d)``.
-      key: ``(batch, keys, heads, d)``.
-      value: ``(batch, keys, heads, d)``.
-      bias: term that is added to the scores, such as that of :func:`mask_to_bias`; it broadcasts to
-        ``(batch, heads, queries, keys)``.
+      query: ``(batch, queries, heads, d)``; each ``heads / groups`` neighboring heads share a head
+        of keys (Ainslie et al. 2023).
+      key: ``(batch, keys, groups, d)``.
+      value: the same shape.
+      plan: what the queries may see, and how it is computed.
       scale: factor of the products; None for ``1/√d``.
       softcap: bound of the absolute value of a scaled product, which a tanh keeps; None for none.
-      drop: dropout of the weights; it scales those that it keeps.
+      drop: dropout of the weights; None for none.
 
     Returns:
       ``(batch, queries, heads, d)`` in the dtype of ``value``. The scores, the sum of the weights
-      and the result are computed in float32 or a wider dtype.
-
-    >>> x = jnp.ones((1, 3, 2, 4))
-    >>> attention(x, x, x, jnp.zeros((1, 1, 1, 3))).shape
-    (1, 3, 2, 4)
+      and the result are computed in float32 or a wider dtype. What a query gets that may see no
+      key (padding) is finite, and differs between programs.
     """
-    high = jnp.promote_types(query.dtype, jnp.float32)
-    heads_first = lambda x: x.swapaxes(1, 2)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    query, key, value = map(heads_first, (query * scale, key, value))
-    scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=high)
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
-    scores = scores + bias
-    weights = jnp.exp(scores - lax.stop_gradient(scores.max(-1, keepdims=True)))
-    total = weights.sum(-1, keepdims=True)
-    if value.dtype != high:
-        # The two terms of the scores' gradient cancel, so they must be rounded in the same place.
-        weights, total = weights / total, 1.0
-    weights = drop(weights.astype(value.dtype))
-    y = jnp.einsum("bhqk,bhkd->bhqd", weights, value, preferred_element_type=high)
-    return heads_first(y / total).astype(value.dtype)
+    arrays = query, key, value
+    if plan.implementation == XLA:
+        options = {} if drop is None else {"drop": drop.apply}
+        return plain_attention.attend(*arrays, plan.bias, scale=scale, softcap=softcap, **options)
+    if plan.implementation == CUDNN:
+        return cudnn_attention.attend(*arrays, plan.mask, scale=scale)
+    scoring = Scoring(scale, softcap, plan.bias)
+    dropped = None if drop is None else (drop.rate, drop.make_key())
+    return blockwise_attention.attend(*arrays, plan.mask, scoring, drop=dropped)
 
 
-def grouped_attention(query: Array, key: Array, value: Array, bias: Array, **options: Any) -> Array:
-    """Computes attention with fewer heads of keys than of queries (Ainslie et al. 2023).
+def choose(case: Case, implementation: str) -> str:
+    """Chooses the program: "xla", "cudnn" or "blockwise".
 
-    The query heads of a group are treated as further positions, so that no key or value is copied.
+    "auto" is cuDNN on an NVIDIA GPU, if it can compute the case; otherwise blockwise, if the
+    scores would take more memory than everything else that a layer keeps for its gradient, and
+    more than :data:`FLOOR`; otherwise XLA. A call with a cache, which cuDNN does not compute, is
+    "auto" where cuDNN is asked for, so that a model that is trained with it can generate.
 
-    Args:
-      query: ``(batch, queries, heads, d)``; each ``heads / groups`` neighboring heads share a head
-        of keys.
-      key: ``(batch, keys, groups, d)``.
-      value: ``(batch, keys, groups, d)``.
-      bias: ``(batch or 1, 1, queries, keys)``.
-      **options: further arguments of :func:`attention`.
+    Raises:
+      ValueError: there is no such implementation, or cuDNN is asked for and can't compute the case;
+        the message has all reasons.
 
-    Returns:
-      ``(batch, queries, heads, d)`` in the dtype of ``value``.
-
-    >>> x = jnp.ones((1, 3, 4, 2))
-    >>> grouped_attention(x, x[:, :, :2], x[:, :, :2], jnp.zeros((1, 1, 3, 3))).shape
-    (1, 3, 4, 2)
+    >>> heads = Heads(count=32, groups=8, size=128)
+    >>> case = Case(heads=heads, batch=1, queries=4096, dtype=jnp.bfloat16)
+    >>> choose(case, "auto"), choose(dataclasses.replace(case, queries=512, keys=512), "auto")
+    ('blockwise', 'xla')
     """
-    batch, n, heads, d = query.shape
-    groups = key.shape[2]
-    query = query.reshape(batch, n, groups, heads // groups, d).swapaxes(2, 3)
-    bias = jnp.repeat(bias, heads // groups, axis=2)
-    y = attention(query.reshape(batch, -1, groups, d), key, value, bias, **options)
-    return y.reshape(batch, n, -1, groups, d).swapaxes(2, 3).reshape(batch, n, heads, d)
+    check_attention(implementation)
+    if implementation == CUDNN and not case.has_cache:
+        problems = [*_cudnn_problems(case)]
+        if problems:
+            raise ValueError(
+                f"attention can't be computed by 'cudnn': {'; '.join(problems)}. Choose 'auto', "
+                "'blockwise' (memory linear in the length) or 'xla' (fast for short texts)."
+            )
+    if implementation in (XLA, BLOCKWISE):
+        return implementation
+    if implementation == CUDNN and not case.has_cache or next(_cudnn_problems(case), None) is None:
+        return CUDNN
+    return BLOCKWISE if _is_long(case) else XLA
+
+
+def describe(case: Case, implementation: str) -> str:
+    """Says which program is chosen, in a line for the report at the start of a run.
+
+    Raises:
+      ValueError: as :func:`choose`.
+
+    >>> heads = Heads(count=16, groups=16, size=64)
+    >>> describe(Case(heads=heads, batch=4, queries=2048, dtype=jnp.float32), "auto")
+    'attention: blockwise (scores would take 1.1 GB a layer)'
+    """
+    chosen = choose(case, implementation)
+    verb = "take" if chosen == XLA else "would take"
+    return f"attention: {chosen} (scores {verb} {_count_score_bytes(case) / 1e9:.2g} GB a layer)"
+
+
+def _count_score_bytes(case: Case) -> int:
+    return 4 * case.batch * case.heads.count * case.queries * case.keys
+
+
+def _is_long(case: Case) -> bool:
+    sizes = (case.batch, case.queries, case.keys)
+    if not all(isinstance(size, int) for size in sizes):  # symbols, while a model is exported
+        return False
+    width = case.heads.count * case.heads.size * jnp.dtype(case.dtype).itemsize
+    kept = _KEPT * case.batch * case.queries * width
+    return _count_score_bytes(case) > max(kept, FLOOR)
+
+
+def _cudnn_problems(case: Case) -> Iterator[str]:
+    """Says what keeps cuDNN from computing a case."""
+    yield from cudnn_attention.shape_problems(case.dtype, case.heads.size)
+    if case.heads.softcap is not None:
+        yield f"scores have a bound (attn_logit_softcapping {case.heads.softcap})"
+    if case.heads.dropout and not case.deterministic:
+        yield f"attention weights are dropped (rate {case.heads.dropout})"
+    if case.has_segments:
+        yield "rows hold several texts (set data.packing to False)"
+    if case.heads.is_relative and not case.is_cross:
+        yield "scores have terms for relative positions"
+    if case.has_cache:
+        yield "keys come from a cache"
+    yield from cudnn_attention.device_problems()

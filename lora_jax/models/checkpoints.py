@@ -18,6 +18,7 @@ from lora_jax import names as tables
 from lora_jax import paths, sharding
 from lora_jax.files import safetensors_pieces, write_atomically
 from lora_jax.models import hub, registry
+from lora_jax.models.attention import AUTO, check_attention
 from lora_jax.models.families import CLASSIFIER, Family
 from lora_jax.models.gguf import is_gguf
 from lora_jax.models.hub import Checkpoint, base_id, resolve
@@ -84,6 +85,8 @@ class LoadOptions:
         of the family.
       remat: what training computes again to save memory: "none", "full", or the name of a policy
         in ``jax.checkpoint_policies``; see :func:`lora_jax.models.layers.remat_layer`.
+      attention: how attention is computed: "auto", "xla", "cudnn" or "blockwise"; see
+        :func:`lora_jax.models.attention.choose`.
       quantize: scheme of :func:`lora_jax.quantize` for kernels that are plain in the checkpoint,
         but heads and embeddings; "" to leave them so. What the checkpoint holds quantized stays so.
     """
@@ -96,6 +99,7 @@ class LoadOptions:
     mesh: Mesh | None = None
     rules: sharding.Rules | None = None
     remat: str = "none"
+    attention: str = AUTO
     quantize: str = ""
 
 
@@ -124,11 +128,12 @@ def load(name: str | Path, *, head: str, **options: Any) -> Loaded:
     checkpoint = resolve(name)
     family, config = _read_config(checkpoint)
     check_remat(opts.remat)
+    check_attention(opts.attention)
     if opts.quantize:
         find_scheme(opts.quantize)
     model_class = _find_model(family, head, checkpoint)
     _check_layers(config, checkpoint)
-    fields = {"dtype": opts.dtype, "scan_layers": opts.scan_layers, "remat": opts.remat}
+    fields = {name: getattr(opts, name) for name in ("dtype", "scan_layers", "remat", "attention")}
     if head == CLASSIFIER:
         fields["num_labels"] = opts.num_labels
     model = model_class(config, **fields)

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from lora_jax.models import config_checks, tables
-from lora_jax.models.attention import attention, make_padding_mask, mask_to_bias
+from lora_jax.models.attention import AUTO, Case, Heads, Plan, attention, make_plan
+from lora_jax.models.attention_mask import make_padding_mask
 from lora_jax.models.families import CLASSIFIER, ENCODER, Family, column, embedding, row
 from lora_jax.models.layers import (
     ACTIVATIONS,
@@ -65,6 +66,14 @@ class DistilBertConfig:
     def positions(self) -> int:
         """The length of the longest input, in tokens."""
         return self.max_position_embeddings
+
+    @property
+    def heads(self) -> Heads:
+        """The attention of a layer."""
+        size = self.dim // self.n_heads
+        return Heads(
+            count=self.n_heads, groups=self.n_heads, size=size, dropout=self.attention_dropout
+        )
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "DistilBertConfig":
@@ -126,13 +135,13 @@ class MultiHeadSelfAttention(_Part):
     """Multi-head self-attention (Vaswani et al. 2017, section 3.2)."""
 
     @nn.compact
-    def __call__(self, x: Array, bias: Array, *, deterministic: bool) -> Array:
-        """Maps ``(batch, length, dim)`` to the same; ``bias`` is added to the scores."""
+    def __call__(self, x: Array, plan: Plan, *, deterministic: bool) -> Array:
+        """Maps ``(batch, length, dim)`` to the same, with attention as planned."""
         c = self.config
         split = lambda y: y.reshape(*y.shape[:-1], c.n_heads, c.dim // c.n_heads)
         query, key, value = (split(self._dense(c.dim, f"{n}_lin")(x)) for n in "qkv")
-        drop = Dropout(c.attention_dropout, deterministic=deterministic)
-        y = attention(query, key, value, bias, drop=drop).reshape(x.shape)
+        drop = Dropout(c.attention_dropout).of_weights(deterministic)
+        y = attention(query, key, value, plan, drop=drop).reshape(x.shape)
         return self._dense(c.dim, "out_lin")(y)
 
 
@@ -152,10 +161,10 @@ class TransformerBlock(_Part):
 
     @nn.compact
     def __call__(
-        self, x: Array, layer_inputs: tuple[()], bias: Array, deterministic: bool
+        self, x: Array, layer_inputs: tuple[()], plan: Plan, deterministic: bool
     ) -> tuple[Array, None]:
-        """Maps ``(batch, length, dim)`` to the same; ``bias`` is added to the scores."""
-        y = self._part(MultiHeadSelfAttention, "attention")(x, bias, deterministic=deterministic)
+        """Maps ``(batch, length, dim)`` to the same, with attention as planned."""
+        y = self._part(MultiHeadSelfAttention, "attention")(x, plan, deterministic=deterministic)
         x = split_rows(self._norm("sa_layer_norm")(x + y))
         y = self._part(FFN, "ffn")(x, deterministic=deterministic)
         return split_rows(self._norm("output_layer_norm")(x + y)), None
@@ -166,6 +175,7 @@ class Transformer(_Part):
 
     scan_layers: bool = False
     remat: str = "none"
+    attention: str = AUTO
 
     def setup(self) -> None:
         """Makes the layers."""
@@ -174,8 +184,11 @@ class Transformer(_Part):
 
     def __call__(self, x: Array, attention_mask: Array, *, deterministic: bool) -> Array:
         """Maps ``(batch, length, dim)`` to the same; the mask is ``(batch, length)``."""
-        bias = mask_to_bias(make_padding_mask(attention_mask))
-        return apply_layers(self.layer, x, (), bias, deterministic=deterministic)[0]
+        batch, n = attention_mask.shape
+        options = {"dtype": self.dtype, "deterministic": deterministic}
+        case = Case(heads=self.config.heads, batch=batch, queries=n, **options)
+        plan = make_plan(make_padding_mask(attention_mask), case, self.attention)
+        return apply_layers(self.layer, x, (), plan, deterministic=deterministic)[0]
 
 
 class DistilBertModel(_Part):
@@ -186,10 +199,12 @@ class DistilBertModel(_Part):
       dtype: dtype of the activations, float32 or bfloat16; parameters are float32.
       scan_layers: whether the layers are stacked, and one is compiled for all.
       remat: what the backward pass computes again; see :func:`lora_jax.models.layers.remat_layer`.
+      attention: how attention is computed; see :func:`lora_jax.models.attention.choose`.
     """
 
     scan_layers: bool = False
     remat: str = "none"
+    attention: str = AUTO
 
     @nn.compact
     def __call__(
@@ -207,7 +222,9 @@ class DistilBertModel(_Part):
         """
         check_inputs(self.config.positions, input_ids=input_ids, attention_mask=attention_mask)
         x = self._part(Embeddings, "embeddings")(input_ids, deterministic=deterministic)
-        stack = {"scan_layers": self.scan_layers, "remat": self.remat}
+        stack = {
+            "scan_layers": self.scan_layers, "remat": self.remat, "attention": self.attention,
+        }  # fmt: skip
         layers = Transformer(self.config, self.dtype, **stack, name="transformer")
         return layers(x, attention_mask, deterministic=deterministic)
 
@@ -221,11 +238,13 @@ class DistilBertForSequenceClassification(_Part):
       num_labels: number of outputs of the classifier.
       scan_layers: as in :class:`DistilBertModel`.
       remat: the same.
+      attention: the same.
     """
 
     num_labels: int = 2
     scan_layers: bool = False
     remat: str = "none"
+    attention: str = AUTO
 
     @nn.compact
     def __call__(
@@ -233,7 +252,9 @@ class DistilBertForSequenceClassification(_Part):
     ) -> Array:
         """Computes logits ``(batch, num_labels)``, at least float32; arguments as the encoder's."""
         c = self.config
-        stack = {"scan_layers": self.scan_layers, "remat": self.remat}
+        stack = {
+            "scan_layers": self.scan_layers, "remat": self.remat, "attention": self.attention,
+        }  # fmt: skip
         model = DistilBertModel(c, self.dtype, **stack, name="distilbert")
         x = model(input_ids, attention_mask, deterministic=deterministic)
         x = nn.relu(self._dense(c.dim, "pre_classifier")(x[:, 0]))

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from lora_jax.models import config_checks, tables
-from lora_jax.models.attention import attention, make_padding_mask, mask_to_bias
+from lora_jax.models.attention import AUTO, Case, Heads, Plan, attention, make_plan
+from lora_jax.models.attention_mask import make_padding_mask
 from lora_jax.models.families import column, embedding, row
 from lora_jax.models.layers import (
     ACTIVATIONS,
@@ -77,6 +78,17 @@ class EncoderConfig:
     def padding_idx(self) -> int | None:
         """The token of padding if positions skip it; None if they count every token from 0."""
         return None
+
+    @property
+    def heads(self) -> Heads:
+        """The attention of a layer."""
+        count = self.num_attention_heads
+        return Heads(
+            count=count,
+            groups=count,
+            size=self.hidden_size // count,
+            dropout=self.attention_probs_dropout_prob,
+        )
 
     @property
     def head_dropout(self) -> float:
@@ -166,16 +178,16 @@ class Attention(Part):
     """Multi-head self-attention (Vaswani et al. 2017, section 3.2) with its residual connection."""
 
     @nn.compact
-    def __call__(self, x: Array, bias: Array, *, deterministic: bool) -> Array:
-        """Maps ``(batch, length, hidden)`` to the same; ``bias`` is added to the scores."""
+    def __call__(self, x: Array, plan: Plan, *, deterministic: bool) -> Array:
+        """Maps ``(batch, length, hidden)`` to the same, with attention as planned."""
         c = self.config
         size = c.hidden_size // c.num_attention_heads
         split = lambda y: y.reshape(*y.shape[:-1], c.num_attention_heads, size)
         query, key, value = (
             split(self._dense(c.hidden_size, name)(x)) for name in ("query", "key", "value")
         )
-        drop = Dropout(c.attention_probs_dropout_prob, deterministic=deterministic)
-        y = attention(query, key, value, bias, drop=drop).reshape(x.shape)
+        drop = Dropout(c.attention_probs_dropout_prob).of_weights(deterministic)
+        y = attention(query, key, value, plan, drop=drop).reshape(x.shape)
         return self._part(Output, "output")(y, x, deterministic=deterministic)
 
 
@@ -194,10 +206,10 @@ class Layer(Part):
 
     @nn.compact
     def __call__(
-        self, x: Array, layer_inputs: tuple[()], bias: Array, deterministic: bool
+        self, x: Array, layer_inputs: tuple[()], plan: Plan, deterministic: bool
     ) -> tuple[Array, None]:
-        """Maps ``(batch, length, hidden)`` to the same; ``bias`` is added to the scores."""
-        x = self._part(Attention, "attention")(x, bias, deterministic=deterministic)
+        """Maps ``(batch, length, hidden)`` to the same, with attention as planned."""
+        x = self._part(Attention, "attention")(x, plan, deterministic=deterministic)
         y = self._part(Intermediate, "intermediate")(x)
         return self._part(Output, "output")(y, x, deterministic=deterministic), None
 
@@ -207,6 +219,7 @@ class Encoder(Part):
 
     scan_layers: bool = False
     remat: str = "none"
+    attention: str = AUTO
 
     def setup(self) -> None:
         """Makes the layers."""
@@ -215,8 +228,11 @@ class Encoder(Part):
 
     def __call__(self, x: Array, attention_mask: Array, *, deterministic: bool) -> Array:
         """Maps ``(batch, length, hidden)`` to the same; the mask is ``(batch, length)``."""
-        bias = mask_to_bias(make_padding_mask(attention_mask))
-        return apply_layers(self.layer, x, (), bias, deterministic=deterministic)[0]
+        batch, n = attention_mask.shape
+        options = {"dtype": self.dtype, "deterministic": deterministic}
+        case = Case(heads=self.config.heads, batch=batch, queries=n, **options)
+        plan = make_plan(make_padding_mask(attention_mask), case, self.attention)
+        return apply_layers(self.layer, x, (), plan, deterministic=deterministic)[0]
 
 
 class Pooler(Part):
@@ -236,11 +252,13 @@ class EncoderModel(Part):
       dtype: dtype of the activations, float32 or bfloat16; parameters are float32.
       scan_layers: whether the layers are stacked, and one is compiled for all.
       remat: what the backward pass computes again; see :func:`lora_jax.models.layers.remat_layer`.
+      attention: how attention is computed; see :func:`lora_jax.models.attention.choose`.
       pooler: whether there is a pooler.
     """
 
     scan_layers: bool = False
     remat: str = "none"
+    attention: str = AUTO
     pooler: bool = True
 
     @nn.compact
@@ -275,7 +293,9 @@ class EncoderModel(Part):
         positions = compute_position_ids(input_ids, self.config.padding_idx)
         embeddings = self._part(Embeddings, "embeddings")
         x = embeddings(input_ids, token_type_ids, positions, deterministic=deterministic)
-        stack = {"scan_layers": self.scan_layers, "remat": self.remat}
+        stack = {
+            "scan_layers": self.scan_layers, "remat": self.remat, "attention": self.attention,
+        }  # fmt: skip
         layers = Encoder(self.config, self.dtype, **stack, name="encoder")
         x = layers(x, attention_mask, deterministic=deterministic)
         return x, self._part(Pooler, "pooler")(x) if self.pooler else None
@@ -290,6 +310,7 @@ class EncoderForSequenceClassification(nn.Module):
       dtype: dtype of the activations, float32 or bfloat16; parameters are float32.
       scan_layers: as in :class:`EncoderModel`.
       remat: the same.
+      attention: the same.
       encoder_name: name of the encoder among the parameters.
       encoder_pooler: whether the classifier takes what the pooler gives.
     """
@@ -299,6 +320,7 @@ class EncoderForSequenceClassification(nn.Module):
     dtype: DTypeLike = jnp.float32
     scan_layers: bool = False
     remat: str = "none"
+    attention: str = AUTO
     encoder_name: ClassVar[str]
     encoder_pooler: ClassVar[bool]
 
@@ -320,6 +342,7 @@ class EncoderForSequenceClassification(nn.Module):
             self.dtype,
             scan_layers=self.scan_layers,
             remat=self.remat,
+            attention=self.attention,
             pooler=self.encoder_pooler,
             name=self.encoder_name,
         )

@@ -25,7 +25,7 @@ class Family:
         :class:`lora_jax.names.Name`. A tied weight has one row, with the names of the other tensors
         in ``tied``.
       models: Linen module class of each head, which is called as ``cls(config, dtype=...,
-        scan_layers=..., remat=...)``; a classifier also takes ``num_labels=...``.
+        scan_layers=..., remat=..., attention=...)``; a classifier also takes ``num_labels=...``.
       architectures: class name in ``transformers`` of each head, for saved checkpoints.
       prefix: prefix that the tensors' names lack in the checkpoint of a bare backbone ("bert.").
       ignored: shell patterns of tensors that are left out, without the prefix: buffers, other

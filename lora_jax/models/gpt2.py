@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from lora_jax.models import config_checks, kv_cache, tables
-from lora_jax.models.attention import attention, make_causal_mask, mask_to_bias
+from lora_jax.models.attention import AUTO, Case, Heads, Plan, attention, make_plan
+from lora_jax.models.attention_mask import make_causal_mask
 from lora_jax.models.families import CAUSAL_LM, Family, column, embedding, row
 from lora_jax.models.kv_cache import Cache
 from lora_jax.models.layers import (
@@ -78,6 +79,12 @@ class GPT2Config:
     def head_dim(self) -> int:
         """Width of a head."""
         return self.n_embd // self.n_head
+
+    @property
+    def heads(self) -> Heads:
+        """The attention of a layer."""
+        count = self.n_head
+        return Heads(count=count, groups=count, size=self.head_dim, dropout=self.attn_pdrop)
 
     @property
     def positions(self) -> int:
@@ -147,14 +154,14 @@ class GPT2Attention(_Part):
         self,
         x: Array,
         layer_inputs: tuple[PyTree, Array | int],
-        shared_inputs: tuple[Array, Array | int],
+        shared_inputs: tuple[Plan, Array | int],
         deterministic: bool,
     ) -> tuple[Array, PyTree]:
         """Maps ``(batch, n, n_embd)`` to the same, and returns the layer's cache with ``x`` in it.
 
         The other arguments are those of :class:`GPT2Block`.
         """
-        c, (cache, number), (bias, index) = self.config, layer_inputs, shared_inputs
+        c, (cache, number), (plan, index) = self.config, layer_inputs, shared_inputs
         qkv = self._dense(3 * c.n_embd, "c_attn")(x)
         split = lambda y: y.reshape(*y.shape[:2], c.n_head, c.head_dim)
         query, key, value = map(split, jnp.split(qkv, 3, axis=-1))
@@ -167,9 +174,9 @@ class GPT2Attention(_Part):
             query,
             keys["k"].astype(query.dtype),
             keys["v"].astype(query.dtype),
-            bias,
+            plan,
             scale=None if c.scale_attn_weights else 1.0,
-            drop=Dropout(c.attn_pdrop, deterministic=deterministic),
+            drop=Dropout(c.attn_pdrop).of_weights(deterministic),
         )
         y = self._dense(c.n_embd, "c_proj")(y.reshape(x.shape))
         return Dropout(c.resid_pdrop)(y, deterministic=deterministic), cache
@@ -195,7 +202,7 @@ class GPT2Block(_Part):
         self,
         x: Array,
         layer_inputs: tuple[PyTree, Array | int],
-        shared_inputs: tuple[Array, Array | int],
+        shared_inputs: tuple[Plan, Array | int],
         deterministic: bool,
     ) -> tuple[Array, PyTree]:
         """Computes new states and the layer's cache.
@@ -203,8 +210,8 @@ class GPT2Block(_Part):
         Args:
           x: ``(batch, n, n_embd)``.
           layer_inputs: the layer's cache or None, and its number.
-          shared_inputs: the bias of the scores, ``(batch, 1, n, keys)``, and the slot of the cache
-            that takes the first token of ``x``.
+          shared_inputs: how attention is computed, and the slot of the cache that takes the first
+            token of ``x``.
           deterministic: whether nothing is dropped.
         """
         attention_layer = GPT2Attention(self.config, dtype=self.dtype, name="attn")
@@ -221,6 +228,7 @@ class GPT2Model(_Part):
 
     scan_layers: bool = False
     remat: str = "none"
+    attention: str = AUTO
 
     def setup(self) -> None:
         """Makes the submodules."""
@@ -247,14 +255,24 @@ class GPT2Model(_Part):
             positions = kv_cache.compute_positions(attention_mask, start, n)
         x = split_lookup(self.wte(input_ids)) + split_lookup(self.wpe(positions))
         x = self.drop(x, deterministic=deterministic)
-        bias = mask_to_bias(make_causal_mask(attention_mask, start + jnp.arange(n)))
+        plan = self._plan(attention_mask, start + jnp.arange(n), cache, deterministic)
         count = self.config.n_layer
         numbers = jnp.arange(count) if self.scan_layers else range(count)
         layer_inputs = (None if cache is None else cache.layers, numbers)
         x, layers = apply_layers(
-            self.h, x, layer_inputs, (bias, start), deterministic=deterministic
+            self.h, x, layer_inputs, (plan, start), deterministic=deterministic
         )
         return self.ln_f(x), None if cache is None else Cache(layers, start + jnp.int32(n))
+
+    def _plan(
+        self, attention_mask: Array, queries: Array, cache: Cache | None, deterministic: bool
+    ) -> Plan:
+        batch, keys = attention_mask.shape
+        options = {"dtype": self.dtype, "deterministic": deterministic}
+        options["has_cache"] = cache is not None
+        n = queries.shape[0]
+        case = Case(heads=self.config.heads, batch=batch, queries=n, keys=keys, **options)
+        return make_plan(make_causal_mask(attention_mask, queries), case, self.attention)
 
 
 class GPT2LMHeadModel(nn.Module):
@@ -265,17 +283,21 @@ class GPT2LMHeadModel(nn.Module):
       dtype: dtype of the activations, float32 or bfloat16; parameters are float32.
       scan_layers: whether the layers are stacked, and one is compiled for all.
       remat: what the backward pass computes again; see :func:`lora_jax.models.layers.remat_layer`.
+      attention: how attention is computed; see :func:`lora_jax.models.attention.choose`.
     """
 
     config: GPT2Config
     dtype: DTypeLike = jnp.float32
     scan_layers: bool = False
     remat: str = "none"
+    attention: str = AUTO
 
     def setup(self) -> None:
         """Makes the submodules."""
         c = self.config
-        stack = {"scan_layers": self.scan_layers, "remat": self.remat}
+        stack = {
+            "scan_layers": self.scan_layers, "remat": self.remat, "attention": self.attention,
+        }  # fmt: skip
         self.transformer = GPT2Model(c, dtype=self.dtype, **stack)
         if not c.tie_word_embeddings:
             init = nn.initializers.normal(c.initializer_range)

@@ -101,3 +101,12 @@ def check_inputs(ids: Array, mask: Array, positions: Array | None, num_slots: in
         raise ValueError(
             f"positions must have the shape {ids.shape} of input_ids: {positions.shape}."
         )
+
+
+def check_mask(ids: Array, mask: Array, slots: tuple[int, ...]) -> None:
+    """Raises ValueError unless tokens ``(batch, n)`` and a mask ``(batch, *slots)`` fit."""
+    if len(ids.shape) != 2 or mask.shape != (*ids.shape[:1], *slots):
+        raise ValueError(
+            f"The tokens must have shape (batch, length) and the mask one entry for each, or for "
+            f"each of the cache's slots {slots}; got {ids.shape} and {mask.shape}."
+        )

@@ -10,6 +10,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from lora_jax.dropout import dropout
+from lora_jax.models.attention import WeightDropout
 
 Array = jax.Array
 PyTree = Any
@@ -61,6 +62,13 @@ class Dropout(nn.Module):
         if nn.merge_param("deterministic", self.deterministic, deterministic) or not self.rate:
             return x
         return dropout(x, self.rate, self.make_rng("dropout"))
+
+    def of_weights(self, deterministic: bool) -> WeightDropout | None:
+        """Returns what attention needs to drop its weights; None if nothing is dropped."""
+        if deterministic or not self.rate:
+            return None
+        drop = lambda weights: self(weights, deterministic=False)
+        return WeightDropout(self.rate, drop, lambda: self.make_rng("dropout"))
 
 
 class RMSNorm(nn.Module):

@@ -6,7 +6,7 @@ Llama are in :data:`lora_jax.models.llama_config.VARIANTS`, beside the table of 
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from lora_jax.models import kv_cache, rope
-from lora_jax.models.attention import grouped_attention, make_causal_mask, mask_to_bias
+from lora_jax.models.attention import AUTO, Case, Plan, attention, make_plan
+from lora_jax.models.attention_mask import make_causal_mask
 from lora_jax.models.families import CAUSAL_LM, Family, column, embedding, row
 from lora_jax.models.kv_cache import Cache
 from lora_jax.models.layers import (
@@ -55,12 +56,12 @@ class _View(NamedTuple):
     """Mask and rotation of the attention in one kind of layer.
 
     Attributes:
-      bias: float32 ``(batch, 1, n, keys)``, which is added to the scores.
+      plan: what the queries may see, and how attention is computed.
       cos: cosine of the rotation, float32 ``(batch, n, head_dim / 2)``.
       sin: its sine.
     """
 
-    bias: Array
+    plan: Plan
     cos: Array
     sin: Array
 
@@ -94,14 +95,14 @@ class LlamaAttention(_Part):
         keys = {"k": key, "v": value}
         if cache is not None:
             cache = keys = kv_cache.write(cache, keys, index)
-        y = grouped_attention(
+        y = attention(
             query,
             keys["k"].astype(query.dtype),
             keys["v"].astype(query.dtype),
-            view.bias,
+            view.plan,
             scale=c.query_pre_attn_scalar**-0.5,
             softcap=c.attn_logit_softcapping,
-            drop=Dropout(c.attention_dropout, deterministic=deterministic),
+            drop=Dropout(c.attention_dropout).of_weights(deterministic),
         )
         y = y.reshape(*x.shape[:2], -1)
         return self._dense(c.hidden_size, "o_proj", bias=c.attention_bias)(y), cache
@@ -154,13 +155,13 @@ class LlamaLayer(_Part):
           deterministic: whether nothing is dropped.
         """
         (cache, is_sliding), (views, index) = layer_inputs, shared_inputs
-        view = views[0]
-        if len(views) > 1:
+        view = views[is_sliding if isinstance(is_sliding, bool) and len(views) > 1 else 0]
+        if len(views) > 1 and not isinstance(is_sliding, bool):
             view = jax.tree.map(functools.partial(jnp.where, is_sliding), views[1], views[0])
-        attention = LlamaAttention(self.config, dtype=self.dtype, name="self_attn")
+        self_attention = LlamaAttention(self.config, dtype=self.dtype, name="self_attn")
         mlp = LlamaMLP(self.config, dtype=self.dtype, name="mlp")
         y = self._norm("input_layernorm")(x)
-        y, cache = attention(y, cache, view, index, deterministic)
+        y, cache = self_attention(y, cache, view, index, deterministic)
         if not self.config.variant.post_norms:
             x = split_rows(x + y)
             return split_rows(x + mlp(self._norm("post_attention_layernorm")(x))), cache
@@ -214,12 +215,14 @@ class LlamaForCausalLM(nn.Module):
       dtype: dtype of the activations, float32 or bfloat16; parameters are float32.
       scan_layers: whether the layers are stacked, and one is compiled for all.
       remat: what the backward pass computes again; see :func:`lora_jax.models.layers.remat_layer`.
+      attention: how attention is computed; see :func:`lora_jax.models.attention.choose`.
     """
 
     config: LlamaConfig
     dtype: DTypeLike = jnp.float32
     scan_layers: bool = False
     remat: str = "none"
+    attention: str = AUTO
 
     def setup(self) -> None:
         """Makes the submodules."""
@@ -291,10 +294,21 @@ class LlamaForCausalLM(nn.Module):
         start, n = 0 if cache is None else cache.index, input_ids.shape[1]
         if positions is None:
             positions = kv_cache.compute_positions(attention_mask, start, n)
-        queries = start + jnp.arange(n)
-        mask = _make_mask(queries, attention_mask, segment_ids)
-        kinds = [kind for kind in (FULL, SLIDING) if kind in c.layer_types]
-        views = [_make_view(c, kind, queries, positions, mask) for kind in kinds]
+        case = Case(
+            heads=c.heads,
+            batch=input_ids.shape[0],
+            queries=n,
+            keys=slots,
+            dtype=self.dtype,
+            deterministic=deterministic,
+            has_segments=segment_ids is not None,
+            has_cache=cache is not None,
+        )
+        mask = functools.partial(
+            make_causal_mask, attention_mask, start + jnp.arange(n), segments=segment_ids
+        )
+        plan = lambda **window: make_plan(mask(**window), case, self.attention)
+        views = _make_views(c, positions, plan)
         return self.model(input_ids, views, cache, deterministic)
 
     def compute_logits(self, hidden: Array) -> Array:
@@ -308,25 +322,28 @@ class LlamaForCausalLM(nn.Module):
         return logits
 
 
-def _make_mask(queries: Array, attention_mask: Array, segment_ids: Array | None) -> Array:
-    """Makes the mask of a layer without a window: booleans ``(batch, 1, n, keys)``."""
-    mask = make_causal_mask(attention_mask, queries)
-    if segment_ids is None:
-        return mask
-    return mask & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+def _make_views(
+    config: LlamaConfig, positions: Array, make_plan: Callable[..., Plan]
+) -> list[_View]:
+    """Makes the view of each kind of layer there is: without a window, and with one.
 
+    The window is counted in slots, as in transformers, where padding is never in between.
 
-def _make_view(
-    config: LlamaConfig, kind: str, queries: Array, positions: Array, mask: Array
-) -> _View:
-    """Makes the bias and the rotation of one kind of layer, given the mask of all kinds."""
-    rotation = config.rope
-    if kind == SLIDING:
-        rotation = config.sliding_rope or rotation
-        # The window is counted in slots, as in transformers, where padding is never in between.
-        is_near = jnp.arange(mask.shape[-1])[None, :] > queries[:, None] - config.sliding_window
-        mask = mask & is_near[None, None]
-    return _View(mask_to_bias(mask), *rope.compute_angles(rotation, positions, config.head_dim))
+    Args:
+      config: the model's shape.
+      positions: ``(batch, n)``.
+      make_plan: function of the window of :class:`lora_jax.models.attention_mask.Mask`.
+    """
+    kinds = [kind for kind in (FULL, SLIDING) if kind in config.layer_types]
+    window = {"window": config.sliding_window} if SLIDING in kinds else {}
+    views = []
+    for kind in kinds:
+        if len(kinds) > 1:  # they differ in a number, so that a program for both can choose
+            window["is_windowed"] = kind == SLIDING
+        rotation = (config.sliding_rope if kind == SLIDING else None) or config.rope
+        angles = rope.compute_angles(rotation, positions, config.head_dim)
+        views.append(_View(make_plan(**window), *angles))
+    return views
 
 
 def _check_segments(input_ids: Array, segment_ids: Array | None, cache: Cache | None) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lora_jax.models import config_checks, rope, tables
+from lora_jax.models.attention import Heads
 from lora_jax.models.families import CAUSAL_LM
 from lora_jax.models.layers import ACTIVATIONS
 from lora_jax.models.rope import Rope
@@ -187,6 +188,17 @@ class LlamaConfig:
         if self.query_pre_attn_scalar is None:
             object.__setattr__(self, "query_pre_attn_scalar", self.head_dim)
         _check(self)
+
+    @property
+    def heads(self) -> Heads:
+        """The attention of a layer."""
+        return Heads(
+            count=self.num_attention_heads,
+            groups=self.num_key_value_heads,
+            size=self.head_dim,
+            softcap=self.attn_logit_softcapping,
+            dropout=self.attention_dropout,
+        )
 
     @property
     def variant(self) -> Variant:

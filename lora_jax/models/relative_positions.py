@@ -1,12 +1,44 @@
-"""Sorts relative positions into buckets, as T5 does."""
+"""Relative positions as T5 has them: buckets of distances, and a bias for each distance."""
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 Array = jax.Array
+
+
+class RelativeBias(NamedTuple):
+    """Terms of attention's scores that depend on the distance ``key - query`` alone.
+
+    Attributes:
+      values: ``(heads, distances)``, for the distances from ``first`` on.
+      first: the lowest distance, an integer scalar.
+    """
+
+    values: Array
+    first: Array | int
+
+
+def make_relative_bias(bias: RelativeBias, queries: Array, keys: Array) -> Array:
+    """Makes the terms of some queries and keys.
+
+    Args:
+      bias: the term of each distance.
+      queries: integers ``(n,)``, places of the queries.
+      keys: integers ``(m,)``, places of the keys.
+
+    Returns:
+      ``(heads, n, m)``. A distance that has no term has that of the nearest one that has.
+
+    >>> bias = RelativeBias(jnp.array([[-1, 0, 1]]), -1)
+    >>> make_relative_bias(bias, jnp.arange(2), jnp.arange(2)).tolist()
+    [[[0, 1], [-1, 0]]]
+    """
+    distances = keys[None, :] - queries[:, None] - bias.first
+    return jnp.take(bias.values, distances, axis=1, mode="clip")
 
 
 def relative_buckets(

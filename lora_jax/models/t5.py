@@ -16,12 +16,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from lora_jax.models import kv_cache
-from lora_jax.models.attention import (
-    attention,
-    make_causal_mask,
-    make_padding_mask,
-    mask_to_bias,
-)
+from lora_jax.models.attention import AUTO, Case, Plan, attention, make_plan
+from lora_jax.models.attention_mask import Mask, Slots, make_padding_mask
 from lora_jax.models.families import SEQ2SEQ_LM, TOKENS, Family, column, embedding, row
 from lora_jax.models.layers import (
     ACTIVATIONS,
@@ -31,7 +27,7 @@ from lora_jax.models.layers import (
     apply_layers,
     make_layers,
 )
-from lora_jax.models.relative_positions import relative_buckets
+from lora_jax.models.relative_positions import RelativeBias, relative_buckets
 from lora_jax.models.t5_config import T5Config, names
 from lora_jax.sharding import split_lookup, split_rows
 
@@ -106,13 +102,13 @@ class T5Attention(_Part):
         return {"k": self._split(self.k(states)), "v": self._split(self.v(states))}
 
     def __call__(
-        self, x: Array, keys: Mapping[str, Array], bias: Array, deterministic: bool
+        self, x: Array, keys: Mapping[str, Array], plan: Plan, deterministic: bool
     ) -> Array:
-        """Maps ``(batch, queries, d_model)`` to the same; ``bias`` is added to the scores."""
-        drop = lambda weights: self.dropout(weights, deterministic=deterministic)
+        """Maps ``(batch, queries, d_model)`` to the same, with attention as planned."""
+        drop = self.dropout.of_weights(deterministic)
         query = self._split(self.q(x))
         key, value = (keys[name].astype(query.dtype) for name in "kv")
-        y = attention(query, key, value, bias, scale=1.0, drop=drop)
+        y = attention(query, key, value, plan, scale=1.0, drop=drop)
         return self.o(y.reshape(*y.shape[:2], -1))
 
     def _split(self, y: Array) -> Array:
@@ -160,7 +156,7 @@ class T5Block(_Part):
         self,
         x: Array,
         layer_inputs: tuple[PyTree, PyTree],
-        shared_inputs: tuple[Array, Array | None, Array | None],
+        shared_inputs: tuple[Plan, Plan | None, Array | None],
         deterministic: bool,
     ) -> tuple[Array, PyTree]:
         """Computes new states and the layer's cache.
@@ -168,19 +164,19 @@ class T5Block(_Part):
         Args:
           x: ``(batch, n, d_model)``.
           layer_inputs: the layer's cache or None, and its keys of the encoder's states or None.
-          shared_inputs: the biases of the two attentions' scores, and the slot of the cache that
-            takes the first token of ``x``.
+          shared_inputs: how the two attentions are computed, and the slot of the cache that takes
+            the first token of ``x``.
           deterministic: whether nothing is dropped.
         """
-        (cache, memory), (bias, cross_bias, index) = layer_inputs, shared_inputs
+        (cache, memory), (plan, cross_plan, index) = layer_inputs, shared_inputs
         add = lambda x, y: split_rows(x + self.dropout(y, deterministic=deterministic))
         y = self.self_norm(x)
         keys = self.SelfAttention.keys(y)
         if cache is not None:
             cache = keys = kv_cache.write(cache, keys, index)
-        x = add(x, self.SelfAttention(y, keys, bias, deterministic))
+        x = add(x, self.SelfAttention(y, keys, plan, deterministic))
         if memory is not None:
-            x = add(x, self.EncDecAttention(self.cross_norm(x), memory, cross_bias, deterministic))
+            x = add(x, self.EncDecAttention(self.cross_norm(x), memory, cross_plan, deterministic))
         return add(x, self.DenseReluDense(self.dense_norm(x), deterministic)), cache
 
 
@@ -190,6 +186,7 @@ class T5Stack(_Part):
     decoder: bool = False
     scan_layers: bool = False
     remat: str = "none"
+    attention: str = AUTO
 
     def setup(self) -> None:
         """Makes the submodules."""
@@ -232,32 +229,44 @@ class T5Stack(_Part):
           deterministic: whether nothing is dropped.
         """
         index = None if cache is None else cache.index
-        bias = self._make_bias(x.shape[1], mask, 0 if index is None else index)
-        cross_bias = None if memory is None else mask_to_bias(make_padding_mask(memory.mask))
+        n, cross_plan = x.shape[1], None
+        plan = self._plan(n, mask, index, deterministic)
+        if memory is not None:
+            case = self._make_case(n, memory.mask, deterministic=deterministic, is_cross=True)
+            cross_plan = make_plan(make_padding_mask(memory.mask), case, self.attention)
         layer_inputs = tuple(None if part is None else part.layers for part in (cache, memory))
         x = split_rows(self.dropout(x, deterministic=deterministic))
-        shared_inputs = (bias, cross_bias, index)
+        shared_inputs = (plan, cross_plan, index)
         x, layers = apply_layers(
             self.block, x, layer_inputs, shared_inputs, deterministic=deterministic
         )
         x = self.dropout(self.final_layer_norm(x), deterministic=deterministic)
         if cache is not None:
-            cache = kv_cache.Cache(layers, index + jnp.int32(bias.shape[2]))
+            cache = kv_cache.Cache(layers, index + jnp.int32(n))
         return x, cache
 
-    def _make_bias(self, n: int, mask: Array, index: Array | int) -> Array:
-        """Makes ``(batch, heads, n, keys)`` for queries in the slots from ``index`` on."""
-        queries = index + jnp.arange(n)
-        relative = jnp.arange(mask.shape[1])[None, :] - queries[:, None]
+    def _plan(self, n: int, mask: Array, index: Array | None, deterministic: bool) -> Plan:
+        """Plans self-attention of ``n`` queries, in the slots from ``index`` on."""
+        start, num_keys = 0 if index is None else index, mask.shape[1]
+        queries, keys = Slots(start + jnp.arange(n)), Slots(jnp.arange(num_keys), mask)
+        seen = Mask(queries=queries, keys=keys, causal=self.decoder)
+        case = self._make_case(n, mask, deterministic=deterministic, has_cache=index is not None)
+        return make_plan(seen, case, self.attention, bias=self._make_bias(n, num_keys, start))
+
+    def _make_case(self, n: int, mask: Array, **options: bool) -> Case:
+        heads, (batch, keys) = self.config.heads, mask.shape
+        return Case(heads=heads, batch=batch, queries=n, keys=keys, dtype=self.dtype, **options)
+
+    def _make_bias(self, n: int, keys: int, start: Array | int) -> RelativeBias:
+        """Looks up the terms of all distances, from the first key to the last query on."""
+        first = 1 - n - start
         buckets = relative_buckets(
-            relative,
+            first + jnp.arange(n + keys - 1),
             bidirectional=not self.decoder,
             num_buckets=self.config.relative_attention_num_buckets,
             max_distance=self.config.relative_attention_max_distance,
         )
-        bias = self.relative_attention_bias(buckets).transpose(2, 0, 1)[None]
-        allowed = make_causal_mask(mask, queries) if self.decoder else make_padding_mask(mask)
-        return mask_to_bias(allowed, bias)
+        return RelativeBias(self.relative_attention_bias(buckets).T, first)
 
 
 class T5ForConditionalGeneration(nn.Module):
@@ -268,20 +277,21 @@ class T5ForConditionalGeneration(nn.Module):
       dtype: dtype of the activations, float32 or bfloat16; parameters are float32.
       scan_layers: whether the layers of each stack are stacked, and one is compiled for all.
       remat: what the backward pass computes again; see :func:`lora_jax.models.layers.remat_layer`.
+      attention: how attention is computed; see :func:`lora_jax.models.attention.choose`.
     """
 
     config: T5Config
     dtype: DTypeLike = jnp.float32
     scan_layers: bool = False
     remat: str = "none"
+    attention: str = AUTO
 
     def setup(self) -> None:
         """Makes the submodules."""
         c = self.config
         init = nn.initializers.normal(c.initializer_factor)
-        stack = functools.partial(
-            T5Stack, c, dtype=self.dtype, scan_layers=self.scan_layers, remat=self.remat
-        )
+        fields = {n: getattr(self, n) for n in ("dtype", "scan_layers", "remat", "attention")}
+        stack = functools.partial(T5Stack, c, **fields)
         self.shared = nn.Embed(c.vocab_size, c.d_model, embedding_init=init, dtype=self.dtype)
         self.encoder, self.decoder = stack(decoder=False), stack(decoder=True)
         if not c.tie_word_embeddings:
@@ -319,7 +329,7 @@ class T5ForConditionalGeneration(nn.Module):
         self, input_ids: Array, attention_mask: Array, *, deterministic: bool = True
     ) -> Memory:
         """Computes what the decoder reads of the input; arguments as of a call."""
-        _check_inputs(input_ids, attention_mask, input_ids.shape[1:])
+        kv_cache.check_mask(input_ids, attention_mask, input_ids.shape[1:])
         x = split_lookup(self.shared(input_ids))
         states, _ = self.encoder(x, attention_mask, deterministic=deterministic)
         return Memory(self.decoder.memory(states), attention_mask)
@@ -352,7 +362,7 @@ class T5ForConditionalGeneration(nn.Module):
         slots = decoder_input_ids.shape[1:] if cache is None else (kv_cache.count_slots(cache),)
         if decoder_attention_mask is None:
             decoder_attention_mask = jnp.ones((decoder_input_ids.shape[0], *slots), jnp.int32)
-        _check_inputs(decoder_input_ids, decoder_attention_mask, slots)
+        kv_cache.check_mask(decoder_input_ids, decoder_attention_mask, slots)
         x, cache = self.decoder(
             split_lookup(self.shared(decoder_input_ids)),
             decoder_attention_mask,
@@ -367,14 +377,6 @@ class T5ForConditionalGeneration(nn.Module):
         if not self.config.tie_word_embeddings:
             return self.lm_head(x)
         return self.shared.attend(x * self.config.d_model**-0.5)
-
-
-def _check_inputs(ids: Array, mask: Array, slots: tuple[int, ...]) -> None:
-    if len(ids.shape) != 2 or mask.shape != (*ids.shape[:1], *slots):
-        raise ValueError(
-            f"The tokens must have shape (batch, length) and the mask one entry for each, or for "
-            f"each of the cache's slots {slots}; got {ids.shape} and {mask.shape}."
-        )
 
 
 FAMILY = Family(

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lora_jax.models import config_checks, tables
+from lora_jax.models.attention import Heads
 from lora_jax.models.families import SEQ2SEQ_LM
 from lora_jax.models.layers import ACTIVATIONS
 from lora_jax.names import Name
@@ -70,6 +71,17 @@ class T5Config:
                 "relative_attention_num_buckets must be at least 4 and less than twice "
                 f"relative_attention_max_distance, got {num_buckets} and {max_distance}."
             )
+
+    @property
+    def heads(self) -> Heads:
+        """The attention of a layer."""
+        return Heads(
+            count=self.num_heads,
+            groups=self.num_heads,
+            size=self.d_kv,
+            dropout=self.dropout_rate,
+            is_relative=True,
+        )
 
     @property
     def positions(self) -> None:

@@ -18,7 +18,7 @@ from lora_jax.data.examples import Examples, concatenate, subset, take
 from lora_jax.models import checkpoints, registry
 from lora_jax.models.families import CLASSIFIER, SEQ2SEQ_LM
 from lora_jax.tasks import adapter_files, text_to_text
-from lora_jax.tasks.from_config import load_options
+from lora_jax.tasks.from_config import describe_attention, load_options
 from lora_jax.tasks.glue import GlueTask, find
 from lora_jax.tasks.glue_metrics import SCORES
 from lora_jax.training import durations
@@ -280,5 +280,6 @@ def _notes(
         f"model: {loaded.checkpoint.name} from {loaded.checkpoint.origin}{fresh}",
         f"data: {config.data.source}, {n_train} training and {n_eval} evaluation {kind}",
         f"batches: {shapes}; the step is compiled {len(lengths)} times",
+        describe_attention(config, loaded.model, config.data.buckets[-1]),
         f"device: {jax.device_count()} x {device.device_kind} ({device.platform})",
     )

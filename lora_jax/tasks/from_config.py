@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 import lora_jax as lora
+from lora_jax.models import attention
 from lora_jax.schemes import SCHEMES
 from lora_jax.training import mesh, training_config
 
@@ -77,12 +79,38 @@ def _read_scheme(model: Mapping[str, Any]) -> dict[str, str]:
 
 
 def load_options(config: ConfigDict, devices: mesh.Devices | None = None) -> dict[str, Any]:
-    """Returns options of loading a model to train: dtypes, rematerialization, and its mesh.
+    """Returns options of loading a model to train: dtypes, memory of the step, and its mesh.
 
     Args:
       config: config of the run.
       devices: devices of the run; by default those that the config describes.
     """
     devices = mesh.find(config) if devices is None else devices
-    options = {"remat": config.model.remat, "mesh": mesh.base_mesh(devices)}
-    return dtypes(config.model) | options
+    model = config.model
+    options = {"remat": model.remat, "attention": model.attention, "mesh": mesh.base_mesh(devices)}
+    return dtypes(model) | options
+
+
+def describe_attention(
+    config: ConfigDict, model: nn.Module, length: int, *, has_segments: bool = False
+) -> str:
+    """Says how the attention of a training step is computed, for the report at the start.
+
+    Args:
+      config: config of the run.
+      model: the model.
+      length: number of tokens of the longest rows.
+      has_segments: whether rows hold several texts.
+
+    Raises:
+      ValueError: it can't be computed as the config wants it.
+    """
+    case = attention.Case(
+        heads=model.config.heads,
+        batch=config.batch_size // config.accumulate,
+        queries=length,
+        dtype=model.dtype,
+        deterministic=False,
+        has_segments=has_segments,
+    )
+    return attention.describe(case, model.attention)

@@ -87,7 +87,7 @@ def make_task(
         base=loaded.params,
         base_id=loaded.base_id,
         metadata=language_modeling.metadata(config),
-        notes=adapter_files.add_notes(initial, _notes(loaded, training, evaluation)),
+        notes=adapter_files.add_notes(initial, _notes(config, loaded, training, evaluation)),
         adapter=initial.adapter,
         fresh_head=initial.fresh_head,
         score=Score("loss", higher_is_better=False),
@@ -154,12 +154,19 @@ def pack(
     return packing.pack(texts, c.max_length) if c.packing else packing.pack_singly(texts), fit
 
 
-def _notes(loaded: checkpoints.Loaded, *parts: tuple[Packed, conversations.Fit]) -> tuple[str, ...]:
+def _notes(
+    config: ConfigDict,
+    loaded: checkpoints.Loaded,
+    *parts: tuple[Packed, conversations.Fit],
+) -> tuple[str, ...]:
     """Returns the report at the start: the origin of model and data, and how they are packed."""
     device = jax.devices()[0]
     return (
         f"model: {loaded.checkpoint.name} from {loaded.checkpoint.origin}",
         *(_describe(name, *x) for name, x in zip(("training", "evaluation"), parts, strict=True)),
+        from_config.describe_attention(
+            config, loaded.model, parts[0][0].length, has_segments=config.data.packing
+        ),
         f"device: {jax.device_count()} x {device.device_kind} ({device.platform})",
     )
 

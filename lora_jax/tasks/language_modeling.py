@@ -167,6 +167,7 @@ def _notes(
         f"model: {loaded.checkpoint.name} from {loaded.checkpoint.origin}",
         f"data: {config.data.source}, texts for training {_size(training)}, for evaluation "
         f"{_size(evaluation)}",
+        from_config.describe_attention(config, loaded.model, config.data.buckets[-1]),
         f"device: {jax.device_count()} x {device.device_kind} ({device.platform})",
     )
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 
 from ml_collections import ConfigDict
 
+from lora_jax.models.attention import check_attention
 from lora_jax.models.layers import check_remat
 from lora_jax.training import durations, mesh, optimizer
 
@@ -58,6 +59,7 @@ def list_problems(config: ConfigDict, least: Mapping[str, int] | None = None) ->
         *_size_problems(config, LEAST | dict(least or {})),
         *_bucket_problems(config),
         *_batch_problems(config),
+        *_model_problems(config.model),
         *_duration_problems(config),
         *_guard_problems(config.guard),
         *optimizer.list_problems(config.optimizer),
@@ -89,10 +91,14 @@ def _batch_problems(config: ConfigDict) -> Iterator[str]:
             f"accumulate is {parts}, which does not divide batch_size {rows}; "
             f"{', '.join(divisors)} do"
         )
-    try:
-        check_remat(config.model.remat)
-    except ValueError as error:
-        yield f"model.{error}"
+
+
+def _model_problems(model: ConfigDict) -> Iterator[str]:
+    for check, value in ((check_remat, model.remat), (check_attention, model.attention)):
+        try:
+            check(value)
+        except ValueError as error:
+            yield f"model.{error}"
 
 
 def _duration_problems(config: ConfigDict) -> Iterator[str]:

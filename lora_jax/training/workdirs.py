@@ -17,6 +17,8 @@ CHECKPOINTS, EVENTS = "checkpoints", "tensorboard"
 SWEEP = "sweep.json"  # in the directory of a sweep, whose runs are in directories below it
 # Fields, or sections, of a config that may differ between a run and its continuation.
 MAY_CHANGE = ("checkpoint_keep", "guard", "mesh", "pmap")
+# Fields that the configs of older runs lack, with the values that stand for what was done then.
+ADDED = {"model.quantize": "", "model.attention": "auto"}
 
 
 def check(workdir: Path, config: ConfigDict) -> None:
@@ -77,8 +79,10 @@ def to_json_types(config: ConfigDict) -> dict[str, Any]:
 
 def differences(old: Any, new: Any, field: str = "") -> Iterator[str]:
     """Yields a phrase for each field that differs between two configs, and may not."""
-    if field.removeprefix("config.") in MAY_CHANGE:
+    name = field.removeprefix("config.")
+    if name in MAY_CHANGE:
         return
+    old = ADDED.get(name) if old is None else old
     if isinstance(old, dict) and isinstance(new, dict):
         for name in sorted(old.keys() | new.keys()):
             yield from differences(old.get(name), new.get(name), f"{field}.{name}".lstrip("."))

@@ -8,6 +8,7 @@ prints a JSON object with what each case has shown.
 import ast
 import json
 import os
+import re
 import sys
 import tracemalloc
 from pathlib import Path
@@ -277,8 +278,15 @@ def chunks(root, name):
         "loss": abs(float(many) / float(one) - 1),
         "gradients": max(jax.tree.leaves(jax.tree.map(far, jax.tree.map(np.asarray, grads), split_grads))),
         "collectives": [x._asdict() for x in collectives(compiled.as_text())],
-        "whiles": compiled.as_text().count(" while("),
+        "loops": compiled.as_text().count(" while("),
+        "gathered in": places(compiled.as_text(), r" = f32\[16,256\]\S* all-gather\("),
     }  # fmt: skip
+
+
+def places(text, pattern):
+    """The computations of a compiled program that have a line with a pattern."""
+    parts = re.split(r"\n(?=\S)", text)
+    return [part.split()[0] for part in parts if re.search(pattern, part)]
 
 
 def host_memory(root, name):

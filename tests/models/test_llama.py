@@ -12,7 +12,7 @@ import pytest
 
 import lora_jax as lora
 from lora_jax import paths
-from lora_jax.models import attention, checkpoints, llama, llama_config, registry, rope
+from lora_jax.models import checkpoints, llama, llama_config, plain_attention, registry, rope
 from lora_jax.models.llama_config import LlamaConfig
 from lora_jax.models.rope import Rope
 from tests.helpers import places
@@ -38,7 +38,7 @@ def run(model, params, *args, **options):
     return model.apply(params, *args, **options)
 
 
-@pytest.mark.parametrize("module", [attention, llama, llama_config, rope])
+@pytest.mark.parametrize("module", [plain_attention, llama, llama_config, rope])
 def test_doctests(module):
     assert doctest.testmod(module).failed == 0
 
@@ -310,8 +310,8 @@ def test_groups_of_queries_share_keys():
     bias = jnp.where(jnp.tril(jnp.ones((5, 5))) > 0, 0.0, -1e9)[None, None]
     many = lambda x: jnp.repeat(x, 3, axis=2)
     for options in ({}, {"scale": 0.3, "softcap": 2.0}):
-        found = attention.grouped_attention(q, k, v, bias, **options)
-        expected = attention.attention(q, many(k), many(v), bias, **options)
+        found = plain_attention.attend(q, k, v, bias, **options)
+        expected = plain_attention.attend(q, many(k), many(v), bias, **options)
         np.testing.assert_allclose(found, expected, atol=1e-6)
 
 

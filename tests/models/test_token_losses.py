@@ -110,7 +110,7 @@ def test_a_label_beyond_the_vocabulary_is_no_number(label):
     vocab=st.integers(2, 40),
     tokens=st.integers(1, 200),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_chunks_hold_all_tokens_and_few_more(rows, length, vocab, tokens):
     with pytest.MonkeyPatch.context() as patch:
         set_chunk(patch, tokens, vocab)
@@ -284,4 +284,5 @@ def test_memory_is_that_of_a_chunk(trained):
     options = {"xla_backend_optimization_level": 3}
     compiled = run.lower(x, kernel, tokens).compile(options)
     temporary = compiled.memory_analysis().temp_size_in_bytes
-    assert temporary < 3 * token_losses.CHUNK_BYTES
+    # Logits and their gradient; the CPU backend has a copy for a second use, by the kernel's.
+    assert temporary < (3.2 if trained else 2.2) * token_losses.CHUNK_BYTES

@@ -45,7 +45,9 @@ def run(root, *cases):
 @pytest.fixture(scope="module")
 def found(root):
     meshes = ("one", "data", "fsdp", "tensor", "mixed")
-    return run(root, *(f"losses:{mesh}" for mesh in meshes), "stream:mixed", "host:fsdp")
+    return run(
+        root, *(f"losses:{mesh}" for mesh in meshes), "stream:mixed", "host:fsdp", "chunks:mixed"
+    )
 
 
 def close(one, other):
@@ -118,6 +120,16 @@ def test_host_memory_is_a_tensor_above_the_result(found, scan):
     # The tensor, its check for numbers that are none, and what the interpreter makes on the way.
     assert about[scan] < about["result"] + 2.5 * about["tensor"]
     assert about["result"] > 15 * about["tensor"]
+
+
+def test_logits_stay_on_their_devices(found):
+    """By chunks, with the vocabulary split as well: what travels is the head's kernel, once a pass."""
+    about = found["chunks:mixed"]
+    assert about["loss"] < 1e-5 and about["gradients"] < 1e-5
+    assert about["loops"] == 2  # forward and back
+    wide = {tuple(s) for x in about["collectives"] for s in x["shapes"] if {256, 512} & {*s}}
+    assert wide <= {(16, 256), (256, 2), (2, 256)}  # the kernel, and the gradient of its factor
+    assert about["gathered in"] and {*about["gathered in"]} == {"ENTRY"}
 
 
 def test_pmap_gives_the_numbers_of_one_device(root):
