@@ -10,7 +10,10 @@ each other. Each case is a process, since nothing else gives all of its memory b
 
 ``--memory`` compiles the program of the full size for weights that are not there
 (``jax.ShapeDtypeStruct``), and prints XLA's count of its memory. It takes no memory of that size,
-and no accelerator; on a CPU it is the CPU's program, which widens bfloat16 in places.
+and no accelerator. A CPU multiplies in float32: its program widens bfloat16 arrays, and makes
+float32 copies of whole ones (the head, the inputs of all layers) before it enters a loop. No
+accelerator needs them, so here the pass that moves them out of loops is off, on a CPU;
+``own_temporary_gb`` is what the CPU's program takes with it.
 
     tokens_per_s     tokens of the batch divided by the median time of a step
     mfu              model FLOPs divided by what the device can do: 4 for each parameter of a kernel
@@ -33,7 +36,7 @@ from typing import Any
 
 import jax
 
-from benchmarks.llama_steps import SHAPES, Case, compile_step, lower, ours, theirs
+from benchmarks.llama_steps import SHAPES, Case, measure_memory, ours, theirs
 
 SIDES = {
     "ours": ours,
@@ -106,9 +109,7 @@ def print_memory(options: argparse.Namespace) -> None:
         for length in map(int, options.lengths.split(",")):
             for base in ("bfloat16", "nf4"):
                 case = Case(model=name, batch=(1, length), base=base)
-                lowered, _, kernels = lower(case, abstract=True)
-                row = compile_step(lowered)[1] | {"kernels": kernels}
-                row["device"] = jax.devices()[0].device_kind
+                row = measure_memory(case) | {"device": jax.devices()[0].device_kind}
                 print(json.dumps(dataclasses.asdict(case) | row), flush=True)
 
 
