@@ -101,7 +101,23 @@ def attend(
     (1, 3, 4, 2)
     """
     inputs, context = split((query, key, value), mask, scoring, drop, block or default_block())
-    return join(_attend(inputs, context), query.shape[1])
+    return join(_attend(inputs, _tie(context, inputs.query)), query.shape[1])
+
+
+def _tie(context: Context, query: Array) -> Context:
+    """Makes the context seem to depend on the queries, without a change of values.
+
+    The gradient of a scan over layers computes ahead of the scan what does not depend on the
+    layer: of the mask, that would be the arrays of all pairs of blocks, at once.
+    """
+    leaves, treedef = jax.tree.flatten(context)
+    is_key = lambda x: jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)
+    plain = [k for k, x in enumerate(leaves) if not is_key(x)]
+    first = lax.stop_gradient(query[(0,) * query.ndim])
+    *tied, _ = lax.optimization_barrier([*(leaves[k] for k in plain), first])
+    for k, x in zip(plain, tied, strict=True):
+        leaves[k] = x
+    return treedef.unflatten(leaves)
 
 
 def default_block() -> int:
