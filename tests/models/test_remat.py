@@ -124,25 +124,25 @@ def deep_bert(remat, scan_layers):
     model = bert.BertForSequenceClassification(shape, remat=remat, scan_layers=scan_layers)
     labels = {"labels": np.zeros(16, np.int32), "weights": np.ones(16, np.float32)}
     measure = lambda logits, b: metrics.cross_entropy(logits, b["labels"], b["weights"])
-    return model, labels, measure, ("query", "value")
+    return model, labels, (classification.apply, measure), ("query", "value")
 
 
 def deep_gpt2(remat, scan_layers):
     shape = gpt2.GPT2Config(vocab_size=30, n_positions=32, n_embd=16, n_layer=8, n_head=2)
     model = gpt2.GPT2LMHeadModel(shape, remat=remat, scan_layers=scan_layers)
     labels = {"counts": np.ones((16, 32), np.int32), "weights": np.ones(16, np.float32)}
-    return model, labels, language_modeling.token_loss, ("c_attn",)
+    return model, labels, (language_modeling.apply, language_modeling.token_loss), ("c_attn",)
 
 
 def lowered(make, remat, scan_layers):
     """A lifted training step."""
-    model, labels, measure, targets = make(remat, scan_layers)
+    model, labels, (apply, measure), targets = make(remat, scan_layers)
     ids = np.ones((16, 32), np.int32)
     batch = {"input_ids": ids, "attention_mask": ids} | labels
     c = common.base_config()
     c.lora.targets, c.lora.train, c.lora.rank = targets, (), 2
     task = Task(
-        apply=functools.partial(language_modeling.apply, model), metrics=measure,
+        apply=functools.partial(apply, model), metrics=measure,
         train_batch=lambda step: batch, eval_batches=None, steps_per_epoch=10,
         base=model.init(jax.random.key(0), ids[:1], ids[:1]), base_id="", metadata={},
     )  # fmt: skip
