@@ -276,6 +276,22 @@ def test_memory_is_linear_in_the_length():
     assert long < 4 * 2 * 4 * 8192**2 / 10
 
 
+def test_masks_stay_inside_a_scan_over_layers():
+    """The gradient of a scan computes ahead what does not depend on the layer, here all masks."""
+
+    def count_bytes(n):
+        def layer(x, kernel):
+            y = x @ kernel
+            return blockwise_attention.attend(y, y, y, causal(n), Scoring(0.1)), None
+
+        loss = lambda kernels, x: jax.lax.scan(layer, x, kernels)[0].sum()
+        shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((2, 16, 16), (2, n, 4, 16))]
+        compiled = jax.jit(jax.grad(loss)).lower(*shapes).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert count_bytes(4096) < 4.1 * count_bytes(1024)
+
+
 @pytest.mark.slow
 def test_memory_at_all_lengths():
     lengths = (512, 1024, 2048, 4096, 8192)
