@@ -264,7 +264,7 @@ def theirs(case: Case, steps: int, *, is_compiled: bool) -> dict[str, Any]:
         torch.nn.utils.clip_grad_norm_(trained, CLIP)
         update.step()
         update.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
         seconds.append(time.perf_counter() - begin)
     about = {"compile_s": round(sum(seconds[:3]), 1), "loss": losses[0]}
     if device.type == "cuda":
