@@ -41,7 +41,8 @@ def test_a_run_among_others_is_the_run_alone(root, count):
     assert len(program.compiled) == 1  # all batches of this data have one length
     for point, loss, state, member in zip(found, losses, states, members, strict=True):
         want, end = runs_together.alone(task, point.config, 50)
-        np.testing.assert_allclose(loss, want, rtol=1e-5)
+        # A loss is a difference of numbers near 1, however small it is: so is its rounding.
+        np.testing.assert_allclose(loss, want, rtol=1e-5, atol=2e-6)
         got = vmapped_step.cut(state.state, member.state)
         for x, y in zip(jax.tree.leaves(got.adapter), jax.tree.leaves(end.adapter), strict=True):
             # Adam divides by the root of tiny second moments: entries near zero differ most.
