@@ -386,6 +386,7 @@ def test_a_random_chain(chain):
 
 @quick(max_examples=30)
 @given(chains(dtypes=("float32",)))
+@pytest.mark.slow
 def test_a_random_chain_with_a_gain(chain):
     check_with_gain(chain)
 

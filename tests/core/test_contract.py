@@ -82,12 +82,24 @@ def assert_same(got, want):
         np.testing.assert_array_equal(np.asarray(g), np.asarray(w))
 
 
-# All tests of a model run in one process, so that its compiled functions are shared.
-_group = lambda model, *rest: pytest.param(model, *rest, marks=pytest.mark.xdist_group(model))
+def grouped(model, *rest, slow=False):
+    """Arguments of a test: all tests of a model share a process, and what is compiled there."""
+    marks = [pytest.mark.xdist_group(model)] + [pytest.mark.slow] * slow
+    return pytest.param(model, *rest, marks=marks)
+
+
+# By default every model with factors and a head trained in full, and a few with every method.
+FEW = ("mlp", "scanned")
 both = pytest.mark.parametrize(
-    ("model", "method"), [_group(model, method) for model in zoo.ZOO for method in METHODS]
+    ("model", "method"),
+    [
+        grouped(model, method, slow=model not in FEW and method != "lora_head")
+        for model in zoo.ZOO
+        for method in METHODS
+    ],
 )
-lowrank_only = pytest.mark.parametrize("model", [_group(model) for model in zoo.ZOO])
+lowrank_only = pytest.mark.parametrize("model", [grouped(model) for model in zoo.ZOO])
+few = pytest.mark.parametrize("model", [grouped(m, slow=m not in FEW) for m in zoo.ZOO])
 
 
 @pytest.mark.xdist_group("groups")
@@ -264,7 +276,7 @@ def test_every_use_is_factored(model):
     assert all(use.factored > 0 for use in report.kernels.values())
 
 
-@lowrank_only
+@few
 def test_training_the_bound_tree_under_a_mask_gives_the_same_adapter(model):
     """Bit for bit, with the base bitwise unchanged, by either way of masking in optax."""
     c = case(model, "lora_head")

@@ -10,6 +10,7 @@ from tests.helpers.places import ROOT
 
 
 @pytest.mark.parametrize("method", ["lora", "toy"])
+@pytest.mark.slow
 def test_lift_equals_merge_on_several_devices(method):
     """Staying factored (the cases are strict), in values and gradients, with types that agree."""
     program = [sys.executable, "-m", "tests.helpers.cases_on_4_devices", method]

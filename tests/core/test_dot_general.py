@@ -5,6 +5,7 @@ import string
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
@@ -103,6 +104,7 @@ def test_groups_of_a_reshape(shape, data):
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.permutations(range(4)), st.integers(0, 2**31))
+@pytest.mark.slow
 def test_moves_commute_with_forming_the_kernel(permutation, seed):
     """A chain of moves on the factors equals the same moves on the formed kernel."""
     rng = np.random.default_rng(seed)

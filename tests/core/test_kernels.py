@@ -113,6 +113,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.slow
 def test_models_have_the_same_kernels_for_every_batch(name):
     model, shape, wanted = MODELS[name]
     call = lambda v, x: model.apply(v, x, mutable=["cache", "batch_stats", "ema"])

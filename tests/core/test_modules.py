@@ -187,6 +187,7 @@ np.testing.assert_array_equal(fn(params, x), want)
 # In a process of its own: the backend is chosen when Keras is first imported.
 @pytest.mark.parametrize("backend", ["jax", "numpy"])
 @pytest.mark.skipif(importlib.util.find_spec("keras") is None, reason="extra `keras`")
+@pytest.mark.slow
 def test_keras(backend):
     env = {**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": str(ROOT)}
     run = subprocess.run([sys.executable, "-c", KERAS], env=env, capture_output=True, text=True)

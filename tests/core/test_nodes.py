@@ -60,6 +60,7 @@ def assert_same(got, want):
 
 
 @pytest.mark.parametrize("name", zoo.ZOO)
+@pytest.mark.slow
 def test_lift_is_merge_is_the_definition(name):
     """Values and gradients on every model, all uses factored; `toy_method.merge` is an einsum of its own."""
     model, _, adapter = case(name)
@@ -86,6 +87,7 @@ def test_lift_is_merge_is_the_definition(name):
 
 
 @pytest.mark.parametrize("name", ["scanned_remat", "experts", "tied"])
+@pytest.mark.slow
 def test_vmap_over_adapters(name):
     model, _, adapter = case(name)
     other = jax.tree.map(lambda x: 0.5 * x, adapter)

@@ -125,6 +125,7 @@ def test_vmap_over_adapters(name):
 
 
 @some
+@pytest.mark.slow
 def test_dropout_is_that_over_the_decoded_base(name):
     """The same key drops the same inputs."""
     c = case(name)

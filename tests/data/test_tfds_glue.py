@@ -151,6 +151,7 @@ def test_a_file_whose_checksum_is_wrong_is_refused(served, tmp_path):
 
 
 @needs_tensorflow
+@pytest.mark.slow
 def test_data_that_were_prepared_in_another_format_are_refused(served, tmp_path):
     run = _run(PREPARE, served.url, served.digest, served.size, tmp_path, "tfrecord")
     assert run.returncode != 0

@@ -157,6 +157,7 @@ def causal(n):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.03)])
+@pytest.mark.slow
 def test_precision(dtype, tolerance):
     """bfloat16 keeps 8 bits; a few roundings of 2^-9, relative to the largest value of about 5."""
     arrays, gradient = make_plain(20, dtype)
@@ -247,6 +248,7 @@ def test_gradients_with_dropout_are_those_of_the_same_weights():
         check_grads(jax.jit(attend), arrays, order=1, modes=["rev"])
 
 
+@pytest.mark.slow
 def test_the_second_derivative():
     with jax.enable_x64(True):
         arrays, gradient = make_plain(6, jnp.float64)
@@ -356,6 +358,7 @@ QUICK = [("llama/gemma2", {"scan_layers": True})]
 
 
 @pytest.mark.parametrize(("case", "options"), QUICK)
+@pytest.mark.slow
 def test_models_compute_the_same(case, options, monkeypatch):
     check_model(case, monkeypatch, **options)
 

@@ -157,6 +157,7 @@ def all_texts(prompt, *, stop, penalty):
 
 
 @pytest.mark.parametrize("stop, penalty", [((), 1.0), ((2, 4), 0.0), ((2, 4), 1.5)])
+@pytest.mark.slow
 def test_a_wide_beam_finds_the_best_text_of_all(stop, penalty):
     settings = Decoding(
         max_new_tokens=ROOM, beams=VOCAB ** (ROOM - 1), stop=stop, length_penalty=penalty,
@@ -169,6 +170,7 @@ def test_a_wide_beam_finds_the_best_text_of_all(stop, penalty):
         assert scores[tuple(text)] > max(scores.values()) - 1e-5
 
 
+@pytest.mark.slow
 def test_beams_repeat_nothing_that_they_must_not():
     settings = Decoding(max_new_tokens=8, beams=3, no_repeat_ngram=2)
     free = dataclasses.replace(settings, no_repeat_ngram=0)
@@ -257,6 +259,7 @@ def adapter(seed, rank=2):
 
 
 @pytest.mark.parametrize("options", [dict(), dict(beams=3, stop=(4,))])
+@pytest.mark.slow
 def test_lifted_and_merged_are_the_same_and_another_adapter_needs_no_compilation(options):
     begin, step = parts()
     traced = []

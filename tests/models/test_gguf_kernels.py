@@ -146,6 +146,7 @@ def test_a_scheme_is_for_decoded_numbers(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, leaf, wanted)
 
 
+@pytest.mark.slow
 def test_other_codes_are_decoded_when_asked():
     """What bitsandbytes has stored, too."""
     golden = GOLDENS / "nf4_double"

@@ -261,6 +261,7 @@ def test_a_classifier_is_refused(both):
         checkpoints.load(both[1], head="classifier")
 
 
+@pytest.mark.slow
 def test_programs(both, tmp_path):
     """Training on rows that are the same, and talking to the result."""
     tiny_llama.data(tmp_path / "data.jsonl", 24)

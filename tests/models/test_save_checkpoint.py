@@ -167,6 +167,7 @@ def test_a_tensor_larger_than_a_shard_has_its_own():
     )
 
 
+@pytest.mark.slow
 def test_memory_holds_one_tensor(tmp_path, monkeypatch):
     """Nothing of the size of the model, or of a stack, is made while kernels are merged."""
     sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 12}

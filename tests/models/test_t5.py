@@ -128,6 +128,7 @@ def test_texts_equal_transformers(case, beams):
 
 
 @pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.slow
 def test_lifted_texts_equal_merged_ones_and_adapters_are_switched_at_run_time(beams):
     model, params = load("v1_1")
     ids, mask, *_ = golden("v1_1")[0]

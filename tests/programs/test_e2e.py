@@ -160,6 +160,7 @@ def config_of(finished, source, **changes):
     return c.lock()
 
 
+@pytest.mark.slow
 def test_the_base_learns_and_is_a_model_like_any_other(finished):
     lines = (finished[0] / "base" / "metrics.jsonl").read_text().splitlines()
     losses = [x["eval_loss"] for x in map(json.loads, lines) if "eval_loss" in x]
@@ -305,6 +306,7 @@ def test_real_lines_and_real_tokens():
         assert tokenizer.decode(tokenizer.encode(f" {text}").ids) == f" {text}"
 
 
+@pytest.mark.slow
 def test_a_sweep_selects_the_lowest_loss(finished, source, tmp_path):
     root, *_ = finished
     fields = e2e_files.ADAPTED | {

@@ -55,6 +55,7 @@ def best(workdir):
     return next(x for x in lines if x["step"] == step and "eval_accuracy" in x)
 
 
+@pytest.mark.slow
 def test_the_score_is_the_logged_one(finished, config):
     before = traces(finished)
     found, human = scored(config, finished / "adapter", finished)
@@ -89,6 +90,7 @@ def test_another_config_is_said(finished, config):
     assert found["accuracy"] == best(finished)["eval_accuracy"]
 
 
+@pytest.mark.slow
 def test_a_run_under_way(task, config, tmp_path):
     """Between two of its steps; the run goes on as if nothing had been."""
     seen = []

@@ -109,6 +109,7 @@ def test_it_answers(finished):
     assert said == "a colour\na number\n"
 
 
+@pytest.mark.slow
 def test_the_adapter_in_the_format_of_peft_answers_too(finished, tmp_path):
     root, _ = finished
     out = tmp_path / "peft"

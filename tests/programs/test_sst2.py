@@ -139,6 +139,7 @@ def test_export_is_the_merged_model(finished, tmp_path):
     assert again.returncode == 2 and "not an empty directory" in again.stderr
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(inputs, finished, tmp_path):
     """Stopped by Ctrl-C, then killed, the run ends with the adapter and metrics of one left alone."""
     workdir = tmp_path / "run"
@@ -165,6 +166,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(inputs, finished, tmp_path):
     assert lines_without_speed(workdir) == lines_without_speed(finished[0])
 
 
+@pytest.mark.slow
 def test_sigterm_ends_a_run_at_a_checkpoint(inputs, finished, tmp_path):
     """With status 0 and the command that goes on, to the same bits; a second one does no harm."""
     workdir = tmp_path / "run"
@@ -292,6 +294,7 @@ def test_no_permission(inputs, tmp_path):
     assert not list(locked.iterdir())
 
 
+@pytest.mark.slow
 def test_nan_loss(inputs, tmp_path):
     """Steps so large that the loss overflows; tests/training/test_train.py has what is kept then."""
     done = run(*training(inputs, tmp_path / "run", optimizer__learning_rate=1e30))
@@ -352,6 +355,7 @@ def test_export_in_the_format_of_peft(inputs, finished, exported, tmp_path):
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.slow
 def test_predict_and_merge_from_peft(inputs, finished, exported, tmp_path):
     sentences = ["the film was great", "the film was awful"]
     rows = {}
@@ -379,6 +383,7 @@ def test_predict_and_merge_from_peft(inputs, finished, exported, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["ours", "peft"])
+@pytest.mark.slow
 def test_training_goes_on_from_an_adapter(inputs, finished, exported, tmp_path, kind):
     adapter = exported if kind == "peft" else finished[0] / "adapter"
     arguments = training(inputs, tmp_path / "run", epochs=1, optimizer__learning_rate=1e-5)

@@ -39,6 +39,7 @@ def test_out_of_memory_halves_the_width():
         parallelism.check_memory(jax.errors.JaxRuntimeError("INTERNAL: something else"))
 
 
+@pytest.mark.slow
 def test_the_width_is_measured(found):
     """With all the time in the world a second width is tried; with little, one is compiled."""
     group = scheduler.prepare(recipes.GLUE, found, found)
@@ -49,6 +50,7 @@ def test_the_width_is_measured(found):
     assert made.compilations() == {"train": 3}  # of another key: one run, and four, at a time
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_when_memory_runs_out(found, tmp_path, monkeypatch):
     """A device that has no room for more than one run, as of the third step."""
     steps = {"full": 0, "fits": 0}

@@ -47,6 +47,7 @@ def swept(base, tmp_path_factory):
     return workdir, points
 
 
+@pytest.mark.slow
 def test_each_run_is_the_run_alone(swept, tmp_path):
     workdir, points = swept
     rows = {row.values["optimizer.learning_rate"]: row for row in results.load(workdir).rows}
@@ -58,6 +59,7 @@ def test_each_run_is_the_run_alone(swept, tmp_path):
         np.testing.assert_allclose(found, alone.best_loss, rtol=1e-4)  # sums in another order
 
 
+@pytest.mark.slow
 def test_the_lowest_loss_is_the_best(swept):
     workdir, _ = swept
     found = results.load(workdir)

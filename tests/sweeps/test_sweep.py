@@ -128,6 +128,7 @@ def test_a_sweep_finishes_and_reports(finished, inputs, grid):
     assert "group 1: 4 runs, 0 to do" in again and "compiled: nothing" in again
 
 
+@pytest.mark.slow
 def test_each_run_is_the_run_alone(finished, inputs, tmp_path):
     """Against experiments.sst2 with the run's own config, and its adapter works alike."""
     path = by_values(finished[0])[3, 1]
@@ -155,6 +156,7 @@ def test_each_run_is_the_run_alone(finished, inputs, tmp_path):
     assert abouts[0] == abouts[1]
 
 
+@pytest.mark.slow
 def test_together_spread_and_in_shards_is_the_same(finished, inputs, grid, tmp_path):
     """Three at a time; over eight devices; in two shards whose report is that of the whole."""
     wanted = outcome(finished[0])
@@ -180,6 +182,7 @@ def test_together_spread_and_in_shards_is_the_same(finished, inputs, grid, tmp_p
     assert page.count("data:image/png;base64,") == 3 and 'src="http' not in page
 
 
+@pytest.mark.slow
 def test_added_points_alone_are_run(finished, inputs, tmp_path):
     """Another rank, a diverging run and a shorter one: what is finished stays, to the byte."""
     workdir = finished[0]
@@ -221,6 +224,7 @@ cli.run(sweep.main)
 """
 
 
+@pytest.mark.slow
 def test_killed_at_a_write_and_resumed(finished, inputs, grid, tmp_path):
     """SIGKILL just before a file gets its name: twice, then to the end, with the same result."""
     wanted = {k: v for k, v in outcome(finished[0]).items() if v[0]["id"] in ids(finished[0])}
@@ -233,6 +237,7 @@ def test_killed_at_a_write_and_resumed(finished, inputs, grid, tmp_path):
     assert outcome(workdir) == wanted
 
 
+@pytest.mark.slow
 def test_sigterm_ends_a_sweep_at_checkpoints(finished, inputs, grid, tmp_path):
     wanted = {k: v for k, v in outcome(finished[0]).items() if v[0]["id"] in ids(finished[0])}
     workdir = tmp_path / "sweep"
@@ -299,6 +304,7 @@ def test_killed_at_random_and_resumed(inputs, grid, tmp_path, parallel):
         same(found, wanted)
 
 
+@pytest.mark.slow
 def test_halving(inputs, tmp_path):
     """Of six runs two go on after a ninth of the steps, and one after a third."""
     config = sweep_file(

@@ -31,6 +31,7 @@ POINTS = (
 
 
 @pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.slow
 def test_a_run_among_others_is_the_run_alone(root, count):
     """Per-step losses over 50 steps, in float32, to 1e-5: rounding, and its growth so far."""
     found = runs_together.add_points(root, POINTS)
@@ -67,6 +68,7 @@ def test_in_float64_they_stay_together(root):
             assert np.ptp(want) > 0.05  # it does train
 
 
+@pytest.mark.slow
 def test_a_nan_run_is_frozen_and_disturbs_nobody(root):
     good = {"lora.rank": 2, "seed": 3}
     bad = {"lora.rank": 4, "optimizer.learning_rate": 1e30}
@@ -87,6 +89,7 @@ def test_a_nan_run_is_frozen_and_disturbs_nobody(root):
     np.testing.assert_array_equal(losses[2], without[2])
 
 
+@pytest.mark.slow
 def test_an_untrained_fresh_head_is_each_runs_own(root):
     """A head drawn by the seed and not trained is data of the run, and still that of the run alone."""
     found = runs_together.add_points(root, [{"seed": 0}, {"seed": 1}], lora__train=())
@@ -101,6 +104,7 @@ def test_an_untrained_fresh_head_is_each_runs_own(root):
     )
 
 
+@pytest.mark.slow
 def test_what_no_run_changes_is_computed_once():
     """XLA's own count: with adapters in the last layer only, four runs cost far less than four."""
 

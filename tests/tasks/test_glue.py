@@ -285,6 +285,7 @@ EPOCHS = 4
 
 
 @pytest.mark.parametrize("task", REPORTED)
+@pytest.mark.slow
 def test_a_run_reports_the_scores_of_its_task(task, inputs, tmp_path):
     kind, names, selects = REPORTED[task]
     learnt = (*TARGETS[kind].get("lora.train", ("default",)), "word_embeddings")
@@ -321,6 +322,7 @@ def test_a_run_reports_the_scores_of_its_task(task, inputs, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["roberta", "distilbert"])
+@pytest.mark.slow
 def test_sst2_learns_with_every_family(kind, inputs, tmp_path):
     tiny_encoder.data(inputs / "glue" / "sentences", n=160)
     config = config_of(inputs, "sst2", kind, epochs=10)
@@ -331,6 +333,7 @@ def test_sst2_learns_with_every_family(kind, inputs, tmp_path):
     assert best.best_score >= 0.9
 
 
+@pytest.mark.slow
 def test_an_adapter_for_other_labels_goes_on_with_a_fresh_head(inputs, tmp_path):
     mnli = config_of(inputs, "mnli", "roberta", epochs=1)
     trained(mnli, tmp_path / "mnli")
@@ -379,6 +382,7 @@ def flags_of(inputs, kind, **changes):
 
 
 @pytest.mark.xdist_group("cli")
+@pytest.mark.slow
 def test_programs_on_pairs(inputs, tmp_path):
     workdir = tmp_path / "run"
     done = run(
@@ -465,6 +469,7 @@ def sweep(add):
 
 
 @pytest.mark.xdist_group("cli")
+@pytest.mark.slow
 def test_a_sweep_goes_by_the_score_of_its_task(inputs, tmp_path):
     (tmp_path / "ranks.py").write_text(SWEEP)
     workdir = tmp_path / "sweep"

@@ -97,6 +97,7 @@ run = programs.run
 
 
 @pytest.mark.xdist_group("t5 cli")
+@pytest.mark.slow
 def test_training_predicting_and_exporting(inputs, tmp_path):
     """The same loop and the same commands as for a model with a classifier."""
     kernels = ("q", "k", "v", "o", "wi_0", "wi_1", "wo", "lm_head")

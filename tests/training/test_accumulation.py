@@ -212,6 +212,7 @@ def test_one_part_is_the_step_without():
     assert programs[0].as_text() == programs[1].as_text()
 
 
+@pytest.mark.slow
 def test_memory_falls():
     """XLA's own count of temporary bytes, for 64 rows in eight parts: less than a third."""
     found = {}

@@ -47,6 +47,7 @@ def same_as(left_alone, workdir):
 
 
 @pytest.mark.parametrize("step", [2, 7, 11, 16])
+@pytest.mark.slow
 def test_a_run_that_goes_on_is_the_run_left_alone(left_alone, tmp_path, step):
     """Whatever the steps of lines, evaluations and checkpoints have to do with the interruption."""
     with pytest.raises(RuntimeError):
@@ -188,6 +189,7 @@ def test_a_damaged_checkpoint_is_put_aside(left_alone, stopped, damage, capsys):
     assert (stopped / "checkpoints" / "damaged-10-1").is_dir()
 
 
+@pytest.mark.slow
 def test_bits_that_flip(left_alone, stopped, tmp_path):
     """The run ends the same, whether or not the file counts for anything."""
     newest = stopped / "checkpoints" / "10"

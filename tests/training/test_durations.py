@@ -196,6 +196,7 @@ def test_the_fields_take_numbers_and_texts(config):
     glue_config.check(encoder_runs.changed(config, optimizer__warmup="2 steps", eval_every="50%"))
 
 
+@pytest.mark.slow
 def test_a_run_evaluates_and_saves_when_it_should(task, config, tmp_path):
     config = encoder_runs.changed(
         config, steps="2.5 epochs", eval_every=6, checkpoint_every="0.5 epochs",

@@ -82,6 +82,7 @@ def evaluated(workdir):
     return [x["step"] for x in metric_writer.read(workdir / "metrics.jsonl") if "eval_made" in x]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_stops_where_it_would_have(task, config, tmp_path, capsys):
     """With patience 3 the evaluations at 4, 8, ..., 32 are made, and those at 36 and 40 are not."""
     config = encoder_runs.changed(settings(config, 3), epochs=5, eval_every=4, log_every=4)

@@ -221,6 +221,7 @@ finally:
 """
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps_changes_nothing(left_alone, tmp_path):
     """By hours and years at every look: results are the same, and durations are durations."""
     with pytest.raises(RuntimeError):

@@ -56,6 +56,7 @@ def close(one, other):
 
 
 @pytest.mark.parametrize("mesh", ["data", "fsdp", "tensor", "mixed"])
+@pytest.mark.slow
 def test_losses_are_those_of_one_device(found, mesh):
     """With dropout, whose draw does not depend on the mesh."""
     one, other = found["losses:one"], found[f"losses:{mesh}"]

@@ -91,6 +91,7 @@ def step(task, config):
     return compiled, fresh, tx
 
 
+@pytest.mark.slow
 def test_a_healthy_run_keeps_its_bits(task, config, step):
     """Guarded or not, step for step: adapter, moments, sums."""
     guarded, fresh, tx = step
@@ -126,6 +127,7 @@ def test_a_bad_step_changes_nothing_but_the_clock(task, step):
 @pytest.mark.parametrize(
     "action, bad", [("stop", np.inf), pytest.param("skip", np.nan, marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_a_gradient_that_is_not_finite(task, config, tmp_path, action, bad):
     """The loss is; the error names the first leaf in the adapter's order."""
     names = list(paths.named_leaves(initial_state(
@@ -170,6 +172,7 @@ def test_the_first_offending_path():
         assert health.skips == 1 and health.count == 0
 
 
+@pytest.mark.slow
 def test_skipping_is_as_if_the_batch_had_not_been(task, config, tmp_path, step):
     """The run goes on, by hand and by the loop, to the same bits; its log has a line for the step."""
     bad = {3, 4, PER_EPOCH}

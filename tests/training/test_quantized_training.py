@@ -34,6 +34,7 @@ def root(tmp_path_factory):
     return made
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_is_loaded_again(root):
     c = config(root)
     task, settings = instruction_tuning.make_task(c)

@@ -60,6 +60,7 @@ def test_nan_in_evaluation_stops_and_keeps_the_best_adapter(task, config, tmp_pa
 
 # The event file can be neither flushed nor closed then, which its destructor tells.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.slow
 def test_disk_full_loses_nothing(task, config, tmp_path):
     """The run stops with one clear error, and goes on to the same bits when there is room."""
     encoder_runs.run(task, config, tmp_path / "whole")
