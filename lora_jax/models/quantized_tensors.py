@@ -31,6 +31,7 @@ _BYTES = np.dtype(np.uint8)
 _FIELDS = {"quant_type", "blocksize", "dtype", "shape"}
 _NESTED_FIELDS = {"nested_blocksize", "nested_dtype", "nested_offset"}
 _FLOAT8 = np.dtype(jnp.float8_e4m3fn)
+_LARGEST = 1e30  # scale of any kernel; its products with codes are finite in float32
 
 
 class QuantizedTensor(NamedTuple):
@@ -177,8 +178,8 @@ def read_quantized(tensor: QuantizedTensor, weight: Weight, dtype: Any) -> Quant
     axes, sizes = (names.axes(weight), weight.shape) if is_kernel else ("oi", tensor.shape)
     leaf = cls(axes=axes, sizes=tuple(sizes), dtype=np.dtype(dtype), **fields)
     for key, x in jax.tree_util.tree_flatten_with_path(leaf)[0]:
-        if not np.isfinite(np.asarray(x, np.float32) if x.dtype.kind not in "iu" else x).all():
-            raise ValueError(f"has NaN or infinity in its {jax.tree_util.keystr(key).strip('.')}")
+        if x.dtype.kind not in "iu":
+            _check_size(x, jax.tree_util.keystr(key).strip("."))
     return leaf if is_kernel else names.from_tensor(weight, np.asarray(decode(leaf)))
 
 
@@ -224,11 +225,23 @@ def _read_state(data: np.ndarray) -> dict[str, Any]:
         "shape": isinstance(shape, list) and len(shape) == 2 and all(map(is_size, shape)),
         "nested_blocksize": about.get("nested_blocksize", NESTED_BLOCK) == NESTED_BLOCK,
         "nested_dtype": about.get("nested_dtype", "float32") == "float32",
-        "nested_offset": isinstance(about.get("nested_offset", 0), int | float),
+        "nested_offset": _is_number(about.get("nested_offset", 0)),
     }
     if bad := {field: about[field] for field, fits in known.items() if not fits}:
         raise ValueError(f"has a quant_state that is not understood: {bad}")
     return about
+
+
+def _check_size(x: np.ndarray, part: str) -> None:
+    largest = np.abs(np.asarray(x, np.float32)).max(initial=0)
+    if not np.isfinite(largest):
+        raise ValueError(f"has NaN or infinity in its {part}")
+    if largest > _LARGEST:
+        raise ValueError(f"has numbers as large as {largest:.1e} in its {part}: it is damaged")
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, int | float) and abs(x) <= _LARGEST  # false for NaN
 
 
 def _make_code_book(
