@@ -1,5 +1,6 @@
 """What the documentation shows is run: README snippets, its commands, and docstrings."""
 
+import ast
 import doctest
 import importlib
 import os
@@ -168,7 +169,8 @@ def test_every_test_that_the_documents_name_exists():
     assert len(named) > 40
     for file, name, star in named:
         source = next((ROOT / "tests").rglob(file)).read_text(encoding="utf-8")
-        assert f"\ndef {name}(" in source, (file, name)
-        before = source.split(f"\ndef {name}(")[0].rsplit("\n\n\n", 1)[-1]
-        slow = "pytestmark = pytest.mark.slow" in source or "@pytest.mark.slow\n" in before
+        tests = {x.name: x for x in ast.parse(source).body if isinstance(x, ast.FunctionDef)}
+        assert name in tests, (file, name)
+        marks = [ast.unparse(x) for x in tests[name].decorator_list]
+        slow = "pytestmark = pytest.mark.slow" in source or "pytest.mark.slow" in marks
         assert bool(star) == slow, (file, name)
