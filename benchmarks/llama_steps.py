@@ -11,6 +11,7 @@ import functools
 import math
 import statistics
 import time
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -95,7 +96,7 @@ def draw(shapes: PyTree) -> PyTree:
     """Draws random weights of these shapes; codes are random bytes, scales of norms are 1."""
 
     def leaf(path: tuple, x: jax.ShapeDtypeStruct) -> jax.Array:
-        key = jax.random.key(hash(jax.tree_util.keystr(path)) % 2**31)
+        key = jax.random.key(zlib.crc32(jax.tree_util.keystr(path).encode()))
         if jnp.issubdtype(x.dtype, jnp.integer):
             return jax.random.bits(key, x.shape, x.dtype)
         if "norm" in jax.tree_util.keystr(path):

@@ -126,7 +126,10 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="compile only, for shapes")
     parser.add_argument("--lengths", default="4096,8192", help="tokens of a row, for --memory")
     options = parser.parse_args()
-    print_memory(options) if options.memory else run(options)
+    if options.memory:
+        print_memory(options)
+    else:
+        run(options)
 
 
 if __name__ == "__main__":

@@ -70,11 +70,13 @@ def _report_replies(config: ConfigDict, adapter: Path, workdir: Path | None = No
     before, after = (replies.count_matches(pattern, x) for x in (found.base, found.adapted))
     count = len(found.prompts)
     print(f"replies that match {pattern!r}: {before} of {count} before, {after} of {count} after")
+    if found.left_out:
+        print(f"without replies: {found.left_out} conversations, whose assistant answers no user")
     if workdir is None:
         return
     rows = [
         {"messages": messages, "before": base, "after": adapted}
-        for messages, base, adapted in zip(*found, strict=True)
+        for messages, base, adapted in zip(found.prompts, found.base, found.adapted, strict=True)
     ]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_atomically(workdir / REPLIES, text.encode())

@@ -19,11 +19,13 @@ class Replies(NamedTuple):
       prompts: messages of each conversation up to the reply.
       base: replies of the model without the adapter.
       adapted: replies of the model with it.
+      left_out: number of conversations in which the assistant answers no user.
     """
 
     prompts: list[list[Message]]
     base: list[str]
     adapted: list[str]
+    left_out: int = 0
 
 
 def generate(config: ConfigDict, adapter: str | Path) -> Replies:
@@ -37,7 +39,10 @@ def generate(config: ConfigDict, adapter: str | Path) -> Replies:
       FileNotFoundError, ValueError: adapter, base or conversations are missing or damaged.
     """
     _, held_out = instruction_tuning.load_conversations(config)
-    prompts = [cut_before_reply(conversation.messages) for conversation in held_out]
+    cut = [cut_before_reply(conversation.messages) for conversation in held_out]
+    prompts = [messages for messages in cut if messages]
+    if not prompts:
+        return Replies([], [], [], len(cut))
     options: dict[str, Any] = {
         "batch_size": config.replies.batch_size,
         "now": datetime.datetime.fromisoformat(config.data.date),
@@ -45,17 +50,21 @@ def generate(config: ConfigDict, adapter: str | Path) -> Replies:
     models = chat.load_pair(
         adapter, model=config.model.name, max_new_tokens=config.replies.max_new_tokens
     )
-    return Replies(prompts, *(chat.reply_to_all(model, prompts, **options) for model in models))
+    base, adapted = (chat.reply_to_all(model, prompts, **options) for model in models)
+    return Replies(prompts, base, adapted, len(cut) - len(prompts))
 
 
 def cut_before_reply(messages: Sequence[Message]) -> list[Message]:
-    """Returns the messages before the assistant's first one.
+    """Returns the messages before the assistant's first answer to a user; none if there is none.
 
     >>> cut_before_reply([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])
     [{'role': 'user', 'content': '?'}]
+    >>> cut_before_reply([{"role": "assistant", "content": "Hello!"}])
+    []
     """
     roles = [message["role"] for message in messages]
-    return list(messages[: roles.index("assistant")])
+    answers = [k for k, x in enumerate(roles) if x == "assistant" and "user" in roles[:k]]
+    return list(messages[: answers[0]]) if answers else []
 
 
 def count_matches(pattern: str, replies: Sequence[str]) -> int:
