@@ -69,7 +69,9 @@ def example(case: Case) -> dict[str, np.ndarray]:
     rng, part = np.random.default_rng(0), length // case.texts
     ids = rng.integers(1, SHAPES[case.model]["vocab_size"], case.batch)
     places = np.broadcast_to(np.arange(length), (rows, length))
-    batch = {"input_ids": ids, "positions": places % part, "segment_ids": places // part}
+    batch = {"input_ids": ids, "positions": places % part}
+    if case.texts > 1:
+        batch["segment_ids"] = places // part
     return {name: x.astype(np.int32) for name, x in batch.items()}
 
 
@@ -136,8 +138,8 @@ def make_step(model: llama.LlamaForCausalLM) -> Callable:
     return step
 
 
-def lower(case: Case, *, abstract: bool) -> tuple[jax.stages.Lowered, tuple, int]:
-    """Traces the step; returns its arguments, too, and the number of parameters of its kernels."""
+def lower(case: Case, *, abstract: bool) -> tuple[jax.stages.Lowered, tuple]:
+    """Traces the step; returns its arguments, too."""
     config = read_config(case)
     remat = "full" if case.remat else "none"
     model = llama.LlamaForCausalLM(config, dtype=jnp.bfloat16, scan_layers=True, remat=remat)
@@ -155,7 +157,7 @@ def lower(case: Case, *, abstract: bool) -> tuple[jax.stages.Lowered, tuple, int
         moments = step.init(adapter)
         batch = jax.device_put(batch)
     args = adapter, moments, base, batch
-    return jax.jit(step, donate_argnums=(0, 1)).lower(*args), args, count_kernels(config)
+    return jax.jit(step, donate_argnums=(0, 1)).lower(*args), args
 
 
 def count_kernels(config: LlamaConfig) -> int:
@@ -187,7 +189,8 @@ def measure_memory(case: Case) -> dict[str, float]:
 
     On a CPU float32 copies of whole arrays are left out, which an accelerator does not need.
     """
-    lowered, _, kernels = lower(case, abstract=True)
+    lowered, _ = lower(case, abstract=True)
+    kernels = count_kernels(read_config(case))
     own = compile_step(lowered)[1]
     if jax.default_backend() != "cpu":
         return own | {"kernels": kernels}
@@ -197,7 +200,7 @@ def measure_memory(case: Case) -> dict[str, float]:
 
 def ours(case: Case, steps: int) -> dict[str, Any]:
     """Measures this library's step."""
-    lowered, (adapter, moments, base, batch), kernels = lower(case, abstract=False)
+    lowered, (adapter, moments, base, batch) = lower(case, abstract=False)
     compiled, about = compile_step(lowered)
     losses, seconds = [], []
     for _ in range(steps + 2):
@@ -208,15 +211,19 @@ def ours(case: Case, steps: int) -> dict[str, Any]:
     stats = jax.devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         about["peak_gb"] = round(stats["peak_bytes_in_use"] / 1e9, 3)
-    return about | {"loss": losses[0], "kernels": kernels, **speed(case, kernels, seconds[2:])}
+    device = jax.devices()[0].device_kind
+    return about | {"loss": losses[0]} | speed(case, seconds[2:], device)
 
 
-def speed(case: Case, kernels: int, seconds: list[float]) -> dict[str, float]:
+def speed(case: Case, seconds: list[float], device: str) -> dict[str, float | str]:
     """Computes tokens and FLOPs a second of the median step."""
+    kernels = count_kernels(read_config(case))
     median, tokens = statistics.median(seconds), math.prod(case.batch)
     flops = (6 if case.remat else 4) * kernels * tokens
-    peak = peak_tflops()
+    peak = peak_tflops(device)
     return {
+        "device": device,
+        "kernels": kernels,
         "step_s": round(median, 4),
         "tokens_per_s": round(tokens / median, 1),
         "tflops": round(flops / median / 1e12, 4),
@@ -225,10 +232,9 @@ def speed(case: Case, kernels: int, seconds: list[float]) -> dict[str, float]:
     }
 
 
-def peak_tflops() -> float:
-    """Returns what the device can do: the maker's figure, or what one large product reaches."""
-    kind = jax.devices()[0].device_kind
-    known = [peak for name, peak in PEAKS.items() if name in kind]
+def peak_tflops(device: str) -> float:
+    """Returns what a device can do: the maker's figure, or what one large product reaches."""
+    known = [peak for name, peak in PEAKS.items() if name in device]
     if known:
         return known[0]
     x = jax.random.normal(jax.random.key(0), (2048, 2048)).astype(jnp.bfloat16)
@@ -267,11 +273,11 @@ def theirs(case: Case, steps: int, *, is_compiled: bool) -> dict[str, Any]:
         update.zero_grad()
         losses.append(loss.item())
         seconds.append(time.perf_counter() - begin)
-    about = {"compile_s": round(sum(seconds[:3]), 1), "loss": losses[0]}
+    about, name = {"compile_s": round(sum(seconds[:3]), 1), "loss": losses[0]}, "cpu"
     if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
         about["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
-    kernels = count_kernels(read_config(case))
-    return about | {"kernels": kernels, **speed(case, kernels, seconds[3:])}
+    return about | speed(case, seconds[3:], name)
 
 
 def peft_model(case: Case, device: Any) -> Any:

@@ -1,7 +1,7 @@
 """A training step of a Llama on one accelerator: LoRA on every linear layer, here and in PEFT.
 
-    python -m benchmarks.llm_step [--models=1b,3b,8b] [--sides=ours,eager,compiled] [--seconds=460]
-    python -m benchmarks.llm_step --memory [--models=1b,3b,8b] [--lengths=4096,8192]
+    python -m benchmarks.llm_step [--models=3b,8b,1b] [--sides=ours,eager,compiled] [--seconds=460]
+    python -m benchmarks.llm_step --memory [--models=3b,8b,1b] [--lengths=4096,8192]
 
 Needs jax, flax, optax; PEFT's sides need torch, transformers and peft, and their 4 bits
 bitsandbytes. ``--models=tiny`` is for trying it out on a CPU. One JSON object a line and case; the
@@ -32,6 +32,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Iterator
+from itertools import zip_longest
 from typing import Any
 
 import jax
@@ -45,20 +46,30 @@ SIDES = {
 }
 
 
-def cases(models: list[str]) -> Iterator[Case]:
-    """Makes the cases of some models, the most telling first."""
-    for name in models:
-        if name == "tiny":
-            for base, remat in (("bfloat16", False), ("bfloat16", True), ("nf4", True)):
-                yield Case(model=name, batch=(2, 128), base=base, remat=remat, texts=2)
-        elif name == "8b":
-            yield Case(model=name, batch=(1, 4096), base="nf4")
-            yield Case(model=name, batch=(1, 4096), base="nf4", texts=4)
-        else:
-            yield Case(model=name, batch=(2, 4096))
-            yield Case(model=name, batch=(2, 4096), remat=False)
-            yield Case(model=name, batch=(2, 4096), base="nf4")
-            yield Case(model=name, batch=(2, 4096), texts=4)
+def cases(models: list[str]) -> list[Case]:
+    """Makes the cases of some models: the first of each, the second of each, and so on."""
+    return [x for turn in zip_longest(*map(cases_of, models)) for x in turn if x is not None]
+
+
+def cases_of(name: str) -> list[Case]:
+    """Makes the cases of a model, the most telling first."""
+    if name == "tiny":
+        case = Case(model=name, batch=(2, 128))
+        others = ({"texts": 2}, {"remat": False}, {"base": "nf4", "texts": 2})
+    elif name == "8b":
+        case, others = Case(model=name, batch=(1, 4096), base="nf4"), ({"texts": 4},)
+    else:
+        case = Case(model=name, batch=(2, 4096))
+        others = ({"texts": 4}, {"remat": False}, {"base": "nf4"})
+    return [case, *(dataclasses.replace(case, **changes) for changes in others)]
+
+
+def order(models: list[str], sides: list[str]) -> Iterator[tuple[Case, str]]:
+    """Orders what is to be measured: torch's compiler, which takes minutes, is last but once."""
+    first, *others = cases(models)
+    yield from ((first, side) for side in sides)
+    yield from ((case, side) for case in others for side in sides if side != "compiled")
+    yield from ((case, side) for case in others for side in sides if side == "compiled")
 
 
 def measure(pipe: Any, side: str, case: Case, steps: int) -> None:
@@ -67,23 +78,20 @@ def measure(pipe: Any, side: str, case: Case, steps: int) -> None:
         row = SIDES[side](case, steps)
     except Exception as error:  # noqa: BLE001 - whatever it is, the next case goes on
         row = {"error": f"{type(error).__name__}: {error}"[:300]}
-    row["device"] = jax.devices()[0].device_kind
     pipe.send(row)
 
 
 def run(options: argparse.Namespace) -> None:
     """Prints a line for each case and side, until the time is over."""
     context, end = multiprocessing.get_context("spawn"), time.monotonic() + options.seconds
-    for case in cases(options.models.split(",")):
-        found = {}
-        for side in options.sides.split(","):
-            about = {"side": side, **dataclasses.asdict(case)}
-            left = end - time.monotonic()
-            found[side] = row = attempt(context, side, case, options.steps, left)
-            mine = found.get("ours", {})
-            if side != "ours" and "step_s" in row and "step_s" in mine:
-                row["ratio"] = round(row["step_s"] / mine["step_s"], 3)
-            print(json.dumps(about | row), flush=True)
+    mine: dict[Case, float | None] = {}
+    for case, side in order(options.models.split(","), options.sides.split(",")):
+        row = attempt(context, side, case, options.steps, end - time.monotonic())
+        if side == "ours":
+            mine[case] = row.get("step_s")
+        elif "step_s" in row and mine.get(case):
+            row["ratio"] = round(row["step_s"] / mine[case], 3)
+        print(json.dumps({"side": side, **dataclasses.asdict(case), **row}), flush=True)
 
 
 def attempt(context: Any, side: str, case: Case, steps: int, seconds: float) -> dict[str, Any]:
@@ -119,7 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", default="1b,3b,8b", help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--models", default="3b,8b,1b", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--sides", default=",".join(SIDES), help="ours, or PEFT's")
     parser.add_argument("--steps", type=int, default=5, help="steps to measure")
     parser.add_argument("--seconds", type=float, default=460, help="the time for all cases")

@@ -195,7 +195,8 @@ def attention(
 def choose(case: Case, implementation: str) -> str:
     """Chooses the program: "xla", "cudnn" or "blockwise".
 
-    "auto" is cuDNN on an NVIDIA GPU, if it can compute the case; otherwise blockwise, if the
+    "auto" is cuDNN on an NVIDIA GPU, if it can compute the case (of rows with several texts, it
+    needs a mask, which must not take more than a layer keeps anyway); otherwise blockwise, if the
     scores would take more memory than everything else that a layer keeps for its gradient, and
     more than :data:`FLOOR`; otherwise XLA. A call with a cache, which cuDNN does not compute, is
     "auto" where cuDNN is asked for, so that a model that is trained with it can generate.
@@ -247,9 +248,26 @@ def _is_long(case: Case) -> bool:
     sizes = (case.batch, case.queries, case.keys)
     if not all(isinstance(size, int) for size in sizes):  # symbols, while a model is exported
         return False
+    return _count_score_bytes(case) > _count_kept_bytes(case)
+
+
+def _count_kept_bytes(case: Case) -> int:
+    """Counts what a layer keeps besides scores, or the bytes below which nobody minds."""
     width = case.heads.count * case.heads.size * jnp.dtype(case.dtype).itemsize
-    kept = _KEPT * case.batch * case.queries * width
-    return _count_score_bytes(case) > max(kept, FLOOR)
+    return max(_KEPT * case.batch * case.queries * width, FLOOR)
+
+
+def _segment_problems(case: Case) -> Iterator[str]:
+    """Says what keeps cuDNN from computing rows that hold several texts."""
+    if case.queries % 2 or case.keys % 2:
+        yield f"rows of {case.queries} tokens hold several texts, and it takes even numbers"
+    elif cudnn_attention.count_mask_bytes(case.batch, case.queries, case.keys) > _count_kept_bytes(
+        case
+    ):
+        yield (
+            f"rows of {case.queries} tokens hold several texts, whose mask would take more memory "
+            "than all else that a layer keeps"
+        )
 
 
 def _cudnn_problems(case: Case) -> Iterator[str]:
@@ -260,7 +278,7 @@ def _cudnn_problems(case: Case) -> Iterator[str]:
     if case.heads.dropout and not case.deterministic:
         yield f"attention weights are dropped (rate {case.heads.dropout})"
     if case.has_segments:
-        yield "rows hold several texts (set data.packing to False)"
+        yield from _segment_problems(case)
     if case.heads.is_relative and not case.is_cross:
         yield "scores have terms for relative positions"
     if case.has_cache:

@@ -123,9 +123,10 @@ def _tie(context: Context, query: Array) -> Context:
 def default_block() -> int:
     """Returns the largest number of queries, and of keys, of a block.
 
-    The scores of a pair are to fit into a CPU's cache. Elsewhere fewer, larger products are better.
+    The scores of a pair are to fit into a CPU's cache. Elsewhere fewer, larger products are better:
+    on an H100, 1,024 took two thirds of the time of 512, and 2,048 no less.
     """
-    return 256 if jax.default_backend() == "cpu" else 512
+    return 256 if jax.default_backend() == "cpu" else 1024
 
 
 @jax.custom_vjp
