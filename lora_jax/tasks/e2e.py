@@ -110,14 +110,22 @@ def make_task(
     Raises:
       FileNotFoundError, ValueError: the data are missing or damaged, or do not fit the model.
     """
-    c, writer = config.data, writer or load(config, devices)
+    writer = writer or load(config, devices)
+    parts = [tokenize(pairs, writer=writer) for pairs in read_parts(config)]
+    return language_modeling.make_task(config, writer.loaded, *parts)
+
+
+def read_parts(config: ConfigDict) -> tuple[Pairs, Pairs]:
+    """Reads the lines to learn from, and those to evaluate on.
+
+    Raises:
+      FileNotFoundError, ValueError: the data are missing or damaged.
+    """
+    c = config.data
     training = e2e_nlg.read(c.source, c.train)
     if c.holdout:
-        training, evaluation = e2e_nlg.split(training, c.holdout, c.seed)
-    else:
-        evaluation = e2e_nlg.read(c.source, c.validation)
-    parts = [tokenize(pairs, writer=writer) for pairs in (training, evaluation)]
-    return language_modeling.make_task(config, writer.loaded, *parts)
+        return e2e_nlg.split(training, c.holdout, c.seed)
+    return training, e2e_nlg.read(c.source, c.validation)
 
 
 def tokenize(pairs: Pairs, *, writer: Writer) -> Texts:
