@@ -61,7 +61,7 @@ def read(arguments: Sequence[str], base_config: Callable[[], ConfigDict] | None)
       ValueError: something is wrong in the file, or on the command line.
     """
     workdir = Path(_WORKDIR.value)
-    path = _CONFIG.value or _find_config(workdir)
+    path = _CONFIG.value or _find_config(workdir, arguments)
     config = config_files.load(path)
     base = config if base_config is None else base_config()
     added = workdirs.ADDED if path.endswith(".json") else {}
@@ -72,10 +72,12 @@ def read(arguments: Sequence[str], base_config: Callable[[], ConfigDict] | None)
     return Command(config.lock(), workdir, path, overrides)
 
 
-def _find_config(workdir: Path) -> str:
+def _find_config(workdir: Path, arguments: Sequence[str]) -> str:
     """Returns the path of the config of the run in a directory."""
     path = workdir / workdirs.CONFIG
     if not path.is_file():
+        if files := _list_files(arguments):
+            raise ValueError(f"There is no --config (did you mean --config={files[0]}?)")
         raise ValueError(
             f"There is no --config, and no run in {workdir} whose {workdirs.CONFIG} could stand "
             "for it: give a file, as in --config=configs/quickstart.py."
@@ -136,7 +138,8 @@ def _override(config: ConfigDict, texts: dict[str, list[str]], base: ConfigDict)
         section, name = config_fields.get_section(config, field)
         try:
             if name not in section:
-                section[name] = _parse_literal(given[-1])
+                with section.unlocked():
+                    section[name] = _parse_literal(given[-1])
                 values[field.rpartition(".")[0]] = section
                 continue
             like, _ = config_fields.get_section(base, field)
@@ -224,9 +227,14 @@ def _check_others(arguments: Sequence[str], known: Sequence[str]) -> None:
             hint = _suggest(name, text if equals else None, known)
             raise ValueError(f"unknown flag {argument}{hint}")
     if arguments:
-        files = [x for x in arguments if x.split(":")[0].endswith((".py", ".json"))]
+        files = _list_files(arguments)
         hint = f" (did you mean --config={files[0]}?)" if files else ""
         raise ValueError(f"Unexpected arguments {list(arguments)}{hint}; options start with --.")
+
+
+def _list_files(arguments: Sequence[str]) -> list[str]:
+    """Lists the arguments that are config files."""
+    return [x for x in arguments if config_files.split_argument(x)[0].endswith((".py", ".json"))]
 
 
 def _explain_field(field: str, text: str | None, known: Sequence[str]) -> str:

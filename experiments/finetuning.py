@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from experiments import cli, config_flag, evaluation, recipes
 from lora_jax.tasks import from_config
 from lora_jax.tasks.glue import find
-from lora_jax.training import mesh, train, workdirs
+from lora_jax.training import mesh, metric_writer, train, workdirs
 from lora_jax.training.loop import Progress
 from lora_jax.training.task import Recipe
 
@@ -35,6 +35,7 @@ def main(argv: list[str]) -> None:
         example = "A man is eating.\\tSomebody eats."
     quoted = f'$"{example}"' if "\\" in example else f'"{example}"'
     print(
+        f"{describe_change(workdir, best, task.score)}"
         f"best validation {task.score} {best.best_score:.4f} (loss {best.best_loss:.4f}) at "
         f"step {best.best_step}; {best.seconds / 60:.1f} minutes; "
         f"curves in {workdir / workdirs.CURVES}\n"
@@ -79,6 +80,22 @@ def fit(
         with config.unlocked():
             config.lora = from_config.to_config(lora_config)
     return train.train(task, config, lora_config, workdir, devices=devices, say=cli.say)
+
+
+def describe_change(workdir: Path, best: Progress, score: str) -> str:
+    """Says what training has changed, as a line; "" without an evaluation before the first step.
+
+    Args:
+      workdir: directory of the run.
+      best: progress at its end.
+      score: name of the score that selects the best adapter.
+    """
+    before = metric_writer.read_evaluation(workdir / workdirs.METRICS, 0)
+    if not before:
+        return ""
+    after = {score: best.best_score, "loss": best.best_loss}
+    parts = (f"{name} {before[name]:.4f} → {value:.4f}" for name, value in after.items())
+    return f"validation, before training → best: {', '.join(parts)}\n"
 
 
 def is_eval_only() -> bool:

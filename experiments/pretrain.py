@@ -56,6 +56,7 @@ def main(argv: list[str]) -> None:
     merged = lora.merge(loaded.params, adapter)
     checkpoints.save_hf(workdir / MODEL, merged, loaded.checkpoint, head=CAUSAL_LM)
     print(
+        f"{finetuning.describe_change(workdir, best, 'loss')}"
         f"best validation loss {best.best_loss:.4f} at step {best.best_step}; "
         f"{best.seconds / 60:.1f} minutes; the model is in {workdir / MODEL}"
     )

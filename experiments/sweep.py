@@ -15,7 +15,7 @@ from absl import flags
 from experiments import cli, config_flag, recipes
 from experiments.config_flag import Command
 from lora_jax.sweeps import scheduler, sweep_dirs, trials
-from lora_jax.training import config_files
+from lora_jax.training import config_files, metric_writer, workdirs
 from lora_jax.training.task import Recipe
 
 _PARALLEL = flags.DEFINE_string("parallel", "auto", "Runs at a time, or auto to find out.")
@@ -118,14 +118,17 @@ def _outcome(sweep: scheduler.Sweep) -> str:
     statuses = [result["status"] for result, _ in results]
     counts = {status: statuses.count(status) for status in sorted(set(statuses))}
     lines = [", ".join(f"{count} runs {status}" for status, count in counts.items())]
-    scored = [(*sweep_dirs.best_score(result), trial) for result, trial in results]
-    scored = [(score, value, trial) for score, value, trial in scored if value is not None]
+    scored = [(result, trial) for result, trial in results if result["best_step"] is not None]
     if scored:
-        score, value, trial = max(scored, key=lambda entry: entry[0].merit(entry[1]))
+        result, trial = max(scored, key=lambda entry: sweep_dirs.rank(entry[0]))
+        score, value = sweep_dirs.best_score(result)
         run = trials.describe(trial, trials.varied_fields([t.config for t in sweep.trials]))
-        adapter = sweep_dirs.run_dir(sweep.workdir, trial) / "adapter"
+        directory = sweep_dirs.run_dir(sweep.workdir, trial)
+        adapter = directory / workdirs.ADAPTER
+        before = metric_writer.read_evaluation(directory / workdirs.METRICS, 0).get(score.name)
+        change = "" if before is None else f" ({before:.4f} before training)"
         lines += [
-            f"best validation {score.name} {value:.4f}: {run}",
+            f"best validation {score.name} {value:.4f}: {run}{change}",
             "Next:",
             f"  python -m {_NEXT[_PROGRAM.value].format(adapter=adapter)}",
         ]

@@ -142,11 +142,6 @@ def _check_lockstep(config: ConfigDict) -> None:
             f"guard is {config.guard.to_dict()}: a run of a sweep whose loss is not finite ends as "
             "diverged, and the others go on; leave guard.action at stop and guard.spike at 0"
         )
-    if config.eval_at_start:
-        problems.append(
-            "eval_at_start is True: the runs of a sweep are evaluated after steps alone; set it to "
-            "False"
-        )
     if problems:
         raise ValueError("; ".join(problems))
 

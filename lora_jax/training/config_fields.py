@@ -232,6 +232,9 @@ def unknown(field: str, known: Sequence[str]) -> str:
     section = field.rpartition(".")[0]
     if inside := [name for name in known if name.startswith(f"{field}.")]:
         return f"unknown config field {field!r}: it is a section, with {', '.join(inside)}"
+    sections = sorted({name.rpartition(".")[0] for name in known} - {""})
+    if close := difflib.get_close_matches(field, sections, n=1, cutoff=0.75):
+        return f"unknown config field {field!r} (did you mean the section {close[0]}?)"
     same = [name for name in known if name.rpartition(".")[0] == section]
     where = f"the fields of {section} are" if section and same else "the fields are"
     return f"unknown config field {field!r}; {where} {', '.join(same or known)}"
@@ -240,7 +243,8 @@ def unknown(field: str, known: Sequence[str]) -> str:
 def suggest(field: str, known: Sequence[str]) -> list[str]:
     """Returns the fields that may be meant by an unknown one; at most three.
 
-    >>> suggest("lora.rnak", ["lora.rank", "lora.alpha"]), suggest("lr", ["optimizer.learning_rate"])
+    >>> known = ["lora.rank", "lora.alpha", "optimizer.learning_rate"]
+    >>> suggest("lora.rnak", known), suggest("lr", known)
     (['lora.rank'], ['optimizer.learning_rate'])
     """
     section, _, word = field.lower().replace("-", "_").rpartition(".")
@@ -261,7 +265,18 @@ def _find_close(word: str, names: Mapping[str, str], cutoff: float) -> list[str]
     return [name for name, x in names.items() if x in close]
 
 
-def join(problems: Sequence[str], limit: int = 10) -> str:
+def describe_type(name: str) -> str:
+    """Describes a type of fields by its name in Python.
+
+    >>> describe_type("int")
+    'a whole number'
+    """
+    names = {type_.__name__: text for type_, text in _TYPES.items()} | {"tuple": "a tuple"}
+    last = name.rpartition(".")[2]
+    return "a section of fields" if last == "ConfigDict" else names.get(last, last)
+
+
+def join(problems: Sequence[str], limit: int) -> str:
     """Joins what is wrong into one line, of which a limit keeps the length."""
     more = f"; and {len(problems) - limit} more" if len(problems) > limit else ""
     return f"{'; '.join(problems[:limit])}{more}"

@@ -20,8 +20,12 @@ from ml_collections import ConfigDict
 from lora_jax.training import config_fields
 
 _CONFIG = "config.json"
-_REASON = re.compile(r"Could not override field '(\w+)' \(reason: (.*)\)", re.DOTALL)
-_CAST = re.compile(r"(.*) is of original type <class '(.*)'> and .* type <class '(.*)'>", re.DOTALL)
+# What ml_collections says of a value of another type.
+_WRONG_TYPE = re.compile(
+    r"override field '(\w+)'.*?[.:] (.*) is of original type <class '([\w.]+)'> and cannot be "
+    r"casted to type <class '([\w.]+)'>",
+    re.DOTALL,
+)
 _LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("purelib", "stdlib"))
 
 
@@ -144,10 +148,14 @@ def describe_error(error: Exception, path: str) -> str:
 
 
 def _describe_cause(error: Exception) -> str:
-    text = " ".join(str(error.args[0] if len(error.args) == 1 else error).split())
-    if (match := _REASON.search(text)) and (cast := _CAST.fullmatch(match[2])):
-        value = repr(cast[1]) if cast[2] == "str" else cast[1]
-        return f"the field {match[1]!r} is of type {cast[3]}, got {value} of type {cast[2]}"
+    inner: Any = error
+    while isinstance(inner, BaseException) and len(inner.args) == 1:  # ml_collections nests them
+        inner = inner.args[0]
+    text = " ".join(str(inner).split())
+    if match := _WRONG_TYPE.search(text):
+        field, value, given, wanted = match.groups()
+        value = repr(value) if given == "str" else value
+        return f"{field} must be {config_fields.describe_type(wanted)}, got {value}"
     return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
 
 
@@ -170,7 +178,7 @@ def check(
     if problems:
         file = split_argument(path)[0]
         texts = [f"{_locate(file, problem.field)}: {problem.text}" for problem in problems]
-        raise ValueError(config_fields.join(texts))
+        raise ValueError(config_fields.join(texts, limit=4))
 
 
 def _locate(path: str, field: str) -> str:

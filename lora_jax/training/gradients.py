@@ -5,6 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
+
+import lora_jax as lora
 
 PyTree = Any
 Batch = dict[str, jax.Array]
@@ -32,6 +35,12 @@ def compute(
         return sums[0] / _sum_over(axis, sums[-1]), sums
 
     return _sum_over(axis, jax.grad(loss, has_aux=True)(adapter))
+
+
+def global_norm(grads: PyTree) -> jax.Array:
+    """Computes the norm of a gradient over all leaves of the adapter that are trained."""
+    trained = zip(jax.tree.leaves(grads), jax.tree.leaves(lora.mask(grads)), strict=True)
+    return optax.global_norm([x for x, is_trained in trained if is_trained])
 
 
 def _sum_over(axis: str | None, tree: PyTree) -> PyTree:
