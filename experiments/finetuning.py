@@ -95,7 +95,8 @@ def describe_change(workdir: Path, best: Progress, score: str) -> str:
         return ""
     after = {score: best.best_score, "loss": best.best_loss}
     parts = (f"{name} {before[name]:.4f} → {value:.4f}" for name, value in after.items())
-    return f"validation, before training → best: {', '.join(parts)}\n"
+    hint = "" if best.best_step else "; no later evaluation was better"
+    return f"validation, before training → best: {', '.join(parts)}{hint}\n"
 
 
 def is_eval_only() -> bool:

@@ -305,9 +305,9 @@ def _log(jobs: list[Job], step: int, sums_type: type, seconds: float) -> list[Jo
     for job in jobs:
         if not job.diverged:
             rows, rate = job.progress.pending, loop.make_rate(job.run)(step)
+            epoch = step / job.run.task.steps_per_epoch
             line = metric_logger.means(rows, sums_type, seconds=seconds / len(jobs))
-            line |= {"epoch": step / job.run.task.steps_per_epoch, "learning_rate": rate}
-            job.run.log.write(step, **line)
+            job.run.log.write(step, epoch=epoch, **line, learning_rate=rate)
     return [_replace_progress(job, pending=()) for job in jobs]
 
 
