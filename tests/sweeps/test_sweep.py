@@ -45,7 +45,7 @@ def base_flags(inputs, **changes):
     }
     del fields["lora.rank"]  # the points of most sweeps have one
     fields |= {k.replace("__", "."): v for k, v in changes.items()}
-    return [f"--config.{k}={v}" for k, v in fields.items()]
+    return [f"--config.{k}={v}" for k, v in fields.items() if v is not None]
 
 
 def command(inputs, config, workdir, *arguments, **changes):
@@ -316,7 +316,8 @@ def test_halving(inputs, tmp_path):
         tmp_path / "six.py",
         *common.product({"optimizer.learning_rate": (1e-6, 1e-2, 1e-5), "seed": (0, 1)}),
     )
-    arguments = command(inputs, config, tmp_path / "sweep", "--halving=3", "--parallel=2")
+    rate = {"optimizer__learning_rate": None}  # the points have it
+    arguments = command(inputs, config, tmp_path / "sweep", "--halving=3", "--parallel=2", **rate)
     out = succeed(arguments)
     assert "rung 1: 4 runs dropped, 2 go on" in out and "rung 2: 1 runs dropped, 1 go on" in out
     found = [result for result, *_ in outcome(tmp_path / "sweep").values()]
@@ -324,7 +325,7 @@ def test_halving(inputs, tmp_path):
         *[("dropped", 2)] * 4, ("dropped", 7), ("finished", 20),
     ]  # fmt: skip
     assert "0 to do" in succeed(arguments)
-    other = run(command(inputs, config, tmp_path / "sweep"))
+    other = run(command(inputs, config, tmp_path / "sweep", **rate))
     assert other.returncode == 2 and "halving is 3 there and 0 here" in other.stderr
     assert "5 dropped" in succeed([sys.executable, "-m", "experiments.report", tmp_path / "sweep"])
 
