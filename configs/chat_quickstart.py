@@ -37,7 +37,6 @@ def get_config() -> ConfigDict:
     c.batch_size = 2
     c.eval_batch_size = 4
     c.epochs = 2
-    c.eval_at_start = True
     c.optimizer.learning_rate = 1.5e-3
     c.optimizer.warmup = 0.1
     return c.lock()

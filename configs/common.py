@@ -60,7 +60,7 @@ def base_config() -> ConfigDict:
     c.data.source = "tfds:glue/sst2"
     c.data.data_dir = ""  # where TFDS keeps data; empty for its default
     c.data.seed = 0  # which examples are taken, and their order
-    c.data.train_examples = 5000  # number of examples of the shuffled training set; 0 for all
+    c.data.train_examples = 0  # number of examples of the shuffled training set; 0 for all
     c.data.holdout = 0  # number of other training examples to evaluate on; 0: the validation set
     c.data.max_length = 128
     c.data.buckets = (32, 64, 128)  # batches are padded to the first of these that is long enough
@@ -79,7 +79,7 @@ def base_config() -> ConfigDict:
     c.steps = duration(0)  # length of the run; 0 for the number of epochs
     c.log_every = 20  # steps between lines of metrics.jsonl
     c.eval_every = duration("1 epoch")  # between evaluations; there is always one at the end
-    c.eval_at_start = False  # whether there is an evaluation before the first step, too
+    c.eval_at_start = True  # whether there is an evaluation before the first step, too
     c.checkpoint_every = duration(0)  # steps between checkpoints, besides one with each evaluation
     c.checkpoint_keep = 2  # number of checkpoints to keep; an older one helps if one is damaged
 
@@ -102,6 +102,13 @@ def base_config() -> ConfigDict:
     return c
 
 
+def sst2_config() -> ConfigDict:
+    """The reference recipe for SST-2: 5,000 of its training examples."""
+    c = base_config()
+    c.data.train_examples = 5000
+    return c
+
+
 def glue_config(task: str) -> ConfigDict:
     """A config for a task of GLUE on all its training examples.
 
@@ -112,7 +119,6 @@ def glue_config(task: str) -> ConfigDict:
     c.model.labels, c.model.num_labels = (), 0
     c.lora.targets = c.lora.train = ("default",)
     c.data.source = ""
-    c.data.train_examples = 0
     return c
 
 

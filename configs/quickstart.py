@@ -16,7 +16,6 @@ def get_config() -> ConfigDict:
     c = common.base_config()
     c.model.name = "sentence-transformers/all-MiniLM-L6-v2"
     c.data.source = "reviews"
-    c.data.train_examples = 0
     c.data.max_length = 64
     c.data.buckets = (32, 64)
     c.lora.targets = ("query", "key", "value", "dense")

@@ -14,4 +14,4 @@ from configs import common
 
 def get_config() -> ConfigDict:
     """The reference recipe."""
-    return common.base_config().lock()
+    return common.sst2_config().lock()

@@ -13,7 +13,7 @@ from configs import common
 
 def get_config() -> ConfigDict:
     """The reference recipe on DistilBERT."""
-    c = common.base_config()
+    c = common.sst2_config()
     c.model.name = "distilbert-base-uncased"
     c.lora.targets = ("q_lin", "v_lin")
     c.lora.train = ("pre_classifier", "classifier")  # two layers of the head, both made afresh

@@ -14,6 +14,6 @@ from configs import common
 
 def get_config() -> ConfigDict:
     """The reference recipe on MiniLM."""
-    c = common.base_config()
+    c = common.sst2_config()
     c.model.name = "sentence-transformers/all-MiniLM-L6-v2"
     return c.lock()

@@ -14,6 +14,6 @@ from configs import common
 
 def get_config() -> ConfigDict:
     """The reference recipe on RoBERTa-base."""
-    c = common.base_config()
+    c = common.sst2_config()
     c.model.name = "roberta-base"
     return c.lock()

@@ -15,7 +15,7 @@ from configs import common
 
 def get_config() -> ConfigDict:
     """The reference recipe on T5-small, without a head to train."""
-    c = common.base_config()
+    c = common.sst2_config()
     c.model.name = "t5-small"
     c.lora.targets = ("q", "v")
     c.lora.train = ()

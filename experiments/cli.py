@@ -2,17 +2,19 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import jax
 from absl import app, flags, logging
 
 from experiments import processes
-from lora_jax.training import preemption
+from lora_jax.training import preemption, workdirs
 
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 
 # Errors that the library raises for bad input, bad files and what the system refuses.
 _MISTAKES = (ValueError, KeyError, AttributeError, TypeError, OSError, FloatingPointError)
+_ADAPTER_FILES = ("adapter.json", "adapter_config.json")  # of this library, and of PEFT
 
 
 def run(main: Callable[[list[str]], None]) -> None:
@@ -27,6 +29,7 @@ def run(main: Callable[[list[str]], None]) -> None:
         if not _DEBUG.value:
             logging.set_verbosity(logging.FATAL)  # Orbax logs every file it reads or writes
         try:
+            check_adapter(flags.FLAGS["adapter"].value if "adapter" in flags.FLAGS else None)
             processes.start()
             main(list(argv[1:]))
         except preemption.Stopped as stopped:
@@ -51,10 +54,34 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
+def check_adapter(directory: str | None) -> None:
+    """Checks that the directory of an adapter is not that of its run.
+
+    Raises:
+      ValueError: it is; the message says where in it the adapter is.
+    """
+    if not directory or any((Path(directory) / name).exists() for name in _ADAPTER_FILES):
+        return
+    inside = Path(directory) / workdirs.ADAPTER
+    if any((inside / name).exists() for name in _ADAPTER_FILES):
+        raise ValueError(
+            f"{directory} is the directory of a run, and its adapter is in {inside}: give "
+            f"--adapter={inside}."
+        )
+    if (Path(directory) / workdirs.SWEEP).exists():
+        raise ValueError(
+            f"{directory} is the directory of a sweep, and its adapters are in "
+            f"{Path(directory) / 'runs'}/*/{workdirs.ADAPTER}: choose one of them."
+        )
+
+
 def _parse(argv: Sequence[str]) -> list[str]:
-    """Parses flags; a wrong config field gets the same treatment as any other mistake."""
+    """Parses flags; a program with a config reads what is left, the fields of the config."""
+    has_config = "config" in flags.FLAGS
+    if has_config:
+        flags.FLAGS.set_gnu_getopt()  # flags behind a value without "=" are flags, too
     try:
-        return flags.FLAGS(argv)
+        return flags.FLAGS(argv, known_only=has_config)
     except (flags.Error, *_MISTAKES) as error:
         sys.exit(_fail(error, 2))
 
@@ -72,9 +99,4 @@ def _text(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         # The library's errors have a sentence here; the system's have a word or two, and a file.
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    inner = error.args[0] if error.args else error
-    if isinstance(error, KeyError) or isinstance(inner, KeyError):
-        # ml_collections wraps its message on a config field in a KeyError, sometimes in two.
-        message = inner.args[0] if isinstance(inner, KeyError) else inner
-        return f"unknown config field {message} (configs/common.py lists all)".replace("\n", ": ")
     return str(error)

@@ -49,6 +49,7 @@ def main(argv: list[str]) -> None:
             return
         directory = workdir / workdirs.ADAPTER
         cli.say(
+            f"{finetuning.describe_change(workdir, best, 'loss')}"
             f"best validation loss {best.best_loss:.4f} at step {best.best_step}; "
             f"{best.seconds / 60:.1f} minutes; curves in {workdir / workdirs.CURVES}"
         )
@@ -74,7 +75,8 @@ def _write_and_score(
 ) -> ScoredTexts:
     written = e2e.write(config, writer, adapter)
     scores = ", ".join(f"{score} {x:.2f}" for score, x in written.scores.items())
-    print(f"{name}: {scores} ({len(written.texts)} meanings)", flush=True)
+    of_all = f" of {written.total}" if len(written.texts) < written.total else ""
+    print(f"{name}: {scores} ({len(written.texts)}{of_all} meanings)", flush=True)
     return written
 
 

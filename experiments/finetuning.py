@@ -5,17 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from experiments import cli, evaluation, recipes
+from experiments import cli, config_flag, evaluation, recipes
 from lora_jax.tasks import from_config
 from lora_jax.tasks.glue import find
-from lora_jax.training import mesh, train, workdirs
+from lora_jax.training import mesh, metric_writer, train, workdirs
 from lora_jax.training.loop import Progress
 from lora_jax.training.task import Recipe
 
-_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
 _ADAPTER = flags.DEFINE_string("adapter", None, "Directory of an adapter to go on from.")
 _EVAL_ONLY = flags.DEFINE_bool(
     "eval_only",
@@ -23,7 +21,6 @@ _EVAL_ONLY = flags.DEFINE_bool(
     "Train nothing and write nothing: score the run's best adapter, or that of --adapter, on the "
     "evaluation set.",
 )
-flags.mark_flag_as_required("config")
 
 
 def main(argv: list[str]) -> None:
@@ -38,6 +35,7 @@ def main(argv: list[str]) -> None:
         example = "A man is eating.\\tSomebody eats."
     quoted = f'$"{example}"' if "\\" in example else f'"{example}"'
     print(
+        f"{describe_change(workdir, best, task.score)}"
         f"best validation {task.score} {best.best_score:.4f} (loss {best.best_loss:.4f}) at "
         f"step {best.best_step}; {best.seconds / 60:.1f} minutes; "
         f"curves in {workdir / workdirs.CURVES}\n"
@@ -58,7 +56,7 @@ def prepare(argv: list[str], recipe: Recipe) -> tuple[ConfigDict, Path, mesh.Dev
       ValueError: as :func:`command_line`, or the config is wrong.
       FileNotFoundError: as :func:`command_line`.
     """
-    config, workdir = command_line(argv, recipe.resolve)
+    config, workdir = command_line(argv, recipe.resolve, recipe.base_config)
     logging.getLogger("lora_jax").setLevel(logging.ERROR)  # the report names fresh leaves
     recipe.check(config)
     return config, workdir, mesh.find(config)
@@ -84,39 +82,61 @@ def fit(
     return train.train(task, config, lora_config, workdir, devices=devices, say=cli.say)
 
 
+def describe_change(workdir: Path, best: Progress, score: str) -> str:
+    """Says what training has changed, as a line; "" without an evaluation before the first step.
+
+    Args:
+      workdir: directory of the run.
+      best: progress at its end.
+      score: name of the score that selects the best adapter.
+    """
+    before = metric_writer.read_evaluation(workdir / workdirs.METRICS, 0)
+    if not before:
+        return ""
+    after = {score: best.best_score, "loss": best.best_loss}
+    parts = (f"{name} {before[name]:.4f} → {value:.4f}" for name, value in after.items())
+    hint = "" if best.best_step else "; no later evaluation was better"
+    return f"validation, before training → best: {', '.join(parts)}{hint}\n"
+
+
 def is_eval_only() -> bool:
     """Returns whether the command line asks for an evaluation and nothing else."""
     return _EVAL_ONLY.value
 
 
 def command_line(
-    argv: list[str], resolve: Callable[[ConfigDict], ConfigDict]
+    argv: list[str],
+    resolve: Callable[[ConfigDict], ConfigDict],
+    base_config: Callable[[], ConfigDict] | None,
 ) -> tuple[ConfigDict, Path]:
     """Reads the config, with the adapter of the command line, and the run's directory.
 
-    With --eval_only the adapter is by default that of the directory's run.
+    With --eval_only the adapter is by default that of the directory's run, and without --config the
+    config is that of the directory's run.
 
     Args:
-      argv: positional arguments; there must be none.
+      argv: arguments that are left when flags are read: fields of the config, and nothing else.
       resolve: returns a copy of the config that leaves nothing open.
+      base_config: as :class:`lora_jax.training.task.Recipe` has it.
 
     Raises:
-      ValueError: there are unexpected arguments, or settings that an adapter brings itself.
-      FileNotFoundError: only an evaluation is asked for, and there is no adapter.
+      ValueError: there are unexpected arguments, or settings that an adapter brings itself, or
+        something is wrong with the config.
+      FileNotFoundError: there is no such config; or only an evaluation is asked for, and there is
+        no adapter.
     """
-    if argv:
-        raise ValueError(f"Unexpected arguments {argv}; options start with --.")
-    config = resolve(_CONFIG.value)
+    command = config_flag.read(argv, base_config)
+    config = resolve(command.config)
     if _ADAPTER.value:
         config.adapter = _ADAPTER.value
     if _EVAL_ONLY.value and not _ADAPTER.value:
-        config.adapter = str(evaluation.find_adapter(Path(_WORKDIR.value)))
-        return config, Path(_WORKDIR.value)
-    overrides = config_flags.get_override_values(flags.FLAGS["config"])
-    fixed = [name for name in overrides if name.startswith("lora.") and name != "lora.dropout"]
+        config.adapter = str(evaluation.find_adapter(command.workdir))
+        return config, command.workdir
+    cli.check_adapter(config.adapter)
+    fixed = [x for x in command.overrides if x.startswith("lora.") and x != "lora.dropout"]
     if config.adapter and fixed:
         raise ValueError(
             f"{', '.join(fixed)} can't be set together with an adapter to go on from, which has "
             "its own; lora.dropout can."
         )
-    return config, Path(_WORKDIR.value)
+    return config, command.workdir

@@ -19,6 +19,7 @@ import tokenizers
 from ml_collections import ConfigDict
 
 import lora_jax as lora
+from configs import e2e_tiny_base
 from experiments import cli, finetuning
 from lora_jax.data import e2e_nlg
 from lora_jax.data.order import LINES, permutation
@@ -36,7 +37,8 @@ _LEAST = {"data.holdout": 1, "data.length": 2, "model.vocab_size": 257}
 
 def main(argv: list[str]) -> None:
     """Makes tokenizer and model, trains, and saves."""
-    config, workdir = finetuning.command_line(argv, lambda c: c.copy_and_resolve_references())
+    resolve = lambda config: config.copy_and_resolve_references()
+    config, workdir = finetuning.command_line(argv, resolve, e2e_tiny_base.get_config)
     logging.getLogger("lora_jax").setLevel(logging.ERROR)
     if finetuning.is_eval_only():
         raise ValueError("--eval_only is for adapters, and this trains a model from nothing.")
@@ -54,6 +56,7 @@ def main(argv: list[str]) -> None:
     merged = lora.merge(loaded.params, adapter)
     checkpoints.save_hf(workdir / MODEL, merged, loaded.checkpoint, head=CAUSAL_LM)
     print(
+        f"{finetuning.describe_change(workdir, best, 'loss')}"
         f"best validation loss {best.best_loss:.4f} at step {best.best_step}; "
         f"{best.seconds / 60:.1f} minutes; the model is in {workdir / MODEL}"
     )

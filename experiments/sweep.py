@@ -9,16 +9,15 @@ runs in the file, it trains the runs that are left. The next command is
 
 import logging
 import time
-from pathlib import Path
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
 
-from experiments import cli, recipes
+from experiments import cli, config_flag, recipes
+from experiments.config_flag import Command
 from lora_jax.sweeps import scheduler, sweep_dirs, trials
+from lora_jax.training import config_files, metric_writer, workdirs
+from lora_jax.training.task import Recipe
 
-_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the sweep.", required=True)
 _PARALLEL = flags.DEFINE_string("parallel", "auto", "Runs at a time, or auto to find out.")
 _SHARD = flags.DEFINE_string("shard", "1/1", "i/n: only the i-th of n parts, for n machines.")
 _ONLY = flags.DEFINE_multi_string("only", [], "FIELD=V1,V2: only runs with these values.")
@@ -29,8 +28,6 @@ _HALVING = flags.DEFINE_integer(
     "halving", 0, "Number of runs of which one goes on at each rung; 0 to train all to the end."
 )
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Say what would be run, and stop.")
-flags.mark_flag_as_required("config")
-
 
 # The next command for the best adapter of each program.
 _NEXT = {
@@ -42,12 +39,12 @@ _NEXT = {
 
 def main(argv: list[str]) -> None:
     """Trains the runs of the sweep that are left, and says what to do next."""
-    if argv:
-        raise ValueError(f"Unexpected arguments {argv}; options start with --.")
     logging.getLogger("lora_jax").setLevel(logging.ERROR)  # the notes say what is fresh
-    base, workdir = _CONFIG.value, Path(_WORKDIR.value)
-    sweep = _read_command_line(base, workdir)
-    sweep_dirs.check(workdir, base, sweep.halving)
+    recipe = recipes.RECIPES[_PROGRAM.value]
+    command = config_flag.read(argv, recipe.base_config)
+    base = command.config
+    sweep = _make_sweep(command, recipe)
+    sweep_dirs.check(command.workdir, base, sweep.halving)
     print(_list_runs(sweep), flush=True)
     if _DRY_RUN.value:
         return
@@ -57,10 +54,10 @@ def main(argv: list[str]) -> None:
     print(f"{time.perf_counter() - begin:.1f} s; compiled: {times}\n{_outcome(sweep)}")
 
 
-def _read_command_line(base: ConfigDict, workdir: Path) -> scheduler.Sweep:
-    path = config_flags.get_config_filename(flags.FLAGS["config"])
-    recipe = recipes.RECIPES[_PROGRAM.value]
-    runs = trials.make_trials(base, trials.load_sweep(path), recipe)
+def _make_sweep(command: Command, recipe: Recipe) -> scheduler.Sweep:
+    file, _ = config_files.split_argument(command.path)
+    runs = trials.make_trials(command.config, trials.load_sweep(file), recipe)
+    _check_overrides(command, runs)
     runs = trials.select(runs, _ONLY.value)
     if _HALVING.value and (_HALVING.value < 2 or _SHARD.value != "1/1"):
         raise ValueError(
@@ -71,12 +68,22 @@ def _read_command_line(base: ConfigDict, workdir: Path) -> scheduler.Sweep:
         trials=runs,
         local_trials=trials.shard(runs, _SHARD.value),
         recipe=recipe,
-        workdir=workdir,
+        workdir=command.workdir,
         parallel=_parallel(_PARALLEL.value),
         halving=_HALVING.value,
         shard=_SHARD.value,
         say=cli.say,
     )
+
+
+def _check_overrides(command: Command, runs: list[trials.Trial]) -> None:
+    if replaced := trials.find_replaced(runs, command.overrides):
+        options = [f"--config.{field}={command.overrides[field]}" for field in replaced]
+        raise ValueError(
+            f"{', '.join(options)} would change nothing: each run of the sweep in {command.path} "
+            f"sets {', '.join(replaced)} itself. Leave it out; --only={replaced[0]}=VALUE chooses "
+            "among the runs."
+        )
 
 
 def _parallel(text: str) -> int | None:
@@ -111,14 +118,17 @@ def _outcome(sweep: scheduler.Sweep) -> str:
     statuses = [result["status"] for result, _ in results]
     counts = {status: statuses.count(status) for status in sorted(set(statuses))}
     lines = [", ".join(f"{count} runs {status}" for status, count in counts.items())]
-    scored = [(*sweep_dirs.best_score(result), trial) for result, trial in results]
-    scored = [(score, value, trial) for score, value, trial in scored if value is not None]
+    scored = [(result, trial) for result, trial in results if result["best_step"] is not None]
     if scored:
-        score, value, trial = max(scored, key=lambda entry: entry[0].merit(entry[1]))
+        result, trial = max(scored, key=lambda entry: sweep_dirs.rank(entry[0]))
+        score, value = sweep_dirs.best_score(result)
         run = trials.describe(trial, trials.varied_fields([t.config for t in sweep.trials]))
-        adapter = sweep_dirs.run_dir(sweep.workdir, trial) / "adapter"
+        directory = sweep_dirs.run_dir(sweep.workdir, trial)
+        adapter = directory / workdirs.ADAPTER
+        before = metric_writer.read_evaluation(directory / workdirs.METRICS, 0).get(score.name)
+        change = "" if before is None else f" ({before:.4f} before training)"
         lines += [
-            f"best validation {score.name} {value:.4f}: {run}",
+            f"best validation {score.name} {value:.4f}: {run}{change}",
             "Next:",
             f"  python -m {_NEXT[_PROGRAM.value].format(adapter=adapter)}",
         ]

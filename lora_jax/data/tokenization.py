@@ -18,6 +18,7 @@ class Tokenized(NamedTuple):
       pad_id: token of padding, which the attention mask hides.
       types: ``(total,)`` int32, the number of the sentence in a pair that each token is of; None
         for a model without token types.
+      cut: number of examples that were longer than the largest number of tokens.
     """
 
     ids: np.ndarray
@@ -25,6 +26,7 @@ class Tokenized(NamedTuple):
     labels: np.ndarray | None
     pad_id: int = 0
     types: np.ndarray | None = None
+    cut: int = 0
 
 
 def tokenize(
@@ -62,7 +64,8 @@ def tokenize(
         row = int(empty[0])
         raise ValueError(f"example {row} has no tokens: {examples.sentences[row]!r}; leave it out")
     ids = np.concatenate([np.zeros(0, np.int32), *rows], dtype=np.int32)
-    tokenized = Tokenized(ids, offsets, examples.labels, _find_pad_id(tokenizer))
+    cut = sum(bool(row.overflowing) for row in encoded)
+    tokenized = Tokenized(ids, offsets, examples.labels, _find_pad_id(tokenizer), cut=cut)
     if not (pairs and types):
         return tokenized
     row_types = [np.array(row.type_ids, np.int32) for row in encoded]

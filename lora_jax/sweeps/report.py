@@ -51,7 +51,7 @@ def summarize(sweep: Results) -> str:
     text = f"{len(sweep.rows) + sweep.unfinished} runs: {', '.join(parts)}; {hours:.2f} hours."
     scored = [row for row in sweep.rows if row.score is not None]
     if scored:
-        best = max(scored, key=lambda row: sweep.score.merit(row.score))
+        best = max(scored, key=lambda row: sweep_dirs.rank(row.result))
         values = ", ".join(
             f"{results.format_name(f)} {results.format_value(best.values[f])}" for f in sweep.varied
         )

@@ -97,6 +97,12 @@ def best_score(result: dict[str, Any]) -> tuple[Score, float | None]:
     return score, result[f"best_{score.name}"]
 
 
+def rank(result: dict[str, Any]) -> tuple[float, float]:
+    """Returns what results are compared by, the largest the best: the score, then the loss."""
+    score, value = best_score(result)
+    return score.merit(value), -result["best_loss"]
+
+
 def finish(workdir: Path, trial: Trial, values: dict[str, Any]) -> None:
     """Writes the result of a run, and removes the checkpoints that it no longer needs."""
     directory = run_dir(workdir, trial)

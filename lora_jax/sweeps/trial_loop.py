@@ -191,23 +191,20 @@ def _open(
     )
     checkpoint = checkpointing.restore(checkpoints, initial.state, say)
     state, progress = checkpoint or (initial.state, {})
-    state = jax.tree.map(np.asarray, state)
+    state, progress = jax.tree.map(np.asarray, state), loop.parse_progress(progress)
     config = trial.config
     run = loop.Run(
         task=dataclasses.replace(group.task, metadata=group.task.metadata | {"seed": config.seed}),
         config=config,
         lora_config=lora.LoRAConfig.from_dict(config.lora.to_dict()),
         workdir=directory,
-        log=stack.enter_context(metric_writer.MetricWriter(directory, int(state.step))),
+        log=stack.enter_context(
+            metric_writer.MetricWriter(directory, int(state.step), progress.evaluated)
+        ),
         plan=group.plan,
     )
-    return Job(
-        trial=trial,
-        run=run,
-        checkpoints=checkpoints,
-        initial=initial,
-        progress=loop.parse_progress(progress),
-    ), state
+    job = Job(trial=trial, run=run, checkpoints=checkpoints, initial=initial, progress=progress)
+    return job, state
 
 
 def _loop(
@@ -221,11 +218,14 @@ def _loop(
 ) -> list[Job]:
     task, plan = group.task, group.plan
     start, log_every = int(members.state.step[0]), jobs[0].run.config.log_every
-    base, clock, sums = vmapped_step.replicate(program, task.base), _Clock(program), []
+    base, clock, metrics = vmapped_step.replicate(program, task.base), _Clock(program), []
+    if start == 0 and durations.is_evaluation_due(plan, 0):
+        jobs = _evaluate_at_start(task, jobs, members, program=program, base=base)
+        clock.lap("log")  # the speed of the first line is that of its steps
     for step in range(start + 1, stop.step + 1):
         batch = task.train_batch(step - 1)
         members, new = vmapped_step.call(program, "train", members, base, batch)
-        sums.append(new)
+        metrics.append(new)
         for job in jobs:
             bar.set_progress(job.trial, step / plan.total)
         is_last, is_due = step == stop.step, durations.is_evaluation_due(plan, step)
@@ -234,9 +234,9 @@ def _loop(
         is_pause = is_last or is_stop_requested or durations.is_checkpoint_due(plan, step)
         if not is_pause and not is_line_due:
             continue
-        jobs, sums = _collect(jobs, step, sums), []
+        jobs, metrics = _collect(jobs, step, metrics), []
         if is_line_due:
-            jobs = _log(jobs, step, type(new), clock.lap("log"))
+            jobs = _log(jobs, step, type(new[0]), clock.lap("log"))
         if not is_pause:
             continue
         rung = stop.rung if is_last else ""
@@ -286,10 +286,11 @@ def _replace_progress(job: Job, **changes: Any) -> Job:
     return dataclasses.replace(job, progress=dataclasses.replace(job.progress, **changes))
 
 
-def _collect(jobs: list[Job], step: int, sums: list[NamedTuple]) -> list[Job]:
-    """Keeps the sums of each run until its next line, and marks runs whose loss is not finite."""
-    values = np.asarray(jax.device_get(sums), np.float64)  # (steps, fields, runs)
-    first, new = step - len(sums) + 1, []
+def _collect(jobs: list[Job], step: int, metrics: list[tuple]) -> list[Job]:
+    """Keeps the metrics of each run until its next line; marks runs whose loss is not finite."""
+    rows = [[*sums, norm] for sums, norm in jax.device_get(metrics)]
+    values = np.asarray(rows, np.float64)  # (steps, fields and the norm, runs)
+    first, new = step - len(metrics) + 1, []
     for k, job in enumerate(jobs):
         bad = np.flatnonzero(~np.isfinite(values[:, 0, k]))
         if not job.diverged and bad.size:
@@ -303,10 +304,19 @@ def _log(jobs: list[Job], step: int, sums_type: type, seconds: float) -> list[Jo
     """Writes a line for each run that has not diverged."""
     for job in jobs:
         if not job.diverged:
-            sums = [sums_type(*x) for x in job.progress.pending]
-            line = metric_logger.means(sums, seconds / len(jobs))
-            job.run.log.write(step, epoch=step / job.run.task.steps_per_epoch, **line)
+            rows, rate = job.progress.pending, loop.make_rate(job.run)(step)
+            epoch = step / job.run.task.steps_per_epoch
+            line = metric_logger.means(rows, sums_type, seconds=seconds / len(jobs))
+            job.run.log.write(step, epoch=epoch, **line, learning_rate=rate)
     return [_replace_progress(job, pending=()) for job in jobs]
+
+
+def _evaluate_at_start(
+    task: Task, jobs: list[Job], members: Member, *, program: Program, base: PyTree
+) -> list[Job]:
+    """Makes the evaluations before the first step, of runs with fresh adapters."""
+    evaluations = _evaluate(task, jobs, members, program=program, base=base, step=0)
+    return _record(jobs, jax.device_get(members.state.adapter), evaluations, is_due=True, rung="")
 
 
 def _evaluate(

@@ -9,19 +9,17 @@ A sweep is defined beside its base config, in one file: ``get_config()`` and
 """
 
 import copy
-import difflib
 import hashlib
-import importlib.util
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from ml_collections import ConfigDict
 
-from lora_jax.training import workdirs
+from lora_jax.training import config_fields, config_files, workdirs
+from lora_jax.training.config_fields import field_names
 from lora_jax.training.task import Recipe
 
 # Fields whose values are data to the compiled step: runs that differ in nothing else share it.
@@ -51,17 +49,24 @@ def load_sweep(path: str | Path) -> Callable[[Callable[..., None]], None]:
     """Loads the function ``sweep`` of a config file.
 
     Raises:
-      ValueError: the file defines none.
+      FileNotFoundError: there is no such file.
+      ValueError: the file defines none, or something is wrong in it.
     """
-    spec = importlib.util.spec_from_file_location(f"sweep_of_{Path(path).stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, "sweep", None)):
+    is_python = not str(path).endswith(".json")
+    sweep = getattr(config_files.load_module(str(path)), "sweep", None) if is_python else None
+    if not callable(sweep):
         raise ValueError(
             f"{path} defines no sweep: add a function sweep(add) that calls add(**{{'lora.rank': "
             "4, ...}) for each run, as configs/quickstart_sweep.py does."
         )
-    return module.sweep
+
+    def call(add: Callable[..., None]) -> None:
+        try:
+            sweep(add)
+        except Exception as error:
+            raise ValueError(config_files.describe_error(error, str(path))) from error
+
+    return call
 
 
 def make_trials(
@@ -104,15 +109,10 @@ def make_trials(
 def _make_trial(base: ConfigDict, values: dict[str, Any], recipe: Recipe) -> Trial:
     config = copy.deepcopy(base)
     known = field_names(config)
+    if missing := [field for field in values if field not in known]:
+        raise ValueError("; ".join(config_fields.unknown(field, known) for field in missing))
     for field, value in values.items():
-        if field not in known:
-            near = difflib.get_close_matches(field, known, n=3)
-            hint = f" (did you mean {', '.join(near)}?)" if near else ""
-            raise ValueError(
-                f"unknown config field {field!r}{hint}; configs/common.py lists all, with a dot "
-                "between section and name"
-            )
-        _set(config, field, value.item() if isinstance(value, np.generic) else value)
+        _set(config, field, value)
     config = recipe.resolve(config)
     recipe.check(config)
     _check_lockstep(config)
@@ -142,31 +142,21 @@ def _check_lockstep(config: ConfigDict) -> None:
             f"guard is {config.guard.to_dict()}: a run of a sweep whose loss is not finite ends as "
             "diverged, and the others go on; leave guard.action at stop and guard.spike at 0"
         )
-    if config.eval_at_start:
-        problems.append(
-            "eval_at_start is True: the runs of a sweep are evaluated after steps alone; set it to "
-            "False"
-        )
     if problems:
         raise ValueError("; ".join(problems))
 
 
 def _set(config: ConfigDict, field: str, value: Any) -> None:
-    *sections, name = field.split(".")
-    for section in sections:
-        config = config[section]
-    config[name] = ConfigDict(value) if isinstance(value, dict) else value
+    section, name = config_fields.get_section(config, field)
+    if isinstance(section[name], ConfigDict) and isinstance(value, dict):
+        section[name] = ConfigDict(value)
+    else:
+        section[name] = config_fields.convert(field, value, like=section)
 
 
-def field_names(config: ConfigDict) -> list[str]:
-    """Returns the dotted names of all fields; a section of patterns counts as one field."""
-    names = []
-    for name, value in config.items():
-        if isinstance(value, ConfigDict) and not name.endswith("_pattern"):
-            names += [f"{name}.{nested}" for nested in field_names(value)]
-        else:
-            names.append(name)
-    return names
+def find_replaced(trials: Sequence[Trial], fields: Iterable[str]) -> list[str]:
+    """Returns those of the fields that every run of a sweep sets itself."""
+    return [field for field in fields if all(field in trial.values for trial in trials)]
 
 
 def get_value(config: ConfigDict, field: str) -> Any:

@@ -173,7 +173,9 @@ def unstack(tree: PyTree, index: int) -> PyTree:
 
 
 def member_step(task: Task, *, has_dropout: bool, options: Options) -> Callable:
-    """Returns the step of a single run, ``(member, base, batch) -> (member, sums)``.
+    """Returns the step of a single run, ``(member, base, batch) -> (member, (sums, norm))``.
+
+    The norm is that of the gradient, before it is clipped.
 
     Args:
       task: gives ``apply`` and ``metrics``.
@@ -182,16 +184,17 @@ def member_step(task: Task, *, has_dropout: bool, options: Options) -> Callable:
       options: options of the runs.
     """
 
-    def step(member: Member, base: PyTree, batch: Batch) -> tuple[Member, NamedTuple]:
+    def step(member: Member, base: PyTree, batch: Batch) -> tuple[Member, tuple]:
         tx = optimizer.adamw(member.settings, member.state.adapter, options.decay)
         # A run that diverges is stopped below, without the guard of a single run.
-        step_options = StepOptions(accumulate=options.accumulate)
+        step_options = StepOptions(accumulate=options.accumulate, has_norm=True)
         single = train_step(task, tx, member.dropout if has_dropout else 0.0, step_options)
-        state, sums = single(wrap_key(member.state), _put_own(base, member.own_leaves), batch)
+        own_base = _put_own(base, member.own_leaves)
+        state, (sums, norm) = single(wrap_key(member.state), own_base, batch)
         is_alive = member.is_alive & jnp.isfinite(sums[0])
         choose = lambda new, old: jnp.where(is_alive, new, old)
         state = jax.tree.map(choose, unwrap_key(state), member.state)
-        return member._replace(state=state, is_alive=is_alive), sums
+        return member._replace(state=state, is_alive=is_alive), (sums, norm)
 
     return step
 

@@ -226,10 +226,11 @@ def load_examples(config: ConfigDict, task: GlueTask) -> tuple[Examples, list[Ex
         layout=task.layout,
     )
     train_split = load("train")
+    total = len(train_split.labels)
     if not c.holdout:
         evaluations = [load(split) for split in task.validation]
-        return subset(train_split, c.train_examples, c.seed), evaluations
-    total = len(train_split.labels)
+        training = subset(train_split, c.train_examples, c.seed)
+        return _note_selection(training, total, task), evaluations
     count = c.train_examples or total - c.holdout
     if count < 1 or count + c.holdout > total:
         raise ValueError(
@@ -237,7 +238,37 @@ def load_examples(config: ConfigDict, task: GlueTask) -> tuple[Examples, list[Ex
             f"the {total} training examples of {c.source}."
         )
     both = subset(train_split, count + c.holdout, c.seed)
-    return take(both, range(count)), [take(both, range(count, count + c.holdout))]
+    training, held_out = (
+        take(both, rows) for rows in (range(count), range(count, count + c.holdout))
+    )
+    # What was left out of the whole file is said once.
+    return _note_selection(training, total - c.holdout, task), [held_out._replace(notes=())]
+
+
+def _note_selection(training: Examples, total: int, task: GlueTask) -> Examples:
+    """Adds a note if only some of the training examples are taken."""
+    count = len(training.sentences)
+    if count == total:
+        return training
+    note = f"training on {count:,} of {total:,} {_kind(task)} (data.train_examples)"
+    return training._replace(notes=(*training.notes, note))
+
+
+def _kind(task: GlueTask) -> str:
+    return "sentence pairs" if task.has_pairs else "sentences"
+
+
+def _describe_cuts(
+    train_set: tokenization.Tokenized,
+    eval_set: tokenization.Tokenized,
+    config: ConfigDict,
+    kind: str,
+) -> tuple[str, ...]:
+    """Says how many examples were longer than the config allows, if any were."""
+    cut = train_set.cut + eval_set.cut
+    parts = f"{train_set.cut:,} of training, {eval_set.cut:,} of evaluation"
+    limit = f"{config.data.max_length} tokens (data.max_length)"
+    return (f"{cut:,} {kind} cut to {limit}: {parts}",) if cut else ()
 
 
 def metadata(config: ConfigDict, task: GlueTask) -> dict[str, Any]:
@@ -263,7 +294,7 @@ def _notes(
     """Returns the report at the start: the origin of model and data, and what is compiled."""
     fresh = f"; fresh: {', '.join(loaded.fresh)}" if loaded.fresh else ""
     n_train, n_eval = (len(x.offsets) - 1 for x in (train_set, eval_set))
-    kind = "sentence pairs" if task.has_pairs else "sentences"
+    kind = _kind(task)
     per_epoch = batches.steps_per_epoch(n_train, config.batch_size)
     steps = durations.make_plan(config, per_epoch).total
     lengths = batches.count_bucket_lengths(
@@ -279,6 +310,7 @@ def _notes(
     return (
         f"model: {loaded.checkpoint.name} from {loaded.checkpoint.origin}{fresh}",
         f"data: {config.data.source}, {n_train} training and {n_eval} evaluation {kind}",
+        *_describe_cuts(train_set, eval_set, config, kind),
         f"batches: {shapes}; the step is compiled {len(lengths)} times",
         describe_attention(config, loaded.model, config.data.buckets[-1]),
         f"device: {jax.device_count()} x {device.device_kind} ({device.platform})",

@@ -43,10 +43,11 @@ class Writer(NamedTuple):
 
 
 class ScoredTexts(NamedTuple):
-    """Texts by their meanings, and scores of them all."""
+    """Texts by their meanings, and scores of them all; and how many meanings the file has."""
 
     texts: dict[str, str]
     scores: dict[str, float]
+    total: int
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
@@ -155,7 +156,8 @@ def write(config: ConfigDict, writer: Writer, adapter: PyTree | None = None) -> 
       FileNotFoundError, ValueError: the data are missing or damaged, or texts are too long.
     """
     c, decode = config.data, config.decode
-    pairs = e2e_nlg.take_first(e2e_nlg.read(c.source, c.test), c.test_meanings)
+    whole = e2e_nlg.read(c.source, c.test)
+    pairs = e2e_nlg.take_first(whole, c.test_meanings)
     references = e2e_nlg.group_references(pairs)
     base = writer.loaded if adapter is None else adapter_files.widen(writer.loaded)
     params = lora.merge(base.params, adapter or {})  # plain arrays, also of a quantized base
@@ -170,4 +172,5 @@ def write(config: ConfigDict, writer: Writer, adapter: PyTree | None = None) -> 
     )
     texts = [writer.tokenizer.decode(row).strip() for row in rows]
     scores = bleu_and_chrf(texts, list(references.values()))
-    return ScoredTexts(dict(zip(references, texts, strict=True)), scores)
+    written = dict(zip(references, texts, strict=True))
+    return ScoredTexts(written, scores, len(set(whole.meanings)))

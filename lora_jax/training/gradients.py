@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+import lora_jax as lora
+
 PyTree = Any
 Batch = dict[str, jax.Array]
 LossFn = Callable[[PyTree, Batch, jax.Array], NamedTuple]
@@ -32,6 +34,12 @@ def compute(
         return sums[0] / _sum_over(axis, sums[-1]), sums
 
     return _sum_over(axis, jax.grad(loss, has_aux=True)(adapter))
+
+
+def global_norm(grads: PyTree) -> jax.Array:
+    """Computes the norm of a gradient over all leaves of the adapter that are trained."""
+    trained = zip(jax.tree.leaves(grads), jax.tree.leaves(lora.mask(grads)), strict=True)
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x, is_trained in trained if is_trained))
 
 
 def _sum_over(axis: str | None, tree: PyTree) -> PyTree:

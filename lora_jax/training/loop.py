@@ -20,6 +20,7 @@ from lora_jax.training import (
     mesh,
     metric_writer,
     nan_guard,
+    optimizer,
     partitioning,
     preemption,
     workdirs,
@@ -42,7 +43,7 @@ class Progress:
       best_loss: loss of the best evaluation.
       seconds: duration of the run so far.
       evaluated: step of the last evaluation, 0 for one before the first step; -1 for none.
-      pending: sums of the steps since the last line of the log.
+      pending: of each step since the last line of the log its sums, and the norm of its gradient.
       reference: score that early stopping waits to see improved; None before the first.
       waited: number of evaluations since that score was reached.
       ended: reason why the run is over before its last step; "" if it is not.
@@ -160,10 +161,16 @@ def loop(
 
 def _meter(run: Run, adapter: PyTree, start: int, progress: Progress) -> Meter:
     return Meter(
-        run.log, start=start, total=run.plan.total, per_epoch=run.task.steps_per_epoch,
+        run.log, steps=range(start, run.plan.total), per_epoch=run.task.steps_per_epoch,
         log_every=run.config.log_every, policy=nan_guard.make_policy(run.config, adapter),
-        pending=progress.pending,
+        learning_rate=make_rate(run), pending=progress.pending,
     )  # fmt: skip
+
+
+def make_rate(run: Run) -> Callable[[int], float]:
+    """Returns the function from a step of a run to its learning rate."""
+    per_epoch = run.task.steps_per_epoch
+    return optimizer.make_rate(run.config.optimizer, run.plan.total, per_epoch=per_epoch)
 
 
 def _evaluate(
@@ -212,6 +219,8 @@ def _stop(run: Run, checkpoints: ocp.CheckpointManager, step: int) -> NoReturn:
 def record(run: Run, adapter: PyTree, evaluation: Evaluation, progress: Progress) -> Progress:
     """Logs an evaluation, and keeps the adapter if it is the best so far.
 
+    Of two adapters with the same score, the one with the lower loss is the better one.
+
     Raises:
       FloatingPointError: the loss is NaN or infinite.
     """
@@ -223,7 +232,8 @@ def record(run: Run, adapter: PyTree, evaluation: Evaluation, progress: Progress
     run.log.write(step, epoch=epoch, **{f"eval_{name}": x for name, x in values.items()})
     progress = dataclasses.replace(progress, evaluated=step)
     merit = run.task.score.merit
-    if progress.best_step >= 0 and not merit(score) > merit(progress.best_score):
+    best = merit(progress.best_score), -progress.best_loss
+    if progress.best_step >= 0 and not (merit(score), -loss) > best:
         return progress
     metadata = {**run.task.metadata, "step": step, **values}
     if distributed.is_first():

@@ -1,8 +1,9 @@
 """Checks, averages, logs and shows training metrics as they come."""
 
+import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Self
 
 import jax
@@ -11,48 +12,60 @@ from tqdm import tqdm
 from lora_jax.training import metric_writer, metrics, nan_guard
 
 
-def means(sums: Sequence[NamedTuple], seconds: float) -> dict[str, float]:
-    """Computes the values of a log line from the sums of its steps.
+def means(rows: Sequence[Sequence[float]], sums_type: type, *, seconds: float) -> dict[str, float]:
+    """Computes the values of a log line from its steps.
 
-    >>> means([metrics.Sums(4.0, 1.0, 2.0), metrics.Sums(2.0, 2.0, 2.0)], seconds=0.5)
-    {'loss': 1.5, 'accuracy': 0.75, 'examples_per_second': 8.0}
+    Args:
+      rows: for each step its sums, and then the norm of its gradient. Checkpoints of earlier
+        versions have no norm. One that is not finite, as that of very large numbers, counts for
+        nothing.
+      sums_type: type of the sums, a NamedTuple.
+      seconds: duration of the steps.
+
+    >>> means([(4.0, 1.0, 2.0, 0.5), (2.0, 2.0, 2.0, 1.5)], metrics.Sums, seconds=0.5)
+    {'loss': 1.5, 'accuracy': 0.75, 'grad_norm': 1.0, 'examples_per_second': 8.0}
     """
-    values = metrics.combine(sums)
-    count = values.pop("examples")
-    return values | {"examples_per_second": count / seconds}
+    count = len(sums_type._fields)
+    values = metrics.combine([sums_type(*row[:count]) for row in rows])
+    examples = values.pop("examples")
+    if norms := [x for row in rows for x in row[count:] if math.isfinite(x)]:
+        values["grad_norm"] = math.fsum(norms) / len(norms)
+    return values | {"examples_per_second": examples / seconds}
 
 
 class Meter:
     """Takes the metrics of each step, writes a line every ``log_every`` steps, and shows a bar.
 
     It reads the metrics of a step when the next step has been dispatched, so that the device need
-    not wait for the host. ``policy`` says what to do about a step without an update, and
-    ``pending`` is the value that :meth:`pending` had when the run was saved that goes on now.
+    not wait for the host. ``steps`` begins with the number of steps that are done, and stops at
+    that of the whole run; ``policy`` says what to do about a step without an update,
+    ``learning_rate`` gives the rate of a step, and ``pending`` is the value that :meth:`pending`
+    had when the run was saved that goes on now.
     """
 
     def __init__(
         self,
         log: metric_writer.MetricWriter | metric_writer.NullWriter,
         *,
-        start: int,
-        total: int,
+        steps: range,
         per_epoch: int,
         log_every: int,
         policy: nan_guard.Policy,
+        learning_rate: Callable[[int], float],
         pending: Sequence[Sequence[float]] = (),
     ) -> None:
-        self._policy = policy
+        self._policy, self._learning_rate = policy, learning_rate
         self._log, self._per_epoch, self._log_every = log, per_epoch, log_every
         self._pending: tuple[int, NamedTuple, nan_guard.Verdict] | None = None
-        self._sums: list[Sequence[float]] = list(pending)
+        self._rows: list[Sequence[float]] = list(pending)
         self._sums_type: type = tuple
-        self._last = start
+        self._last = steps.start
         self._clock = time.perf_counter()
         # In a file, which keeps every update, a line now and then is enough.
         seconds = 1 if sys.stderr.isatty() else 10
         self._bar = tqdm(
-            total=total, initial=start, unit="step", dynamic_ncols=True, mininterval=seconds,
-            disable=jax.process_index() > 0,
+            total=steps.stop, initial=steps.start, unit="step", dynamic_ncols=True,
+            mininterval=seconds, disable=jax.process_index() > 0,
         )  # fmt: skip
 
     def __enter__(self) -> Self:
@@ -77,17 +90,17 @@ class Meter:
           FloatingPointError: the last step is one to stop at.
         """
         self._read()
-        if self._sums:
+        if self._rows:
             self._write()
 
     def pending(self) -> list[list[float]]:
-        """Returns the sums of each step since the last line, to be stored in a checkpoint.
+        """Returns what :func:`means` takes of each step since the last line, for a checkpoint.
 
         Raises:
           FloatingPointError: the last step is one to stop at.
         """
         self._read()
-        return list(self._sums)
+        return list(self._rows)
 
     def show_best(self, name: str, best: float) -> None:
         """Shows the best score beside the bar; starts the time of the next line anew."""
@@ -105,9 +118,9 @@ class Meter:
             self._log.write(self._last, epoch=self._epoch(), skipped=int(verdict.skips))
             self._bar.write(f"{problem}: its update is left out", file=sys.stderr)
         else:
-            self._sums.append([float(x) for x in sums])
+            self._rows.append([*map(float, sums), float(verdict.grad_norm)])
         self._bar.update(1)
-        if self._last % self._log_every == 0 and self._sums:
+        if self._last % self._log_every == 0 and self._rows:
             self._write()
 
     def _epoch(self) -> float:
@@ -115,10 +128,10 @@ class Meter:
 
     def _write(self) -> None:
         now = time.perf_counter()
-        # The sums of a checkpoint are plain lists.
-        values = means([self._sums_type(*x) for x in self._sums], now - self._clock)
-        self._log.write(self._last, epoch=self._epoch(), **values)
+        values = means(self._rows, self._sums_type, seconds=now - self._clock)
+        rate = self._learning_rate(self._last)
+        self._log.write(self._last, epoch=self._epoch(), **values, learning_rate=rate)
         speed = values.pop("examples_per_second")
         parts = [f"{name} {value:.3f}" for name, value in values.items()]
         self._bar.set_postfix_str(", ".join([*parts, f"{speed:.0f} examples/s"]), refresh=False)
-        self._sums, self._clock = [], now
+        self._rows, self._clock = [], now

@@ -99,6 +99,13 @@ class NullWriter:
         """Does nothing."""
 
 
+def read_evaluation(path: Path, step: int) -> dict[str, float]:
+    """Reads loss and scores of the evaluation after a step; of none, the dictionary is empty."""
+    lines = [line for line in read(path) if line["step"] == step and _EVAL_KEY in line]
+    values = lines[-1].items() if lines else ()
+    return {name.removeprefix("eval_"): x for name, x in values if name.startswith("eval_")}
+
+
 def read(path: Path) -> list[dict[str, float]]:
     """Reads the lines of a metrics file, up to a last one that was cut short."""
     if not path.exists():

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 import lora_jax as lora
 from lora_jax import paths
+from lora_jax.training import gradients
 
 PyTree = Any
 
@@ -46,12 +47,14 @@ class Verdict(NamedTuple):
         for none.
       skips: 0 if the step is good, else the number of consecutive steps that were left out, this
         one included.
+      grad_norm: norm of the gradient, before it is clipped.
     """
 
     loss: jax.Array
     running_mean: jax.Array
     bad_leaf: jax.Array
     skips: jax.Array
+    grad_norm: jax.Array
 
 
 class Policy(NamedTuple):
@@ -98,7 +101,7 @@ def judge(
         health.count + jnp.where(bad, 0, 1),
         jnp.where(bad, health.mean, mean),
     )
-    return Verdict(loss, running_mean, bad_leaf, skips), new
+    return Verdict(loss, running_mean, bad_leaf, skips, gradients.global_norm(grads)), new
 
 
 def _find_bad_leaf(grads: PyTree) -> jax.Array:

@@ -1,7 +1,8 @@
 """The optimizer that a config describes."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -103,20 +104,31 @@ def schedule(settings: Settings, decay: str) -> optax.Schedule:
     >>> [float(rate(step)) for step in range(7)]
     [0.0, 0.25, 0.5, 0.375, 0.25, 0.125, 0.0]
     """
-    s = settings
+    return lambda step: _compute_rate(settings, decay, jnp.asarray(step, float), jnp)
 
-    def rate(step: jax.Array) -> jax.Array:
-        step = jnp.asarray(step, float)
-        rise = step / jnp.maximum(s.warmup_steps, 1)
-        left = (s.total_steps - step) / jnp.maximum(s.total_steps - s.warmup_steps, 1)
-        if decay == "cosine":
-            left = 0.5 * (1 - jnp.cos(jnp.pi * jnp.clip(left, 0.0, 1.0)))
-        if decay == "none":
-            left = jnp.ones_like(left)
-        fraction = jnp.where(step < s.warmup_steps, rise, left)
-        return s.learning_rate * jnp.clip(fraction, 0.0, 1.0)
 
-    return rate
+def _compute_rate(s: Settings, decay: str, step: Scalar, xp: ModuleType) -> Scalar:
+    """Computes the learning rate with ``xp``, which is numpy or ``jax.numpy``."""
+    rise = step / xp.maximum(s.warmup_steps, 1)
+    left = (s.total_steps - step) / xp.maximum(s.total_steps - s.warmup_steps, 1)
+    if decay == "cosine":
+        left = 0.5 * (1 - xp.cos(xp.pi * xp.clip(left, 0.0, 1.0)))
+    if decay == "none":
+        left = xp.ones_like(left)
+    fraction = xp.where(step < s.warmup_steps, rise, left)
+    return s.learning_rate * xp.clip(fraction, 0.0, 1.0)
+
+
+def make_rate(
+    config: ConfigDict, total_steps: int, *, per_epoch: int | None = None
+) -> Callable[[int], float]:
+    """Returns the function from a step, of which the first is 1, to its learning rate.
+
+    It is :func:`schedule` for the host, whose first update has number 0. Arguments are as in
+    :func:`settings`.
+    """
+    numbers = settings(config, total_steps, per_epoch=per_epoch)
+    return lambda step: float(_compute_rate(numbers, config.decay, np.float64(step - 1), np))
 
 
 def adamw(settings: Settings, adapter: PyTree, decay: str) -> optax.GradientTransformation:

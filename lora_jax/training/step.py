@@ -30,11 +30,14 @@ class StepOptions(NamedTuple):
       has_guard: whether a step without a finite loss and gradient changes nothing; the metrics then
         have the guard's verdict.
       spike: as in :class:`nan_guard.Policy`.
+      has_norm: whether the metrics of a step without a guard have the norm of the gradient, before
+        it is clipped; with one, its verdict has it.
     """
 
     accumulate: int = 1
     has_guard: bool = False
     spike: float = 0.0
+    has_norm: bool = False
 
 
 PLAIN = StepOptions()
@@ -55,7 +58,8 @@ def train_step(
 ) -> Callable:
     """Returns the step, a pure function ``(state, base, batch) -> (state, metrics)``.
 
-    The metrics are the task's sums; with a guard they are a pair of these and the guard's verdict.
+    The metrics are the task's sums; with a guard they are a pair of these and the guard's verdict,
+    and with ``has_norm`` a pair of these and the norm of the gradient.
 
     Args:
       task: gives ``apply`` and ``metrics``.
@@ -83,7 +87,8 @@ def train_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.adapter)
         new = optax.apply_updates(state.adapter, updates), opt_state
         if not options.has_guard:
-            return TrainState(state.step + 1, *new, state.key, state.health), sums
+            metrics = (sums, gradients.global_norm(grads)) if options.has_norm else sums
+            return TrainState(state.step + 1, *new, state.key, state.health), metrics
         loss = jnp.where(jnp.isfinite(sums[0]), sums[0] / sums[-1], sums[0])
         verdict, health = nan_guard.judge(state.health, loss, grads, spike=options.spike)
         new = nan_guard.choose(verdict, new, (state.adapter, state.opt_state))

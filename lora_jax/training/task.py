@@ -83,8 +83,12 @@ class Recipe(NamedTuple):
       check: raises ValueError for mistakes in a config, before anything is loaded.
       make_task: ``(config, devices=None) -> (task, settings of the adapter)``; loads model and
         data. The devices are by default those that the config describes.
+      base_config: returns a config with all fields that the program has, and their defaults.
+        Whatever sets fields is compared with it; with None, the config that is given is taken for
+        it.
     """
 
     resolve: Callable[[ConfigDict], ConfigDict]
     check: Callable[[ConfigDict], None]
     make_task: Callable[..., tuple[Task, LoRAConfig]]
+    base_config: Callable[[], ConfigDict] | None = None

@@ -49,7 +49,7 @@ def check(workdir: Path, config: ConfigDict) -> None:
     if changes:
         raise ValueError(
             f"The workdir {workdir} holds a run with another config: {'; '.join(changes)}. "
-            "Use a new workdir, or the old config to go on with that run."
+            f"Use a new workdir, or the old config, {path}, to go on with that run."
         )
 
 

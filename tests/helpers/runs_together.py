@@ -72,7 +72,8 @@ def together(task, configs, steps, program):
         rows = []
         for k in range(steps):
             batch = task.train_batch(k)
-            stacked, (loss, _, n) = vmapped_step.call(program, "train", stacked, task.base, batch)
+            stacked, (sums, _) = vmapped_step.call(program, "train", stacked, task.base, batch)
+            loss, _, n = sums
             rows.append(np.asarray(loss, np.float64) / np.asarray(n))
         losses += list(np.array(rows).T[: len(chosen)])
         states += [vmapped_step.unstack(stacked, k) for k in range(len(chosen))]

@@ -92,6 +92,7 @@ def overrides(root):
         "eval_batch_size": 8,
         "epochs": 3,
         "log_every": 2,
+        "eval_at_start": False,
         "lora.rank": 2,
         "lora.train": "('classifier','pooler','word_embeddings')",
         "optimizer.learning_rate": 0.01,

@@ -47,7 +47,7 @@ def task(per_epoch=PER_EPOCH, evaluations=3):
 def config(**changes):
     """Lines every 3 steps, checkpoints every 5, evaluations every 8: in no step they want."""
     c = common.base_config()
-    c.epochs, c.log_every, c.checkpoint_every = 3, 3, 5
+    c.epochs, c.log_every, c.checkpoint_every, c.eval_at_start = 3, 3, 5, False
     c.optimizer.learning_rate = 0.05
     c.lora.targets, c.lora.train = ("dense",), ()
     c.update_from_flattened_dict({n.replace("__", "."): x for n, x in changes.items()})
