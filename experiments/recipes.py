@@ -1,12 +1,19 @@
 """The recipes of the programs, by the names under which a sweep finds them."""
 
-from lora_jax.tasks import classification, e2e, glue_config, instruction_tuning
+import functools
+
+from lora_jax.tasks import classification, e2e, glue_config, instruction_tuning, own_texts
 from lora_jax.training.task import Recipe
 
 GLUE = Recipe(glue_config.resolve, glue_config.check, classification.make_task)
+CLASSIFY = Recipe(
+    own_texts.resolve,
+    own_texts.check,
+    functools.partial(classification.make_task, load_texts=own_texts.load),
+)
 E2E = Recipe(e2e.resolve, e2e.check, e2e.make_task)
 INSTRUCT = Recipe(
     instruction_tuning.resolve, instruction_tuning.check, instruction_tuning.make_task
 )
 
-RECIPES = {"glue": GLUE, "e2e_nlg": E2E, "instruct": INSTRUCT}
+RECIPES = {"glue": GLUE, "classify": CLASSIFY, "e2e_nlg": E2E, "instruct": INSTRUCT}

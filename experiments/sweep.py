@@ -14,8 +14,9 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from experiments import cli, recipes
+from experiments import cli, next_commands, recipes
 from lora_jax.sweeps import scheduler, sweep_dirs, trials
+from lora_jax.tasks import own_texts
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the sweep.", required=True)
@@ -35,6 +36,7 @@ flags.mark_flag_as_required("config")
 # The next command for the best adapter of each program.
 _NEXT = {
     "glue": 'experiments.predict --adapter={adapter} "The movie was wonderful!"',
+    "classify": "experiments.predict --adapter={adapter} {example}",
     "e2e_nlg": "experiments.export --adapter={adapter} --out=merged --merged",
     "instruct": 'experiments.chat --adapter={adapter} "Who are you?"',
 }
@@ -116,11 +118,14 @@ def _outcome(sweep: scheduler.Sweep) -> str:
     if scored:
         score, value, trial = max(scored, key=lambda entry: entry[0].merit(entry[1]))
         run = trials.describe(trial, trials.varied_fields([t.config for t in sweep.trials]))
-        adapter = sweep_dirs.run_dir(sweep.workdir, trial) / "adapter"
+        adapter, example = sweep_dirs.run_dir(sweep.workdir, trial) / "adapter", ""
+        if _PROGRAM.value == "classify":
+            (examples,) = own_texts.load(trial.config).evaluations
+            example = next_commands.quote_text(own_texts.find_example(examples))
         lines += [
             f"best validation {score.name} {value:.4f}: {run}",
             "Next:",
-            f"  python -m {_NEXT[_PROGRAM.value].format(adapter=adapter)}",
+            f"  python -m {_NEXT[_PROGRAM.value].format(adapter=adapter, example=example)}",
         ]
     return "\n".join([*lines, f"  python -m experiments.report {sweep.workdir}"])
 

@@ -1,4 +1,7 @@
-"""Tasks of GLUE from a config: model, data and scores."""
+"""Classification of texts from a config: model, data and scores.
+
+Where the examples come from is another function for each program; all else is here.
+"""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -12,15 +15,15 @@ import tokenizers
 from ml_collections import ConfigDict
 
 import lora_jax as lora
-from lora_jax.data import batches, sources, tokenization
+from lora_jax.data import batches, tokenization
 from lora_jax.data.batches import Batch
-from lora_jax.data.examples import Examples, concatenate, subset, take
+from lora_jax.data.examples import Examples, concatenate
 from lora_jax.models import checkpoints, registry
 from lora_jax.models.families import CLASSIFIER, SEQ2SEQ_LM
-from lora_jax.tasks import adapter_files, text_to_text
+from lora_jax.tasks import adapter_files, glue_data, text_to_text
 from lora_jax.tasks.from_config import describe_attention, load_options
-from lora_jax.tasks.glue import GlueTask, find
 from lora_jax.tasks.glue_metrics import SCORES
+from lora_jax.tasks.text_task import LabelledTexts, TextTask
 from lora_jax.training import durations
 from lora_jax.training.mesh import Devices
 from lora_jax.training.metrics import Errors, Sums, cross_entropy, squared_error
@@ -77,7 +80,7 @@ def make_scorer(
     labels: Sequence[str],
     tokenizer: tokenizers.Tokenizer,
     *,
-    task: GlueTask,
+    task: TextTask,
 ) -> Scorer:
     """Makes the functions by which a model tells the labels of a task apart.
 
@@ -85,7 +88,7 @@ def make_scorer(
       loaded: the model.
       labels: names of the classes.
       tokenizer: the model's tokenizer.
-      task: task of GLUE.
+      task: what is asked of the texts.
 
     Raises:
       ValueError: the model can't do it: it writes, and the task is a regression, or two labels have
@@ -107,12 +110,18 @@ def make_scorer(
     )
 
 
-def make_task(config: ConfigDict, devices: Devices | None = None) -> tuple[Task, lora.LoRAConfig]:
+def make_task(
+    config: ConfigDict,
+    devices: Devices | None = None,
+    *,
+    load_texts: Callable[[ConfigDict], LabelledTexts] = glue_data.load,
+) -> tuple[Task, lora.LoRAConfig]:
     """Loads model, data and, if the config names one, the adapter to start from.
 
     Args:
       config: config of the run.
       devices: devices of the run; by default those that the config describes.
+      load_texts: loads the examples of a config.
 
     Returns:
       The task, and the settings of the adapter.
@@ -120,7 +129,7 @@ def make_task(config: ConfigDict, devices: Devices | None = None) -> tuple[Task,
     Raises:
       FileNotFoundError, ValueError: something is missing or damaged, or does not fit the rest.
     """
-    c, glue = config.data, find(config.task)
+    c = config.data
     loaded = load_model(
         config.model.name,
         num_labels=config.model.num_labels,
@@ -128,10 +137,10 @@ def make_task(config: ConfigDict, devices: Devices | None = None) -> tuple[Task,
         **load_options(config, devices),
     )
     _check_positions(config, loaded)
-    training, evaluations = load_examples(config, glue)
-    evaluation = concatenate(evaluations)
+    texts = load_texts(config)
+    training, evaluation = texts.training, concatenate(texts.evaluations)
     tokenizer = checkpoints.load_tokenizer(loaded.checkpoint)
-    scorer = make_scorer(loaded, config.model.labels, tokenizer, task=glue)
+    scorer = make_scorer(loaded, config.model.labels, tokenizer, task=texts.task)
     tokenize = functools.partial(
         tokenization.tokenize,
         tokenizer=tokenizer,
@@ -141,7 +150,7 @@ def make_task(config: ConfigDict, devices: Devices | None = None) -> tuple[Task,
     train_set, eval_set = (tokenize(scorer.to_prompts(x)) for x in (training, evaluation))
     buckets = tuple(c.buckets)
     initial = adapter_files.load_initial(config, loaded)
-    notes = _notes(config, loaded, train_set, eval_set, glue)
+    notes = _notes(config, loaded, train_set, eval_set, texts.task)
     task = Task(
         apply=scorer.apply,
         metrics=scorer.metrics,
@@ -159,13 +168,15 @@ def make_task(config: ConfigDict, devices: Devices | None = None) -> tuple[Task,
         steps_per_epoch=batches.steps_per_epoch(len(training.labels), config.batch_size),
         base=loaded.params,
         base_id=loaded.base_id,
-        metadata=metadata(config, glue),
-        notes=adapter_files.add_notes(initial, (*notes, *training.notes, *evaluation.notes)),
+        metadata=metadata(config, texts),
+        notes=adapter_files.add_notes(
+            initial, (*notes, *texts.notes, *training.notes, *evaluation.notes)
+        ),
         adapter=initial.adapter,
         fresh_head=initial.fresh_head,
         redraw_base=lambda seed: checkpoints.redraw(loaded, head_key(seed)),
-        score=Score(glue.score),
-        scores=_make_scores(glue, [part.labels for part in evaluations]),
+        score=Score(texts.task.score),
+        scores=_make_scores(texts.task, [part.labels for part in texts.evaluations]),
     )
     return task, initial.config
 
@@ -184,7 +195,7 @@ def _regression_metrics(logits: jax.Array, batch: Batch) -> Errors:
 
 
 def _make_scores(
-    task: GlueTask, labels: list[np.ndarray]
+    task: TextTask, labels: list[np.ndarray]
 ) -> Callable[[np.ndarray], dict[str, float]] | None:
     """Makes the function from the logits of all evaluation sets to the task's scores, if any."""
     if not task.scores and len(labels) == 1:
@@ -211,36 +222,7 @@ def _check_positions(config: ConfigDict, loaded: checkpoints.Loaded) -> None:
         )
 
 
-def load_examples(config: ConfigDict, task: GlueTask) -> tuple[Examples, list[Examples]]:
-    """Loads the training examples, and those of each evaluation set.
-
-    With ``data.holdout`` the evaluation examples come from the training split, after those to train
-    on. So hyperparameters can be chosen without a look at the validation set.
-    """
-    c = config.data
-    load = functools.partial(
-        sources.load,
-        c.source,
-        data_dir=c.data_dir or None,
-        num_labels=config.model.num_labels,
-        layout=task.layout,
-    )
-    train_split = load("train")
-    if not c.holdout:
-        evaluations = [load(split) for split in task.validation]
-        return subset(train_split, c.train_examples, c.seed), evaluations
-    total = len(train_split.labels)
-    count = c.train_examples or total - c.holdout
-    if count < 1 or count + c.holdout > total:
-        raise ValueError(
-            f"data.train_examples {c.train_examples} and data.holdout {c.holdout} do not fit into "
-            f"the {total} training examples of {c.source}."
-        )
-    both = subset(train_split, count + c.holdout, c.seed)
-    return take(both, range(count)), [take(both, range(count, count + c.holdout))]
-
-
-def metadata(config: ConfigDict, task: GlueTask) -> dict[str, Any]:
+def metadata(config: ConfigDict, texts: LabelledTexts) -> dict[str, Any]:
     """Returns what is needed, besides the adapter, to use it."""
     return {
         "task": "text-classification",
@@ -248,8 +230,7 @@ def metadata(config: ConfigDict, task: GlueTask) -> dict[str, Any]:
         "max_length": config.data.max_length,
         "buckets": list(config.data.buckets),
         "seed": config.seed,
-        "glue": task.name,
-        "pairs": task.has_pairs,
+        **texts.metadata,
     }
 
 
@@ -258,7 +239,7 @@ def _notes(
     loaded: checkpoints.Loaded,
     train_set: tokenization.Tokenized,
     eval_set: tokenization.Tokenized,
-    task: GlueTask,
+    task: TextTask,
 ) -> tuple[str, ...]:
     """Returns the report at the start: the origin of model and data, and what is compiled."""
     fresh = f"; fresh: {', '.join(loaded.fresh)}" if loaded.fresh else ""

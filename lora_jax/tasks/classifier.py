@@ -13,8 +13,9 @@ from lora_jax import peft, serialize
 from lora_jax.data import batches, examples, tokenization
 from lora_jax.models import checkpoints
 from lora_jax.models.families import SEQ2SEQ_LM
-from lora_jax.tasks import adapter_files, classification, from_config
+from lora_jax.tasks import adapter_files, classification, from_config, own_texts
 from lora_jax.tasks.glue import find
+from lora_jax.tasks.text_task import TextTask
 
 PyTree = Any
 
@@ -32,7 +33,8 @@ class Classifier:
       max_length: largest number of tokens of a text.
       buckets: lengths that batches are padded to.
       pairs: whether it takes pairs of sentences, separated by a tab; None for either.
-      glue: name of the task of GLUE.
+      task: what is asked of the texts.
+      columns: names of the columns of a table that it was trained on the texts of, if it was.
       notes: assumptions about what a file does not say.
     """
 
@@ -44,7 +46,8 @@ class Classifier:
     max_length: int
     buckets: tuple[int, ...]
     pairs: bool | None = False
-    glue: str = "sst2"
+    task: TextTask = find("sst2")
+    columns: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -84,7 +87,20 @@ def load(directory: str | Path, *, model: str | None = None, wide: bool = True) 
         max_length=metadata["max_length"],
         buckets=tuple(metadata["buckets"]),
         pairs=metadata.get("pairs", False),
-        glue=metadata.get("glue", "sst2"),
+        task=_find_task(metadata),
+        columns=tuple(metadata.get("classify", {}).get("text", ())),
+    )
+
+
+def _find_task(metadata: dict[str, Any]) -> TextTask:
+    """Finds the task of an adapter of this library: of GLUE, or of a user's own texts."""
+    about = metadata.get("classify")
+    if about is None:
+        return find(metadata.get("glue", "sst2"))
+    return own_texts.make_task(
+        metadata["model"]["labels"],
+        texts=1 + metadata["pairs"],
+        is_regression=about["regression"],
     )
 
 
@@ -154,12 +170,23 @@ def _check_metadata(directory: str | Path, about: dict[str, Any]) -> None:
     wrong += [
         f"model.{n}" for n, type_ in _MODEL_TYPES.items() if not isinstance(model.get(n), type_)
     ]
+    wrong += [] if _is_classify(about) else ["classify"]
     if wrong or about["task"] != "text-classification":
         raise ValueError(
-            f"The adapter in {directory} is not one that experiments.sst2 or experiments.glue has "
-            f"saved: its metadata has task {about.get('task')!r}, and lacks "
+            f"The adapter in {directory} is not one that experiments.sst2, .glue or .classify "
+            f"has saved: its metadata has task {about.get('task')!r}, and lacks "
             f"{', '.join(wrong) or 'nothing'}."
         )
+
+
+def _is_classify(about: dict[str, Any]) -> bool:
+    """Returns whether what is said about a user's own texts, if anything is, is complete."""
+    own = about.get("classify")
+    if own is None:
+        return True
+    texts = own.get("text") if isinstance(own, dict) else None
+    has_texts = isinstance(texts, list) and len(texts) == 1 + (about.get("pairs") is True)
+    return has_texts and isinstance(own.get("regression"), bool)
 
 
 def predict(classifier: Classifier, sentences: list[str]) -> np.ndarray:
@@ -172,11 +199,16 @@ def predict(classifier: Classifier, sentences: list[str]) -> np.ndarray:
     Raises:
       ValueError: the adapter takes pairs, and a sentence does not have exactly one tab.
     """
+    return predict_examples(classifier, _examples(classifier, sentences))
+
+
+def predict_examples(classifier: Classifier, texts: examples.Examples) -> np.ndarray:
+    """Computes class probabilities as :func:`predict`, of examples, whose labels are not used."""
     scorer = classification.make_scorer(
-        classifier.loaded, classifier.labels, classifier.tokenizer, task=find(classifier.glue)
+        classifier.loaded, classifier.labels, classifier.tokenizer, task=classifier.task
     )
     tokens = tokenization.tokenize(
-        scorer.to_prompts(_examples(classifier, sentences)),
+        scorer.to_prompts(texts),
         classifier.tokenizer,
         max_length=classifier.max_length,
         types=classification.has_token_types(classifier.loaded),
@@ -188,8 +220,9 @@ def predict(classifier: Classifier, sentences: list[str]) -> np.ndarray:
         scores = scorer.apply(params, batch, None)
         return jax.nn.softmax(scores) if len(classifier.labels) > 1 else scores
 
-    result = np.zeros((len(sentences), len(classifier.labels)), np.float32)
-    size = min(64, len(sentences))
+    count = len(texts.sentences)
+    result = np.zeros((count, len(classifier.labels)), np.float32)
+    size = min(64, count)
     for batch in batches.eval_batches(tokens, batch_size=size, buckets=classifier.buckets):
         is_real = batch["weights"] > 0
         result[batch["index"][is_real]] = np.asarray(step(params, batch))[is_real]
