@@ -81,7 +81,7 @@ def find_columns(
         raise _explain_missing(table, "texts" if not texts else "labels")
     if label_column in texts:
         name = table.columns[label_column]
-        raise ValueError(f"{table.path}: {name!r} can't be both the text and the label")
+        raise ValueError(f"{_header(table)}: {name!r} can't be both the text and the label")
     return Columns(texts, label_column)
 
 
@@ -115,14 +115,11 @@ def _find_named(table: Table, name: str, field: str) -> int:
     if len(found) == 1:
         return found[0]
     if found:
-        raise ValueError(
-            f"{table.path}: the column {name!r} ({field}) occurs {len(found)} times among "
-            f"{list(table.columns)}; give each a name of its own"
-        )
+        raise _explain_twice(table, table.columns[found[0]])
     near = difflib.get_close_matches(name, table.columns, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     raise ValueError(
-        f"{table.path}: there is no column {name!r} ({field}){hint}; there are "
+        f"{_header(table)}: there is no column {name!r} ({field}){hint}; there are "
         f"{list(table.columns)}"
     )
 
@@ -136,8 +133,10 @@ def _find_usual(
         found = [k for k in left if _normalize(table.columns[k]) in group]
         if len(found) > 1:
             names = [table.columns[k] for k in found]
+            if len(set(names)) == 1:
+                raise _explain_twice(table, names[0])
             raise ValueError(
-                f"{table.path}: the columns {names} could each be meant; say which with "
+                f"{_header(table)}: the columns {names} could each be meant; say which with "
                 f"--config.{field}={names[0]!r}, for example"
             )
         if found:
@@ -155,7 +154,7 @@ def _find_pair(table: Table, taken: Sequence[int]) -> tuple[int, ...]:
             if other is not None:
                 both = [table.columns[k] for k in columns]
                 raise ValueError(
-                    f"{table.path}: the texts could be the pairs {both} or the column "
+                    f"{_header(table)}: the texts could be the pairs {both} or the column "
                     f"{table.columns[other]!r}; say which with --config.data.text="
                     f"'{both[0]},{both[1]}', or with the one column"
                 )
@@ -187,6 +186,19 @@ def _has_words(table: Table, column: int) -> bool:
     return 2 * len(words) > len(cells)
 
 
+def _header(table: Table) -> str:
+    """Returns where the names of the columns stand."""
+    return f"{table.path}:1" if table.has_lines else table.path
+
+
+def _explain_twice(table: Table, name: str) -> ValueError:
+    """Makes the error for a column whose name another has, too."""
+    return ValueError(
+        f"{_header(table)}: the column {name!r} occurs more than once among "
+        f"{list(table.columns)}; give each a name of its own"
+    )
+
+
 def _explain_missing(table: Table, what: str) -> ValueError:
     """Makes the error for a table without a column of texts, or of labels."""
     field, other = ("data.text", "data.label") if what == "texts" else ("data.label", "data.text")
@@ -200,5 +212,4 @@ def _explain_missing(table: Table, what: str) -> ValueError:
         )
     if len(table.columns) == 1:
         header += ". If fields are separated by an unusual character, give it as data.delimiter"
-    place = f"{table.path}:1" if table.has_lines else table.path
-    return ValueError(f"{place}: {listing} {advice}{header}")
+    return ValueError(f"{_header(table)}: {listing} {advice}{header}")

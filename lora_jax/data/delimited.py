@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_jax.data.tables import Table, raise_problems, read_text, suffix
+from lora_jax.data.tables import Table, count_rows, raise_problems, read_text, suffix
 
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 _SAMPLE = 100  # number of records by which a delimiter is chosen
@@ -58,7 +58,7 @@ def read(path: Path, *, delimiter: str = "", columns: Sequence[str] = ()) -> Tab
     rows = [record for record in records if any(field.strip() for field in record.fields)]
     _check_widths(path, names, rows, delimiter)
     blank = len(records) - len(rows)
-    notes = [f"{path}: {blank} blank rows left out"] if blank else []
+    notes = [f"left out: {count_rows(blank)} of {path} with nothing in it"] if blank else []
     if not is_quoted and any(field.startswith('"') for row in rows for field in row.fields):
         notes.append(f"{path}: quotes are part of the texts, since they do not come in pairs")
     return Table(

@@ -26,6 +26,11 @@ def read(path: Path) -> Table:
     columns = tuple(dict.fromkeys(key for row in rows for key in row))
     if not rows:
         raise ValueError(f"{path}: no rows")
+    if len(rows) == 1 and all(isinstance(x, list | dict) for x in rows[0].values()):
+        raise ValueError(
+            f"{path}: one object of {list(columns)}, each with many values, where rows are "
+            "expected: write an object a line (pandas: orient='records', lines=True)"
+        )
     return Table(
         path=str(path),
         columns=columns,

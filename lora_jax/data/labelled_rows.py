@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from lora_jax.data import labels
 from lora_jax.data.columns import Columns
-from lora_jax.data.tables import Table, Value, is_missing, list_places, raise_problems
+from lora_jax.data.tables import Table, Value, count_rows, is_missing, list_places, raise_problems
 
 _UNLABELED = -1  # what Hugging Face's library writes for a label that is not known
 
@@ -76,7 +76,7 @@ def _is_unlabeled(label: Value, class_names: Sequence[str]) -> bool:
 
 def _to_text(value: Value) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError(f"the text is {value!r}, a {type(value).__name__}")
+        raise ValueError(f"the text is {str(value)[:40]!r}, a {type(value).__name__}")
     text = str(value).strip()
     try:
         text.encode()
@@ -91,5 +91,4 @@ def _to_text(value: Value) -> str:
 def _describe(table: Table, rows: Sequence[int], what: str) -> str:
     if not rows:
         return ""
-    plural = "row" if len(rows) == 1 else "rows"
-    return f"left out: {len(rows):,} {plural} without {what} ({list_places(table, rows)})"
+    return f"left out: {count_rows(len(rows))} without {what} ({list_places(table, rows)})"

@@ -32,7 +32,7 @@ def to_name(value: Value, class_names: Sequence[str] = ()) -> str:
     """
     if isinstance(value, list | dict):
         raise ValueError(
-            f"the label {value!r} is a JSON {type(value).__name__}, and a row has one label: a "
+            f"the label {str(value)[:40]} is a {type(value).__name__}, and a row has one label: a "
             "word or a number"
         )
     if isinstance(value, bool):
@@ -161,7 +161,7 @@ def describe_classes(classes: Sequence[str], labels: np.ndarray) -> list[str]:
     lines = [f"labels: {len(classes)} classes, by rows: {', '.join(parts)}{more}"]
     rare = [classes[k] for k in order if counts[k] == 1]
     if rare:
-        lines.append(f"labels that occur once, trained on and not evaluated: {_list(rare)}")
+        lines.append(f"labels of one row each, of which little can be learned: {_list(rare)}")
     folded = Counter(name.casefold() for name in classes)
     alike = [name for name in classes if folded[name.casefold()] > 1]
     if alike:

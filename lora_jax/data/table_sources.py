@@ -46,7 +46,7 @@ def read_tables(
     if source.startswith(columnar.HUB):
         return _by_split(source, columnar.read_hub(source))
     path = reviews.DIRECTORY if source == "reviews" else Path(source).expanduser()
-    if not path.exists():
+    if not source or not path.exists():
         raise FileNotFoundError(_explain_missing(source))
     if path.is_dir() and columnar.is_saved(path):
         return _by_split(source, columnar.read_saved(path))

@@ -68,6 +68,15 @@ def is_missing(value: Value) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
+def count_rows(count: int) -> str:
+    """Writes a number of rows.
+
+    >>> count_rows(1), count_rows(1200)
+    ('1 row', '1,200 rows')
+    """
+    return f"{count:,} row" if count == 1 else f"{count:,} rows"
+
+
 def list_places(table: Table, rows: Sequence[int]) -> str:
     """Lists where rows stand, the first few of them.
 
@@ -77,7 +86,7 @@ def list_places(table: Table, rows: Sequence[int]) -> str:
     """
     numbers = [str(table.lines[row]) for row in rows[:_MAX_LISTED]]
     more = ["..."] if len(rows) > _MAX_LISTED else []
-    mark = ":" if table.has_lines else ", rows "
+    mark = ":" if table.has_lines else f", row{'s' * (len(rows) > 1)} "
     return f"{table.path}{mark}{', '.join([*numbers, *more])}"
 
 

@@ -10,6 +10,7 @@ import numpy as np
 _MOST_CLASSES = 20  # of which a printed table has all; of more it has the worst
 _MOST_IN_MATRIX = 8  # classes of which a printed report has the matrix
 _WIDTH = 24  # characters of a class's name in a printed table
+_WIDTH_OF_COLUMN = 14  # and at the head of a column of the matrix
 
 
 class ClassScores(NamedTuple):
@@ -134,14 +135,7 @@ def describe(report: ClassReport) -> list[str]:
 def _describe_confusion(report: ClassReport) -> list[str]:
     n = len(report.labels)
     if n <= _MOST_IN_MATRIX:
-        width = max(9, *(len(str(x)) + 1 for x in report.confusion.reshape(-1)))
-        cut = lambda name: _shorten(name, width - 1)
-        lines = [
-            f"{'is / predicted':<{_WIDTH}}" + "".join(f"{cut(x):>{width}}" for x in report.labels)
-        ]
-        for label, row in zip(report.labels, report.confusion, strict=True):
-            lines.append(f"{_shorten(label):<{_WIDTH}}" + "".join(f"{x:>{width}}" for x in row))
-        return lines
+        return _write_matrix(report)
     off = report.confusion - np.diag(np.diag(report.confusion))
     order = np.argsort(-off, axis=None, kind="stable")[:5]
     pairs = [divmod(int(k), n) for k in order if off.reshape(-1)[k]]
@@ -149,6 +143,15 @@ def _describe_confusion(report: ClassReport) -> list[str]:
         f"most often confused: {report.labels[a]} taken for {report.labels[b]}: {off[a, b]:,}"
         for a, b in pairs
     ]
+
+
+def _write_matrix(report: ClassReport) -> list[str]:
+    heads = [_shorten(label, _WIDTH_OF_COLUMN) for label in report.labels]
+    width = 2 + max(len(x) for x in [*heads, *map(str, report.confusion.reshape(-1))])
+    lines = [f"{'is / taken for':<{_WIDTH}}" + "".join(f"{x:>{width}}" for x in heads)]
+    for label, row in zip(report.labels, report.confusion, strict=True):
+        lines.append(f"{_shorten(label):<{_WIDTH}}" + "".join(f"{x:>{width}}" for x in row))
+    return lines
 
 
 def _shorten(name: str, width: int = _WIDTH) -> str:

@@ -66,7 +66,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
             f"{config.data.digest!r}, but have {digest!r}: they have changed since; use a new "
             "workdir, and leave data.digest empty"
         )
-    with config.unlocked():
+    with config.unlocked(), config.ignore_type():  # a share is given as text, too
         config.data.holdout = _parse_holdout(config.data.holdout, has_validation=bool(validation))
         config.data.digest = digest
         config.model.labels, config.model.num_labels = classes, len(classes)
