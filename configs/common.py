@@ -126,13 +126,15 @@ def classify_config() -> ConfigDict:
     c.model.labels, c.model.num_labels = (), 0  # () for those of the data, in sorted order
     c.lora.targets, c.lora.train = ("all-linear",), ("default",)
     # A file (.csv, .tsv, .jsonl, .json, .parquet), a folder with a file for each split, "reviews",
-    # or "hf:NAME" for a data set of Hugging Face
+    # or "datasets:NAME" for a data set of Hugging Face
     c.data.source = ""
     c.data.text = ""  # column of the texts, or two with a comma between for pairs; empty to find it
     c.data.label = ""  # column of the labels; empty to find it
     c.data.regression = False  # whether labels are real numbers to predict
     c.data.validation = ""  # another source to evaluate on; empty for that of the folder, or a part
-    c.data.holdout = duration("auto")  # part held out to evaluate on: "10%", 0.1 or 500 rows
+    # Part held out to evaluate on: "20%", or a number of rows; "" for 10%, unless there is a
+    # validation split
+    c.data.holdout = duration("")
     c.data.columns = ""  # names of all columns, with commas, if the file's first line is a row
     c.data.delimiter = ""  # character between the fields of CSV files; empty to find it
     c.data.digest = ""  # hash of the rows, which a run fills in; it does not go on with others

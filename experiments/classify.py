@@ -3,12 +3,12 @@ r"""Fine-tunes a model to tell the classes of one's own texts apart, or to predi
     python -m experiments.classify --config=configs/classify.py --config.data.source=news.csv \
         --workdir=runs/news
 
-The source is a CSV, TSV, JSON or Parquet file, a folder with one for each split, or hf:NAME for a
-data set of Hugging Face. The columns of texts and labels are found by their names, or named with
---config.data.text (two with a comma between for pairs) and --config.data.label. A tenth of the rows
-is held out to evaluate on, unless --config.data.validation names a file. Numbers are learned with
---config.data.regression=True. At the end the program prints how well each class is told from the
-others, and writes that to classes.json and confusion.csv.
+The source is a CSV, TSV, JSON or Parquet file, a folder with one for each split, or datasets:NAME
+for a data set of Hugging Face. The columns of texts and labels are found by their names, or named
+with --config.data.text (two with a comma between for pairs) and --config.data.label. A tenth of the
+rows is held out to evaluate on, unless --config.data.validation names a file. Numbers are learned
+with --config.data.regression=True. At the end the program prints how well each class is told from
+the others, and writes that to classes.json and confusion.csv.
 Resuming, --adapter and --eval_only are as in experiments.sst2.
 """
 
@@ -71,7 +71,9 @@ def _report_classes(config: ConfigDict, adapter: Path, workdir: Path | None) -> 
     predictions = np.argmax(classifier.predict_examples(model, examples), axis=-1)
     report = class_report.make_report(config.model.labels, examples.labels, predictions)
     cli.say("\n".join(class_report.describe(report)))
-    if workdir is not None:
+    if workdir is None:  # the last line is JSON, as that of every evaluation
+        cli.say(json.dumps({"adapter": str(adapter)} | class_report.to_json(report)))
+    else:
         text = json.dumps(class_report.to_json(report), indent=2, ensure_ascii=False) + "\n"
         write_atomically(workdir / CLASSES, text.encode())
         write_atomically(workdir / CONFUSION, class_report.to_csv(report).encode())

@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # optional
     import datasets
     import pyarrow
 
-HUB = "hf:"  # the prefix of names of data sets
+HUB = "datasets:"  # before the name of a data set of Hugging Face
 
 
 def read_parquet(path: Path) -> Table:
@@ -23,7 +23,7 @@ def read_parquet(path: Path) -> Table:
         what to install.
       OSError: the file can't be read.
     """
-    _require(f"The Parquet file {path}", "parquet", "pyarrow")
+    _require(f"The Parquet file {path}", "pyarrow")
     import pyarrow
     import pyarrow.parquet
 
@@ -58,16 +58,16 @@ def read_hub(source: str) -> dict[str, Table]:
     """Reads all splits of a data set of Hugging Face.
 
     Args:
-      source: "hf:NAME" or "hf:NAME:CONFIG", such as "hf:ag_news".
+      source: "datasets:NAME" or "datasets:NAME@CONFIG", such as "datasets:ag_news".
 
     Raises:
       ValueError: it can't be loaded; or their library is not installed, and the message says what
         to install.
     """
-    _require(f"The source {source!r}", "datasets", "datasets")
+    _require(f"The source {source!r}", "datasets")
     import datasets
 
-    name, _, config = source.removeprefix(HUB).partition(":")
+    name, _, config = source.removeprefix(HUB).partition("@")
     try:
         found = datasets.load_dataset(name, config or None)
     except Exception as error:  # their library's, fsspec's, pyarrow's, the Hub's
@@ -81,7 +81,7 @@ def read_saved(directory: Path) -> dict[str, Table]:
     Raises:
       ValueError: as :func:`read_hub`.
     """
-    _require(f"The folder {directory}, saved by Hugging Face's library,", "datasets", "datasets")
+    _require(f"The folder {directory}, saved by Hugging Face's library,", "datasets")
     import datasets
 
     try:
@@ -111,11 +111,11 @@ def _to_table(source: str, split: str, part: "datasets.Dataset") -> Table:
     )
 
 
-def _require(what: str, extra: str, module: str) -> None:
+def _require(what: str, module: str) -> None:
     """Checks that a library is installed, which only such data need.
 
     Raises:
       ValueError: it is not; the message says what to install.
     """
     if importlib.util.find_spec(module) is None:
-        raise ValueError(f"{what} needs {module}: pip install 'lora_jax[{extra}]'")
+        raise ValueError(f"{what} needs {module}: pip install 'lora_jax[data]'")

@@ -103,6 +103,31 @@ def find_texts(table: Table, names: str | Sequence[str]) -> tuple[int, ...]:
     return tuple(_find_named(table, name, "data.text") for name in names)
 
 
+def find_texts_again(table: Table, names: Sequence[str], *, count: int | None) -> tuple[int, ...]:
+    """Finds the columns of texts of a table without labels, for a model that was trained before.
+
+    Args:
+      table: the table.
+      names: names of the columns that the model was trained on; where the table lacks them, columns
+        with usual names are taken.
+      count: number of texts of an example, 1 or 2; None for either.
+
+    Raises:
+      ValueError: there are no such columns, or it is not clear which, or they are too few or many.
+    """
+    known = {_normalize(column) for column in table.columns}
+    if names and all(_normalize(name) in known for name in names):
+        return find_texts(table, names)
+    texts = (() if count == 1 else _find_pair(table, ())) or _find_text(table, ())
+    if len(texts) != (count or len(texts)) or not texts:
+        wanted = f"the columns {list(names)}" if names else f"{count or 1} with texts"
+        raise ValueError(
+            f"{_header(table)}: the adapter needs {wanted}, and there are {list(table.columns)}; "
+            "name them with --text"
+        )
+    return texts
+
+
 def _normalize(name: str) -> str:
     """Returns what two spellings of a column's name have in common."""
     return re.sub(r"[\W_]+", "", name).casefold()

@@ -62,7 +62,8 @@ def take(table: Table, columns: Columns) -> LabelledRows:
     notes = [_describe(table, without_text, what), _describe(table, without_label, "a label")]
     notes = tuple(note for note in notes if note)
     if not kept:
-        raise ValueError(f"{table.path}: no row has {what} and a label; {'; '.join(notes)}")
+        wanted = what if columns.label is None else f"{what} and a label"
+        raise ValueError(f"{table.path}: no row has {wanted}; {'; '.join(notes)}")
     return LabelledRows(texts, names if columns.label is not None else [], kept, notes)
 
 

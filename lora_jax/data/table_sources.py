@@ -16,7 +16,8 @@ _SPLITS = {
 }  # fmt: skip
 _EXAMPLES = (
     "a source is a file (.csv, .tsv, .jsonl, .json, .parquet), a folder with train.csv or the like "
-    "(and validation.csv, if there is one), 'reviews', or 'hf:NAME' for a data set of Hugging Face"
+    "(and validation.csv, if there is one), 'reviews', or 'datasets:NAME' for a data set of "
+    "Hugging Face"
 )
 _REFUSED = {
     ".xlsx": "save the sheet as CSV", ".xls": "save the sheet as CSV",
@@ -34,7 +35,7 @@ def read_tables(
 
     Args:
       source: path of a file, whose rows are of the split "train", or of a folder; or "reviews", or
-        "hf:NAME".
+        "datasets:NAME".
       delimiter: character between the fields of CSV files; "" to find it.
       columns: names of the columns of CSV files without a line of them.
 
@@ -170,5 +171,5 @@ def _explain_missing(source: str) -> str:
         return f"source {source!r}: data sets of TFDS are for experiments.glue; here {_EXAMPLES}"
     path = Path(source).expanduser().absolute()
     is_name = not suffix(source) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source)
-    hint = f"; is it the data set {columnar.HUB}{source}?" if is_name else ""
+    hint = f"; for a data set of that name write {columnar.HUB}{source}" if is_name else ""
     return f"source {source!r}: {path} does not exist{hint} ({_EXAMPLES})"

@@ -15,13 +15,14 @@ import tokenizers
 from ml_collections import ConfigDict
 
 import lora_jax as lora
-from lora_jax.data import batches, tokenization
+from lora_jax.data import batches, sources, tokenization
 from lora_jax.data.batches import Batch
-from lora_jax.data.examples import Examples, concatenate
+from lora_jax.data.examples import Examples, concatenate, subset, take
 from lora_jax.models import checkpoints, registry
 from lora_jax.models.families import CLASSIFIER, SEQ2SEQ_LM
-from lora_jax.tasks import adapter_files, glue_data, text_to_text
+from lora_jax.tasks import adapter_files, text_to_text
 from lora_jax.tasks.from_config import describe_attention, load_options
+from lora_jax.tasks.glue import GlueTask, find
 from lora_jax.tasks.glue_metrics import SCORES
 from lora_jax.tasks.text_task import LabelledTexts, TextTask
 from lora_jax.training import durations
@@ -110,11 +111,23 @@ def make_scorer(
     )
 
 
+def load_glue(config: ConfigDict) -> LabelledTexts:
+    """Loads the examples of a config's task of GLUE.
+
+    Raises:
+      FileNotFoundError, ValueError: as :func:`sources.load` and :func:`load_examples`.
+    """
+    task = find(config.task)
+    training, evaluations = load_examples(config, task)
+    about = {"glue": task.name, "pairs": task.has_pairs}
+    return LabelledTexts(task=task, training=training, evaluations=evaluations, metadata=about)
+
+
 def make_task(
     config: ConfigDict,
     devices: Devices | None = None,
     *,
-    load_texts: Callable[[ConfigDict], LabelledTexts] = glue_data.load,
+    load_texts: Callable[[ConfigDict], LabelledTexts] = load_glue,
 ) -> tuple[Task, lora.LoRAConfig]:
     """Loads model, data and, if the config names one, the adapter to start from.
 
@@ -220,6 +233,35 @@ def _check_positions(config: ConfigDict, loaded: checkpoints.Loaded) -> None:
             f"data.buckets {tuple(config.data.buckets)} go beyond the {positions} positions that "
             f"{loaded.checkpoint.name} has; lower them, and data.max_length."
         )
+
+
+def load_examples(config: ConfigDict, task: GlueTask) -> tuple[Examples, list[Examples]]:
+    """Loads the training examples, and those of each evaluation set.
+
+    With ``data.holdout`` the evaluation examples come from the training split, after those to train
+    on. So hyperparameters can be chosen without a look at the validation set.
+    """
+    c = config.data
+    load = functools.partial(
+        sources.load,
+        c.source,
+        data_dir=c.data_dir or None,
+        num_labels=config.model.num_labels,
+        layout=task.layout,
+    )
+    train_split = load("train")
+    if not c.holdout:
+        evaluations = [load(split) for split in task.validation]
+        return subset(train_split, c.train_examples, c.seed), evaluations
+    total = len(train_split.labels)
+    count = c.train_examples or total - c.holdout
+    if count < 1 or count + c.holdout > total:
+        raise ValueError(
+            f"data.train_examples {c.train_examples} and data.holdout {c.holdout} do not fit into "
+            f"the {total} training examples of {c.source}."
+        )
+    both = subset(train_split, count + c.holdout, c.seed)
+    return take(both, range(count)), [take(both, range(count, count + c.holdout))]
 
 
 def metadata(config: ConfigDict, texts: LabelledTexts) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class Classifier:
       max_length: largest number of tokens of a text.
       buckets: lengths that batches are padded to.
       pairs: whether it takes pairs of sentences, separated by a tab; None for either.
-      task: what is asked of the texts.
+      glue: name of the task of GLUE, or "classify" for a user's own texts.
       columns: names of the columns of a table that it was trained on the texts of, if it was.
       notes: assumptions about what a file does not say.
     """
@@ -46,7 +46,7 @@ class Classifier:
     max_length: int
     buckets: tuple[int, ...]
     pairs: bool | None = False
-    task: TextTask = find("sst2")
+    glue: str = "sst2"
     columns: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -68,7 +68,7 @@ def load(directory: str | Path, *, model: str | None = None, wide: bool = True) 
         return _load_peft(directory, model, wide=wide)
     metadata = serialize.read_metadata(directory)
     _check_metadata(directory, metadata)
-    about_model = metadata["model"]
+    about_model, own = metadata["model"], metadata.get("classify", {})
     name, options = model or about_model["name"], from_config.dtypes(about_model)
     loaded = classification.load_model(
         name,
@@ -87,21 +87,18 @@ def load(directory: str | Path, *, model: str | None = None, wide: bool = True) 
         max_length=metadata["max_length"],
         buckets=tuple(metadata["buckets"]),
         pairs=metadata.get("pairs", False),
-        task=_find_task(metadata),
-        columns=tuple(metadata.get("classify", {}).get("text", ())),
+        glue=own_texts.NAME if own else metadata.get("glue", "sst2"),
+        columns=tuple(own.get("text", ())),
     )
 
 
-def _find_task(metadata: dict[str, Any]) -> TextTask:
-    """Finds the task of an adapter of this library: of GLUE, or of a user's own texts."""
-    about = metadata.get("classify")
-    if about is None:
-        return find(metadata.get("glue", "sst2"))
-    return own_texts.make_task(
-        metadata["model"]["labels"],
-        texts=1 + metadata["pairs"],
-        is_regression=about["regression"],
-    )
+def _find_task(classifier: Classifier) -> TextTask:
+    """Finds what the model was asked of texts."""
+    if classifier.glue != own_texts.NAME:
+        return find(classifier.glue)
+    is_regression = len(classifier.labels) == 1
+    texts = 1 + bool(classifier.pairs)
+    return own_texts.make_task(classifier.labels, texts=texts, is_regression=is_regression)
 
 
 _BUCKETS = (32, 64, 128, 256, 512)
@@ -181,12 +178,12 @@ def _check_metadata(directory: str | Path, about: dict[str, Any]) -> None:
 
 def _is_classify(about: dict[str, Any]) -> bool:
     """Returns whether what is said about a user's own texts, if anything is, is complete."""
-    own = about.get("classify")
-    if own is None:
+    if "classify" not in about:
         return True
+    own = about["classify"]
     texts = own.get("text") if isinstance(own, dict) else None
-    has_texts = isinstance(texts, list) and len(texts) == 1 + (about.get("pairs") is True)
-    return has_texts and isinstance(own.get("regression"), bool)
+    is_list = isinstance(texts, list) and all(isinstance(x, str) for x in texts)
+    return is_list and len(texts) == 1 + (about.get("pairs") is True)
 
 
 def predict(classifier: Classifier, sentences: list[str]) -> np.ndarray:
@@ -205,7 +202,7 @@ def predict(classifier: Classifier, sentences: list[str]) -> np.ndarray:
 def predict_examples(classifier: Classifier, texts: examples.Examples) -> np.ndarray:
     """Computes class probabilities as :func:`predict`, of examples, whose labels are not used."""
     scorer = classification.make_scorer(
-        classifier.loaded, classifier.labels, classifier.tokenizer, task=classifier.task
+        classifier.loaded, classifier.labels, classifier.tokenizer, task=_find_task(classifier)
     )
     tokens = tokenization.tokenize(
         scorer.to_prompts(texts),

@@ -1,47 +1,23 @@
 """One's own texts, from tables: a config's examples, their classes and the part to evaluate on."""
 
-import hashlib
-import json
-import math
-import re
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from lora_jax import peft, serialize
-from lora_jax.data import labelled_rows, labels, table_sources
-from lora_jax.data.columns import find_columns
+from lora_jax.data import labels
 from lora_jax.data.examples import Examples, subset
 from lora_jax.data.examples import take as take_examples
-from lora_jax.data.holdout import choose_holdout
-from lora_jax.data.labelled_rows import LabelledRows
-from lora_jax.data.tables import Table
-from lora_jax.tasks import from_config, glue_config
+from lora_jax.data.stratification import choose_holdout
+from lora_jax.tasks import from_config, glue_config, own_rows
+from lora_jax.tasks.own_rows import OwnRows, Part
 from lora_jax.tasks.text_task import LabelledTexts, TextTask
 
 NAME = "classify"
-AUTO = "auto"  # of data.holdout: a tenth of the rows, unless there is a validation split
-_SHARE = 0.1
+_SHARE = "10%"  # of the rows are held out, unless there is a validation split
 _TEXTS = {1: ("text",), 2: ("text1", "text2")}  # as a text-to-text model is asked
 _WIDE = 10.0  # numbers beyond which a regression is slow to learn, from zero
-
-
-class _Part(NamedTuple):
-    """The rows of one split, with the columns that they are from.
-
-    Attributes:
-      table: table of the rows.
-      rows: the rows.
-      texts: names of the columns of the texts.
-      label: name of the column of the label.
-    """
-
-    table: Table
-    rows: LabelledRows
-    texts: tuple[str, ...]
-    label: str
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
@@ -57,9 +33,9 @@ def resolve(config: ConfigDict) -> ConfigDict:
         that the config holds the digest of; or the model is of no family here.
     """
     config = glue_config.resolve_modules(config.copy_and_resolve_references())
-    training, validation = _read(config)
-    classes = _find_labels(config, training, validation)
-    digest = _make_digest([part for part in (training, validation) if part])
+    data = own_rows.read(config)
+    classes = own_rows.find_labels(config, data)
+    digest = own_rows.make_digest(data)
     if config.data.digest not in ("", digest):
         raise ValueError(
             f"the rows of {config.data.source!r} are not those of data.digest "
@@ -67,7 +43,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
             "workdir, and leave data.digest empty"
         )
     with config.unlocked(), config.ignore_type():  # a share is given as text, too
-        config.data.holdout = _parse_holdout(config.data.holdout, has_validation=bool(validation))
+        config.data.holdout = _resolve_holdout(config.data.holdout, data)
         config.data.digest = digest
         config.model.labels, config.model.num_labels = classes, len(classes)
     return config
@@ -79,7 +55,10 @@ def check(config: ConfigDict) -> None:
     Raises:
       ValueError: names fields that are wrong.
     """
-    from_config.check(config, glue_config.LEAST)
+    common = config.copy_and_resolve_references()
+    with common.unlocked(), common.ignore_type():
+        common.data.holdout = 0  # which is checked where the rows are counted
+    from_config.check(common, glue_config.LEAST)
     glue_config.check_buckets(config)
     glue_config.check_label_names(config, is_regression=config.data.regression)
     if config.data.regression and config.model.num_labels > 1:
@@ -96,19 +75,22 @@ def load(config: ConfigDict) -> LabelledTexts:
       FileNotFoundError, ValueError: as :func:`resolve`; or the adapter to start from has other
         labels; or the rows can't be divided as the config wants it.
     """
-    training, validation = _read(config)
-    names = tuple(config.model.labels)
+    data = own_rows.read(config)
+    training = data.training
     if config.adapter:
-        _check_adapter_labels(config.adapter, names)
-    examples = _to_examples(config, training)
-    if validation:
-        others, notes = _to_examples(config, validation), [_describe_overlap(training, validation)]
+        _check_adapter_labels(config.adapter, tuple(config.model.labels))
+    examples = own_rows.to_examples(config, training)
+    if data.validation:
+        others = own_rows.to_examples(config, data.validation)
+        notes = [_describe_overlap(training, data.validation)]
     else:
         examples, others, notes = _hold_out(config, training, examples)
     total = len(examples.sentences)
     examples = subset(examples, config.data.train_examples, config.data.seed)
     if len(examples.sentences) < total:
-        notes.append(f"trained on: {len(examples.sentences):,} of {total:,} rows (train_examples)")
+        notes.append(
+            f"training on {len(examples.sentences):,} of {total:,} rows (data.train_examples)"
+        )
     return LabelledTexts(
         task=_make_task(config, len(training.texts)),
         training=examples,
@@ -116,12 +98,11 @@ def load(config: ConfigDict) -> LabelledTexts:
         metadata={
             "pairs": len(training.texts) == 2,
             "classify": {
-                "regression": config.data.regression,
                 "text": list(training.texts),
                 "label": training.label,
             },
         },
-        notes=(*_describe(config, training, validation), *(note for note in notes if note)),
+        notes=(*_describe(config, data), *(note for note in notes if note)),
     )
 
 
@@ -147,93 +128,14 @@ def _make_task(config: ConfigDict, texts: int) -> TextTask:
     return make_task(config.model.labels, texts=texts, is_regression=config.data.regression)
 
 
-def _read(config: ConfigDict) -> tuple[_Part, _Part | None]:
-    """Reads the rows to train on, and those of a validation split, if there is one."""
-    c = config.data
-    names = [name.strip() for name in c.columns.split(",")] if c.columns else []
-    options = {"delimiter": c.delimiter, "columns": names}
-    tables = table_sources.read_tables(c.source, **options)
-    validation = tables.get(table_sources.VALIDATION)
-    if c.validation and _wants_holdout(c.holdout):
-        raise ValueError(
-            f"data.validation {c.validation!r} and data.holdout {c.holdout!r}: the rows to "
-            "evaluate on are either those of a file or a part of the others; set one of them"
-        )
-    if c.validation:
-        # A folder there may have one split alone, which is called as it likes.
-        found = table_sources.read_tables(c.validation, **options)
-        validation = found.get(table_sources.VALIDATION, found[table_sources.TRAIN])
-    elif _wants_holdout(c.holdout):
-        validation = None
-    training = _take(config, tables[table_sources.TRAIN])
-    if validation is None:
-        return training, None
-    return training, _take(config, validation, like=training)
-
-
-def _wants_holdout(value: float | str) -> bool:
-    return value != AUTO and _parse_holdout(value, has_validation=True) > 0
-
-
-def _take(config: ConfigDict, table: Table, like: _Part | None = None) -> _Part:
-    c = config.data
-    text, label = (c.text, c.label) if like is None else (like.texts, like.label)
-    if like is not None and not set(like.texts) | {like.label} <= set(table.columns):
-        text, label = c.text, c.label  # the file may have other usual names
-    found = find_columns(table, text=text, label=label, is_regression=c.regression)
-    rows = labelled_rows.take(table, found)
-    columns = table.columns
-    return _Part(table, rows, tuple(columns[k] for k in found.texts), columns[found.label])
-
-
-def _find_labels(config: ConfigDict, training: _Part, validation: _Part | None) -> tuple[str, ...]:
-    """Finds the names of the classes, or, of a regression, of the number."""
-    given = tuple(str(name) for name in config.model.labels)
-    if given or config.data.regression:
-        return given or (training.label,)
-    classes = tuple(training.table.class_names.get(training.label, ()))
-    try:
-        classes = classes or labels.find_classes(training.rows.names, training.label)
-    except ValueError as error:
-        raise ValueError(f"{training.table.path}: {error}") from error
-    if validation is not None:
-        table, rows, names = validation.table, validation.rows.rows, validation.rows.names
-        # Numbers there are of no class that only was found.
-        labels.encode_classes(table, rows, names, classes, may_be_numbers=False)
-    return classes
-
-
-def _to_examples(config: ConfigDict, part: _Part) -> Examples:
-    columns = list(zip(*part.rows.texts, strict=True))
-    table, rows, names = part.table, part.rows.rows, part.rows.names
-    if config.data.regression:
-        values = labels.parse_numbers(table, rows, names)
-    else:
-        values = labels.encode_classes(table, rows, names, config.model.labels, may_be_numbers=True)
-    return Examples(columns[0], values, columns[1] if len(columns) == 2 else None)
-
-
-def _parse_holdout(value: float | str, *, has_validation: bool) -> float:
-    """Returns a share below 1, or a number of rows; 0 for a validation split.
-
-    >>> _parse_holdout("auto", has_validation=False), _parse_holdout("20%", has_validation=False)
-    (0.1, 0.2)
-    """
-    if value == AUTO:
-        return 0.0 if has_validation else _SHARE
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(%?)\s*", str(value))
-    number = float(match[1]) / (100 if match[2] else 1) if match else math.nan
-    is_valid = 0 <= number < 1 or (number.is_integer() and not match[2])
-    if isinstance(value, bool) or not is_valid:
-        raise ValueError(
-            f'data.holdout must be "auto", a share such as "10%" or 0.1, or a number of rows, got '
-            f"{value!r}"
-        )
-    return number
+def _resolve_holdout(value: float | str, data: OwnRows) -> int | str:
+    """Returns a share as a percentage, or a number of rows; 0 for a validation split."""
+    number = own_rows.parse_holdout(value if value != "" else "0" if data.validation else _SHARE)
+    return f"{100 * number:g}%" if 0 < number < 1 else int(number)
 
 
 def _hold_out(
-    config: ConfigDict, part: _Part, examples: Examples
+    config: ConfigDict, part: Part, examples: Examples
 ) -> tuple[Examples, Examples, list[str]]:
     """Divides examples into those to train on and those to evaluate on.
 
@@ -243,14 +145,15 @@ def _hold_out(
     Raises:
       ValueError: the config holds out nothing, or more than there is.
     """
-    holdout, seed = config.data.holdout, config.data.seed
+    holdout, seed = own_rows.parse_holdout(config.data.holdout), config.data.seed
     groups, n = _group(part.rows.texts), len(part.rows.texts)
     total = int(groups.max()) + 1
     count = max(1, round(holdout * total)) if 0 < holdout < 1 else int(holdout)
     if not 0 < count < total:
         raise ValueError(
-            f"data.holdout {holdout:g} of {total:,} different texts in {part.table.path}: hold out "
-            "at least one row and leave some to train on, or give a file with data.validation"
+            f"data.holdout {config.data.holdout} of {total:,} different texts in "
+            f"{part.table.path}: hold out at least one and leave some to train on, or give a file "
+            "with data.validation"
         )
     classes = None if config.data.regression else examples.labels
     is_out = choose_holdout(groups, classes, count, seed)
@@ -279,19 +182,20 @@ def _list_unseen(config: ConfigDict, held_out: np.ndarray) -> str:
     return f"{listing}, ... ({len(unseen)})" if len(unseen) > 8 else listing
 
 
-def _describe(config: ConfigDict, training: _Part, validation: _Part | None) -> list[str]:
+def _describe(config: ConfigDict, data: OwnRows) -> list[str]:
     """Says which columns are used, which labels there are, and which rows are left out."""
+    training = data.training
     used = {*training.texts, training.label}
     unused = [name for name in training.table.columns if name not in used]
     texts = " and ".join(repr(name) for name in training.texts)
     lines = [
         f"columns: texts in {texts}, labels in {training.label!r} ({training.table.form})"
-        + (f"; not used: {', '.join(map(repr, unused))}" if unused else "")
+        + (f"; not used: {', '.join(map(repr, unused))}" if unused else ""),
+        *data.notes,
     ]
-    for part in (training, validation):
-        if part is not None:
-            lines += [*part.table.notes, *part.rows.notes, *_describe_repeats(part)]
-    numbers = _to_examples(config, training).labels
+    for part in data.parts:
+        lines += [*part.table.notes, *part.rows.notes, *_describe_repeats(part)]
+    numbers = own_rows.to_examples(config, training).labels
     if not config.data.regression:
         return [*lines, *labels.describe_classes(config.model.labels, numbers)]
     low, high, mean = (float(f(numbers)) for f in (np.min, np.max, np.mean))
@@ -303,7 +207,7 @@ def _describe(config: ConfigDict, training: _Part, validation: _Part | None) -> 
     return lines
 
 
-def _describe_repeats(part: _Part) -> list[str]:
+def _describe_repeats(part: Part) -> list[str]:
     """Says which rows repeat the text of another, and how many of them with another label."""
     first: dict[tuple[str, ...], str] = {}
     repeats = conflicts = 0
@@ -316,7 +220,7 @@ def _describe_repeats(part: _Part) -> list[str]:
     return [f"repeated: {repeats:,} rows of {part.table.path} have the text of another{also}"]
 
 
-def _describe_overlap(training: _Part, validation: _Part) -> str:
+def _describe_overlap(training: Part, validation: Part) -> str:
     known = set(training.rows.texts)
     both = sum(text in known for text in validation.rows.texts)
     if not both:
@@ -325,12 +229,6 @@ def _describe_overlap(training: _Part, validation: _Part) -> str:
         f"repeated: {both:,} of the {len(validation.rows.texts):,} texts to evaluate on are among "
         "those to train on, so that the scores are too good"
     )
-
-
-def _make_digest(parts: Sequence[_Part]) -> str:
-    """Makes a content hash of the rows that are used."""
-    rows = [[part.rows.texts, part.rows.names] for part in parts]
-    return f"sha256:{hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]}"
 
 
 def _check_adapter_labels(directory: str, names: tuple[str, ...]) -> None:
