@@ -45,7 +45,7 @@ def read_tables(
       FileNotFoundError: there is no such source.
     """
     if source.startswith(columnar.HUB):
-        return _by_split(source, columnar.read_hub(source))
+        return _by_split(source, _read_hub(source))
     path = reviews.DIRECTORY if source == "reviews" else Path(source).expanduser()
     if not source or not path.exists():
         raise FileNotFoundError(_explain_missing(source))
@@ -88,6 +88,11 @@ def _read_cached(path: Path, *, delimiter: str, columns: tuple[str, ...]) -> Tab
     """Reads a file, unless it has been read and is as it was: the runs of a sweep ask for it."""
     status = path.stat()
     return _read_version(path, delimiter, columns, (status.st_mtime_ns, status.st_size))
+
+
+@functools.lru_cache(maxsize=2)
+def _read_hub(source: str) -> dict[str, Table]:
+    return columnar.read_hub(source)
 
 
 @functools.lru_cache(maxsize=4)

@@ -86,6 +86,16 @@ def average(report: ClassReport) -> dict[str, float]:
     return {"accuracy": accuracy} | dict(zip(names, means.tolist(), strict=True))
 
 
+def macro_f1(predictions: np.ndarray, truth: np.ndarray) -> float:
+    """Computes the mean F1 score of the classes that occur among labels or predictions.
+
+    >>> round(macro_f1(np.array([1, 1, 0, 2]), np.array([1, 0, 0, 2])), 4)
+    0.7778
+    """
+    labels = tuple(map(str, range(1 + max(np.max(predictions), np.max(truth)))))
+    return average(make_report(labels, truth, predictions))["macro_f1"]
+
+
 def to_json(report: ClassReport) -> dict[str, Any]:
     """Converts a report to JSON types."""
     scores = zip(report.labels, compute_scores(report), strict=True)

@@ -21,6 +21,7 @@ from lora_jax.data.examples import Examples, concatenate, subset, take
 from lora_jax.models import checkpoints, registry
 from lora_jax.models.families import CLASSIFIER, SEQ2SEQ_LM
 from lora_jax.tasks import adapter_files, text_to_text
+from lora_jax.tasks.class_report import macro_f1
 from lora_jax.tasks.from_config import describe_attention, load_options
 from lora_jax.tasks.glue import GlueTask, find
 from lora_jax.tasks.glue_metrics import SCORES
@@ -31,6 +32,7 @@ from lora_jax.training.metrics import Errors, Sums, cross_entropy, squared_error
 from lora_jax.training.task import Score, Task
 
 PyTree = Any
+_SCORES = SCORES | {"macro_f1": macro_f1}
 
 
 def apply(model: nn.Module, params: PyTree, batch: Batch, key: jax.Array | None) -> jax.Array:
@@ -216,7 +218,7 @@ def _make_scores(
 
     def scores(logits: np.ndarray) -> dict[str, float]:
         predictions = logits[:, 0] if task.is_regression else logits.argmax(-1)
-        values = {name: SCORES[name](predictions, np.concatenate(labels)) for name in task.scores}
+        values = {name: _SCORES[name](predictions, np.concatenate(labels)) for name in task.scores}
         if len(labels) > 1:
             parts = np.split(predictions, np.cumsum([len(x) for x in labels])[:-1])
             for split, part, right in zip(task.validation, parts, labels, strict=True):

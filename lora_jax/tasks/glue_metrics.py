@@ -18,16 +18,6 @@ def f1(predictions: np.ndarray, labels: np.ndarray) -> float:
     return float(2 * hits / total) if total else 0.0
 
 
-def macro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Computes the mean of the F1 scores of the classes that occur among either.
-
-    >>> macro_f1(np.array([1, 1, 0, 2]), np.array([1, 0, 0, 2]))
-    0.7777777777777777
-    """
-    classes = np.union1d(predictions, labels)
-    return float(np.mean([f1(predictions == k, labels == k) for k in classes]))
-
-
 def matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
     """Computes Matthews' correlation of two classes, Pearson's of their numbers 0 and 1.
 
@@ -66,10 +56,4 @@ def _is_constant(values: np.ndarray) -> bool:
     return bool(np.all(values == values[:1]))
 
 
-SCORES = {
-    "f1": f1,
-    "macro_f1": macro_f1,
-    "matthews": matthews,
-    "pearson": pearson,
-    "spearman": spearman,
-}
+SCORES = {"f1": f1, "matthews": matthews, "pearson": pearson, "spearman": spearman}
