@@ -1,6 +1,7 @@
 """``experiments.classify`` as a user runs it: a table in, an adapter, its scores and the next command out."""
 
 import csv
+import io
 import json
 import os
 import subprocess
@@ -26,19 +27,22 @@ def inputs(tmp_path_factory):
     with (root / "news.csv").open("w", encoding="utf-8-sig", newline="") as file:
         writer = csv.writer(file, delimiter=";")
         writer.writerow(["No", "Text", "Category"])
-        for k in range(150):
-            noun, word = rng.choice([*NOUNS]), tiny_encoder.WORDS[rng.integers(8)]
-            text = (
-                f"the {noun} was {word}, it's so\n{word}" if k % 3 else f'the "{noun}" was {word}!'
-            )
+        for k in range(300):
+            noun, word, other = rng.choice([*NOUNS]), *rng.choice(tiny_encoder.WORDS, 2)
+            text = f'the "{noun}" was {word};\n{other}' if k % 3 else f"{word} {noun} {other}!"
             writer.writerow([k, text, LABELS[NOUNS[noun]]])
-        writer.writerow([150, "the meal was fine", ""])
+        writer.writerow([300, "the meal was fine", ""])
     return root
 
 
 def arguments(inputs, workdir, source="news.csv", **changes):
     fields = tiny_encoder.overrides(inputs) | {k.replace("__", "."): v for k, v in changes.items()}
-    fields["data.source"] = inputs / source
+    fields |= {
+        "data.source": inputs / source,
+        "data.buckets": "(16,)",
+        "lora.targets": "('query','value')",
+        "lora.dropout": 0.0,
+    }
     flags = [f"--config.{name}={value}" for name, value in fields.items()]
     return ["classify", "--config=configs/classify.py", f"--workdir={workdir}", *flags]
 
@@ -46,7 +50,7 @@ def arguments(inputs, workdir, source="news.csv", **changes):
 @pytest.fixture(scope="module")
 def finished(inputs, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("finished") / "a run"
-    return workdir, programs.succeed(*arguments(inputs, workdir, epochs=6))
+    return workdir, programs.succeed(*arguments(inputs, workdir, epochs=5))
 
 
 @pytest.mark.slow
@@ -58,7 +62,7 @@ def test_a_run_learns_and_reports_its_classes(inputs, finished):
     )
     assert "left out: 1 row without a label" in out and "3 classes" in out
     about = json.loads((workdir / "classes.json").read_text())
-    rows = list(csv.reader((workdir / "confusion.csv").open()))
+    rows = list(csv.reader(io.StringIO((workdir / "confusion.csv").read_text())))
     assert rows[0] == ["label", *LABELS] and [*about["classes"]] == list(LABELS)
     assert np.int64([row[1:] for row in rows[1:]]).tolist() == about["confusion"]
     assert about["examples"] == sum(x["support"] for x in about["classes"].values())
@@ -66,7 +70,7 @@ def test_a_run_learns_and_reports_its_classes(inputs, finished):
     best = max(lines, key=lambda x: x.get("eval_accuracy", -1))
     assert best["eval_accuracy"] == pytest.approx(about["accuracy"]) and about["accuracy"] > 0.9
     assert best["eval_macro_f1"] == pytest.approx(about["macro_f1"])
-    again = programs.succeed(*arguments(inputs, workdir, epochs=6), "--eval_only")
+    again = programs.succeed(*arguments(inputs, workdir, epochs=5), "--eval_only")
     assert json.loads(again.splitlines()[-1])["confusion"] == about["confusion"]
 
 
