@@ -12,6 +12,7 @@ from typing import NamedTuple
 from lora_jax.data.tables import Table, count_rows, raise_problems, read_text, suffix
 
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+_MAX_LISTED = 5  # number of lines that a note lists
 _SAMPLE = 100  # number of records by which a delimiter is chosen
 _FIELD_LIMIT = 2**31 - 1  # of the csv module, whose default is below the length of some documents
 
@@ -57,8 +58,13 @@ def read(path: Path, *, delimiter: str = "", columns: Sequence[str] = ()) -> Tab
         raise ValueError(f"{path}:{first}: a line of column names and no rows below it")
     rows = [record for record in records if any(field.strip() for field in record.fields)]
     _check_widths(path, names, rows, delimiter)
-    blank = len(records) - len(rows)
-    notes = [f"left out: {count_rows(blank)} of {path} with nothing in it"] if blank else []
+    notes = []
+    if blank := len(records) - len(rows):
+        notes.append(f"left out: {count_rows(blank)} of {path} with nothing in it")
+    # A quote that is not closed where it should be makes one row of many.
+    if long := [str(row.line) for row in rows if any("\n" in field for field in row.fields)]:
+        listing = ", ".join([*long[:_MAX_LISTED], *(["..."] if len(long) > _MAX_LISTED else [])])
+        notes.append(f"fields with line breaks: in {count_rows(len(long))} ({path}:{listing})")
     if not is_quoted and any(field.startswith('"') for row in rows for field in row.fields):
         notes.append(f"{path}: quotes are part of the texts, since they do not come in pairs")
     return Table(

@@ -66,6 +66,15 @@ def test_habits_of_programs(name, content, rows, tmp_path):
     assert list(read(tmp_path / name, content).rows) == rows
 
 
+def test_rows_of_several_lines_are_told(tmp_path):
+    """One of them may be many, if a quote is not closed where it should be."""
+    path = tmp_path / "a.csv"
+    assert read(path, quoted(",")).notes == (f"fields with line breaks: in 1 row ({path}:4)",)
+    swallowed = read(path, 'text,label\n"a,1\nb,0\nc",1\nd,0\n')
+    assert list(swallowed.rows) == [("a,1\nb,0\nc", "1"), ("d", "0")]
+    assert swallowed.notes == (f"fields with line breaks: in 1 row ({path}:2)",)
+
+
 def test_json_lines_and_arrays(tmp_path):
     rows = [{"id": 1, "text": "a", "label": 0}, {"text": "b", "more": {"k": [1]}, "label": None}]
     lines = "\n\n".join(map(json.dumps, rows)) + "\n"

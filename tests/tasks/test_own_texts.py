@@ -10,7 +10,7 @@ from configs import classify
 from experiments import next_commands, recipes
 from lora_jax import serialize
 from lora_jax.data.examples import Examples
-from lora_jax.tasks import classifier, own_texts
+from lora_jax.tasks import classifier, own_rows, own_texts
 from lora_jax.training import workdirs
 from tests.helpers import tiny_encoder
 
@@ -291,3 +291,71 @@ def test_commands():
         "python -m experiments.predict --adapter='a b/adapter' -- \"-x\""
     )
     assert next_commands.export("a", "a b").endswith("--adapter=a --out='a b' --merged")
+
+
+# --- Mutations
+
+VALUES = (
+    None, True, 0, -1, 1.5, 1e400, 10**400, "", " ", "\ud800", "\x00", "\ufeff", "a\nb", "label", [], ["x"], {}, {"x": 1},
+    "日本", "1", "NaN", "x" * 200_000,
+)  # fmt: skip
+
+
+def mutate_rows(rng):
+    """JSON lines of which some rows have other values, keys, nesting or bytes."""
+    rows = [{"text": text, "label": label} for text, label in ROWS]
+    for _ in range(rng.integers(1, 4)):
+        row = rows[rng.integers(len(rows))]
+        row[str(rng.choice(["text", "label", "other", ""]))] = VALUES[rng.integers(len(VALUES))]
+    for _ in range(rng.integers(0, 2)):
+        rows[rng.integers(len(rows))] = VALUES[rng.integers(len(VALUES))]
+    lines = [json.dumps(row, ensure_ascii=bool(rng.integers(2))) for row in rows]
+    return mutate_text("\n".join(lines) + "\n", rng) if rng.integers(2) else "\n".join(lines)
+
+
+def mutate_text(text, rng):
+    """A text in which some characters are others, are gone, or stand twice."""
+    for _ in range(rng.integers(1, 4)):
+        k = rng.integers(len(text))
+        new = str(
+            rng.choice(['"', ",", ";", "\t", "\n", "\r", "", "{", "]", "\\", "\x00", text[k] * 2])
+        )
+        text = text[:k] + new + text[k + 1 :]
+    return text
+
+
+def check_mutations(directory, count, seed):
+    rng = np.random.default_rng(seed)
+    config, refused = classify.get_config().unlock(), 0
+    for k in range(count):
+        name = ("a.jsonl", "a.csv", "a.tsv", "a.json")[k % 4]
+        if name.endswith("sv"):
+            content = mutate_text(csv().replace(",", "\t") if name == "a.tsv" else csv(), rng)
+        else:
+            content = mutate_rows(rng)
+        path = directory / f"{k}_{name}"
+        path.write_bytes(content.encode("utf-8", "surrogatepass"))
+        config.data.source = str(path)
+        try:
+            data = own_rows.read(config)
+            config.model.labels = ()
+            config.model.labels = own_rows.find_labels(config, data)
+            examples = own_rows.to_examples(config, data.training)
+        except ValueError as error:
+            refused += 1
+            assert str(path) in str(error), (content, error)
+        else:
+            assert 0 < len(examples.sentences) <= 42, content
+            assert len(examples.labels) == len(examples.sentences)
+        path.unlink()
+    assert 0 < refused < count
+
+
+def test_mutated_tables_are_refused_by_name_or_read(tmp_path):
+    check_mutations(tmp_path, 200, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 6))
+def test_many_mutated_tables(seed, tmp_path):
+    check_mutations(tmp_path, 1000, seed)
