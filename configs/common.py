@@ -122,6 +122,32 @@ def glue_config(task: str) -> ConfigDict:
     return c
 
 
+def classify_config() -> ConfigDict:
+    """A config for one's own texts and labels, in a table.
+
+    Every linear layer is adapted, and what is trained in full is PEFT's choice for the family.
+    """
+    c = base_config()
+    del c.task, c.data.data_dir, c.data.holdout
+    c.model.labels, c.model.num_labels = (), 0  # () for those of the data, in sorted order
+    c.lora.targets, c.lora.train = ("all-linear",), ("default",)
+    # A file (.csv, .tsv, .jsonl, .json, .parquet), a folder with a file for each split, "reviews",
+    # or "datasets:NAME" for a data set of Hugging Face
+    c.data.source = ""
+    c.data.text = ""  # column of the texts, or two with a comma between for pairs; empty to find it
+    c.data.label = ""  # column of the labels; empty to find it
+    c.data.regression = False  # whether labels are real numbers to predict
+    c.data.validation = ""  # another source to evaluate on; empty for that of the folder, or a part
+    # Part held out to evaluate on: "20%", or a number of rows; "" for 10%, unless there is a
+    # validation split
+    c.data.holdout = duration("")
+    c.data.columns = ""  # names of all columns, with commas, if the file's first line is a row
+    c.data.delimiter = ""  # character between the fields of CSV files; empty to find it
+    c.data.digest = ""  # hash of the rows, which a run fills in; it does not go on with others
+    c.data.train_examples = 0
+    return c
+
+
 def language_config() -> ConfigDict:
     """A config for a causal language model."""
     c = base_config()

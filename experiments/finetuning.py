@@ -7,7 +7,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import cli, config_flag, evaluation, recipes
+from experiments import cli, config_flag, evaluation, next_commands, recipes
 from lora_jax.tasks import from_config
 from lora_jax.tasks.glue import find
 from lora_jax.training import mesh, metric_writer, train, workdirs
@@ -32,17 +32,15 @@ def main(argv: list[str]) -> None:
     task = find(config.task)
     example = "The movie was absolutely wonderful!"
     if task.has_pairs:
-        example = "A man is eating.\\tSomebody eats."
-    quoted = f'$"{example}"' if "\\" in example else f'"{example}"'
+        example = "A man is eating.\tSomebody eats."
     print(
         f"{describe_change(workdir, best, task.score)}"
         f"best validation {task.score} {best.best_score:.4f} (loss {best.best_loss:.4f}) at "
         f"step {best.best_step}; {best.seconds / 60:.1f} minutes; "
         f"curves in {workdir / workdirs.CURVES}\n"
         "Next:\n"
-        f"  python -m experiments.predict --adapter={workdir / workdirs.ADAPTER} {quoted}\n"
-        f"  python -m experiments.export --adapter={workdir / workdirs.ADAPTER} "
-        f"--out={workdir / 'merged'} --merged"
+        f"  {next_commands.predict(workdir / workdirs.ADAPTER, example)}\n"
+        f"  {next_commands.export(workdir / workdirs.ADAPTER, workdir / 'merged')}"
     )
 
 

@@ -2,23 +2,34 @@ r"""Classifies sentences with a trained adapter.
 
 python -m experiments.predict --adapter=runs/quickstart/adapter "The movie was wonderful!"
 python -m experiments.predict --adapter=runs/quickstart/adapter --json < sentences.txt
+python -m experiments.predict --adapter=runs/news/adapter --file=more_news.csv
 
-The adapter may be in this library's format or in PEFT's. If its task is
-on pairs of sentences, the two are separated by a tab: $"A man eats.\tSomebody eats."
+The adapter may be in this library's format or in PEFT's. If its task is on pairs of sentences, the
+two are separated by a tab: $'A man eats.\tSomebody eats.' A file that ends in .csv, .jsonl, .json
+or .parquet is a table, of which the columns with the texts are read; so is one in .tsv, for an
+adapter of experiments.classify. Any other has one sentence a line.
 """
 
 import json
 import sys
 from pathlib import Path
 
+import numpy as np
 from absl import flags
 
 from experiments import cli
+from lora_jax.data import columns, labelled_rows, table_sources, tables
+from lora_jax.data.examples import Examples
 from lora_jax.tasks import classifier
 
 _ADAPTER = flags.DEFINE_string("adapter", None, "Directory of the adapter.", required=True)
 _MODEL = flags.DEFINE_string("model", None, "The base model, if it moved since training.")
-_FILE = flags.DEFINE_string("file", None, "File with one sentence a line; - for stdin.")
+_FILE = flags.DEFINE_string(
+    "file", None, "File with one sentence a line, or a table (.csv, .jsonl, ...); - for stdin."
+)
+_TEXT = flags.DEFINE_string(
+    "text", None, "Column of the texts of a table, or two with a comma between; found by default."
+)
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object a line.")
 
 
@@ -54,22 +65,69 @@ def _read(file: str | None) -> str:
         ) from error
 
 
+def read_table(file: str, model: classifier.Classifier) -> Examples:
+    """Reads the texts of a table; rows without them are left out, and told.
+
+    Raises:
+      ValueError: the file is damaged, or has no such columns.
+      OSError: the file can't be read.
+    """
+    table = table_sources.read_file(Path(file))
+    count = {None: None, True: 2, False: 1}[model.pairs]
+    if _TEXT.value:
+        found = columns.find_texts(table, _TEXT.value)
+    else:
+        found = columns.find_texts_again(table, model.columns, count=count)
+    if len(found) != (count or len(found)):
+        raise ValueError(f"--text={_TEXT.value}: the adapter takes {count} texts for each row.")
+    rows = labelled_rows.take(table, columns.Columns(found, None))
+    for note in rows.notes:
+        print(note, file=sys.stderr)
+    texts = list(zip(*rows.texts, strict=True))
+    return Examples(texts[0], None, texts[1] if len(texts) == 2 else None)
+
+
+def _predict_table(file: str, model: classifier.Classifier) -> tuple[list[str], np.ndarray]:
+    """Predicts for the rows of a table; returns their texts, too."""
+    found = read_table(file, model)
+    pairs = found.pairs or [None] * len(found.sentences)
+    both = zip(found.sentences, pairs, strict=True)
+    texts = ["\t".join(x for x in row if x is not None) for row in both]
+    return texts, classifier.predict_examples(model, found)
+
+
+def _find_kind(file: str | None) -> str:
+    """Returns "table" or "lines" by a file's ending; "either" where the adapter decides."""
+    ending = tables.suffix(file) if file else ""
+    if ending in (".tsv", ".tab"):  # rows of a table, or lines with the two texts of a pair
+        return "either"
+    return "table" if ending in tables.FORMATS else "lines"
+
+
 def main(argv: list[str]) -> None:
     """Prints a label and its probability for each sentence, or the number of a regression."""
-    texts = sentences(argv, _FILE.value)
+    file, kind = _FILE.value, _find_kind(_FILE.value)
+    if argv and file:
+        raise ValueError("Give sentences as arguments or in --file, not both.")
+    if _TEXT.value and kind == "lines":
+        raise ValueError("--text names columns of a table; give a table with --file.")
+    texts = [] if kind == "table" else sentences(argv, file)
     model = classifier.load(_ADAPTER.value, model=_MODEL.value)
     for note in model.notes:
         print(f"assumed: {note}", file=sys.stderr)
-    for sentence, row in zip(texts, classifier.predict(model, texts), strict=True):
+    if kind == "table" or (kind == "either" and (model.columns or _TEXT.value)):
+        texts, values = _predict_table(file, model)
+    else:
+        values = classifier.predict(model, texts)
+    for sentence, row in zip(texts, values, strict=True):
         best = int(row.argmax())
         label, value = model.labels[best], round(float(row[best]), 4)
         if len(model.labels) == 1:
             fields, text = {label: value}, f"{label} {value:.4f}"
         else:
             fields, text = {"label": label, "probability": value}, f"{label} ({value:.4f})"
-        print(
-            json.dumps({"sentence": sentence, **fields}) if _JSON.value else f"{text}\t{sentence}"
-        )
+        line = f"{text}\t{sentence.replace(chr(10), ' ')}"
+        print(json.dumps({"sentence": sentence, **fields}) if _JSON.value else line)
 
 
 if __name__ == "__main__":

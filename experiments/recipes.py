@@ -1,10 +1,18 @@
 """The recipes of the programs, by the names under which a sweep finds them."""
 
+import functools
+
 from configs import common, instruct_llama
-from lora_jax.tasks import classification, e2e, glue_config, instruction_tuning
+from lora_jax.tasks import classification, e2e, glue_config, instruction_tuning, own_texts
 from lora_jax.training.task import Recipe
 
 GLUE = Recipe(glue_config.resolve, glue_config.check, classification.make_task, common.base_config)
+CLASSIFY = Recipe(
+    own_texts.resolve,
+    own_texts.check,
+    functools.partial(classification.make_task, load_texts=own_texts.load),
+    common.classify_config,
+)
 E2E = Recipe(e2e.resolve, e2e.check, e2e.make_task, common.e2e_config)
 INSTRUCT = Recipe(
     instruction_tuning.resolve,
@@ -13,4 +21,4 @@ INSTRUCT = Recipe(
     instruct_llama.get_config,
 )
 
-RECIPES = {"glue": GLUE, "e2e_nlg": E2E, "instruct": INSTRUCT}
+RECIPES = {"glue": GLUE, "classify": CLASSIFY, "e2e_nlg": E2E, "instruct": INSTRUCT}

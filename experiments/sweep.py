@@ -12,9 +12,10 @@ import time
 
 from absl import flags
 
-from experiments import cli, config_flag, recipes
+from experiments import cli, config_flag, next_commands, recipes
 from experiments.config_flag import Command
 from lora_jax.sweeps import scheduler, sweep_dirs, trials
+from lora_jax.tasks import own_texts
 from lora_jax.training import config_files, metric_writer, workdirs
 from lora_jax.training.task import Recipe
 
@@ -32,6 +33,7 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Say what would be run, and stop.
 # The next command for the best adapter of each program.
 _NEXT = {
     "glue": 'experiments.predict --adapter={adapter} "The movie was wonderful!"',
+    "classify": "experiments.predict --adapter={adapter} {example}",
     "e2e_nlg": "experiments.export --adapter={adapter} --out=merged --merged",
     "instruct": 'experiments.chat --adapter={adapter} "Who are you?"',
 }
@@ -124,13 +126,16 @@ def _outcome(sweep: scheduler.Sweep) -> str:
         score, value = sweep_dirs.best_score(result)
         run = trials.describe(trial, trials.varied_fields([t.config for t in sweep.trials]))
         directory = sweep_dirs.run_dir(sweep.workdir, trial)
-        adapter = directory / workdirs.ADAPTER
+        adapter, example = directory / workdirs.ADAPTER, ""
         before = metric_writer.read_evaluation(directory / workdirs.METRICS, 0).get(score.name)
         change = "" if before is None else f" ({before:.4f} before training)"
+        if _PROGRAM.value == "classify":
+            (examples,) = own_texts.load(trial.config).evaluations
+            example = next_commands.quote_text(own_texts.find_example(examples))
         lines += [
             f"best validation {score.name} {value:.4f}: {run}{change}",
             "Next:",
-            f"  python -m {_NEXT[_PROGRAM.value].format(adapter=adapter)}",
+            f"  python -m {_NEXT[_PROGRAM.value].format(adapter=adapter, example=example)}",
         ]
     return "\n".join([*lines, f"  python -m experiments.report {sweep.workdir}"])
 

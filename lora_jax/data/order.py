@@ -8,6 +8,7 @@ import numpy as np
 # for the order of its batches.
 BATCHES = 2**63
 SUBSET = 2**64 - 1  # the examples to train on, and those to hold out
+HOLDOUT = 2**64 - 2  # the rows of a table to hold out
 MEANINGS = 0  # the meaning representations of E2E to hold out
 LINES = 0  # the lines to pretrain a model on
 

@@ -1,4 +1,7 @@
-"""Tasks of GLUE from a config: model, data and scores."""
+"""Classification of texts from a config: model, data and scores.
+
+Where the examples come from is another function for each program; all else is here.
+"""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -18,15 +21,18 @@ from lora_jax.data.examples import Examples, concatenate, subset, take
 from lora_jax.models import checkpoints, registry
 from lora_jax.models.families import CLASSIFIER, SEQ2SEQ_LM
 from lora_jax.tasks import adapter_files, text_to_text
+from lora_jax.tasks.class_report import macro_f1
 from lora_jax.tasks.from_config import describe_attention, load_options
 from lora_jax.tasks.glue import GlueTask, find
 from lora_jax.tasks.glue_metrics import SCORES
+from lora_jax.tasks.text_task import LabelledTexts, TextTask
 from lora_jax.training import durations
 from lora_jax.training.mesh import Devices
 from lora_jax.training.metrics import Errors, Sums, cross_entropy, squared_error
 from lora_jax.training.task import Score, Task
 
 PyTree = Any
+_SCORES = SCORES | {"macro_f1": macro_f1}
 
 
 def apply(model: nn.Module, params: PyTree, batch: Batch, key: jax.Array | None) -> jax.Array:
@@ -77,7 +83,7 @@ def make_scorer(
     labels: Sequence[str],
     tokenizer: tokenizers.Tokenizer,
     *,
-    task: GlueTask,
+    task: TextTask,
 ) -> Scorer:
     """Makes the functions by which a model tells the labels of a task apart.
 
@@ -85,7 +91,7 @@ def make_scorer(
       loaded: the model.
       labels: names of the classes.
       tokenizer: the model's tokenizer.
-      task: task of GLUE.
+      task: what is asked of the texts.
 
     Raises:
       ValueError: the model can't do it: it writes, and the task is a regression, or two labels have
@@ -107,12 +113,30 @@ def make_scorer(
     )
 
 
-def make_task(config: ConfigDict, devices: Devices | None = None) -> tuple[Task, lora.LoRAConfig]:
+def load_glue(config: ConfigDict) -> LabelledTexts:
+    """Loads the examples of a config's task of GLUE.
+
+    Raises:
+      FileNotFoundError, ValueError: as :func:`sources.load` and :func:`load_examples`.
+    """
+    task = find(config.task)
+    training, evaluations = load_examples(config, task)
+    about = {"glue": task.name, "pairs": task.has_pairs}
+    return LabelledTexts(task=task, training=training, evaluations=evaluations, metadata=about)
+
+
+def make_task(
+    config: ConfigDict,
+    devices: Devices | None = None,
+    *,
+    load_texts: Callable[[ConfigDict], LabelledTexts] = load_glue,
+) -> tuple[Task, lora.LoRAConfig]:
     """Loads model, data and, if the config names one, the adapter to start from.
 
     Args:
       config: config of the run.
       devices: devices of the run; by default those that the config describes.
+      load_texts: loads the examples of a config.
 
     Returns:
       The task, and the settings of the adapter.
@@ -120,7 +144,7 @@ def make_task(config: ConfigDict, devices: Devices | None = None) -> tuple[Task,
     Raises:
       FileNotFoundError, ValueError: something is missing or damaged, or does not fit the rest.
     """
-    c, glue = config.data, find(config.task)
+    c = config.data
     loaded = load_model(
         config.model.name,
         num_labels=config.model.num_labels,
@@ -128,10 +152,10 @@ def make_task(config: ConfigDict, devices: Devices | None = None) -> tuple[Task,
         **load_options(config, devices),
     )
     _check_positions(config, loaded)
-    training, evaluations = load_examples(config, glue)
-    evaluation = concatenate(evaluations)
+    texts = load_texts(config)
+    training, evaluation = texts.training, concatenate(texts.evaluations)
     tokenizer = checkpoints.load_tokenizer(loaded.checkpoint)
-    scorer = make_scorer(loaded, config.model.labels, tokenizer, task=glue)
+    scorer = make_scorer(loaded, config.model.labels, tokenizer, task=texts.task)
     tokenize = functools.partial(
         tokenization.tokenize,
         tokenizer=tokenizer,
@@ -141,7 +165,7 @@ def make_task(config: ConfigDict, devices: Devices | None = None) -> tuple[Task,
     train_set, eval_set = (tokenize(scorer.to_prompts(x)) for x in (training, evaluation))
     buckets = tuple(c.buckets)
     initial = adapter_files.load_initial(config, loaded)
-    notes = _notes(config, loaded, train_set, eval_set, glue)
+    notes = _notes(config, loaded, train_set, eval_set, texts.task)
     task = Task(
         apply=scorer.apply,
         metrics=scorer.metrics,
@@ -159,13 +183,15 @@ def make_task(config: ConfigDict, devices: Devices | None = None) -> tuple[Task,
         steps_per_epoch=batches.steps_per_epoch(len(training.labels), config.batch_size),
         base=loaded.params,
         base_id=loaded.base_id,
-        metadata=metadata(config, glue),
-        notes=adapter_files.add_notes(initial, (*notes, *training.notes, *evaluation.notes)),
+        metadata=metadata(config, texts),
+        notes=adapter_files.add_notes(
+            initial, (*notes, *texts.notes, *training.notes, *evaluation.notes)
+        ),
         adapter=initial.adapter,
         fresh_head=initial.fresh_head,
         redraw_base=lambda seed: checkpoints.redraw(loaded, head_key(seed)),
-        score=Score(glue.score),
-        scores=_make_scores(glue, [part.labels for part in evaluations]),
+        score=Score(texts.task.score),
+        scores=_make_scores(texts.task, [part.labels for part in texts.evaluations]),
     )
     return task, initial.config
 
@@ -184,7 +210,7 @@ def _regression_metrics(logits: jax.Array, batch: Batch) -> Errors:
 
 
 def _make_scores(
-    task: GlueTask, labels: list[np.ndarray]
+    task: TextTask, labels: list[np.ndarray]
 ) -> Callable[[np.ndarray], dict[str, float]] | None:
     """Makes the function from the logits of all evaluation sets to the task's scores, if any."""
     if not task.scores and len(labels) == 1:
@@ -192,7 +218,7 @@ def _make_scores(
 
     def scores(logits: np.ndarray) -> dict[str, float]:
         predictions = logits[:, 0] if task.is_regression else logits.argmax(-1)
-        values = {name: SCORES[name](predictions, np.concatenate(labels)) for name in task.scores}
+        values = {name: _SCORES[name](predictions, np.concatenate(labels)) for name in task.scores}
         if len(labels) > 1:
             parts = np.split(predictions, np.cumsum([len(x) for x in labels])[:-1])
             for split, part, right in zip(task.validation, parts, labels, strict=True):
@@ -271,7 +297,7 @@ def _describe_cuts(
     return (f"{cut:,} {kind} cut to {limit}: {parts}",) if cut else ()
 
 
-def metadata(config: ConfigDict, task: GlueTask) -> dict[str, Any]:
+def metadata(config: ConfigDict, texts: LabelledTexts) -> dict[str, Any]:
     """Returns what is needed, besides the adapter, to use it."""
     return {
         "task": "text-classification",
@@ -279,8 +305,7 @@ def metadata(config: ConfigDict, task: GlueTask) -> dict[str, Any]:
         "max_length": config.data.max_length,
         "buckets": list(config.data.buckets),
         "seed": config.seed,
-        "glue": task.name,
-        "pairs": task.has_pairs,
+        **texts.metadata,
     }
 
 
@@ -289,7 +314,7 @@ def _notes(
     loaded: checkpoints.Loaded,
     train_set: tokenization.Tokenized,
     eval_set: tokenization.Tokenized,
-    task: GlueTask,
+    task: TextTask,
 ) -> tuple[str, ...]:
     """Returns the report at the start: the origin of model and data, and what is compiled."""
     fresh = f"; fresh: {', '.join(loaded.fresh)}" if loaded.fresh else ""

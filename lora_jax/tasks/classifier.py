@@ -13,8 +13,9 @@ from lora_jax import peft, serialize
 from lora_jax.data import batches, examples, tokenization
 from lora_jax.models import checkpoints
 from lora_jax.models.families import SEQ2SEQ_LM
-from lora_jax.tasks import adapter_files, classification, from_config
+from lora_jax.tasks import adapter_files, classification, from_config, own_texts
 from lora_jax.tasks.glue import find
+from lora_jax.tasks.text_task import TextTask
 
 PyTree = Any
 
@@ -32,7 +33,8 @@ class Classifier:
       max_length: largest number of tokens of a text.
       buckets: lengths that batches are padded to.
       pairs: whether it takes pairs of sentences, separated by a tab; None for either.
-      glue: name of the task of GLUE.
+      glue: name of the task of GLUE, or "classify" for a user's own texts.
+      columns: names of the columns of a table that it was trained on the texts of, if it was.
       notes: assumptions about what a file does not say.
     """
 
@@ -45,6 +47,7 @@ class Classifier:
     buckets: tuple[int, ...]
     pairs: bool | None = False
     glue: str = "sst2"
+    columns: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -65,7 +68,7 @@ def load(directory: str | Path, *, model: str | None = None, wide: bool = True) 
         return _load_peft(directory, model, wide=wide)
     metadata = serialize.read_metadata(directory)
     _check_metadata(directory, metadata)
-    about_model = metadata["model"]
+    about_model, own = metadata["model"], metadata.get("classify", {})
     name, options = model or about_model["name"], from_config.dtypes(about_model)
     loaded = classification.load_model(
         name,
@@ -84,8 +87,18 @@ def load(directory: str | Path, *, model: str | None = None, wide: bool = True) 
         max_length=metadata["max_length"],
         buckets=tuple(metadata["buckets"]),
         pairs=metadata.get("pairs", False),
-        glue=metadata.get("glue", "sst2"),
+        glue=own_texts.NAME if own else metadata.get("glue", "sst2"),
+        columns=tuple(own.get("text", ())),
     )
+
+
+def _find_task(classifier: Classifier) -> TextTask:
+    """Finds what the model was asked of texts."""
+    if classifier.glue != own_texts.NAME:
+        return find(classifier.glue)
+    is_regression = len(classifier.labels) == 1
+    texts = 1 + bool(classifier.pairs)
+    return own_texts.make_task(classifier.labels, texts=texts, is_regression=is_regression)
 
 
 _BUCKETS = (32, 64, 128, 256, 512)
@@ -154,12 +167,23 @@ def _check_metadata(directory: str | Path, about: dict[str, Any]) -> None:
     wrong += [
         f"model.{n}" for n, type_ in _MODEL_TYPES.items() if not isinstance(model.get(n), type_)
     ]
+    wrong += [] if _is_classify(about) else ["classify"]
     if wrong or about["task"] != "text-classification":
         raise ValueError(
-            f"The adapter in {directory} is not one that experiments.sst2 or experiments.glue has "
-            f"saved: its metadata has task {about.get('task')!r}, and lacks "
+            f"The adapter in {directory} is not one that experiments.sst2, .glue or .classify "
+            f"has saved: its metadata has task {about.get('task')!r}, and lacks "
             f"{', '.join(wrong) or 'nothing'}."
         )
+
+
+def _is_classify(about: dict[str, Any]) -> bool:
+    """Returns whether what is said about a user's own texts, if anything is, is complete."""
+    if "classify" not in about:
+        return True
+    own = about["classify"]
+    texts = own.get("text") if isinstance(own, dict) else None
+    is_list = isinstance(texts, list) and all(isinstance(x, str) for x in texts)
+    return is_list and len(texts) == 1 + (about.get("pairs") is True)
 
 
 def predict(classifier: Classifier, sentences: list[str]) -> np.ndarray:
@@ -172,11 +196,16 @@ def predict(classifier: Classifier, sentences: list[str]) -> np.ndarray:
     Raises:
       ValueError: the adapter takes pairs, and a sentence does not have exactly one tab.
     """
+    return predict_examples(classifier, _examples(classifier, sentences))
+
+
+def predict_examples(classifier: Classifier, texts: examples.Examples) -> np.ndarray:
+    """Computes class probabilities as :func:`predict`, of examples, whose labels are not used."""
     scorer = classification.make_scorer(
-        classifier.loaded, classifier.labels, classifier.tokenizer, task=find(classifier.glue)
+        classifier.loaded, classifier.labels, classifier.tokenizer, task=_find_task(classifier)
     )
     tokens = tokenization.tokenize(
-        scorer.to_prompts(_examples(classifier, sentences)),
+        scorer.to_prompts(texts),
         classifier.tokenizer,
         max_length=classifier.max_length,
         types=classification.has_token_types(classifier.loaded),
@@ -188,8 +217,9 @@ def predict(classifier: Classifier, sentences: list[str]) -> np.ndarray:
         scores = scorer.apply(params, batch, None)
         return jax.nn.softmax(scores) if len(classifier.labels) > 1 else scores
 
-    result = np.zeros((len(sentences), len(classifier.labels)), np.float32)
-    size = min(64, len(sentences))
+    count = len(texts.sentences)
+    result = np.zeros((count, len(classifier.labels)), np.float32)
+    size = min(64, count)
     for batch in batches.eval_batches(tokens, batch_size=size, buckets=classifier.buckets):
         is_real = batch["weights"] > 0
         result[batch["index"][is_real]] = np.asarray(step(params, batch))[is_real]

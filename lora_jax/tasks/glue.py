@@ -2,40 +2,27 @@
 
 import dataclasses
 import difflib
+from typing import Any
 
 from lora_jax.data.tsv import SENTENCES, Layout
+from lora_jax.tasks.text_task import TextTask
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GlueTask:
+class GlueTask(TextTask):
     """One task.
 
     Attributes:
-      name: name of the task.
       layout: layout of its data.
-      labels: names of the predictions; a single one for a regression.
-      score: name of the score that selects the best adapter; more is better.
-      scores: names of what is reported beside the loss and, of a classifier, the accuracy.
-      validation: splits to evaluate on; if there are several, each has an accuracy of its own as
-        well.
     """
 
-    name: str
     layout: Layout
-    labels: tuple[str, ...]
-    score: str = "accuracy"
-    scores: tuple[str, ...] = ()
-    validation: tuple[str, ...] = ("validation",)
 
-    @property
-    def is_regression(self) -> bool:
-        """Whether its labels are real numbers."""
-        return self.layout.scale is not None
 
-    @property
-    def has_pairs(self) -> bool:
-        """Whether each of its examples is two sentences."""
-        return len(self.layout.text) == 2
+def _make_task(layout: Layout, **about: Any) -> GlueTask:
+    """Makes a task from the layout of its data, which says what its texts and labels are."""
+    is_regression = layout.scale is not None
+    return GlueTask(layout=layout, texts=layout.text, is_regression=is_regression, **about)
 
 
 _PAIR = ("sentence1", "sentence2")
@@ -45,15 +32,15 @@ _ENTAILMENT = ("entailment", "not_entailment")
 _MNLI = ("validation_matched", "validation_mismatched")
 
 _TASKS = (
-    GlueTask(
+    _make_task(
         name="cola",
         layout=Layout(header=("source", "label", "star", "sentence"), folder="CoLA"),
         labels=("unacceptable", "acceptable"),
         score="matthews",
         scores=("matthews",),
     ),
-    GlueTask(name="sst2", layout=SENTENCES, labels=("negative", "positive")),
-    GlueTask(
+    _make_task(name="sst2", layout=SENTENCES, labels=("negative", "positive")),
+    _make_task(
         name="mrpc",
         layout=Layout(
             text=_PAIR, columns=("#1 String", "#2 String"), label="Quality", folder="MRPC"
@@ -61,20 +48,20 @@ _TASKS = (
         labels=("not_equivalent", "equivalent"),
         scores=("f1",),
     ),
-    GlueTask(
+    _make_task(
         name="qqp",
         layout=Layout(text=_QQP, columns=_QQP, label="is_duplicate", folder="QQP", gaps=True),
         labels=("not_duplicate", "duplicate"),
         scores=("f1",),
     ),
-    GlueTask(
+    _make_task(
         name="stsb",
         layout=Layout(text=_PAIR, columns=_PAIR, label="score", folder="STS-B", scale=(0.0, 5.0)),
         labels=("similarity",),
         score="pearson",
         scores=("pearson", "spearman"),
     ),
-    GlueTask(
+    _make_task(
         name="mnli",
         layout=Layout(
             text=("premise", "hypothesis"),
@@ -90,17 +77,17 @@ _TASKS = (
         labels=("entailment", "neutral", "contradiction"),
         validation=_MNLI,
     ),
-    GlueTask(
+    _make_task(
         name="qnli",
         layout=Layout(text=_QNLI, columns=_QNLI, words=_ENTAILMENT, folder="QNLI"),
         labels=_ENTAILMENT,
     ),
-    GlueTask(
+    _make_task(
         name="rte",
         layout=Layout(text=_PAIR, columns=_PAIR, words=_ENTAILMENT, folder="RTE"),
         labels=_ENTAILMENT,
     ),
-    GlueTask(
+    _make_task(
         name="wnli",
         layout=Layout(text=_PAIR, columns=_PAIR, folder="WNLI"),
         labels=("not_entailment", "entailment"),

@@ -10,7 +10,7 @@ from lora_jax.tasks import from_config, glue
 
 # An entry of lora.targets or lora.train that stands for PEFT's choice for the model's family.
 DEFAULT = "default"
-_LEAST = {"data.train_examples": 0, "data.max_length": 1, "data.alike": 0}
+LEAST = {"data.train_examples": 0, "data.max_length": 1, "data.alike": 0}
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
@@ -28,6 +28,17 @@ def resolve(config: ConfigDict) -> ConfigDict:
         if not config.model.labels:
             config.model.labels, config.model.num_labels = task.labels, len(task.labels)
         config.data.source = config.data.source or f"tfds:glue/{config.task}"
+    return resolve_modules(config)
+
+
+def resolve_modules(config: ConfigDict) -> ConfigDict:
+    """Puts the family's targets and trained modules in place of "default", in the config itself.
+
+    Raises:
+      FileNotFoundError: "default" is among targets or trained modules, and there is no model.
+      ValueError: the model is of no family here.
+    """
+    with config.unlocked():
         for field in [n for n in ("targets", "train") if DEFAULT in tuple(config.lora[n])]:
             family = _family(str(config.model.name))
             defaults = {"targets": family.targets, "train": family.trained}[field]
@@ -49,20 +60,14 @@ def check(config: ConfigDict) -> None:
     Raises:
       ValueError: names fields that are wrong.
     """
-    from_config.check(config, _LEAST)
-    _check_buckets(config)
+    from_config.check(config, LEAST)
+    check_buckets(config)
     _check_labels(config)
 
 
 def _check_labels(config: ConfigDict) -> None:
     task, labels = glue.find(config.task), tuple(config.model.labels)
-    least, kind = (1, "one value") if task.is_regression else (2, "two classes")
-    if len(labels) != config.model.num_labels or len(set(labels)) < max(len(labels), least):
-        raise ValueError(
-            f"model.labels names {len(labels)} classes {labels}, and model.num_labels is "
-            f"{config.model.num_labels}: there must be one name, each another, for each of at "
-            f"least {kind}."
-        )
+    check_label_names(config, is_regression=task.is_regression)
     # A user's own sentences may have any classes; they come in the layout of SST-2.
     if config.task != "sst2" and len(labels) != len(task.labels):
         raise ValueError(
@@ -71,7 +76,28 @@ def _check_labels(config: ConfigDict) -> None:
         )
 
 
-def _check_buckets(config: ConfigDict) -> None:
+def check_label_names(config: ConfigDict, *, is_regression: bool) -> None:
+    """Checks that there is a name for each class, or one for the number of a regression.
+
+    Raises:
+      ValueError: names and number of the labels do not fit together.
+    """
+    labels = tuple(config.model.labels)
+    least, kind = (1, "one value") if is_regression else (2, "two classes")
+    if len(labels) != config.model.num_labels or len(set(labels)) < max(len(labels), least):
+        raise ValueError(
+            f"model.labels names {len(labels)} classes {labels}, and model.num_labels is "
+            f"{config.model.num_labels}: there must be one name, each another, for each of at "
+            f"least {kind}."
+        )
+
+
+def check_buckets(config: ConfigDict) -> None:
+    """Checks that the lengths of batches hold the longest text.
+
+    Raises:
+      ValueError: they do not.
+    """
     buckets = tuple(config.data.buckets)
     if buckets[-1] < config.data.max_length:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Tasks of GLUE as text to text (Raffel et al. 2020, section 2.4): the classes are words.
+"""Classification as text to text (Raffel et al. 2020, section 2.4): the classes are words.
 
 The model reads ``sst2 sentence: ...``, and writes ``positive`` or ``negative``. It is trained on
 the likelihood of the right word. Its prediction is the word that it finds most likely, so that
@@ -18,7 +18,7 @@ import tokenizers
 from lora_jax.data.batches import Batch
 from lora_jax.data.examples import Examples
 from lora_jax.models.t5_config import T5Config
-from lora_jax.tasks.glue import GlueTask
+from lora_jax.tasks.text_task import TextTask
 from lora_jax.training import metrics
 
 PyTree = Any
@@ -38,7 +38,7 @@ class LabelTokens(NamedTuple):
     mask: np.ndarray
 
 
-def to_prompts(examples: Examples, *, task: GlueTask) -> Examples:
+def to_prompts(examples: Examples, *, task: TextTask) -> Examples:
     """Writes the examples as T5 was asked about them, each as a single text.
 
     >>> from lora_jax.tasks.glue import TASKS
@@ -52,8 +52,8 @@ def to_prompts(examples: Examples, *, task: GlueTask) -> Examples:
     return examples._replace(sentences=tuple(sentences), pairs=None)
 
 
-def _to_prompt(task: GlueTask, texts: Sequence[str]) -> str:
-    parts = [f"{field}: {text}" for field, text in zip(task.layout.text, texts, strict=True)]
+def _to_prompt(task: TextTask, texts: Sequence[str]) -> str:
+    parts = [f"{field}: {text}" for field, text in zip(task.texts, texts, strict=True)]
     return " ".join([task.name, *parts])
 
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # imports tensorflow_datasets, which is slow
     from lora_jax.data.reviews.dataset import LoraReviews
 
+DIRECTORY = Path(__file__).parent
+
 
 def builder(data_dir: str | Path | None = None) -> "LoraReviews":
     """Makes the TFDS builder of the data set, in array_record, which needs no TensorFlow to read.
