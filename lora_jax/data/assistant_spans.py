@@ -8,8 +8,9 @@ says itself which parts these are. Of any other template, three texts show it:
 - the conversation before the turn, with the prompt for the assistant: where the whole begins with
   this text, the turn begins at its end. Where earlier turns are rewritten, as by templates that
   leave the thoughts of earlier turns out, the part must begin with the prompt alone;
-- the conversation with another content in the turn: where the prompt opens more than the turn
-  needs, such as thoughts in a turn without any, both texts share what is written before a content.
+- the conversation with another content in the turn: it shows what is written before any content.
+  Where the prompt goes on otherwise, such as with thoughts that the turn does not have, the turn
+  begins where the two part, after the special token that names the assistant.
 
 The turn ends with the special token at the end of its part. Where the three do not agree, the
 conversation is refused.
@@ -111,21 +112,23 @@ def _find_marked(case: _Case, spans: Sequence[Span]) -> list[Turn]:
     numbers = [k for k, message in enumerate(case.messages) if message["role"] == _ASSISTANT]
     turns = []
     for place, (begin, end) in enumerate(spans):
-        inside = [k for k in numbers if _contains(case.whole.parts.get(k), begin, end)]
-        if not inside and len(spans) == len(numbers):
-            inside = [numbers[place]]
-        if not inside:
+        owner = _find_owner(case, begin)
+        if owner is None and len(spans) == len(numbers):
+            owner = numbers[place]
+        if owner not in numbers:
             words = case.whole.text[begin:end]
             raise ValueError(
                 f"the chat template {case.template.origin} marks {words!r:.80} as generated, which "
                 "is written for no message of the assistant's"
             )
-        turns.append(Turn(inside[0], begin, end))
+        turns.append(Turn(owner, begin, end))
     return turns
 
 
-def _contains(part: Span | None, begin: int, end: int) -> bool:
-    return part is not None and part[0] <= begin and end <= part[1]
+def _find_owner(case: _Case, place: int) -> int | None:
+    """Finds the message whose part a place is in, or behind; None if the parts are not known."""
+    begun = {k: begin for k, (begin, _) in case.whole.parts.items() if begin <= place}
+    return max(begun, key=begun.__getitem__, default=None)
 
 
 def _find_turn(case: _Case, k: int) -> Turn:
@@ -155,8 +158,11 @@ def _find_begin(case: _Case, k: int, part: Span | None) -> int:
     if written.startswith(prompt):
         return part[0] + len(prompt)
     head = _find_head(case, k, written)
-    if head and prompt.startswith(head):
+    if prompt and head.endswith(prompt):  # the first message's part has the beginning of the text
         return part[0] + len(head)
+    shared = os.path.commonprefix([head, prompt])
+    if shared and (shared == head or any(token in shared for token in case.special)):
+        return part[0] + len(shared)
     raise ValueError(_explain(case, k, "the prompt for it is written differently"))
 
 
