@@ -247,14 +247,15 @@ def test_parquet(tmp_path):
 
 def test_data_sets_of_hugging_face(tmp_path):
     datasets = pytest.importorskip("datasets")
-    made = datasets.Dataset.from_list([GOOD, GOOD])
-    made.save_to_disk(tmp_path / "one")
-    datasets.DatasetDict(train=made, validation=made.select([0])).save_to_disk(tmp_path / "both")
-    assert places(tmp_path / "one") == [": row 1", ": row 2"]
-    assert places(f"datasets:{tmp_path / 'both'}") == [": row 1", ": row 2"]
     (tmp_path / "files").mkdir()
-    talks.rows(tmp_path / "files" / "train.jsonl", GOOD)
-    assert places(tmp_path / "files") == [": row 1"]
+    path = talks.rows(tmp_path / "files" / "train.jsonl", GOOD, GOOD)
+    options = {"data_files": {"train": str(path)}, "cache_dir": str(tmp_path / "cache")}
+    made = datasets.load_dataset("json", **options)
+    made["train"].save_to_disk(tmp_path / "one")
+    made.save_to_disk(tmp_path / "splits")
+    for name in ("one", "splits", "files"):
+        assert places(tmp_path / name) == [": row 1", ": row 2"]
+        assert places(f"datasets:{tmp_path / name}") == [": row 1", ": row 2"]
 
 
 class _Library:
