@@ -79,7 +79,9 @@ def parse(row: object, format: str = AUTO, ignore: Collection[str] = ()) -> Pars
     keys = (*found.required, *found.optional, *_COMMON)
     messages.refuse_keys(row, keys, "; name what is to be left out in data.ignore")
     if missing := [key for key in found.required if key not in row]:
-        raise ValueError(f"{' and '.join(missing)} is missing; it has {', '.join(row) or 'no key'}")
+        raise ValueError(
+            f"{' and '.join(missing)} is missing; it has {', '.join(map(repr, row)) or 'no key'}"
+        )
     parsed = _add_system(found.parse(row), row.get("system"))
     if not any(message["role"] == ASSISTANT for message in parsed.messages):
         raise ValueError("no message is of the role 'assistant', so there is nothing to learn")
@@ -112,7 +114,7 @@ def _find(row: Mapping[str, Any]) -> str:
     if len(names) == 1:
         return names[0]
     formats = "; ".join(f"{name}: {', '.join(x.required)}" for name, x in FORMATS.items())
-    state = f"it has {', '.join(map(str, row))}" if row else "it has no keys"
+    state = f"it has {', '.join(map(repr, row))}" if row else "it has no keys"
     if names:
         raise ValueError(f"it fits {' and '.join(names)}; set data.format to one of them; {state}")
     raise ValueError(f"a conversation has the keys of one of these formats ({formats}); {state}")

@@ -38,7 +38,7 @@ class Conversation(NamedTuple):
     place: str
     is_learned: tuple[bool, ...] = ()
     tools: list[dict[str, Any]] | None = None
-    values: Mapping[str, Any] = {}  # noqa: RUF012
+    values: Mapping[str, Any] = {}
 
 
 class Fit(NamedTuple):
@@ -80,7 +80,7 @@ def read(
                 raise ValueError(row.problem)
             parsed = conversation_formats.parse(row.value, format, ignore)
         except ValueError as error:
-            problems.append(f"{row.place}: {error}")
+            problems.append(_locate(row.place, error))
         else:
             messages, is_learned = parsed.messages
             conversations.append(
@@ -95,6 +95,10 @@ def _find(source: str | Path) -> str | Path:
     if str(source).startswith("tutor:") and source not in _EMBEDDED:
         raise ValueError(f"There is no {source!r}; the embedded files are {', '.join(_EMBEDDED)}.")
     return _EMBEDDED.get(str(source), source)
+
+
+def _locate(place: str, error: ValueError) -> str:
+    return f"{place}: {' '.join(str(error).splitlines())}"  # a line for each problem
 
 
 def _raise_problems(problems: Sequence[str]) -> None:
@@ -138,7 +142,7 @@ def tokenize(
         try:
             text, spans = _write(conversation, template, special, now)
         except ValueError as error:
-            problems.append(f"{conversation.place}: {error}")
+            problems.append(_locate(conversation.place, error))
         else:
             rows.append(_encode(tokenizer, text, spans))
     _raise_problems(problems)

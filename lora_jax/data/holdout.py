@@ -15,7 +15,7 @@ def parse(value: int | float | str) -> tuple[float, bool]:
     """Parses a value of ``data.holdout``.
 
     Args:
-      value: a number of examples, such as 100 or "100", or a percentage, such as "5%".
+      value: a number of examples, such as 100 or "100", or a part, such as "5%" or 0.05.
 
     Returns:
       The number, or the fraction, and whether it is a fraction.
@@ -26,14 +26,27 @@ def parse(value: int | float | str) -> tuple[float, bool]:
     >>> parse(100), parse("5%")
     ((100, False), (0.05, True))
     """
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value, False
-    match = _TEXT.fullmatch(value) if isinstance(value, str) else None
-    if match and match[2] and float(match[1]) < 100:
-        return float(match[1]) / 100, True
-    if match and not match[2] and float(match[1]).is_integer():
-        return int(float(match[1])), False
-    raise ValueError(f'must be a number of examples, or a percentage such as "5%", got {value!r}')
+    match = None if isinstance(value, bool) else _TEXT.fullmatch(str(value))
+    number, is_percentage = (float(match[1]), bool(match[2])) if match else (math.nan, False)
+    if is_percentage and number < 100:
+        return number / 100, True
+    if not is_percentage and 0 < number < 1:
+        return number, True
+    if not is_percentage and number.is_integer():
+        return int(number), False
+    raise ValueError(f'must be a number of examples, or a part such as "5%", got {value!r}')
+
+
+def is_wanted(value: int | float | str) -> bool:
+    """Returns whether a value asks for a part: 0, in any form, does not.
+
+    >>> is_wanted("5%"), is_wanted("0%"), is_wanted(0)
+    (True, False, False)
+    """
+    try:
+        return parse(value)[0] > 0
+    except ValueError:  # which the check of the config tells
+        return True
 
 
 def count(value: int | float | str, total: int) -> int:

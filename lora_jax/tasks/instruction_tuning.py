@@ -30,8 +30,9 @@ def resolve(config: ConfigDict) -> ConfigDict:
     Without a file for the evaluation, a part of the training file is held out for it.
     """
     resolved = config.copy_and_resolve_references()
-    with resolved.unlocked():
-        if resolved.data.holdout == "":
+    if resolved.data.holdout == "":
+        with resolved.unlocked():
+            del resolved.data.holdout  # and its type
             resolved.data.holdout = 0 if resolved.data.validation else holdout.DEFAULT
     return resolved
 
@@ -155,7 +156,7 @@ def load_conversations(config: ConfigDict) -> tuple[list[Conversation], list[Con
     c = config.data
     read = functools.partial(conversations.read, format=c.format, ignore=tuple(c.ignore))
     whole = read(c.train)
-    if not c.holdout:
+    if not holdout.is_wanted(c.holdout):
         return whole, read(c.validation)
     try:
         number = holdout.count(c.holdout, len(whole))
@@ -206,7 +207,9 @@ def _notes(
 
 def _name_evaluation(config: ConfigDict) -> str:
     c = config.data
-    return f"{c.holdout} of {c.train}, which is held out" if c.holdout else str(c.validation)
+    if not holdout.is_wanted(c.holdout):
+        return str(c.validation)
+    return f"{c.holdout} of {c.train}, held out"
 
 
 def _describe(name: str, rows: Packed, fit: conversations.Fit) -> str:

@@ -132,12 +132,13 @@ def _guard_problems(guard: ConfigDict) -> Iterator[str]:
 def validation_problems(config: ConfigDict) -> Iterator[str]:
     """Says what is wrong with the choice of evaluation data, for tasks that name files."""
     file, part = config.data.validation, config.data.holdout
-    if file and part:
+    is_wanted = holdout.is_wanted(part)
+    if file and is_wanted:
         yield (
             f"data.validation {file!r} and data.holdout {part!r} both say what to evaluate on: the "
             "file, or a part of the training file; set data.holdout=0, or leave data.validation out"
         )
-    if not file and not part:
+    if not file and not is_wanted:
         yield (
             "there is nothing to evaluate on: set data.validation to a file, or data.holdout to "
             "the part of the training file that is kept for it"

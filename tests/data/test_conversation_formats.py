@@ -48,7 +48,7 @@ def test_only_the_completion_of_a_prompt_is_learned(tmp_path):
 
 
 @pytest.mark.parametrize("row, message", [
-    ({"text": "x"}, "messages: messages; sharegpt: conversations; alpaca: instruction, output; .*it has text"),
+    ({"text": "x"}, "messages: messages; sharegpt: conversations; alpaca: instruction, output; .*it has 'text'"),
     ({}, "it has no keys"),
     (GOOD | {"id": 3, "source": "x"}, "'id', 'source' is not read; .*data.ignore"),
     (GOOD | {"functions": []}, "'functions' is not read"),
@@ -70,7 +70,7 @@ def test_only_the_completion_of_a_prompt_is_learned(tmp_path):
     ({"instruction": "a", "output": ["a"]}, "message 1: part 0 of the content is 'a'"),
     ({"prompt": "a", "completion": [A]}, "two texts, or two lists"),
     ({"prompt": [A], "completion": [Q]}, "as their weights say"),
-    ({"prompt": "a", "chosen": "b", "rejected": "c"}, "it has prompt, chosen, rejected"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, "it has 'prompt', 'chosen', 'rejected'"),
 ])  # fmt: skip
 def test_rows_that_are_refused(row, message, tmp_path):
     with pytest.raises(ValueError, match=rf"rows.jsonl:2: .*{message}"):
@@ -218,8 +218,8 @@ def test_tables(text, tmp_path):
     ("prompt,prompt\na,b\n", ":1: each column must have a name of its own"),
     ("prompt,\na,b\n", ":1: each column must have a name"),
     ('prompt,completion\na,"b\n', ":2: no table"),
-    ("prompt,completion\na,\n", ":2: .*it has prompt"),
-    ("question,answer\na,b\n", ":2: .*it has question, answer"),
+    ("prompt,completion\na,\n", ":2: .*it has 'prompt'"),
+    ("question,answer\na,b\n", ":2: .*it has 'question', 'answer'"),
 ])  # fmt: skip
 def test_tables_that_are_refused(text, message, tmp_path):
     path = tmp_path / "data.csv"

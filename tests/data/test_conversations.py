@@ -105,7 +105,7 @@ def test_every_malformed_row_is_named(tmp_path):
     said = str(error.value).splitlines()
     assert [line.partition(": ")[0] for line in said] == [f"{path}:{n}" for n in range(3, 13)]
     expected = [
-        "no JSON object", "no object with keys", "it has text", "not empty", "message 0: no object",
+        "no JSON object", "no object with keys", "it has 'text'", "not empty", "message 0: no object",
         "content is missing", "role is 3", "nothing to learn", "U+FDD0", "U+D83D, half of a character",
     ]  # fmt: skip
     assert all(e in s for e, s in zip(expected, said, strict=True))

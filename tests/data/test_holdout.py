@@ -7,7 +7,7 @@ from lora_jax.data import holdout
 
 @pytest.mark.parametrize("value, total, expected", [
     (0, 9, 0), (7, 120, 7), ("7", 120, 7), ("5%", 120, 6), (" 5 % ", 120, 6), ("2.5%", 120, 3), ("5%", 2, 1),
-    ("50%", 3, 2), ("99%", 100, 99), ("0%", 9, 0), (".5%", 1000, 5),
+    ("50%", 3, 2), ("99%", 100, 99), ("0%", 9, 0), (".5%", 1000, 5), (0.05, 120, 6), ("0.5", 4, 2),
 ])  # fmt: skip
 def test_counts(value, total, expected):
     assert holdout.count(value, total) == expected
@@ -19,7 +19,7 @@ def test_counts(value, total, expected):
     "value", [-1, 1.5, "100%", "-5%", "five", "", "5%%", True, None, "1.5", "nan%"]
 )
 def test_values_that_are_refused(value):
-    with pytest.raises(ValueError, match='a number of examples, or a percentage such as "5%", got'):
+    with pytest.raises(ValueError, match='a number of examples, or a part such as "5%", got'):
         holdout.parse(value)
 
 
