@@ -80,7 +80,7 @@ def read(
                 raise ValueError(row.problem)
             parsed = conversation_formats.parse(row.value, format, ignore)
         except ValueError as error:
-            problems.append(_locate(row.place, error))
+            problems.append((row.place, error))
         else:
             messages, is_learned = parsed.messages
             conversations.append(
@@ -97,16 +97,24 @@ def _find(source: str | Path) -> str | Path:
     return _EMBEDDED.get(str(source), source)
 
 
-def _locate(place: str, error: ValueError) -> str:
-    return f"{place}: {' '.join(str(error).splitlines())}"  # a line for each problem
-
-
-def _raise_problems(problems: Sequence[str]) -> None:
-    lines = list(problems[:_MAX_PROBLEMS])
-    if len(problems) > _MAX_PROBLEMS:
-        lines.append(f"and {len(problems) - _MAX_PROBLEMS} more")
+def _raise_problems(problems: Sequence[tuple[str, ValueError]]) -> None:
+    """Raises problems with their places: one line for all rows that have the same one."""
+    places: dict[str, list[str]] = {}
+    for place, error in problems:
+        places.setdefault(" ".join(str(error).splitlines()), []).append(place)
+    lines = [_describe_problem(problem, found) for problem, found in places.items()]
+    if len(lines) > _MAX_PROBLEMS:
+        lines[_MAX_PROBLEMS:] = [f"and {len(lines) - _MAX_PROBLEMS} more"]
     if lines:
         raise ValueError("\n".join(lines))
+
+
+def _describe_problem(problem: str, places: Sequence[str]) -> str:
+    first, *others = places
+    if not others:
+        return f"{first}: {problem}"
+    rows = "row" if len(others) == 1 else "rows"
+    return f"{first}: {problem} (the same in {len(others)} more {rows}, the next: {others[0]})"
 
 
 def tokenize(
@@ -142,7 +150,7 @@ def tokenize(
         try:
             text, spans = _write(conversation, template, special, now)
         except ValueError as error:
-            problems.append(_locate(conversation.place, error))
+            problems.append((conversation.place, error))
         else:
             rows.append(_encode(tokenizer, text, spans))
     _raise_problems(problems)

@@ -49,8 +49,13 @@ def is_wanted(value: int | float | str) -> bool:
         return True
 
 
-def count(value: int | float | str, total: int) -> int:
+def count(value: int | float | str, total: int, *, examples: str = "examples") -> int:
     """Returns the number of examples to keep of ``total``: of a percentage, one at least.
+
+    Args:
+      value: the value, as :func:`parse` takes it.
+      total: number of all examples.
+      examples: what they are, for the error.
 
     Raises:
       ValueError: the value is wrong, or no example is left to train on.
@@ -61,7 +66,9 @@ def count(value: int | float | str, total: int) -> int:
     amount, is_fraction = parse(value)
     number = max(1, math.floor(amount * total + 0.5)) if is_fraction and amount else int(amount)
     if number >= total:
-        raise ValueError(f"data.holdout {value} leaves nothing of {total} to train on")
+        raise ValueError(
+            f"data.holdout {value} leaves nothing of the {total} {examples} to train on."
+        )
     return number
 
 

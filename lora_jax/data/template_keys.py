@@ -6,6 +6,7 @@ it has no words for. The model would then learn other conversations than the fil
 
 import datetime
 import functools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -133,21 +134,25 @@ def check_written(
     others = PROBE.join([*rest, written.text[begin:]])
     for k, message in enumerate(messages):
         content = _get_text(message)
-        if message["role"] != ASSISTANT and k not in written.parts and content not in others:
+        is_hidden = k not in written.parts and not _is_in(others, content)
+        if message["role"] != ASSISTANT and is_hidden:
             what = f"this message, of the role {message['role']!r}"
             raise ValueError(f"message {k}: {_refuse(template, what)}")
         # Templates may leave out thoughts, which are at the beginning of a content.
-        if message["role"] == ASSISTANT and _get_last_line(content) not in written.text:
+        if message["role"] == ASSISTANT and not _is_in(written.text, content):
             what = "its content" + (" beside its tool_calls" if "tool_calls" in message else "")
             raise ValueError(f"message {k}: {_refuse(template, what)}")
 
 
-def _get_last_line(content: str) -> str:
-    return content.rsplit("</think>", 1)[-1].strip().rsplit("\n", 1)[-1].strip()
+def _is_in(text: str, content: str) -> bool:
+    """Returns whether the last line of a content is in a text, as it is or as JSON."""
+    line = content.rsplit("</think>", 1)[-1].strip().rsplit("\n", 1)[-1].strip()
+    return line in text or json.dumps(line, ensure_ascii=False)[1:-1] in text
 
 
 def _get_text(message: Message) -> str:
+    """Returns the content of a message, or its last part, without spaces around it."""
     content = message.get("content") or ""
     if isinstance(content, list):
-        content = "".join(part["text"] for part in content)
+        content = content[-1]["text"]
     return content.strip()

@@ -158,10 +158,7 @@ def load_conversations(config: ConfigDict) -> tuple[list[Conversation], list[Con
     whole = read(c.train)
     if not holdout.is_wanted(c.holdout):
         return whole, read(c.validation)
-    try:
-        number = holdout.count(c.holdout, len(whole))
-    except ValueError as error:
-        raise ValueError(f"{error}, the number of conversations in {c.train}.") from error
+    number = holdout.count(c.holdout, len(whole), examples=f"conversations in {c.train}")
     training, evaluation = holdout.split(len(whole), number, c.seed)
     return [whole[k] for k in training], [whole[k] for k in evaluation]
 

@@ -376,6 +376,16 @@ def test_parts_of_a_content_are_joined_or_handed_over(tmp_path):
         "{{ m['content'] }}", "{% for p in m.content %}{{ p.text }} horse {% endfor %}"
     )
     assert tokenized(tmp_path, row, takes_parts)[1] == ["a", "colour", "horse", "<|im_end|>"]
+    row["messages"][1]["content"] = [{"type": "text", "text": x} for x in ("a", "colour")]
+    expected = ["a", "horse", "colour", "horse", "<|im_end|>"]
+    assert tokenized(tmp_path, row, takes_parts)[1] == expected
+
+
+def test_a_template_may_write_messages_as_json(tmp_path):
+    source = "{% for m in messages %}{{ m | tojson }}\n{% endfor %}"
+    row = {"messages": [say("user", 'what is\n"red"?'), say("assistant", 'a\n"colour"')]}
+    words, learned = tokenized(tmp_path, row, source)
+    assert "red" in words and "red" not in learned and "colour" in learned
 
 
 @pytest.mark.parametrize("row, source, message", [

@@ -110,7 +110,11 @@ def test_every_malformed_row_is_named(tmp_path):
     ]  # fmt: skip
     assert all(e in s for e, s in zip(expected, said, strict=True))
     with pytest.raises(ValueError, match="and 5 more"):
-        conversations.read(talks.rows(path, *["x"] * 25))
+        conversations.read(talks.rows(path, *({key: 1} for key in "abcdefghijklmnopqrstuvwxy")))
+    with pytest.raises(ValueError) as error:
+        conversations.read(talks.rows(path, good, *[good | {"id": 7}] * 3))
+    assert str(error.value).startswith(f"{path}:2: 'id' is not read; ")
+    assert str(error.value).endswith(f"(the same in 2 more rows, the next: {path}:3)")
     path.write_bytes(b"\n\xff")
     with pytest.raises(ValueError, match="rows.jsonl:2: not UTF-8"):
         conversations.read(path)

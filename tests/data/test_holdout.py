@@ -25,5 +25,7 @@ def test_values_that_are_refused(value):
 
 @pytest.mark.parametrize("value, total", [(6, 6), ("5%", 1), (9, 6), ("95%", 2)])
 def test_something_must_be_left(value, total):
-    with pytest.raises(ValueError, match=f"data.holdout {value} leaves nothing of {total}"):
+    with pytest.raises(
+        ValueError, match=f"data.holdout {value} leaves nothing of the {total} examples to"
+    ):
         holdout.count(value, total)

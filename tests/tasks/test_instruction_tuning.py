@@ -66,7 +66,10 @@ def test_a_part_is_held_out(tmp_path):
     with pytest.raises(ValueError, match="rows.jsonl:1: 'id' is not read.*data.ignore"):
         instruction_tuning.load_conversations(resolved(**fields | {"data.ignore": ()}))
     fields["data.holdout"] = 40
-    with pytest.raises(ValueError, match="data.holdout 40 leaves nothing of 40 .* in .*rows.jsonl"):
+    with pytest.raises(
+        ValueError,
+        match="data.holdout 40 leaves nothing of the 40 conversations in .*rows.jsonl to train on",
+    ):
         instruction_tuning.load_conversations(resolved(**fields))
 
 
