@@ -100,7 +100,39 @@ def find_turns(
     for one, other in zip(turns, turns[1:], strict=False):
         if one.end > other.begin:
             raise ValueError(_explain(case, other.message, "it is written into another turn"))
+    _check_others(case)
     return whole, turns
+
+
+def _check_others(case: _Case) -> None:
+    """Refuses messages of others that are written into the part of a turn, as results of tools.
+
+    A message after the first turn that has no part of its own is written with another content, to
+    see where that stands.
+    """
+    roles = [message["role"] for message in case.messages]
+    parts = case.whole.parts
+    for k in range(roles.index(_ASSISTANT) if _ASSISTANT in roles else len(roles), len(roles)):
+        if not parts or k in parts or roles[k] == _ASSISTANT:
+            continue
+        other = _replace_content(case, k)
+        place = other.text.find(PROBE) if other else -1
+        if place >= 0 and any(
+            begin <= place < end
+            for n, (begin, end) in other.parts.items()
+            if roles[n] == _ASSISTANT
+        ):
+            raise ValueError(_explain(case, k, "it is written into a turn of the assistant's"))
+
+
+def _replace_content(case: _Case, k: int) -> Traced | None:
+    """Writes the conversation with another content in a message; None if it can't be written."""
+    messages = [*case.messages]
+    messages[k] = {**messages[k], "content": PROBE}
+    try:
+        return chat_template.trace(case.template, messages, **case.options)
+    except ValueError:
+        return None
 
 
 def _list_ends(template: ChatTemplate, special: Sequence[str]) -> list[str]:
@@ -145,7 +177,8 @@ def _find_begin(case: _Case, k: int, part: Span | None) -> int:
     """Finds where the prompt for a turn ends."""
     before = _write_prompt(case, case.messages[:k])
     text = case.whole.text
-    if before and text.startswith(before.text) and len(before.text) <= (part or (0, len(text)))[1]:
+    first, last = part or (0, len(text))
+    if before and text.startswith(before.text) and first <= len(before.text) <= last:
         return len(before.text)
     if part is None:
         raise ValueError(_explain(case, k, "the prompt for it is written differently"))
@@ -154,15 +187,15 @@ def _find_begin(case: _Case, k: int, part: Span | None) -> int:
     prompt = before and _cut_prompt(before)
     if prompt is None:
         raise ValueError(_explain(case, k, "the prompt for it can't be told from the rest"))
-    written = text[slice(*part)]
+    written = text[first:last]
     if written.startswith(prompt):
-        return part[0] + len(prompt)
+        return first + len(prompt)
     head = _find_head(case, k, written)
     if prompt and head.endswith(prompt):  # the first message's part has the beginning of the text
-        return part[0] + len(head)
+        return first + len(head)
     shared = os.path.commonprefix([head, prompt])
     if shared and (shared == head or any(token in shared for token in case.special)):
-        return part[0] + len(shared)
+        return first + len(shared)
     raise ValueError(_explain(case, k, "the prompt for it is written differently"))
 
 
@@ -191,13 +224,8 @@ def _cut_prompt(before: Traced) -> str | None:
 
 def _find_head(case: _Case, k: int, written: str) -> str:
     """Finds what is written before a turn whatever its content is."""
-    messages = [*case.messages]
-    messages[k] = {**messages[k], "content": PROBE}
-    try:
-        other = chat_template.trace(case.template, messages, **case.options)
-    except ValueError:
-        return ""
-    part = other.parts.get(k)
+    other = _replace_content(case, k)
+    part = other.parts.get(k) if other else None
     return os.path.commonprefix([written, other.text[slice(*part)]]) if part else ""
 
 

@@ -57,6 +57,8 @@ LOOP = "{% for m in messages %}"
      "{% endfor %}", ["yes;", "no;"]),
     ("{% for m in messages if m.content %}{{ m.content }};{% else %}none{% endfor %}", ["yes;", "no;"]),
     ("{% for m in messages | selectattr('content') %}{{ m.content }};{% endfor %}", ["yes;", "no;"]),
+    # What ends a question stands in it only where something follows.
+    (LOOP + "[{{ m.content }}{{ ']' if not loop.last }}{% endfor %}", ["[yes]", "[no"]),
     # The prompt opens thoughts that no turn has.
     (LOOP + "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
      "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}", ["yes<|im_end|>", "no<|im_end|>"]),
@@ -80,6 +82,9 @@ def test_templates_of_every_construction(source, expected):
      "message 1: the prompt for it is written differently"),
     (LOOP + "[{{ m.content }}]{% endfor %}</s>", "message 1: the prompt for it is written differently"),
     ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "message 1: .*written"),
+    # A question is written into the answer before it.
+    (LOOP + "{% if m.role == 'assistant' or loop.first %}{{ m.content }};{{ messages[loop.index].content if m.role == 'assistant' and not loop.last }}{% endif %}{% endfor %}",
+     "message 2: it is written into a turn of the assistant's.*generation"),
     # Answers before questions.
     ("{% for m in messages[::-1] %}{{ m.role }}{{ m.content }}{% endfor %}{{ raise_exception('x') if messages | length < 4 }}",
      "message 1: the prompt for it can't be written .*x"),
