@@ -31,9 +31,15 @@ def get_config() -> ConfigDict:
     c.lora.dropout = 0.05
 
     del c.data.source, c.data.data_dir, c.data.train_examples, c.data.buckets, c.data.alike
-    c.data.train = ""  # JSON lines, one conversation each; or "tutor:train", which comes along
+    # A file (JSON lines, a JSON array, CSV, Parquet), "datasets:NAME" for a data set of Hugging
+    # Face, or "tutor:train", which comes along; docs/conversations.md says what may stand in it.
+    c.data.train = ""
     c.data.validation = ""  # the same; or
-    c.data.holdout = 100  # number of conversations of data.train to keep for evaluation
+    # a part of data.train to keep for evaluation: a number of conversations, or "10%"; "" for 5%
+    c.data.holdout = common.duration("")
+    c.data.format = "auto"  # or messages, sharegpt, alpaca, prompt_completion
+    c.data.ignore = ()  # keys of rows that are left out; others that nothing reads are errors
+    c.data.chat_template = ""  # file with a template of one's own; "" for the model's
     c.data.max_length = 1024  # tokens of a row; longer conversations are cut
     c.data.packing = True  # several conversations share a row, without seeing each other
     c.data.date = "2024-07-26"  # date for chat templates that write one

@@ -16,7 +16,7 @@ from experiments import cli
 from lora_jax.models import checkpoints
 from lora_jax.models.families import CAUSAL_LM, CLASSIFIER, SEQ2SEQ_LM
 from lora_jax.models.shards import DTYPES, SHARD_SIZE, parse_size
-from lora_jax.tasks import adapter_files, classifier, language_model
+from lora_jax.tasks import adapter_files, classifier, language_model, templates
 
 _ADAPTER = flags.DEFINE_string("adapter", None, "Directory of the adapter.", required=True)
 _MODEL = flags.DEFINE_string("model", None, "The base model, if it moved since training.")
@@ -67,6 +67,7 @@ def main(argv: list[str]) -> None:
         # PEFT's name of the base stays, unless the base has moved.
         base = _MODEL.value if model.config.origin else model.loaded.checkpoint.name
         adapter_files.save_peft(out, model.loaded, model.adapter, model.config, base=base)
+        templates.copy(_ADAPTER.value, out)
         print(f"Wrote {out}: open it with peft, PeftModel.from_pretrained(base, directory).")
         return
     head = model.loaded.head
@@ -80,6 +81,7 @@ def main(argv: list[str]) -> None:
         dtype=_DTYPE.value or "",
         shard_size=shard_size,
     )
+    templates.copy(_ADAPTER.value, out)
     print(f"Wrote {out}: open it with transformers, AutoModelFor{_AUTO[head]}.")
 
 

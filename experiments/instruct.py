@@ -4,8 +4,11 @@ r"""Fine-tunes a language model on conversations, such as Llama on instructions 
         --config.model.name=DIRECTORY_OF_A_MODEL --config.data.train=conversations.jsonl
 
 A line of the file is {"messages": [{"role": "user", "content": "..."}, {"role": "assistant",
-"content": "..."}]}; the model's own chat template makes a text of it, of which only what the
-assistant says is learned. Several conversations share a row of a batch, without seeing each other.
+"content": "..."}]}, or has another of the formats in docs/conversations.md; arrays, CSV, Parquet
+and "datasets:NAME" are read, too. By default 5% of the conversations are kept for the evaluation.
+The model's own chat template, or that in --config.data.chat_template=FILE, makes a text of each, of
+which only what the assistant says is learned. Several conversations share a row of a batch, without
+seeing each other.
 With --config.replies.pattern=REGEX the program also replies to the conversations that it evaluates
 on, without the adapter and with it, and counts the replies that match.
 Resuming, --adapter and --eval_only are as in experiments.sst2; experiments.chat talks to what comes

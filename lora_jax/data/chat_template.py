@@ -1,28 +1,22 @@
-"""Chat templates, with which a model's files write a conversation as one text.
-
-A template is a program in Jinja that others wrote. It runs in Jinja's sandbox, with the functions
-that transformers provides.
-"""
+"""Chat templates, with which a model's files write a conversation as one text."""
 
 import datetime
-import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
-from jinja2 import ext, nodes, parser, sandbox
-
+from lora_jax.data import template_program
+from lora_jax.data.template_program import Message, Traced
 from lora_jax.models import gguf_tokenizer
 from lora_jax.models.checkpoints import Checkpoint
 from lora_jax.models.gguf import is_gguf
 
-Message = Mapping[str, Any]
-
-# Noncharacters of Unicode, which mark in the text what the assistant generates.
-OPEN, CLOSE = "\ufdd0", "\ufdd1"
-_FILE = "chat_template.jinja"
+FILE = "chat_template.jinja"
+_FOLDER = "additional_chat_templates"
+_TOOL_USE = "tool_use"  # name of the template for conversations with tools, where there are several
+# Names of a message's thoughts; the first that a message has is written, as in transformers.
+REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class ChatTemplate(NamedTuple):
@@ -32,24 +26,13 @@ class ChatTemplate(NamedTuple):
       source: text of the template, in Jinja.
       tokens: special tokens by name, "bos_token" and so on.
       origin: file that the template is from.
+      with_tools: text of the template for conversations with tools, if it is another.
     """
 
     source: str
     tokens: dict[str, str]
-    origin: Path
-
-
-class Rendered(NamedTuple):
-    """A conversation as one text.
-
-    Attributes:
-      text: the text, with special tokens in it.
-      spans: begin and end of each part that the assistant speaks, in characters; None if the
-        template does not mark them.
-    """
-
-    text: str
-    spans: list[tuple[int, int]] | None
+    origin: str | Path
+    with_tools: str | None = None
 
 
 def find(checkpoint: Checkpoint) -> ChatTemplate:
@@ -61,22 +44,53 @@ def find(checkpoint: Checkpoint) -> ChatTemplate:
     directory = checkpoint.directory
     if is_gguf(directory):
         return _read_gguf(directory)
-    settings = _read_json(directory / "tokenizer_config.json")
-    tokens = _find_tokens(_read_json(directory / "special_tokens_map.json"))
-    tokens |= _find_tokens(settings)
-    if (directory / _FILE).is_file():
-        source = (directory / _FILE).read_text(encoding="utf-8")
-        return ChatTemplate(source, tokens, directory / _FILE)
-    source = settings.get("chat_template")
+    tokens = read_tokens(checkpoint)
+    with_tools = _read_text(directory / _FOLDER / f"{_TOOL_USE}.jinja")
+    if (source := _read_text(directory / FILE)) is not None:
+        return ChatTemplate(source, tokens, directory / FILE, with_tools)
+    source = _read_json(directory / "tokenizer_config.json").get("chat_template")
     if isinstance(source, list):  # several templates with names
         templates = {x.get("name"): x.get("template") for x in source if isinstance(x, dict)}
-        source = templates.get("default")
+        source, with_tools = templates.get("default"), templates.get(_TOOL_USE)
     if not isinstance(source, str):
         raise ValueError(
-            f"{checkpoint.name} has no chat template: {directory} holds no {_FILE}, and its "
-            "tokenizer_config.json no chat_template. Copy the one of its chat version there."
+            f"{checkpoint.name} has no chat template: {directory} holds no {FILE}, and its "
+            "tokenizer_config.json no chat_template. Copy the one of its chat version there, or "
+            "give a file with data.chat_template."
         )
-    return ChatTemplate(source, tokens, directory / "tokenizer_config.json")
+    return ChatTemplate(source, tokens, directory / "tokenizer_config.json", with_tools)
+
+
+def read_file(path: str | Path, checkpoint: Checkpoint) -> ChatTemplate:
+    """Reads a template of one's own, in Jinja, for a model.
+
+    Args:
+      path: path of the file.
+      checkpoint: the model, of which the template may use the special tokens.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is not UTF-8, or empty.
+    """
+    source = _read_text(Path(path).expanduser())
+    if source is None:
+        raise FileNotFoundError(f"data.chat_template names {path}, which is no file.")
+    if not source.strip():
+        raise ValueError(f"The chat template {path} is empty.")
+    return ChatTemplate(source, read_tokens(checkpoint), path)
+
+
+def read_tokens(checkpoint: Checkpoint) -> dict[str, str]:
+    """Reads the special tokens of a model by name: "bos_token" and so on.
+
+    Raises:
+      ValueError: a file is damaged.
+    """
+    directory = checkpoint.directory
+    if is_gguf(directory):
+        return gguf_tokenizer.read_template(directory)[1]
+    tokens = _find_tokens(_read_json(directory / "special_tokens_map.json"))
+    return tokens | _find_tokens(_read_json(directory / "tokenizer_config.json"))
 
 
 def _read_gguf(path: Path) -> ChatTemplate:
@@ -84,6 +98,16 @@ def _read_gguf(path: Path) -> ChatTemplate:
     if source is None:
         raise ValueError(f"{path} has no chat template: its metadata lack tokenizer.chat_template.")
     return ChatTemplate(source, tokens, path)
+
+
+def _read_text(path: Path) -> str | None:
+    """Returns the text of a file, or None if there is none."""
+    if not path.is_file():
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 at byte {error.start}.") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -106,79 +130,76 @@ def _find_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
     return {name: value for name, value in contents.items() if isinstance(value, str)}
 
 
-def render(
+def render(template: ChatTemplate, messages: Sequence[Message], **options: Any) -> Traced:
+    """Writes a conversation as one text, with special tokens in it.
+
+    The result says what the template marks as generated, but not which part is of which message.
+
+    Args:
+      template: the template that :func:`find` returns.
+      messages: messages, each with "role" and "content".
+      **options: those of :func:`trace`.
+
+    Raises:
+      ValueError: the template can't be used, or refuses the conversation.
+    """
+    return _run(template_program.run, template, messages, **options)
+
+
+def trace(
     template: ChatTemplate,
     messages: Sequence[Message],
     *,
     prompt: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    values: Mapping[str, Any] | None = None,
     now: datetime.datetime | None = None,
-) -> Rendered:
-    """Writes a conversation.
+) -> Traced:
+    """Writes a conversation, and finds the part of the text that each message was written to.
 
     Args:
       template: the template that :func:`find` returns.
       messages: messages, each with "role" and "content".
       prompt: whether the beginning of the assistant's next turn is written after the messages.
+      tools: JSON schemas of the tools that the assistant may call.
+      values: further values for the template, such as ``{"enable_thinking": False}``.
       now: time that the template takes for the present; None for the clock.
 
     Raises:
       ValueError: the template can't be used, or refuses the conversation.
     """
-    now = now or datetime.datetime.now()
+    options = {"prompt": prompt, "tools": tools, "values": values, "now": now}
+    return _run(template_program.trace, template, messages, **options)
+
+
+def choose(template: ChatTemplate, tools: Sequence[Mapping[str, Any]] | None) -> str:
+    """Returns the text of the template that writes conversations with these tools, or without."""
+    return template.with_tools if tools and template.with_tools else template.source
+
+
+def _run(
+    run: Callable[..., Traced],
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    *,
+    prompt: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    values: Mapping[str, Any] | None = None,
+    now: datetime.datetime | None = None,
+) -> Traced:
+    given = template.tokens | dict(values or {})
+    given |= {"tools": tools or None, "documents": None, "add_generation_prompt": prompt}
+    plain = [_alias_reasoning(message) for message in messages]
     try:
-        text = _compile(template.source).render(
-            messages=[{name: x for name, x in m.items() if x is not None} for m in messages],
-            tools=None,
-            documents=None,
-            add_generation_prompt=prompt,
-            strftime_now=now.strftime,
-            **template.tokens,
-        )
+        return run(choose(template, tools), plain, now or datetime.datetime.now(), **given)
     except Exception as error:  # a template can raise anything
         raise ValueError(f"the chat template in {template.origin} fails: {error}") from error
-    return _remove_marks(text)
 
 
-def _remove_marks(marked: str) -> Rendered:
-    """Removes the marks from a text, and returns their places."""
-    text, *pieces = marked.split(OPEN)
-    spans = []
-    for piece in pieces:
-        inside, _, after = piece.partition(CLOSE)
-        spans.append((len(text), len(text) + len(inside)))
-        text += inside + after
-    return Rendered(text, spans or None)
-
-
-class _Generation(ext.Extension):
-    """The block ``{% generation %}...{% endgeneration %}``, which the assistant generates."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: parser.Parser) -> nodes.Node:
-        """Parses the block into a call that marks it."""
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
-
-    def _mark(self, caller: Callable[[], str]) -> str:
-        return f"{OPEN}{caller()}{CLOSE}"
-
-
-def _refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _tojson(value: Any, **options: Any) -> str:
-    # The filter of Jinja escapes characters that mean something in HTML.
-    return json.dumps(value, **{"ensure_ascii": False} | options)
-
-
-@functools.lru_cache(maxsize=8)
-def _compile(source: str) -> jinja2.Template:
-    environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _refuse
-    return environment.from_string(source)
+def _alias_reasoning(message: Message) -> dict[str, Any]:
+    """Gives the thoughts of a message both names that templates read, and leaves out None."""
+    message = {name: x for name, x in message.items() if x is not None}
+    thoughts = next((message[name] for name in REASONING if name in message), None)
+    if thoughts is None:
+        return message
+    return {"thinking": thoughts} | message | {"reasoning_content": thoughts}

@@ -1,17 +1,22 @@
-"""Reads conversations from JSON lines, and tokenizes them so that the assistant's tokens count."""
+"""Reads conversations from files, and tokenizes them so that the assistant's tokens count."""
 
 import datetime
-import json
-import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
 
-from lora_jax.data import chat_template, tutor
+from lora_jax.data import (
+    assistant_spans,
+    conversation_files,
+    conversation_formats,
+    template_keys,
+    tutor,
+)
 from lora_jax.data.chat_template import ChatTemplate
+from lora_jax.data.template_program import Message, Span
 from lora_jax.data.texts import Texts
 
 _EMBEDDED = {f"tutor:{split}": path for split, path in tutor.SPLITS.items()}
@@ -19,15 +24,21 @@ _MAX_PROBLEMS = 20  # number of problems in one message
 
 
 class Conversation(NamedTuple):
-    """One line of a file.
+    """One row of a file.
 
     Attributes:
       messages: messages, each with "role" and "content".
       place: "file:line", for errors.
+      is_learned: for each message, whether it is learned; () if all of the assistant's are.
+      tools: JSON schemas of the tools that the assistant may call; None for none.
+      values: further values for the chat template.
     """
 
     messages: list[dict[str, Any]]
     place: str
+    is_learned: tuple[bool, ...] = ()
+    tools: list[dict[str, Any]] | None = None
+    values: Mapping[str, Any] = {}
 
 
 class Fit(NamedTuple):
@@ -42,86 +53,68 @@ class Fit(NamedTuple):
     left_out: int
 
 
-def read(source: str | Path) -> list[Conversation]:
-    """Reads a file with one JSON object a line: ``{"messages": [{"role": ..., "content": ...}]}``.
+def read(
+    source: str | Path,
+    *,
+    format: str = conversation_formats.AUTO,
+    ignore: Collection[str] = (),
+) -> list[Conversation]:
+    """Reads the conversations of a file, of a folder, or of a data set.
 
     Args:
-      source: path of the file; or "tutor:train" or "tutor:validation", which come with the package.
+      source: as for :func:`conversation_files.read`; or "tutor:train" or "tutor:validation", which
+        come with the package.
+      format: name of the format of its rows, one of :data:`conversation_formats.FORMATS`; "auto"
+        to find it by their keys.
+      ignore: keys of rows that are left out.
 
     Raises:
-      ValueError: lines are not in this form; all are in one message, by file and line. Or an
+      ValueError: rows are not in the format; all are in one message, by file and line. Or an
         embedded file of this name does not exist.
       OSError: the file can't be read.
     """
-    path = _find(source)
     conversations, problems = [], []
-    for number, line in enumerate(_read_lines(path), 1):
-        place = f"{path}:{number}"
-        messages, problem = _parse(line)
-        if problem:
-            problems.append(f"{place}: {problem}")
-        conversations.append(Conversation(messages, place))
+    for row in conversation_files.read(_find(source)):
+        try:
+            if row.problem:
+                raise ValueError(row.problem)
+            parsed = conversation_formats.parse(row.value, format, ignore)
+        except ValueError as error:
+            problems.append((row.place, error))
+        else:
+            messages, is_learned = parsed.messages
+            conversations.append(
+                Conversation(messages, row.place, is_learned, parsed.tools, parsed.values)
+            )
     _raise_problems(problems)
     return conversations
 
 
-def _find(source: str | Path) -> Path:
+def _find(source: str | Path) -> str | Path:
     """Finds the file of a source."""
     if str(source).startswith("tutor:") and source not in _EMBEDDED:
         raise ValueError(f"There is no {source!r}; the embedded files are {', '.join(_EMBEDDED)}.")
-    return Path(_EMBEDDED.get(str(source), source))
+    return _EMBEDDED.get(str(source), source)
 
 
-def _read_lines(path: Path) -> list[str]:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = path.read_bytes().count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{path}:{line}: not UTF-8 at byte {error.start} of the file; convert it to UTF-8."
-        ) from error
-    if not text.strip():
-        raise ValueError(f"{path}: empty file, where conversations were expected, one a line.")
-    return text.removesuffix("\n").split("\n")
-
-
-def _raise_problems(problems: Sequence[str]) -> None:
-    lines = list(problems[:_MAX_PROBLEMS])
-    if len(problems) > _MAX_PROBLEMS:
-        lines.append(f"and {len(problems) - _MAX_PROBLEMS} more")
+def _raise_problems(problems: Sequence[tuple[str, ValueError]]) -> None:
+    """Raises problems with their places: one line for all rows that have the same one."""
+    places: dict[str, list[str]] = {}
+    for place, error in problems:
+        places.setdefault(" ".join(str(error).splitlines()), []).append(place)
+    lines = [_describe_problem(problem, found) for problem, found in places.items()]
+    if len(lines) > _MAX_PROBLEMS:
+        lines[_MAX_PROBLEMS:] = [f"and {len(lines) - _MAX_PROBLEMS} more"]
     if lines:
         raise ValueError("\n".join(lines))
 
 
-def _parse(line: str) -> tuple[list[dict[str, Any]], str]:
-    """Returns the messages of a line, and the problem with it, "" for none."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return [], f"no JSON object ({error})"
-    messages = row.get("messages") if isinstance(row, dict) else None
-    if not isinstance(messages, list) or not messages:
-        keys = f"; it has {', '.join(sorted(row))}" if isinstance(row, dict) else ""
-        return [], f'there must be a list "messages" that is not empty{keys}'
-    for k, message in enumerate(messages):
-        if problem := _find_problem(k, message):
-            return messages, problem
-    if not any(message["role"] == "assistant" for message in messages):
-        return messages, "no message is of the role 'assistant', so there is nothing to learn"
-    return messages, ""
-
-
-def _find_problem(k: int, message: Any) -> str:
-    """Returns the problem with the message number ``k``, "" for none."""
-    if not isinstance(message, dict):
-        return f"message {k} is no object with a role and a content"
-    for name in ("role", "content"):
-        if not isinstance(message.get(name), str):
-            state = f"is {message[name]!r}" if name in message else "is missing"
-            return f"message {k}: {name} {state}, and must be a string"
-    if any(mark in message["content"] for mark in (chat_template.OPEN, chat_template.CLOSE)):
-        return f"message {k} holds the noncharacter U+FDD0 or U+FDD1; remove it"
-    return ""
+def _describe_problem(problem: str, places: Sequence[str]) -> str:
+    first, *others = places
+    if not others:
+        return f"{first}: {problem}"
+    rows = "row" if len(others) == 1 else "rows"
+    return f"{first}: {problem} (the same in {len(others)} more {rows}, the next: {others[0]})"
 
 
 def tokenize(
@@ -148,16 +141,16 @@ def tokenize(
       The tokens, and the numbers of conversations that were too long.
 
     Raises:
-      ValueError: the template refuses conversations, which the message lists by file and line; or
-        all conversations are left out.
+      ValueError: the template refuses conversations, or leaves out something of them, which the
+        message lists by file and line; or all conversations are left out.
     """
     rows, problems = [], []
     special = list_special_tokens(tokenizer)
     for conversation in conversations:
         try:
-            text, spans = find_assistant_spans(template, conversation.messages, special, now=now)
+            text, spans = _write(conversation, template, special, now)
         except ValueError as error:
-            problems.append(f"{conversation.place}: {error}")
+            problems.append((conversation.place, error))
         else:
             rows.append(_encode(tokenizer, text, spans))
     _raise_problems(problems)
@@ -175,18 +168,35 @@ def tokenize(
     return Texts(all_ids, offsets, all_counts), fit
 
 
+def _write(
+    conversation: Conversation,
+    template: ChatTemplate,
+    special: Sequence[str],
+    now: datetime.datetime,
+) -> tuple[str, list[Span]]:
+    """Writes a conversation as one text, all of which is used, and finds what is learned of it."""
+    messages, tools, values = conversation.messages, conversation.tools, conversation.values
+    messages = template_keys.check(template, messages, tools, values)
+    options = {"tools": tools, "values": values, "now": now}
+    written, turns = assistant_spans.find_turns(template, messages, special, **options)
+    template_keys.check_written(template, messages, written, turns)
+    is_learned = conversation.is_learned or (True,) * len(messages)
+    spans = [(turn.begin, turn.end) for turn in turns if is_learned[turn.message]]
+    if not spans:
+        raise ValueError(f"the chat template {template.origin} marks nothing of it as generated")
+    return written.text, spans
+
+
 def find_assistant_spans(
     template: ChatTemplate,
-    messages: Sequence[dict[str, Any]],
+    messages: Sequence[Message],
     special: Sequence[str] = (),
     *,
     now: datetime.datetime | None = None,
-) -> tuple[str, list[tuple[int, int]]]:
+) -> tuple[str, list[Span]]:
     """Writes a conversation as one text, and finds the turns of the assistant in it.
 
-    A turn is what the model must generate after the prompt for it: the content, and the special
-    token that ends it. If the template marks what is generated, its marks are the turns; otherwise
-    a turn begins where the prompt for it ends.
+    See :func:`assistant_spans.find_turns`.
 
     Args:
       template: the model's template.
@@ -200,41 +210,8 @@ def find_assistant_spans(
     Raises:
       ValueError: the template fails, or writes a text in which turns can't be found.
     """
-    text, spans = chat_template.render(template, messages, now=now)
-    if spans is not None:
-        return text, spans
-    turns = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
-    spans = []
-    for k in turns:
-        before = chat_template.render(template, messages[:k], prompt=True, now=now).text
-        if not text.startswith(before):
-            raise ValueError(_explain(template, k, "the prompt for it is written differently"))
-        after = chat_template.render(template, messages[: k + 1], now=now).text
-        # A turn without a special token ends where its message does.
-        bound = len(after) if text.startswith(after) else None
-        content = messages[k]["content"]
-        end = _find_content_end(text[:bound], len(before), content, special) or bound
-        if end is None:
-            raise ValueError(_explain(template, k, "it is written differently"))
-        spans.append((len(before), end))
-    return text, spans
-
-
-def _find_content_end(text: str, begin: int, content: str, special: Sequence[str]) -> int | None:
-    """Finds the end of the special token after the content."""
-    if not special:
-        return None
-    ends = "|".join(map(re.escape, special))
-    match = re.compile(rf"{re.escape(content.strip())}\s*(?:{ends})").search(text, begin)
-    return match and match.end()
-
-
-def _explain(template: ChatTemplate, turn: int, reason: str) -> str:
-    return (
-        f"message {turn}: {reason} where more of the conversation follows, so that it can't be "
-        f"told what the assistant says; mark that in the chat template {template.origin} with "
-        "{% generation %} and {% endgeneration %}, or give one conversation for each turn"
-    )
+    written, turns = assistant_spans.find_turns(template, messages, special, now=now)
+    return written.text, [(turn.begin, turn.end) for turn in turns]
 
 
 def list_special_tokens(tokenizer: tokenizers.Tokenizer) -> list[str]:
@@ -244,7 +221,7 @@ def list_special_tokens(tokenizer: tokenizers.Tokenizer) -> list[str]:
 
 
 def _encode(
-    tokenizer: tokenizers.Tokenizer, text: str, spans: Sequence[tuple[int, int]]
+    tokenizer: tokenizers.Tokenizer, text: str, spans: Sequence[Span]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns tokens, int32 ``(n,)``, and int32 1 for each that has a character in a span."""
     encoding = tokenizer.encode(text, add_special_tokens=False)

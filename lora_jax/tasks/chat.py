@@ -11,13 +11,14 @@ import numpy as np
 import tokenizers
 
 import lora_jax as lora
-from lora_jax.data import chat_template, conversations
+from lora_jax.data import chat_template, conversations, template_keys
 from lora_jax.data.chat_template import ChatTemplate, Message
+from lora_jax.data.conversations import Conversation
 from lora_jax.models import checkpoints, generate
 from lora_jax.models.decoding import Decoding
 from lora_jax.models.families import CAUSAL_LM
 from lora_jax.models.read_leaves import DECODED
-from lora_jax.tasks import generation, language_model
+from lora_jax.tasks import generation, language_model, templates
 
 PyTree = Any
 _BUCKET = 64  # prompts are padded to a multiple of it; each length is compiled once
@@ -56,37 +57,47 @@ def load(directory: str | Path | None, *, model: str | None = None, **options: A
     """
     if directory is not None:
         trained = language_model.load(directory, model=model)
-        return _make(trained.loaded, trained.adapter, options)
+        template = templates.find(trained.loaded.checkpoint, adapter=directory)
+        return _make(trained.loaded, trained.adapter, template, options)
     if model is None:
         raise ValueError("Say what is to reply: give an adapter or a model (--adapter, --model).")
     options_of_base = {"scan_layers": True, "quantize": DECODED}  # no lift is here
-    return _make(checkpoints.load(model, head=CAUSAL_LM, **options_of_base), {}, options)
+    loaded = checkpoints.load(model, head=CAUSAL_LM, **options_of_base)
+    return _make(loaded, {}, chat_template.find(loaded.checkpoint), options)
 
 
 def load_pair(
-    directory: str | Path, *, model: str | None = None, **options: Any
+    directory: str | Path,
+    *,
+    model: str | None = None,
+    template: str | Path = "",
+    **options: Any,
 ) -> tuple[ChatModel, ChatModel]:
-    """Loads a base, without and with an adapter.
+    """Loads a base, without and with an adapter; both have the template of the adapter.
 
     A prompt of a length is compiled once for both; the parameters of both are in memory.
 
     Args:
       directory: directory of the adapter, in either format.
       model: name or directory of the base, if it is no longer found under its old name.
+      template: file with another chat template; "" for that of the adapter, or of the base.
       **options: fields of :class:`Decoding`.
 
     Raises:
       FileNotFoundError, ValueError: as :func:`load`.
     """
     trained = language_model.load(directory, model=model)
-    base = _make(trained.loaded, {}, options)
+    checkpoint = trained.loaded.checkpoint
+    found = templates.find(checkpoint, file=template, adapter=directory)
+    base = _make(trained.loaded, {}, found, options)
     return base, base._replace(params=lora.merge(trained.loaded.params, trained.adapter))
 
 
-def _make(loaded: checkpoints.Loaded, adapter: PyTree, options: dict[str, Any]) -> ChatModel:
+def _make(
+    loaded: checkpoints.Loaded, adapter: PyTree, template: ChatTemplate, options: dict[str, Any]
+) -> ChatModel:
     """Makes the model that replies; an empty adapter leaves it as it is."""
     tokenizer = checkpoints.load_tokenizer(loaded.checkpoint)
-    template = chat_template.find(loaded.checkpoint)
     stop = stop_tokens(loaded.checkpoint, template, tokenizer)
     decoding = Decoding(stop=stop, pad_id=min(stop, default=0), **options)
     run = generate.generator(*generate.causal_lm(loaded.model, loaded.family.init_cache), decoding)
@@ -114,7 +125,7 @@ def _end_of_turn(template: ChatTemplate, tokenizer: tokenizers.Tokenizer) -> str
     special = conversations.list_special_tokens(tokenizer)
     probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     text, spans = conversations.find_assistant_spans(template, probe, special)
-    ending = text[slice(*spans[-1])].rstrip()
+    ending = text[slice(*spans[-1])].rstrip() if spans else ""
     return next((token for token in special if ending.endswith(token)), "")
 
 
@@ -124,7 +135,7 @@ def reply(model: ChatModel, messages: Sequence[Message], *, seed: int = 0) -> st
     Raises:
       ValueError: the template refuses the messages.
     """
-    ids = _encode(model, messages)
+    ids = _encode(model, Conversation([*messages], ""))
     length = -(-len(ids) // _BUCKET) * _BUCKET
     batch = generate.pad_left([ids], pad_id=model.decoding.pad_id, length=length)
     generated = model.generate(model.params, batch, jax.random.key(seed))
@@ -134,7 +145,7 @@ def reply(model: ChatModel, messages: Sequence[Message], *, seed: int = 0) -> st
 
 def reply_to_all(
     model: ChatModel,
-    conversations: Sequence[Sequence[Message]],
+    conversations: Sequence[Conversation],
     *,
     batch_size: int,
     now: datetime.datetime | None = None,
@@ -143,7 +154,7 @@ def reply_to_all(
 
     Args:
       model: the model.
-      conversations: messages of each conversation.
+      conversations: what is said in each before the message, and its tools.
       batch_size: number of conversations at a time.
       now: time that the template takes for the present; None for the clock.
 
@@ -153,7 +164,7 @@ def reply_to_all(
     rows = generation.generate_rows(
         model.generate,
         model.params,
-        [_encode(model, messages, now) for messages in conversations],
+        [_encode(model, conversation, now) for conversation in conversations],
         decoding=model.decoding,
         batch_size=batch_size,
     )
@@ -161,10 +172,14 @@ def reply_to_all(
 
 
 def _encode(
-    model: ChatModel, messages: Sequence[Message], now: datetime.datetime | None = None
+    model: ChatModel, conversation: Conversation, now: datetime.datetime | None = None
 ) -> list[int]:
     """Returns the tokens of the prompt for the assistant's next message."""
-    text = chat_template.render(model.template, messages, prompt=True, now=now).text
+    messages, tools, values = conversation.messages, conversation.tools, conversation.values
+    messages = template_keys.check(model.template, messages, tools, values)
+    text = chat_template.render(
+        model.template, messages, prompt=True, tools=tools, values=values, now=now
+    ).text
     return model.tokenizer.encode(text, add_special_tokens=False).ids
 
 

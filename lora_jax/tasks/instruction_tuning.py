@@ -4,20 +4,20 @@ import datetime
 import functools
 import inspect
 import re
+from typing import Any
 
 import jax
-import numpy as np
 import tokenizers
 from ml_collections import ConfigDict
 
 import lora_jax as lora
-from lora_jax.data import batches, chat_template, conversations, packing
+from lora_jax.data import batches, conversation_formats, conversations, holdout, packing
+from lora_jax.data.chat_template import ChatTemplate
 from lora_jax.data.conversations import Conversation
-from lora_jax.data.order import SUBSET, permutation
 from lora_jax.data.packing import Packed
 from lora_jax.models import checkpoints
 from lora_jax.models.families import CAUSAL_LM
-from lora_jax.tasks import adapter_files, from_config, language_modeling
+from lora_jax.tasks import adapter_files, from_config, language_modeling, templates
 from lora_jax.training import mesh, training_config
 from lora_jax.training.task import Score, Task
 
@@ -25,8 +25,16 @@ _LEAST = {"data.max_length": 2, "replies.max_new_tokens": 1, "replies.batch_size
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
-    """Returns a copy of the config, in which nothing is left open."""
-    return config.copy_and_resolve_references()
+    """Returns a copy of the config, in which nothing is left open.
+
+    Without a file for the evaluation, a part of the training file is held out for it.
+    """
+    resolved = config.copy_and_resolve_references()
+    if resolved.data.holdout == "":
+        with resolved.unlocked():
+            del resolved.data.holdout  # and its type
+            resolved.data.holdout = 0 if resolved.data.validation else holdout.DEFAULT
+    return resolved
 
 
 def check(config: ConfigDict) -> None:
@@ -42,6 +50,11 @@ def check(config: ConfigDict) -> None:
         problems.append("model.name must name a model: a directory, or one of the Hub")
     if not config.data.train:
         problems.append("data.train must be a file of conversations, one a line")
+    formats = (conversation_formats.AUTO, *conversation_formats.FORMATS)
+    if config.data.format not in formats:
+        problems.append(
+            f"data.format must be one of {', '.join(formats)}, got {config.data.format!r}"
+        )
     problems += training_config.validation_problems(config)
     try:
         datetime.date.fromisoformat(config.data.date)
@@ -77,8 +90,11 @@ def make_task(
     )
     _check_model(config, loaded)
     tokenizer = checkpoints.load_tokenizer(loaded.checkpoint)
+    template = templates.find(
+        loaded.checkpoint, file=config.data.chat_template, adapter=config.adapter
+    )
     training, evaluation = (
-        pack(config, part, loaded.checkpoint, tokenizer) for part in load_conversations(config)
+        pack(config, part, template, tokenizer) for part in load_conversations(config)
     )
     initial = adapter_files.load_initial(config, loaded)
     task = Task(
@@ -93,8 +109,10 @@ def make_task(
         steps_per_epoch=batches.steps_per_epoch(len(training[0].rows), config.batch_size),
         base=loaded.params,
         base_id=loaded.base_id,
-        metadata=language_modeling.metadata(config),
-        notes=adapter_files.add_notes(initial, _notes(config, loaded, training, evaluation)),
+        metadata=_metadata(config, template),
+        notes=adapter_files.add_notes(
+            initial, _notes(config, loaded, template, training, evaluation)
+        ),
         adapter=initial.adapter,
         fresh_head=initial.fresh_head,
         score=Score("loss", higher_is_better=False),
@@ -118,41 +136,44 @@ def _check_model(config: ConfigDict, loaded: checkpoints.Loaded) -> None:
         )
 
 
+def _metadata(config: ConfigDict, template: ChatTemplate) -> dict[str, Any]:
+    """Returns what is needed, besides the adapter, to use it: a template of its own, too."""
+    has_own = config.data.chat_template or (config.adapter and templates.read(config.adapter))
+    own = {templates.METADATA: template.source} if has_own else {}
+    return language_modeling.metadata(config) | own
+
+
 def load_conversations(config: ConfigDict) -> tuple[list[Conversation], list[Conversation]]:
     """Loads the conversations to train on, and those to evaluate on.
 
-    With ``data.holdout``, that number of conversations of the training file, chosen by
-    ``data.seed``, are those to evaluate on.
+    With ``data.holdout``, that many conversations of the training file, or that part of them,
+    chosen by ``data.seed``, are those to evaluate on.
 
     Raises:
       FileNotFoundError, ValueError: a file is missing or damaged, or no conversation is left to
         train on.
     """
     c = config.data
-    whole = conversations.read(c.train)
-    if not c.holdout:
-        return whole, conversations.read(c.validation)
-    if c.holdout >= len(whole):
-        raise ValueError(
-            f"data.holdout {c.holdout} leaves nothing of the {len(whole)} conversations in "
-            f"{c.train} to train on."
-        )
-    order = permutation(len(whole), c.seed, stream=SUBSET)
-    evaluation, training = (sorted(part) for part in np.split(order, [c.holdout]))
+    read = functools.partial(conversations.read, format=c.format, ignore=tuple(c.ignore))
+    whole = read(c.train)
+    if not holdout.is_wanted(c.holdout):
+        return whole, read(c.validation)
+    number = holdout.count(c.holdout, len(whole), examples=f"conversations in {c.train}")
+    training, evaluation = holdout.split(len(whole), number, c.seed)
     return [whole[k] for k in training], [whole[k] for k in evaluation]
 
 
 def pack(
     config: ConfigDict,
     part: list[Conversation],
-    checkpoint: checkpoints.Checkpoint,
+    template: ChatTemplate,
     tokenizer: tokenizers.Tokenizer,
 ) -> tuple[Packed, conversations.Fit]:
     """Converts conversations to rows of tokens; also counts those that were too long."""
     c = config.data
     texts, fit = conversations.tokenize(
         part,
-        chat_template.find(checkpoint),
+        template,
         tokenizer,
         max_length=c.max_length,
         # Templates may write the date into the text, which must not change when a run goes on.
@@ -164,18 +185,28 @@ def pack(
 def _notes(
     config: ConfigDict,
     loaded: checkpoints.Loaded,
+    template: ChatTemplate,
     *parts: tuple[Packed, conversations.Fit],
 ) -> tuple[str, ...]:
     """Returns the report at the start: the origin of model and data, and how they are packed."""
     device = jax.devices()[0]
     return (
         f"model: {loaded.checkpoint.name} from {loaded.checkpoint.origin}",
+        f"chat template: {template.origin}",
+        f"evaluation on {_name_evaluation(config)}",
         *(_describe(name, *x) for name, x in zip(("training", "evaluation"), parts, strict=True)),
         from_config.describe_attention(
             config, loaded.model, parts[0][0].length, has_segments=config.data.packing
         ),
         f"device: {jax.device_count()} x {device.device_kind} ({device.platform})",
     )
+
+
+def _name_evaluation(config: ConfigDict) -> str:
+    c = config.data
+    if not holdout.is_wanted(c.holdout):
+        return str(c.validation)
+    return f"{c.holdout} of {c.train}, held out"
 
 
 def _describe(name: str, rows: Packed, fit: conversations.Fit) -> str:

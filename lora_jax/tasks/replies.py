@@ -39,18 +39,22 @@ def generate(config: ConfigDict, adapter: str | Path) -> Replies:
       FileNotFoundError, ValueError: adapter, base or conversations are missing or damaged.
     """
     _, held_out = instruction_tuning.load_conversations(config)
-    cut = [cut_before_reply(conversation.messages) for conversation in held_out]
-    prompts = [messages for messages in cut if messages]
-    if not prompts:
+    cut = [x._replace(messages=cut_before_reply(x.messages), is_learned=()) for x in held_out]
+    asked = [conversation for conversation in cut if conversation.messages]
+    prompts = [conversation.messages for conversation in asked]
+    if not asked:
         return Replies([], [], [], len(cut))
     options: dict[str, Any] = {
         "batch_size": config.replies.batch_size,
         "now": datetime.datetime.fromisoformat(config.data.date),
     }
     models = chat.load_pair(
-        adapter, model=config.model.name, max_new_tokens=config.replies.max_new_tokens
+        adapter,
+        model=config.model.name,
+        template=config.data.chat_template,
+        max_new_tokens=config.replies.max_new_tokens,
     )
-    base, adapted = (chat.reply_to_all(model, prompts, **options) for model in models)
+    base, adapted = (chat.reply_to_all(model, asked, **options) for model in models)
     return Replies(prompts, base, adapted, len(cut) - len(prompts))
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 
 from ml_collections import ConfigDict
 
+from lora_jax.data import holdout
 from lora_jax.models.attention import check_attention
 from lora_jax.models.layers import check_remat
 from lora_jax.training import durations, mesh, optimizer
@@ -22,7 +23,6 @@ LEAST = {
     "epochs": 1,
     "log_every": 1,
     "checkpoint_keep": 1,
-    "data.holdout": 0,
     "data.seed": 0,
     "early_stopping.patience": 0,
     "early_stopping.min_delta": 0,
@@ -57,6 +57,7 @@ def list_problems(config: ConfigDict, least: Mapping[str, int] | None = None) ->
     """Says what is wrong with a config; arguments as in :func:`check`."""
     return [
         *_size_problems(config, LEAST | dict(least or {})),
+        *_holdout_problems(config),
         *_bucket_problems(config),
         *_batch_problems(config),
         *_model_problems(config.model),
@@ -73,6 +74,13 @@ def _size_problems(config: ConfigDict, least: Mapping[str, int]) -> Iterator[str
         value = (config[section] if section else config)[name]
         if not low <= value < math.inf:
             yield f"{field} must be at least {low}, got {value}"
+
+
+def _holdout_problems(config: ConfigDict) -> Iterator[str]:
+    try:
+        holdout.parse(config.data.holdout)
+    except ValueError as error:
+        yield f"data.holdout {error}"
 
 
 def _bucket_problems(config: ConfigDict) -> Iterator[str]:
@@ -123,9 +131,15 @@ def _guard_problems(guard: ConfigDict) -> Iterator[str]:
 
 def validation_problems(config: ConfigDict) -> Iterator[str]:
     """Says what is wrong with the choice of evaluation data, for tasks that name files."""
-    c = config.data
-    if bool(c.validation) == bool(c.holdout):
+    file, part = config.data.validation, config.data.holdout
+    is_wanted = holdout.is_wanted(part)
+    if file and is_wanted:
         yield (
-            "evaluation is either on the file data.validation or on data.holdout examples of the "
-            f"training file, so set one of them; got {c.validation!r} and {c.holdout}"
+            f"data.validation {file!r} and data.holdout {part!r} both say what to evaluate on: the "
+            "file, or a part of the training file; set data.holdout=0, or leave data.validation out"
+        )
+    if not file and not is_wanted:
+        yield (
+            "there is nothing to evaluate on: set data.validation to a file, or data.holdout to "
+            "the part of the training file that is kept for it"
         )

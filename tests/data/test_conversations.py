@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from lora_jax.data import chat_template, conversations
+from lora_jax.data import chat_template, conversations, template_program
 from lora_jax.data.chat_template import ChatTemplate
 from lora_jax.models import checkpoints
 from tests.helpers import talks, tiny_llama
@@ -28,7 +28,7 @@ def test_what_the_assistant_says(source, said):
     text, spans = conversations.find_assistant_spans(template(source), talks.TALK, ENDS)
     assert [text[begin:end] for begin, end in spans] == said
     assert text == chat_template.render(template(source), talks.TALK).text
-    assert chat_template.OPEN not in text
+    assert not set(text) & set(template_program.RESERVED)
 
 
 def test_words_that_occur_elsewhere_do_not_mislead():
@@ -41,18 +41,6 @@ def test_words_that_occur_elsewhere_do_not_mislead():
         "i<|im_end|>",
         "<think>\n\n</think>\n\n<|im_end|>",
     ]
-
-
-@pytest.mark.parametrize("source, message", [
-    ("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}",
-     "message 2: the prompt for it is written differently.*generation"),
-    (talks.PLAIN.replace("\n{% endfor %}", "{{ ';' if not loop.last }}\n{% endfor %}", 1)
-     .replace("if not loop.last", "if m.role == 'assistant' and not loop.last"),
-     "message 2: it is written differently.*generation"),
-])  # fmt: skip
-def test_templates_that_hide_the_turns_are_refused(source, message):
-    with pytest.raises(ValueError, match=message):
-        conversations.find_assistant_spans(template(source), talks.TALK)
 
 
 def test_what_a_template_may_use():
@@ -109,20 +97,24 @@ def test_every_malformed_row_is_named(tmp_path):
         {"messages": [{"role": 3, "content": "x"}]},
         {"messages": talks.TALK[:2]},
         {"messages": [{"role": "assistant", "content": "\ufdd0"}]},
-        "",
+        r'{"messages": [{"role": "assistant", "content": "\ud83d"}]}',
     ]
-    path = talks.rows(tmp_path / "rows.jsonl", good, *bad)
+    path = talks.rows(tmp_path / "rows.jsonl", good, "", *bad, " \t\r")
     with pytest.raises(ValueError) as error:
         conversations.read(path)
     said = str(error.value).splitlines()
-    assert [line.partition(": ")[0] for line in said] == [f"{path}:{n}" for n in range(2, 12)]
+    assert [line.partition(": ")[0] for line in said] == [f"{path}:{n}" for n in range(3, 13)]
     expected = [
-        "no JSON object", 'a list "messages"', "it has text", "not empty", "message 0 is no object",
-        "content is missing", "role is 3", "nothing to learn", "U+FDD0", "no JSON object",
+        "no JSON object", "no object with keys", "it has 'text'", "not empty", "message 0: no object",
+        "content is missing", "role is 3", "nothing to learn", "U+FDD0", "U+D83D, half of a character",
     ]  # fmt: skip
     assert all(e in s for e, s in zip(expected, said, strict=True))
     with pytest.raises(ValueError, match="and 5 more"):
-        conversations.read(talks.rows(path, *["x"] * 25))
+        conversations.read(talks.rows(path, *({key: 1} for key in "abcdefghijklmnopqrstuvwxy")))
+    with pytest.raises(ValueError) as error:
+        conversations.read(talks.rows(path, good, *[good | {"id": 7}] * 3))
+    assert str(error.value).startswith(f"{path}:2: 'id' is not read; ")
+    assert str(error.value).endswith(f"(the same in 2 more rows, the next: {path}:3)")
     path.write_bytes(b"\n\xff")
     with pytest.raises(ValueError, match="rows.jsonl:2: not UTF-8"):
         conversations.read(path)

@@ -93,6 +93,6 @@ def overrides(root):
 def config(root, **changes):
     c = instruct_llama.get_config().copy_and_resolve_references()
     with c.unlocked():
-        c.update_from_flattened_dict({k: str(v) if isinstance(v, Path) else v for k, v in
+        c.update_from_flattened_dict({k: str(v) if isinstance(v, Path) or k == "data.holdout" else v for k, v in
                                       (overrides(root) | changes).items()})  # fmt: skip
     return c

@@ -267,7 +267,7 @@ def test_the_unadapted_model_can_be_scored_alone(finished, tmp_path):
     [
         ({"decode.beams": 0}, "beams must be a whole number"),
         ({"label_smoothing": 1.0}, "label_smoothing must be in"),
-        ({"data.holdout": 0}, "either on the file data.validation or on data.holdout"),
+        ({"data.holdout": 0}, "there is nothing to evaluate on: set data.validation"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
         ({"data.buckets": (64, 32)}, "data.buckets must be positive lengths that ascend"),
