@@ -42,7 +42,12 @@ def tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
     """
     if is_gguf(checkpoint.directory):
         return _convert_gguf(checkpoint)
-    there = (checkpoint.directory / name for name in (*TOKENIZER_FILES, *UNREAD_TOKENIZERS))
+    return read_files(checkpoint.directory)
+
+
+def read_files(directory: str | Path) -> dict[str, bytes]:
+    """Returns the files of the tokenizer in a directory, by name, whether they are read or not."""
+    there = (Path(directory) / name for name in (*TOKENIZER_FILES, *UNREAD_TOKENIZERS))
     return {path.name: path.read_bytes() for path in there if path.is_file()}
 
 

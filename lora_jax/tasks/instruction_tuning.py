@@ -15,7 +15,7 @@ from lora_jax.data import batches, chat_template, conversations, packing
 from lora_jax.data.conversations import Conversation
 from lora_jax.data.order import SUBSET, permutation
 from lora_jax.data.packing import Packed
-from lora_jax.models import checkpoints
+from lora_jax.models import checkpoints, token_ids
 from lora_jax.models.families import CAUSAL_LM
 from lora_jax.tasks import adapter_files, from_config, language_modeling
 from lora_jax.training import mesh, training_config
@@ -80,6 +80,9 @@ def make_task(
     training, evaluation = (
         pack(config, part, loaded.checkpoint, tokenizer) for part in load_conversations(config)
     )
+    table = checkpoints.find_table(loaded)
+    for rows, _ in (training, evaluation):
+        token_ids.check(rows.texts.ids, table, tokenizer)
     initial = adapter_files.load_initial(config, loaded)
     task = Task(
         apply=functools.partial(language_modeling.apply, loaded.model),
@@ -94,7 +97,13 @@ def make_task(
         base=loaded.params,
         base_id=loaded.base_id,
         metadata=language_modeling.metadata(config),
-        notes=adapter_files.add_notes(initial, _notes(config, loaded, training, evaluation)),
+        notes=adapter_files.add_notes(
+            initial,
+            (
+                *_notes(config, loaded, training, evaluation),
+                *token_ids.describe(tokenizer, table),
+            ),
+        ),
         adapter=initial.adapter,
         fresh_head=initial.fresh_head,
         score=Score("loss", higher_is_better=False),
