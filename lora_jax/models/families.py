@@ -15,7 +15,7 @@ from lora_jax.sharding import FSDP, TENSOR
 # transformers' classifiers, of reward models and of reinforcement learning.
 OTHER_HEADS = (
     "v_head.*", "value_head.*", "reward_head.*", "score.*", "classifier.*", "qa_outputs.*",
-    "multiple_choice_head.*",
+    "multiple_choice_head.*", "classification_head.*",
 )  # fmt: skip
 CLASSIFIER, CAUSAL_LM, SEQ2SEQ_LM, ENCODER = "classifier", "causal-lm", "seq2seq-lm", "encoder"
 

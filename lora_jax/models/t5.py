@@ -387,11 +387,7 @@ FAMILY = Family(
     architectures={SEQ2SEQ_LM: "T5ForConditionalGeneration"},
     prefix="",
     # A table that the oldest checkpoints hold, and that no version has used.
-    ignored=(
-        "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
-        "classification_head.*",
-        *OTHER_HEADS,
-    ),
+    ignored=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.*", *OTHER_HEADS),
     targets=("q", "v"),
     inputs=lambda head: (TOKENS, TOKENS, TOKENS),
     init_cache=init_cache,

@@ -179,8 +179,8 @@ def predict(classifier: Classifier, sentences: list[str]) -> np.ndarray:
       number itself.
 
     Raises:
-      ValueError: the tokenizer was not read; the adapter takes pairs, and a sentence does not have exactly one tab; or a
-        sentence has a token that is no row of the base's embedding.
+      ValueError: the tokenizer was not read; the adapter takes pairs, and a sentence does not have
+        exactly one tab; or a sentence has a token that is no row of the base's embedding.
     """
     if classifier.tokenizer is None:
         raise ValueError("This classifier has no tokenizer: load it with with_tokenizer=True.")
