@@ -15,7 +15,7 @@ from lora_jax.extras import require
 require(__name__, "models", "tokenizers")
 
 import tokenizers  # noqa: E402
-from tokenizers import models, pre_tokenizers  # noqa: E402
+from tokenizers import decoders, models, normalizers, pre_tokenizers  # noqa: E402
 
 from lora_jax.models import gguf_tokenizer, tokenizer_kinds, tokenizer_settings  # noqa: E402
 from lora_jax.models.gguf import is_gguf  # noqa: E402
@@ -24,6 +24,7 @@ from lora_jax.models.tokenizer_kinds import CLASSES, KINDS, Kind  # noqa: E402
 from lora_jax.models.tokenizer_settings import CONFIG, Settings, flag  # noqa: E402
 
 _JSON = "tokenizer.json"
+Step = normalizers.Normalizer | pre_tokenizers.PreTokenizer | decoders.Decoder
 _log = logging.getLogger(__name__)
 
 
@@ -165,19 +166,17 @@ def _read_json(settings: Settings, kind: None) -> tokenizers.Tokenizer:
     """Reads ``tokenizer.json``, with the changes that the settings of its class ask for."""
     del kind
     made = tokenizers.Tokenizer.from_file(str(settings.directory / _JSON))
-    before = made.to_str()
     name = settings.class_name
     if not name and not settings.is_generic:
         name = CLASSES.get(settings.model_type, "")
     defaults: Mapping[str, str] = {}
     if name in KINDS:
-        _change_steps(made, settings, name)
         special = KINDS[name].special
         defaults = {n: text for n, text in special.items() if made.token_to_id(text) is not None}
-    changed = made.to_str()
-    if changed != before:
-        _log.info("%s: %s is changed to what %s is", settings.directory, _JSON, name)
-        made = tokenizers.Tokenizer.from_str(changed)  # also finds added tokens by the new steps
+        if _change_steps(made, settings, name):
+            _log.info("%s: %s is changed to what %s is", settings.directory, _JSON, name)
+            # Its added tokens are found by the new steps only if it is made anew.
+            made = tokenizers.Tokenizer.from_str(made.to_str())
     known = {token.content for token in made.get_added_tokens_decoder().values()}
     known -= {token.content for token in settings.added.values()}
     named = tokenizer_settings.name_tokens(settings, defaults)
@@ -188,21 +187,28 @@ def _read_json(settings: Settings, kind: None) -> tokenizers.Tokenizer:
     return made
 
 
-def _change_steps(made: tokenizers.Tokenizer, settings: Settings, name: str) -> None:
-    """Changes the steps that the class takes from its settings instead of from the file."""
-    before = made.pre_tokenizer
-    has_bytes = isinstance(before, pre_tokenizers.ByteLevel)
+def _change_steps(made: tokenizers.Tokenizer, settings: Settings, name: str) -> bool:
+    """Changes the steps that the class takes from its settings; returns whether any is another."""
+    before = (made.normalizer, made.pre_tokenizer)
+    normalizer, pieces = before
     if KINDS[name] is KINDS["BertTokenizer"] and isinstance(made.model, models.WordPiece):
-        made.normalizer = tokenizer_kinds.bert_normalizer(settings)
-    elif name in ("GPT2Tokenizer", "RobertaTokenizer") and has_bytes:
-        made.pre_tokenizer = pre_tokenizers.ByteLevel(
+        normalizer = tokenizer_kinds.bert_normalizer(settings)
+    elif KINDS[name].files == KINDS["GPT2Tokenizer"].files and _is_byte_level(pieces):
+        pieces = pre_tokenizers.ByteLevel(
             add_prefix_space=flag(settings, "add_prefix_space", False),
-            trim_offsets=before.trim_offsets,
-            use_regex=before.use_regex,
+            trim_offsets=pieces.trim_offsets,
+            use_regex=pieces.use_regex,
         )
     elif settings.class_name == name == "LlamaTokenizer" and _has_spaces(made, settings):
-        made.normalizer = None
-        made.pre_tokenizer = tokenizer_kinds.llama_spaces(settings)
+        normalizer, pieces = None, tokenizer_kinds.llama_spaces(settings)
+    if list(map(_describe, before)) == [_describe(normalizer), _describe(pieces)]:
+        return False
+    made.normalizer, made.pre_tokenizer = normalizer, pieces
+    return True
+
+
+def _is_byte_level(step: pre_tokenizers.PreTokenizer | None) -> bool:
+    return isinstance(step, pre_tokenizers.ByteLevel)
 
 
 def _has_spaces(made: tokenizers.Tokenizer, settings: Settings) -> bool:
@@ -212,8 +218,12 @@ def _has_spaces(made: tokenizers.Tokenizer, settings: Settings) -> bool:
     """
     if settings.model_type == "mistral" or not isinstance(made.model, models.BPE):
         return False
-    steps = json.loads(made.to_str())
-    return '"ByteLevel"' not in json.dumps([steps["pre_tokenizer"], steps["decoder"]])
+    return "ByteLevel" not in _describe(made.pre_tokenizer) + _describe(made.decoder)
+
+
+def _describe(step: Step | None) -> str:
+    """Returns the JSON of a step, "" for none."""
+    return "" if step is None else step.__getstate__().decode()
 
 
 def _tell_ends(made: tokenizers.Tokenizer, settings: Settings) -> None:

@@ -183,6 +183,7 @@ def test_sizes_are_told():
     assert many.endswith("texts with a token beyond it are refused")
 
 
+@pytest.mark.slow
 def test_a_text_that_ends_with_the_positions_is_told(tmp_path, caplog):
     loaded = checkpoints.load(
         tiny_llama.checkpoint(tmp_path, max_position_embeddings=16), head="causal-lm"
