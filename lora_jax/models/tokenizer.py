@@ -5,6 +5,7 @@ The tokens are those of transformers' ``AutoTokenizer`` for the same directory, 
 settings ``tokenizer_config.json`` may change).
 """
 
+import functools
 import json
 import logging
 from collections.abc import Mapping
@@ -81,17 +82,15 @@ def read_tokenizer(directory: str | Path) -> tokenizers.Tokenizer:
     """
     settings = tokenizer_settings.read(Path(directory))
     tokenizer_settings.refuse_unbuilt(settings)
-    source = settings.directory / _JSON
-    if source.is_file():
-        kind = None
-        build = _read_json
-    else:
+    source, build = settings.directory / _JSON, _read_json
+    if not source.is_file():
         kind = _find_kind(settings)
-        source = settings.directory / kind.files[0]
-        build = _build
+        source, build = settings.directory / kind.files[0], functools.partial(_build, kind=kind)
     try:
-        tokenizer = build(settings, kind)
-    except Exception as error:  # the Rust library raises bare Exception for a damaged file
+        tokenizer = build(settings)
+    except BaseException as error:  # the Rust library raises bare Exception, or panics
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ValueError(
             f"The tokenizer {source} is damaged, or not the one that its settings describe: "
             f"{error}. Download or copy it again."
@@ -150,7 +149,7 @@ def _list_files(directory: Path) -> str:
     return ", ".join(sorted(path.name for path in directory.glob("*"))) or "nothing"
 
 
-def _build(settings: Settings, kind: Kind) -> tokenizers.Tokenizer:
+def _build(settings: Settings, *, kind: Kind) -> tokenizers.Tokenizer:
     """Builds a tokenizer of a vocabulary, and adds the tokens that the files name."""
     named = tokenizer_kinds.special_tokens(kind, settings)
     made = kind.build(settings, named)
@@ -162,10 +161,11 @@ def _build(settings: Settings, kind: Kind) -> tokenizers.Tokenizer:
     return made.tokenizer
 
 
-def _read_json(settings: Settings, kind: None) -> tokenizers.Tokenizer:
+def _read_json(settings: Settings) -> tokenizers.Tokenizer:
     """Reads ``tokenizer.json``, with the changes that the settings of its class ask for."""
-    del kind
     made = tokenizers.Tokenizer.from_file(str(settings.directory / _JSON))
+    if settings.options.get("auto_map"):
+        _log.warning("%s: auto_map names a program, which is not run", settings.directory / CONFIG)
     name = settings.class_name
     if not name and not settings.is_generic:
         name = CLASSES.get(settings.model_type, "")

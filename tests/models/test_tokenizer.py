@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
@@ -201,3 +202,39 @@ def test_an_export_has_the_same_tokens(files, tmp_path):
     text = "Good <user> film"
     assert ids(tmp_path / "out", text) == ids(base, text)
     assert 20 in ids(base, text)
+
+
+# --- Damaged files
+
+
+def damage(content, rng):
+    """One of four mutations of bytes."""
+    place, content = int(rng.integers(len(content))), bytearray(content)
+    match int(rng.integers(4)):
+        case 0:
+            return bytes(content[:place])
+        case 1:
+            content[place] = int(rng.integers(256))
+        case 2:
+            del content[place : place + int(rng.integers(1, 20))]
+        case _:
+            content[place:place] = rng.bytes(8)
+    return bytes(content)
+
+
+@pytest.mark.parametrize("count", [10, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_damaged_files(family, count, tmp_path):
+    """An error that names a file, or a tokenizer that works."""
+    shutil.copytree(FILES / family, tmp_path / family)
+    files = [p for p in (tmp_path / family).iterdir() if p.name not in ("ids.json", "config.json")]
+    rng = np.random.default_rng(0)
+    for _ in range(count):
+        path = files[int(rng.integers(len(files)))]
+        whole = path.read_bytes()
+        path.write_bytes(damage(whole, rng))
+        try:
+            read_tokenizer(tmp_path / family).encode(made.TEXTS[0])
+        except ValueError as error:
+            assert str(tmp_path / family) in str(error)
+        path.write_bytes(whole)
