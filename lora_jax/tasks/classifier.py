@@ -182,13 +182,14 @@ def predict(classifier: Classifier, sentences: list[str]) -> np.ndarray:
       ValueError: the tokenizer was not read; the adapter takes pairs, and a sentence does not have
         exactly one tab; or a sentence has a token that is no row of the base's embedding.
     """
+    given = _examples(classifier, sentences)
     if classifier.tokenizer is None:
         raise ValueError("This classifier has no tokenizer: load it with with_tokenizer=True.")
     scorer = classification.make_scorer(
         classifier.loaded, classifier.labels, classifier.tokenizer, task=find(classifier.glue)
     )
     tokens = tokenization.tokenize(
-        scorer.to_prompts(_examples(classifier, sentences)),
+        scorer.to_prompts(given),
         classifier.tokenizer,
         max_length=classifier.max_length,
         types=classification.has_token_types(classifier.loaded),
