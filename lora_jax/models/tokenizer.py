@@ -196,7 +196,7 @@ def _change_steps(made: tokenizers.Tokenizer, settings: Settings, name: str) -> 
     elif KINDS[name].files == KINDS["GPT2Tokenizer"].files and _is_byte_level(pieces):
         pieces = pre_tokenizers.ByteLevel(
             add_prefix_space=flag(settings, "add_prefix_space", False),
-            trim_offsets=pieces.trim_offsets,
+            trim_offsets=getattr(pieces, "trim_offsets", True),  # not in tokenizers 0.20
             use_regex=pieces.use_regex,
         )
     elif settings.class_name == name == "LlamaTokenizer" and _has_spaces(made, settings):
