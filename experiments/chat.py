@@ -79,7 +79,7 @@ def _talk(model: ChatModel, texts: Sequence[str] | Iterator[str]) -> None:
     messages = _begin()
     for turn, text in enumerate(texts):
         messages.append({"role": "user", "content": text})
-        answer = chat.reply(model, messages, seed=_SEED.value + turn)
+        answer = chat.reply(model, messages, seed=_SEED.value + turn, say=_tell)
         messages.append({"role": "assistant", "content": answer})
         print(answer, flush=True)
 
@@ -88,9 +88,13 @@ def _ask(models: Sequence[ChatModel], heads: Sequence[str] = ()) -> None:
     """Prints each question, and below it the reply; of several models, side by side with heads."""
     for question in _ASK.value:
         messages = [*_begin(), {"role": "user", "content": question}]
-        answers = [chat.reply(model, messages, seed=_SEED.value) for model in models]
+        answers = [chat.reply(m, messages, seed=_SEED.value, say=_tell) for m in models]
         text = _set_in_columns(heads, answers) if heads else answers[0]
         print(f"> {question}\n{text}\n", flush=True)
+
+
+def _tell(line: str) -> None:
+    print(f"note: {line}", file=sys.stderr, flush=True)
 
 
 def _begin() -> list[Message]:

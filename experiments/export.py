@@ -7,6 +7,7 @@ python -m experiments.export --adapter=runs/quickstart/adapter --out=runs/peft -
 The adapter may be in this library's format or in PEFT's.
 """
 
+import functools
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from absl import flags
 from experiments import cli
 from lora_jax.models import checkpoints
 from lora_jax.models.families import CAUSAL_LM, CLASSIFIER, SEQ2SEQ_LM
+from lora_jax.models.hub import TOKENIZER_FILES
 from lora_jax.models.shards import DTYPES, SHARD_SIZE, parse_size
 from lora_jax.tasks import adapter_files, classifier, language_model, templates
 
@@ -59,7 +61,11 @@ def main(argv: list[str]) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty directory; choose another --out.")
     is_language = language_model.is_language(_ADAPTER.value, model=_MODEL.value)
-    load = language_model.load if is_language else classifier.load
+    load = (
+        language_model.load
+        if is_language
+        else functools.partial(classifier.load, with_tokenizer=False)
+    )
     model = load(_ADAPTER.value, model=_MODEL.value, wide=_PEFT.value)
     for note in model.notes:
         print(f"assumed: {note}", file=sys.stderr)
@@ -80,8 +86,11 @@ def main(argv: list[str]) -> None:
         adapter=model.adapter,
         dtype=_DTYPE.value or "",
         shard_size=shard_size,
+        tokenizer=model.tokenizer if is_language else "",
     )
     templates.copy(_ADAPTER.value, out)
+    if not any((out / name).is_file() for name in TOKENIZER_FILES):
+        print("note: the base has no tokenizer, so that none was written", file=sys.stderr)
     print(f"Wrote {out}: open it with transformers, AutoModelFor{_AUTO[head]}.")
 
 

@@ -6,6 +6,8 @@ import numpy as np
 import tokenizers
 
 from lora_jax.data.examples import Examples
+from lora_jax.models import token_ids
+from lora_jax.models.token_ids import Table
 
 
 class Tokenized(NamedTuple):
@@ -30,7 +32,12 @@ class Tokenized(NamedTuple):
 
 
 def tokenize(
-    examples: Examples, tokenizer: tokenizers.Tokenizer, *, max_length: int, types: bool = False
+    examples: Examples,
+    tokenizer: tokenizers.Tokenizer,
+    *,
+    max_length: int,
+    types: bool = False,
+    table: Table | None = None,
 ) -> Tokenized:
     """Tokenizes every example with its special tokens, and cuts it to ``max_length``, unpadded.
 
@@ -42,9 +49,11 @@ def tokenize(
       tokenizer: the model's tokenizer.
       max_length: largest number of tokens of an example.
       types: whether the model has token types, which tell the sentences of a pair apart.
+      table: the model's embedding, of which all tokens must be rows; None for no check.
 
     Raises:
-      ValueError: ``max_length`` leaves no room for a word, or a sentence has no tokens at all.
+      ValueError: ``max_length`` leaves no room for a word, a sentence has no tokens at all, or a
+        token is no row of the embedding.
     """
     pairs = examples.pairs is not None
     special = tokenizer.num_special_tokens_to_add(is_pair=pairs)
@@ -65,7 +74,11 @@ def tokenize(
         raise ValueError(f"example {row} has no tokens: {examples.sentences[row]!r}; leave it out")
     ids = np.concatenate([np.zeros(0, np.int32), *rows], dtype=np.int32)
     cut = sum(bool(row.overflowing) for row in encoded)
-    tokenized = Tokenized(ids, offsets, examples.labels, _find_pad_id(tokenizer), cut=cut)
+    pad_id = _find_pad_id(tokenizer)
+    if table is not None:
+        token_ids.check(ids, table, tokenizer)
+        pad_id = token_ids.choose_padding(pad_id, table)
+    tokenized = Tokenized(ids, offsets, examples.labels, pad_id, cut=cut)
     if not (pairs and types):
         return tokenized
     row_types = [np.array(row.type_ids, np.int32) for row in encoded]

@@ -22,6 +22,7 @@ from lora_jax.models.load_weights import load_params, open_tensors
 from lora_jax.models.quantized_tensors import read_settings
 from lora_jax.models.read_leaves import DECODED
 from lora_jax.models.save_checkpoint import SaveOptions, save_hf, stated_dtype
+from lora_jax.models.token_ids import Table
 from lora_jax.models.tokenizer import load_tokenizer
 from lora_jax.names import Name
 from lora_jax.schemes import find_scheme
@@ -32,6 +33,7 @@ __all__ = [
     "Loaded",
     "SaveOptions",
     "base_id",
+    "find_table",
     "load",
     "load_tokenizer",
     "names",
@@ -163,6 +165,11 @@ def names(loaded: Loaded) -> list[Name]:
     """Makes the table between the leaves of a loaded model and Hugging Face's names."""
     model = loaded.model
     return loaded.family.names(model.config, head=loaded.head, scan_layers=model.scan_layers)
+
+
+def find_table(loaded: Loaded) -> Table:
+    """Returns name and size of the embedding that tokens must be rows of."""
+    return Table(loaded.checkpoint.name, loaded.model.config.vocab_size)
 
 
 def redraw(loaded: Loaded, key: jax.Array) -> PyTree:

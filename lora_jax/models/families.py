@@ -11,6 +11,12 @@ from lora_jax.models.kv_cache import Cache
 from lora_jax.names import Name
 from lora_jax.sharding import FSDP, TENSOR
 
+# Heads that others train on a decoder, and that a language model leaves out: those of
+# transformers' classifiers, of reward models and of reinforcement learning.
+OTHER_HEADS = (
+    "v_head.*", "value_head.*", "reward_head.*", "score.*", "classifier.*", "qa_outputs.*",
+    "multiple_choice_head.*", "classification_head.*",
+)  # fmt: skip
 CLASSIFIER, CAUSAL_LM, SEQ2SEQ_LM, ENCODER = "classifier", "causal-lm", "seq2seq-lm", "encoder"
 
 

@@ -9,7 +9,9 @@ parameters (with an adapter merged into them) and bound ones (``lora.lift(step)`
   n)`` into the cache, and returns the logits ``(batch, vocab)`` of the last one. The mask ``(batch,
   slots)`` is 1 at each slot that may be attended to once it is filled.
 
-Parameters are arguments: another adapter of the same shapes needs no compilation.
+Parameters are arguments: another adapter of the same shapes needs no compilation. ``begin.limits``,
+if ``begin`` has it, says which tokens and how many the model takes, padding not counted: prompts
+are checked, and a text ends where the model has no more positions.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,13 +23,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lora_jax.models import beam_search, kv_cache
+from lora_jax.models import beam_search, kv_cache, token_ids
 from lora_jax.models.decoding import Decoding, ban_repeats, filter_logits, is_stop
 from lora_jax.models.kv_cache import Cache
 
 Array = jax.Array
 PyTree = Any
 NextLogits = Callable[..., tuple[Array, PyTree]]  # (tokens, length, cache, beams=1)
+
+
+class Limits(NamedTuple):
+    """What a model takes.
+
+    Attributes:
+      tokens: number of tokens of the vocabulary.
+      positions: largest number of tokens of a text; None for any.
+    """
+
+    tokens: int
+    positions: int | None
 
 
 class Start(NamedTuple):
@@ -75,6 +89,7 @@ def causal_lm(model: nn.Module, init_cache: Callable[..., Cache]) -> tuple[Begin
     def begin(params: PyTree, inputs: dict[str, Array], room: int) -> Start:
         del params
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        ids = jnp.where(mask > 0, ids, 0)  # padding may be a token that the model does not have
         order = jnp.argsort(mask > 0, axis=-1, stable=True)  # puts padding first
         ids, mask = (jnp.take_along_axis(x, order, axis=-1) for x in (ids, mask))
         cache = init_cache(
@@ -92,6 +107,9 @@ def causal_lm(model: nn.Module, init_cache: Callable[..., Cache]) -> tuple[Begin
         logits, cache = model.apply(params, ids, mask, positions, cache)
         return logits[:, -1], cache
 
+    c = model.config
+    positions = getattr(c, "positions", None) or getattr(c, "max_position_embeddings", None)
+    begin.limits = Limits(c.vocab_size, positions)
     return begin, step
 
 
@@ -114,7 +132,8 @@ def seq2seq_lm(
     encode = transform(lambda params, ids, mask: model.apply(params, ids, mask, method="encode"))
 
     def begin(params: PyTree, inputs: dict[str, Array], room: int) -> Start:
-        memory = encode(params, inputs["input_ids"], inputs["attention_mask"])
+        mask = inputs["attention_mask"]
+        memory = encode(params, jnp.where(mask > 0, inputs["input_ids"], 0), mask)
         shape = (inputs["input_ids"].shape[0], 1)
         ids = jnp.full(shape, model.config.decoder_start_token_id, jnp.int32)
         cache = init_cache(
@@ -130,6 +149,7 @@ def seq2seq_lm(
         logits, cache = model.apply(params, ids, mask, memory=memory, cache=cache, method="decode")
         return logits[:, -1], (memory, cache)
 
+    begin.limits = Limits(model.config.vocab_size, None)
     return begin, transform(step)
 
 
@@ -142,15 +162,22 @@ def generator(begin: Begin, step: Step, decoding: Decoding) -> Generate:
       decoding: how tokens are chosen. Only sampling needs a ``key``.
 
     Raises:
-      ValueError: the result is called without a key, and it samples.
+      ValueError: the result is called without a key, and it samples; or a prompt has a token that
+        the model does not have, or leaves no position for a new one (in beam search, not for
+        ``max_new_tokens`` of them).
     """
+    limits: Limits | None = getattr(begin, "limits", None)
 
     @jax.jit
     def run(params: PyTree, inputs: PyTree, key: Array) -> Generated:
         room = decoding.max_new_tokens
         ids, mask, cache = begin(params, inputs, room)
+        left = _count_positions_left(mask, limits)
         mask = jnp.pad(mask, ((0, 0), (0, room)), constant_values=1)
         positions = kv_cache.compute_positions(mask, 0, mask.shape[1])
+        if limits is not None and limits.positions is not None:
+            # Rows that have ended stay in the batch, at the last position.
+            positions = jnp.minimum(positions, limits.positions - 1)
         n = ids.shape[1]
         logits, cache = step(params, ids, mask, positions[:, :n], cache)
 
@@ -163,16 +190,40 @@ def generator(begin: Begin, step: Step, decoding: Decoding) -> Generate:
             return step(params, tokens[:, None], repeat(mask), repeat(position), cache)
 
         if decoding.beams == 1:
-            return _decode_rows(next_logits, logits, cache, decoding=decoding, key=key)
+            return _decode_rows(next_logits, logits, cache, left, decoding=decoding, key=key)
         axes = _find_batch_axes(begin, params, inputs, room)
         return _search_beams(next_logits, logits, cache, decoding=decoding, axes=axes)
 
     def generate(params: PyTree, inputs: PyTree, key: Array | None = None) -> Generated:
         if key is None and decoding.sample:
             raise ValueError("Sampling needs a PRNG key: generate(params, inputs, key).")
+        if limits is not None:
+            _check_prompts(inputs, limits, decoding)
         return run(params, inputs, jax.random.key(0) if key is None else key)
 
     return generate
+
+
+def _count_positions_left(mask: Array, limits: Limits | None) -> Array | None:
+    """Counts the new tokens of each row that the model has positions for; None for any number."""
+    if limits is None or limits.positions is None:
+        return None
+    return limits.positions - (mask > 0).sum(axis=-1)
+
+
+def _check_prompts(inputs: PyTree, limits: Limits, decoding: Decoding) -> None:
+    """Raises ValueError for prompts that the model can't take; traced ones can't be checked."""
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(inputs)):
+        return
+    ids, is_token = np.asarray(inputs["input_ids"]), np.asarray(inputs["attention_mask"]) > 0
+    token_ids.check(ids[is_token], token_ids.Table("the model", limits.tokens))
+    longest = int(is_token.sum(axis=-1).max(initial=0))
+    new = decoding.max_new_tokens if decoding.beams > 1 else 1
+    if limits.positions is not None and longest + new > limits.positions:
+        raise ValueError(
+            f"{longest + new} tokens, of which {longest} are the prompt, and the model has "
+            f"positions for {limits.positions}; shorten the prompt, or make fewer new tokens."
+        )
 
 
 def pad_left(rows: Sequence[Sequence[int]], *, pad_id: int, length: int) -> dict[str, np.ndarray]:
@@ -215,9 +266,15 @@ class _State(NamedTuple):
 
 
 def _decode_rows(
-    next_logits: NextLogits, logits: Array, cache: PyTree, *, decoding: Decoding, key: Array
+    next_logits: NextLogits,
+    logits: Array,
+    cache: PyTree,
+    left: Array | None,
+    *,
+    decoding: Decoding,
+    key: Array,
 ) -> Generated:
-    """Decodes every row by itself, greedily or by sampling."""
+    """Decodes every row by itself, greedily or by sampling, as far as its positions last."""
 
     def add_token(state: _State, logits: Array, cache: PyTree) -> _State:
         logits = ban_repeats(logits, state.tokens, state.length, decoding.no_repeat_ngram)
@@ -227,11 +284,14 @@ def _decode_rows(
         else:
             token = jnp.argmax(logits, axis=-1)
         token = jnp.where(state.has_ended, decoding.pad_id, token).astype(jnp.int32)
+        has_ended = state.has_ended | is_stop(token, decoding.stop)
+        if left is not None:
+            has_ended |= state.length + 1 >= left
         return _State(
             state.length + 1,
             state.tokens.at[:, state.length].set(token),
             state.lengths + (1 - state.has_ended.astype(jnp.int32)),
-            state.has_ended | is_stop(token, decoding.stop),
+            has_ended,
             cache,
         )
 

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from lora_jax.models import kv_cache, tables
 from lora_jax.models.attention import AUTO, Case, Plan, attention, make_plan
 from lora_jax.models.attention_mask import make_causal_mask
-from lora_jax.models.families import CAUSAL_LM, Family, column, embedding, row
+from lora_jax.models.families import CAUSAL_LM, OTHER_HEADS, Family, column, embedding, row
 from lora_jax.models.gpt2_config import GPT2Config
 from lora_jax.models.kv_cache import Cache
 from lora_jax.models.layers import (
@@ -241,12 +241,14 @@ class GPT2LMHeadModel(nn.Module):
           input_ids: integers ``(batch, n)``.
           attention_mask: ``(batch, n)``, or ``(batch, slots)`` with a cache; positive where there
             is a token, 0 at padding. None if there is no padding.
-          positions: ``(batch, n)``; None to count the tokens before, by the mask.
+          positions: ``(batch, n)``, below ``n_positions``; None to count the tokens before, by the
+            mask.
           cache: the cache of :func:`init_cache`, or of the call for the tokens before.
           deterministic: whether nothing is dropped; otherwise ``rngs={"dropout": key}`` is needed.
 
         Raises:
-          ValueError: the shapes do not fit, or there are more tokens than positions.
+          ValueError: the shapes do not fit, or positions are not given and there are more tokens
+            than positions.
         """
         x, cache = self.compute_hidden(
             input_ids, attention_mask, positions, cache, deterministic=deterministic
@@ -271,7 +273,8 @@ class GPT2LMHeadModel(nn.Module):
         if attention_mask is None:
             attention_mask = jnp.ones((input_ids.shape[0], slots), jnp.int32)
         kv_cache.check_inputs(input_ids, attention_mask, positions, slots)
-        if slots > self.config.n_positions:
+        # Slots of padding need no position; whoever gives positions counts without them.
+        if positions is None and slots > self.config.n_positions:
             raise ValueError(
                 f"{slots} tokens, and the model has positions for {self.config.n_positions}; "
                 "truncate the input, or make fewer new tokens."
@@ -319,7 +322,7 @@ FAMILY = Family(
     architectures={CAUSAL_LM: "GPT2LMHeadModel"},
     prefix="transformer.",
     # Buffers of the mask, which older checkpoints have.
-    ignored=("h.*.attn.bias", "h.*.attn.masked_bias"),
+    ignored=("h.*.attn.bias", "h.*.attn.masked_bias", *OTHER_HEADS),
     targets=("c_attn",),
     init_cache=init_cache,
     sharding=(*column("c_attn", "c_fc", "lm_head"), *row("c_proj"), *embedding("wte", "wpe")),

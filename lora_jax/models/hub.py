@@ -22,8 +22,10 @@ TOKENIZER_FILES = (
     "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model",
     "sentencepiece.bpe.model", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
+# Tokenizers of other programs, which are not read: they are copied with the others, and named.
+UNREAD_TOKENIZERS = ("tekken.json", "tiktoken.model", "qwen.tiktoken", "bpe.codes", "spm.model")
 # All files that are read from a checkpoint; a repository may hold many others, and large ones.
-FILES = ("config.json", "model*.safetensors", INDEX, *TOKENIZER_FILES)
+FILES = ("config.json", "model*.safetensors", INDEX, *TOKENIZER_FILES, *UNREAD_TOKENIZERS)
 _TIMEOUT = 5.0  # seconds after which the Hub counts as unreachable
 
 

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from lora_jax.models import kv_cache, rope
 from lora_jax.models.attention import AUTO, Case, Plan, attention, make_plan
 from lora_jax.models.attention_mask import make_causal_mask
-from lora_jax.models.families import CAUSAL_LM, Family, column, embedding, row
+from lora_jax.models.families import CAUSAL_LM, OTHER_HEADS, Family, column, embedding, row
 from lora_jax.models.kv_cache import Cache
 from lora_jax.models.layers import (
     ACTIVATIONS,
@@ -365,7 +365,7 @@ def _make_family(model_type: str, architecture: str) -> Family:
         models={CAUSAL_LM: LlamaForCausalLM},
         architectures={CAUSAL_LM: architecture},
         prefix="model.",
-        ignored=("layers.*.self_attn.rotary_emb.inv_freq", "rotary_emb.*"),
+        ignored=("layers.*.self_attn.rotary_emb.inv_freq", "rotary_emb.*", *OTHER_HEADS),
         targets=("q_proj", "v_proj"),
         init_cache=init_cache,
         sharding=(

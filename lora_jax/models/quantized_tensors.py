@@ -58,7 +58,7 @@ def read_settings(config: Mapping[str, Any], where: str) -> Settings | None:
     Raises:
       ValueError: the checkpoint is quantized in a way that is not read; the message names it.
     """
-    about = next((config[key] for key in _KEYS if config.get(key)), None)
+    about = _find_about(config)
     if about is None:
         return None
     method = _find_method(about)
@@ -74,6 +74,21 @@ def read_settings(config: Mapping[str, Any], where: str) -> Settings | None:
         return grouped_tensors.settings(about, method) if has_groups else None
     except ValueError as error:
         raise ValueError(f"The checkpoint {where!r} {error}. {ADVICE}") from error
+
+
+def describe(config: Mapping[str, Any]) -> str:
+    """Says that a checkpoint's config names a scheme; "" where it names none.
+
+    >>> describe({"quantization_config": {"quant_method": "fp8"}})
+    "Its config.json says that it is quantized with 'fp8'."
+    """
+    about = _find_about(config)
+    said = "Its config.json says that it is quantized with"
+    return "" if about is None else f"{said} {_find_method(about)!r:.60}."
+
+
+def _find_about(config: Mapping[str, Any]) -> Any:
+    return next((config[key] for key in _KEYS if config.get(key)), None)
 
 
 def _find_method(about: Any) -> Any:

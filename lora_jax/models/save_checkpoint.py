@@ -18,7 +18,7 @@ from lora_jax.models.architectures import eval_shapes, find_model, read_config
 from lora_jax.models.families import CLASSIFIER, Family
 from lora_jax.models.hub import Checkpoint
 from lora_jax.models.load_weights import join_problems
-from lora_jax.models.tokenizer import tokenizer_files
+from lora_jax.models.tokenizer import read_files, tokenizer_files
 from lora_jax.names import Name, Weight
 
 PyTree = Any
@@ -35,12 +35,14 @@ class SaveOptions:
         checkpoint's config states, or float32 if it states none of these, as GGUF files do.
       shard_size: largest number of bytes of a file, a number or such as "5GB"; a larger tensor has
         a file of its own.
+      tokenizer: directory of the tokenizer, if it is another than the checkpoint's.
     """
 
     labels: Sequence[str] = ()
     adapter: PyTree = None
     dtype: str = ""
     shard_size: int | str = shards.SHARD_SIZE
+    tokenizer: str | Path = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +97,8 @@ def save_hf(
     shapes = _find_shapes(model, table, family.inputs(head))
     _check(source, weights, shapes, architecture=architecture)
     directory.mkdir(parents=True, exist_ok=True)
-    for name, content in tokenizer_files(checkpoint).items():
+    own = opts.tokenizer
+    for name, content in (read_files(own) if own else tokenizer_files(checkpoint)).items():
         write_atomically(directory / name, content)
     by_name = {weight.hf: weight for weight in weights}
     sizes = {name: tables.tensor_shape(weight) for name, weight in by_name.items()}

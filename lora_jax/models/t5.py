@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from lora_jax.models import kv_cache
 from lora_jax.models.attention import AUTO, Case, Plan, attention, make_plan
 from lora_jax.models.attention_mask import Mask, Slots, make_padding_mask
-from lora_jax.models.families import SEQ2SEQ_LM, TOKENS, Family, column, embedding, row
+from lora_jax.models.families import OTHER_HEADS, SEQ2SEQ_LM, TOKENS, Family, column, embedding, row
 from lora_jax.models.layers import (
     ACTIVATIONS,
     Dropout,
@@ -387,7 +387,7 @@ FAMILY = Family(
     architectures={SEQ2SEQ_LM: "T5ForConditionalGeneration"},
     prefix="",
     # A table that the oldest checkpoints hold, and that no version has used.
-    ignored=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
+    ignored=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.*", *OTHER_HEADS),
     targets=("q", "v"),
     inputs=lambda head: (TOKENS, TOKENS, TOKENS),
     init_cache=init_cache,

@@ -14,10 +14,11 @@ import lora_jax as lora
 from lora_jax.data import chat_template, conversations, template_keys
 from lora_jax.data.chat_template import ChatTemplate, Message
 from lora_jax.data.conversations import Conversation
-from lora_jax.models import checkpoints, generate
+from lora_jax.models import checkpoints, generate, token_ids
 from lora_jax.models.decoding import Decoding
 from lora_jax.models.families import CAUSAL_LM
 from lora_jax.models.read_leaves import DECODED
+from lora_jax.models.token_ids import Table
 from lora_jax.tasks import generation, language_model, templates
 
 PyTree = Any
@@ -33,6 +34,7 @@ class ChatModel(NamedTuple):
       template: chat template of the model.
       tokenizer: tokenizer of the model.
       decoding: settings by which tokens are chosen.
+      table: embedding of the model.
     """
 
     generate: Callable
@@ -40,6 +42,7 @@ class ChatModel(NamedTuple):
     template: ChatTemplate
     tokenizer: tokenizers.Tokenizer
     decoding: Decoding
+    table: Table
 
 
 def load(directory: str | Path | None, *, model: str | None = None, **options: Any) -> ChatModel:
@@ -101,7 +104,8 @@ def _make(
     stop = stop_tokens(loaded.checkpoint, template, tokenizer)
     decoding = Decoding(stop=stop, pad_id=min(stop, default=0), **options)
     run = generate.generator(*generate.causal_lm(loaded.model, loaded.family.init_cache), decoding)
-    return ChatModel(run, lora.merge(loaded.params, adapter), template, tokenizer, decoding)
+    params = lora.merge(loaded.params, adapter)
+    return ChatModel(run, params, template, tokenizer, decoding, checkpoints.find_table(loaded))
 
 
 def stop_tokens(
@@ -129,17 +133,32 @@ def _end_of_turn(template: ChatTemplate, tokenizer: tokenizers.Tokenizer) -> str
     return next((token for token in special if ending.endswith(token)), "")
 
 
-def reply(model: ChatModel, messages: Sequence[Message], *, seed: int = 0) -> str:
+def reply(
+    model: ChatModel,
+    messages: Sequence[Message],
+    *,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda line: None,
+) -> str:
     """Generates the assistant's next message.
 
+    Args:
+      model: the model.
+      messages: messages of the conversation.
+      seed: seed of sampling.
+      say: function that is told if the model has no positions for all of the message.
+
     Raises:
-      ValueError: the template refuses the messages.
+      ValueError: the template refuses the messages, or they leave no position for a reply, or have
+        a token that is no row of the model's embedding.
     """
     ids = _encode(model, Conversation([*messages], ""))
     length = -(-len(ids) // _BUCKET) * _BUCKET
     batch = generate.pad_left([ids], pad_id=model.decoding.pad_id, length=length)
     generated = model.generate(model.params, batch, jax.random.key(seed))
     tokens = np.asarray(generated.tokens)[0, : int(generated.lengths[0])].tolist()
+    if end := generation.describe_end(tokens, model.decoding):
+        say(end)
     return _decode(model, [t for t in tokens if t not in model.decoding.stop])
 
 
@@ -180,7 +199,9 @@ def _encode(
     text = chat_template.render(
         model.template, messages, prompt=True, tools=tools, values=values, now=now
     ).text
-    return model.tokenizer.encode(text, add_special_tokens=False).ids
+    ids = model.tokenizer.encode(text, add_special_tokens=False).ids
+    token_ids.check(ids, model.table, model.tokenizer)
+    return ids
 
 
 def _decode(model: ChatModel, tokens: Sequence[int]) -> str:

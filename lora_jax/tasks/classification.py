@@ -18,7 +18,7 @@ import lora_jax as lora
 from lora_jax.data import batches, sources, tokenization
 from lora_jax.data.batches import Batch
 from lora_jax.data.examples import Examples, concatenate, subset, take
-from lora_jax.models import checkpoints, registry
+from lora_jax.models import checkpoints, registry, token_ids
 from lora_jax.models.families import CLASSIFIER, SEQ2SEQ_LM
 from lora_jax.tasks import adapter_files, text_to_text
 from lora_jax.tasks.class_report import macro_f1
@@ -95,7 +95,7 @@ def make_scorer(
 
     Raises:
       ValueError: the model can't do it: it writes, and the task is a regression, or two labels have
-        the same tokens.
+        the same tokens, or such as it does not have.
     """
     if loaded.head != SEQ2SEQ_LM:
         metrics = _regression_metrics if task.is_regression else _class_metrics
@@ -106,6 +106,7 @@ def make_scorer(
             "choose a model with a classifier for it."
         )
     label_tokens = text_to_text.encode_labels(labels, tokenizer, loaded.model.config)
+    token_ids.check(label_tokens.tokens, checkpoints.find_table(loaded), tokenizer)
     return Scorer(
         functools.partial(text_to_text.to_prompts, task=task),
         functools.partial(text_to_text.apply, loaded.model, label_tokens),
@@ -161,11 +162,13 @@ def make_task(
         tokenizer=tokenizer,
         max_length=c.max_length,
         types=has_token_types(loaded),
+        table=checkpoints.find_table(loaded),
     )
     train_set, eval_set = (tokenize(scorer.to_prompts(x)) for x in (training, evaluation))
     buckets = tuple(c.buckets)
     initial = adapter_files.load_initial(config, loaded)
     notes = _notes(config, loaded, train_set, eval_set, texts.task)
+    notes += token_ids.describe(tokenizer, checkpoints.find_table(loaded))
     task = Task(
         apply=scorer.apply,
         metrics=scorer.metrics,

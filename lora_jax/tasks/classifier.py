@@ -28,7 +28,7 @@ class Classifier:
       loaded: the base.
       adapter: the adapter.
       config: settings of the adapter.
-      tokenizer: tokenizer of the base.
+      tokenizer: tokenizer of the base; None if it was not asked for.
       labels: names of the classes; for a regression, a single name for the number.
       max_length: largest number of tokens of a text.
       buckets: lengths that batches are padded to.
@@ -41,7 +41,7 @@ class Classifier:
     loaded: checkpoints.Loaded
     adapter: PyTree
     config: lora.LoRAConfig
-    tokenizer: tokenizers.Tokenizer
+    tokenizer: tokenizers.Tokenizer | None
     labels: tuple[str, ...]
     max_length: int
     buckets: tuple[int, ...]
@@ -51,7 +51,13 @@ class Classifier:
     notes: tuple[str, ...] = ()
 
 
-def load(directory: str | Path, *, model: str | None = None, wide: bool = True) -> Classifier:
+def load(
+    directory: str | Path,
+    *,
+    model: str | None = None,
+    wide: bool = True,
+    with_tokenizer: bool = True,
+) -> Classifier:
     """Loads an adapter and the base that it was made for.
 
     Args:
@@ -59,13 +65,14 @@ def load(directory: str | Path, *, model: str | None = None, wide: bool = True) 
       model: name or directory of the base, if it is no longer found under its old name.
       wide: whether the base is to be float32, so that an adapter can be merged into all of it at
         once; without it, it has the narrowest dtype that changes nothing.
+      with_tokenizer: whether the tokenizer is read; only :func:`predict` needs it.
 
     Raises:
       FileNotFoundError, ValueError: adapter or base is missing, damaged, or they do not belong
         together.
     """
     if peft.is_peft(directory):
-        return _load_peft(directory, model, wide=wide)
+        return _load_peft(directory, model, wide=wide, with_tokenizer=with_tokenizer)
     metadata = serialize.read_metadata(directory)
     _check_metadata(directory, metadata)
     about_model, own = metadata["model"], metadata.get("classify", {})
@@ -82,7 +89,7 @@ def load(directory: str | Path, *, model: str | None = None, wide: bool = True) 
         loaded=loaded,
         adapter=adapter,
         config=config,
-        tokenizer=checkpoints.load_tokenizer(loaded.checkpoint),
+        tokenizer=checkpoints.load_tokenizer(loaded.checkpoint) if with_tokenizer else None,
         labels=tuple(about_model["labels"]),
         max_length=metadata["max_length"],
         buckets=tuple(metadata["buckets"]),
@@ -104,7 +111,9 @@ def _find_task(classifier: Classifier) -> TextTask:
 _BUCKETS = (32, 64, 128, 256, 512)
 
 
-def _load_peft(directory: str | Path, model: str | None, *, wide: bool) -> Classifier:
+def _load_peft(
+    directory: str | Path, model: str | None, *, wide: bool, with_tokenizer: bool
+) -> Classifier:
     """Loads an adapter in PEFT's format, which may name its base, but no labels and lengths."""
     name = adapter_files.find_base(directory, model)
     base = checkpoints.resolve(name).config
@@ -121,7 +130,7 @@ def _load_peft(directory: str | Path, model: str | None, *, wide: bool) -> Class
         pairs, inputs = False, "asked as for SST-2"
         labels, source = find("sst2").labels, "the words of SST-2"
     adapter, config = adapter_files.load(directory, loaded)
-    tokenizer = checkpoints.load_tokenizer(loaded.checkpoint)
+    tokenizer = checkpoints.load_tokenizer(loaded.checkpoint) if with_tokenizer else None
     longest, limit = _BUCKETS[-1], f"at most {_BUCKETS[-1]} tokens"
     if positions := loaded.model.config.positions:
         longest = positions
@@ -194,13 +203,16 @@ def predict(classifier: Classifier, sentences: list[str]) -> np.ndarray:
       number itself.
 
     Raises:
-      ValueError: the adapter takes pairs, and a sentence does not have exactly one tab.
+      ValueError: the tokenizer was not read; the adapter takes pairs, and a sentence does not have
+        exactly one tab; or a sentence has a token that is no row of the base's embedding.
     """
     return predict_examples(classifier, _examples(classifier, sentences))
 
 
 def predict_examples(classifier: Classifier, texts: examples.Examples) -> np.ndarray:
     """Computes class probabilities as :func:`predict`, of examples, whose labels are not used."""
+    if classifier.tokenizer is None:
+        raise ValueError("This classifier has no tokenizer: load it with with_tokenizer=True.")
     scorer = classification.make_scorer(
         classifier.loaded, classifier.labels, classifier.tokenizer, task=_find_task(classifier)
     )
@@ -209,6 +221,7 @@ def predict_examples(classifier: Classifier, texts: examples.Examples) -> np.nda
         classifier.tokenizer,
         max_length=classifier.max_length,
         types=classification.has_token_types(classifier.loaded),
+        table=checkpoints.find_table(classifier.loaded),
     )
     params = lora.merge(classifier.loaded.params, classifier.adapter)
 

@@ -4,6 +4,7 @@ As in the LoRA paper's code, a line is one text: the meaning, the token that end
 reference, and that token again. The model learns the tokens after the meaning.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import lora_jax as lora
 from lora_jax.data import e2e_nlg, texts
 from lora_jax.data.e2e_nlg import Pairs
 from lora_jax.data.texts import Texts
-from lora_jax.models import checkpoints
+from lora_jax.models import checkpoints, token_ids
 from lora_jax.models.decoding import Decoding
 from lora_jax.models.families import CAUSAL_LM
 from lora_jax.models.tokenizer import read_tokenizer
@@ -74,8 +75,7 @@ def load(config: ConfigDict, devices: mesh.Devices | None = None) -> Writer:
       devices: devices of the run; by default those that the config describes.
 
     Raises:
-      FileNotFoundError, ValueError: model or tokenizer is missing or damaged, or the two do not
-        belong together.
+      FileNotFoundError, ValueError: model or tokenizer is missing or damaged.
     """
     c = config.model
     loaded = checkpoints.load(
@@ -88,12 +88,6 @@ def load(config: ConfigDict, devices: mesh.Devices | None = None) -> Writer:
         tokenizer = read_tokenizer(c.tokenizer)
     else:
         tokenizer = checkpoints.load_tokenizer(loaded.checkpoint)
-    size, limit = tokenizer.get_vocab_size(), loaded.model.config.vocab_size
-    if size > limit:
-        raise ValueError(
-            f"The tokenizer has {size} tokens, and {loaded.checkpoint.name} has {limit}: they do "
-            "not belong together; set model.tokenizer."
-        )
     stop = generation.stop_tokens(loaded, tokenizer)
     return Writer(loaded, tokenizer, generation.make_decoding(config, stop))
 
@@ -113,7 +107,9 @@ def make_task(
     """
     writer = writer or load(config, devices)
     parts = [tokenize(pairs, writer=writer) for pairs in read_parts(config)]
-    return language_modeling.make_task(config, writer.loaded, *parts)
+    task, settings = language_modeling.make_task(config, writer.loaded, *parts)
+    sizes = token_ids.describe(writer.tokenizer, checkpoints.find_table(writer.loaded))
+    return dataclasses.replace(task, notes=(*task.notes, *sizes)), settings
 
 
 def read_parts(config: ConfigDict) -> tuple[Pairs, Pairs]:
@@ -130,18 +126,32 @@ def read_parts(config: ConfigDict) -> tuple[Pairs, Pairs]:
 
 
 def tokenize(pairs: Pairs, *, writer: Writer) -> Texts:
-    """Converts lines to tokens, of which those of the references count."""
+    """Converts lines to tokens, of which those of the references count.
+
+    Raises:
+      ValueError: the model has no such token.
+    """
     end = writer.decoding.stop[0]
     prompts = encode_prompts(pairs.meanings, writer)
     references = writer.tokenizer.encode_batch_fast([f" {text}" for text in pairs.texts])
     rows = [(a, [*b.ids, end]) for a, b in zip(prompts, references, strict=True)]
-    return texts.make_texts(rows, pad_id=end)
+    made = texts.make_texts(rows, pad_id=end)
+    token_ids.check(made.ids, checkpoints.find_table(writer.loaded), writer.tokenizer)
+    return made
 
 
 def encode_prompts(meanings: Sequence[str], writer: Writer) -> list[list[int]]:
-    """Converts meanings to the tokens that the model reads before it writes."""
+    """Converts meanings to the tokens that the model reads before it writes.
+
+    Raises:
+      ValueError: the model has no such token.
+    """
     rows = writer.tokenizer.encode_batch_fast(list(meanings))
-    return [[*row.ids, writer.decoding.stop[0]] for row in rows]
+    prompts = [[*row.ids, writer.decoding.stop[0]] for row in rows]
+    table = checkpoints.find_table(writer.loaded)
+    for prompt in prompts:
+        token_ids.check(prompt, table, writer.tokenizer)
+    return prompts
 
 
 def write(config: ConfigDict, writer: Writer, adapter: PyTree | None = None) -> ScoredTexts:

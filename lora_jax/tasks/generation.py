@@ -1,5 +1,6 @@
 """Generation of new texts by a language model: prompts in, tokens out."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from lora_jax.models import checkpoints, generate
 from lora_jax.models.decoding import Decoding
 
 PyTree = Any
+_log = logging.getLogger(__name__)
 _ENDS = ("<|endoftext|>", "</s>")
 
 
@@ -72,8 +74,8 @@ def write(
       seed: seed of sampling.
 
     Raises:
-      ValueError: prompts and new tokens need more positions than the model has; or there are no
-        prompts, or an empty one.
+      ValueError: a prompt leaves no position for a new token (in beam search, for all of them), or
+        has a token that the model does not have; or there are no prompts, or an empty one.
     """
     run = generate.generator(*generate.causal_lm(loaded.model, loaded.family.init_cache), decoding)
     return generate_rows(
@@ -84,6 +86,23 @@ def write(
         batch_size=batch_size,
         buckets=buckets,
         seed=seed,
+    )
+
+
+def describe_end(tokens: Sequence[int], decoding: Decoding) -> str:
+    """Says that a text ends only because the model has no more positions; "" if it does not.
+
+    >>> describe_end([5, 6], Decoding(max_new_tokens=3, stop=(2,)))
+    'the text ends after 2 of 3 tokens, since the model has no more positions'
+    >>> describe_end([5, 2], Decoding(max_new_tokens=3, stop=(2,)))
+    ''
+    """
+    count = len(tokens)
+    if count == decoding.max_new_tokens or (count and tokens[-1] in decoding.stop):
+        return ""
+    return (
+        f"the text ends after {count} of {decoding.max_new_tokens} tokens, since the model has no "
+        "more positions"
     )
 
 
@@ -124,5 +143,8 @@ def generate_rows(
         generated = run(params, batch, key)
         tokens, lengths = np.asarray(generated.tokens), np.asarray(generated.lengths)
         texts |= {k: tokens[i, : lengths[i]].tolist() for i, k in enumerate(rows)}
+    ends = [describe_end(texts[k], decoding) for k in range(len(prompts))]
+    if count := sum(map(bool, ends)):
+        _log.warning("%d texts: %s", count, next(filter(None, ends)))
     stop = set(decoding.stop)
     return [[t for t in texts[k] if t not in stop] for k in range(len(prompts))]

@@ -15,7 +15,7 @@ from lora_jax.data import batches, conversation_formats, conversations, holdout,
 from lora_jax.data.chat_template import ChatTemplate
 from lora_jax.data.conversations import Conversation
 from lora_jax.data.packing import Packed
-from lora_jax.models import checkpoints
+from lora_jax.models import checkpoints, token_ids
 from lora_jax.models.families import CAUSAL_LM
 from lora_jax.tasks import adapter_files, from_config, language_modeling, templates
 from lora_jax.training import mesh, training_config
@@ -96,6 +96,9 @@ def make_task(
     training, evaluation = (
         pack(config, part, template, tokenizer) for part in load_conversations(config)
     )
+    table = checkpoints.find_table(loaded)
+    for rows, _ in (training, evaluation):
+        token_ids.check(rows.texts.ids, table, tokenizer)
     initial = adapter_files.load_initial(config, loaded)
     task = Task(
         apply=functools.partial(language_modeling.apply, loaded.model),
@@ -111,7 +114,11 @@ def make_task(
         base_id=loaded.base_id,
         metadata=_metadata(config, template),
         notes=adapter_files.add_notes(
-            initial, _notes(config, loaded, template, training, evaluation)
+            initial,
+            (
+                *_notes(config, loaded, template, training, evaluation),
+                *token_ids.describe(tokenizer, table),
+            ),
         ),
         adapter=initial.adapter,
         fresh_head=initial.fresh_head,

@@ -21,12 +21,14 @@ class LanguageModel(NamedTuple):
       adapter: the adapter.
       config: settings of the adapter.
       notes: assumptions about what a file does not say.
+      tokenizer: directory of the tokenizer that it was trained with; "" for that of the base.
     """
 
     loaded: checkpoints.Loaded
     adapter: PyTree
     config: lora.LoRAConfig
     notes: tuple[str, ...] = ()
+    tokenizer: str = ""
 
 
 def is_language(directory: str | Path, *, model: str | None = None) -> bool:
@@ -61,11 +63,12 @@ def load(directory: str | Path, *, model: str | None = None, wide: bool = True) 
         together.
     """
     options: dict[str, Any] = {}
+    tokenizer = ""
     if peft.is_peft(directory):
         name = adapter_files.find_base(directory, model)
     else:
         about = serialize.read_metadata(directory).get("model", {})
-        name = model or about.get("name")
+        name, tokenizer = model or about.get("name"), about.get("tokenizer") or ""
         options |= from_config.dtypes(about)
         options["scan_layers"] = about.get("scan_layers", False)
     if not name:
@@ -76,4 +79,4 @@ def load(directory: str | Path, *, model: str | None = None, wide: bool = True) 
     loaded = checkpoints.load(name, head=CAUSAL_LM, **options)
     loaded = adapter_files.widen(loaded) if wide else loaded
     notes = adapter_files.describe_base(directory, loaded) if peft.is_peft(directory) else ()
-    return LanguageModel(loaded, *adapter_files.load(directory, loaded), notes)
+    return LanguageModel(loaded, *adapter_files.load(directory, loaded), notes, tokenizer)

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 import lora_jax as lora
 from lora_jax.data.batches import Batch, steps_per_epoch
 from lora_jax.data.texts import Texts, eval_batches, train_batch
-from lora_jax.models import checkpoints
+from lora_jax.models import checkpoints, token_ids
 from lora_jax.models.token_losses import TokenLosses, compute_token_losses
 from lora_jax.tasks import adapter_files, from_config
 from lora_jax.tasks.language_model import TASK
@@ -112,10 +112,13 @@ def make_task(
     The best adapter is the one with the lowest loss. The accuracy is that of predicted tokens.
 
     Raises:
-      ValueError: a text is longer than the model has positions for, or than the buckets.
+      ValueError: a text is longer than the model has positions for, or than the buckets, or has a
+        token that is no row of the model's embedding.
     """
     c, buckets = config.data, tuple(config.data.buckets)
     _check_positions(config, loaded)
+    for texts in (training, evaluation):
+        token_ids.check(texts.ids, checkpoints.find_table(loaded))
     initial = adapter_files.load_initial(config, loaded)
     notes = _notes(config, loaded, training, evaluation)
     task = Task(

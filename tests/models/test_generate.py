@@ -335,9 +335,35 @@ def test_bad_prompts():
     for rows in ([], [[1], []], [[1] * 6]):
         with pytest.raises(ValueError, match="1 to 5 tokens"):
             generate.pad_left(rows, pad_id=0, length=5)
-    run = generate.generator(*parts(), Decoding(max_new_tokens=12))
-    with pytest.raises(ValueError, match="17 tokens, and the model has positions for 16"):
+    run = generate.generator(*parts(), Decoding(max_new_tokens=13, beams=2))
+    with pytest.raises(ValueError, match="17 tokens, of which 4 are.* positions for 16"):
         run(small()[1], prompts())
+    run = generate.generator(*parts(), Decoding(max_new_tokens=1))
+    with pytest.raises(ValueError, match="17 tokens, of which 16 are the prompt"):
+        run(small()[1], prompts([[1] * 16], length=16))
+    with pytest.raises(
+        ValueError, match="token 6 is beyond the embedding of the model, which has 6"
+    ):
+        run(small()[1], prompts([[1, VOCAB]]))
+
+
+def test_padding_needs_no_position_and_no_row():
+    """12 new tokens after a prompt of 4 that is padded to 12, by a token that does not exist."""
+    run = generate.generator(*parts(), Decoding(max_new_tokens=12))
+    inputs = generate.pad_left(PROMPTS[2:3], pad_id=VOCAB, length=12)
+    plain = generate.pad_left(PROMPTS[2:3], pad_id=0, length=4)
+    assert texts(run(small()[1], inputs)) == texts(run(small()[1], plain))
+    assert len(texts(run(small()[1], inputs))[0]) == 12
+
+
+def test_a_text_ends_with_the_positions():
+    run = generate.generator(*parts(), Decoding(max_new_tokens=15, pad_id=5))
+    made = run(small()[1], prompts())
+    assert made.lengths.tolist() == [16 - len(row) for row in PROMPTS]
+    whole = generate.generator(*parts(), Decoding(max_new_tokens=12))(small()[1], prompts())
+    for row, other in zip(made.tokens.tolist(), whole.tokens.tolist(), strict=True):
+        assert row[:12] == other
+    assert made.tokens[0, 13:].tolist() == [5, 5]
     stop = tuple(range(6))
     run = generate.generator(*parts(), Decoding(max_new_tokens=2, beams=2, stop=stop))
     with pytest.raises(ValueError, match="vocabulary of at least 7, and this one has 6"):
