@@ -19,7 +19,7 @@ from lora_jax import files, names
 from lora_jax.models import gguf_kernels
 from lora_jax.models.families import Family
 from lora_jax.models.hub import Checkpoint
-from lora_jax.models.quantized_tensors import ADVICE, group, read_settings
+from lora_jax.models.quantized_tensors import ADVICE, describe_method, group, read_settings
 from lora_jax.models.read_leaves import DECODED, Part, check_headers, read_leaf
 from lora_jax.models.weight_files import Stored, open_file
 from lora_jax.names import LINEAR, Name, Weight
@@ -106,8 +106,10 @@ def load_params(
         advice = "Check that its weights are those of its config.json, or copy them again."
         if all("not read" in problem for problem in problems):  # they are sound
             advice = ADVICE
+        method = describe_method(checkpoint.config)
         raise ValueError(
-            f"The checkpoint {checkpoint.name!r} in {checkpoint.directory} does not fit the model: "
+            f"The checkpoint {checkpoint.name!r} in {checkpoint.directory}"
+            f"{f' ({method})' if method else ''} does not fit the model: "
             f"{join_problems(problems)}. {advice}"
         )
     return result, fresh

@@ -76,6 +76,16 @@ def read_settings(config: Mapping[str, Any], where: str) -> Settings | None:
         raise ValueError(f"The checkpoint {where!r} {error}. {ADVICE}") from error
 
 
+def describe_method(config: Mapping[str, Any]) -> str:
+    """Says that a checkpoint is quantized, if its config does; "" if not.
+
+    >>> describe_method({"quantization_config": {"quant_method": "fp8"}})
+    "quantized with 'fp8', as its config says"
+    """
+    about = next((config[key] for key in _KEYS if config.get(key)), None)
+    return f"quantized with {_find_method(about)!r}, as its config says" if about else ""
+
+
 def _find_method(about: Any) -> Any:
     """Finds the name of a scheme; some files do not give it, and are known by other words."""
     if not isinstance(about, Mapping):

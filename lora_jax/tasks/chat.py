@@ -1,10 +1,11 @@
 """Replies of a trained language model to messages."""
 
+import dataclasses
 import datetime
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,13 +18,15 @@ from lora_jax.models import checkpoints, generate
 from lora_jax.models.decoding import Decoding
 from lora_jax.models.families import CAUSAL_LM
 from lora_jax.models.read_leaves import DECODED
-from lora_jax.tasks import generation, language_model
+from lora_jax.tasks import generation, language_model, text_files
+from lora_jax.tasks.text_files import TextFiles
 
 PyTree = Any
 _BUCKET = 64  # prompts are padded to a multiple of it; each length is compiled once
 
 
-class ChatModel(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatModel:
     """A language model that replies to messages.
 
     Attributes:
@@ -32,6 +35,7 @@ class ChatModel(NamedTuple):
       template: chat template of the model.
       tokenizer: tokenizer of the model.
       decoding: settings by which tokens are chosen.
+      notes: lines on base and adapter that a reader has to know.
     """
 
     generate: Callable
@@ -39,6 +43,7 @@ class ChatModel(NamedTuple):
     template: ChatTemplate
     tokenizer: tokenizers.Tokenizer
     decoding: Decoding
+    notes: tuple[str, ...] = ()
 
 
 def load(directory: str | Path | None, *, model: str | None = None, **options: Any) -> ChatModel:
@@ -56,11 +61,14 @@ def load(directory: str | Path | None, *, model: str | None = None, **options: A
     """
     if directory is not None:
         trained = language_model.load(directory, model=model)
-        return _make(trained.loaded, trained.adapter, options)
+        files = text_files.find(directory, trained.loaded.checkpoint)
+        made = _make(trained.loaded, trained.adapter, files, options)
+        return dataclasses.replace(made, notes=(*trained.notes, *made.notes))
     if model is None:
         raise ValueError("Say what is to reply: give an adapter or a model (--adapter, --model).")
     options_of_base = {"scan_layers": True, "quantize": DECODED}  # no lift is here
-    return _make(checkpoints.load(model, head=CAUSAL_LM, **options_of_base), {}, options)
+    loaded = checkpoints.load(model, head=CAUSAL_LM, **options_of_base)
+    return _make(loaded, {}, text_files.find(None, loaded.checkpoint), options)
 
 
 def load_pair(
@@ -79,18 +87,30 @@ def load_pair(
       FileNotFoundError, ValueError: as :func:`load`.
     """
     trained = language_model.load(directory, model=model)
-    base = _make(trained.loaded, {}, options)
-    return base, base._replace(params=lora.merge(trained.loaded.params, trained.adapter))
+    files = text_files.find(directory, trained.loaded.checkpoint)
+    base = _make(trained.loaded, {}, files, options)
+    base = dataclasses.replace(base, notes=(*trained.notes, *base.notes))
+    merged = lora.merge(trained.loaded.params, trained.adapter)
+    return base, dataclasses.replace(base, params=merged)
 
 
-def _make(loaded: checkpoints.Loaded, adapter: PyTree, options: dict[str, Any]) -> ChatModel:
+def _make(
+    loaded: checkpoints.Loaded, adapter: PyTree, files: TextFiles, options: dict[str, Any]
+) -> ChatModel:
     """Makes the model that replies; an empty adapter leaves it as it is."""
-    tokenizer = checkpoints.load_tokenizer(loaded.checkpoint)
-    template = chat_template.find(loaded.checkpoint)
-    stop = stop_tokens(loaded.checkpoint, template, tokenizer)
+    tokenizer = text_files.load_tokenizer(files)
+    template = text_files.find_template(files, loaded.checkpoint)
+    stop = stop_tokens(files.generation, template, tokenizer)
     decoding = Decoding(stop=stop, pad_id=min(stop, default=0), **options)
     run = generate.generator(*generate.causal_lm(loaded.model, loaded.family.init_cache), decoding)
-    return ChatModel(run, lora.merge(loaded.params, adapter), template, tokenizer, decoding)
+    return ChatModel(
+        generate=run,
+        params=lora.merge(loaded.params, adapter),
+        template=template,
+        tokenizer=tokenizer,
+        decoding=decoding,
+        notes=text_files.compare_sizes(files, tokenizer, loaded.model.config.vocab_size),
+    )
 
 
 def stop_tokens(
