@@ -179,7 +179,7 @@ def _find_unsupported(words: Mapping[str, Any]) -> list[str]:
     problems = []
     if words.get("peft_type") != "LORA":
         problems.append(f"peft_type is {words.get('peft_type')!r}, and only 'LORA' is supported")
-    known = {*_CHECKS, *IGNORED, "peft_type"}
+    known = {*READ, *IGNORED}
     for name, value in words.items():
         # Such values stand for a feature of a newer PEFT that is not in use.
         is_empty = isinstance(value, str | list | dict) and not value
@@ -289,6 +289,7 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "base_model_name_or_path": ("null or a name", lambda x: x is None or isinstance(x, str)),
     "revision": ("null or the name of a branch, a tag or a commit", _is_revision),
 }
+READ = ("peft_type", *_CHECKS)  # every other word is in IGNORED or in REFUSED
 
 
 def to_bytes(words: Mapping[str, Any]) -> bytes:

@@ -42,7 +42,9 @@ def find_misfits(
 def _list_names(what: str, found: Sequence[str], hint: Any) -> list[str]:
     lines = [f"tensor {n} {what}{hint(n)}" for n in found[:_MAX_NAMES]]
     more = len(found) - _MAX_NAMES
-    return [*lines, f"of {more} more tensors each {what}"] if more > 0 else lines
+    if more > 0:
+        lines.append(f"and so {'is 1 more' if more == 1 else f'are {more} more'}")
+    return lines
 
 
 def _hint(name: str) -> str:
@@ -58,11 +60,10 @@ def _describe_names(missing: Sequence[str], extra: Sequence[str]) -> list[str]:
     """Says what all names of a file have in common, if they are not those of PEFT's files."""
     if not extra:
         return []
-    if producer := describe_tensors(n for n in extra if not n.startswith(PREFIX)):
-        return [producer]
     prefixes = find_prefixes(missing, extra)
     if prefixes is None:
-        return []
+        producer = describe_tensors(n for n in extra if not n.startswith(PREFIX))
+        return [producer] if producer else []
     found, wanted = prefixes
     line = f"its names begin with {found!r} where this base has {wanted!r}, as {extra[0]}"
     twice = found.count(PREFIX) > 1
@@ -79,7 +80,9 @@ def _describe_names(missing: Sequence[str], extra: Sequence[str]) -> list[str]:
 
 
 def find_prefixes(missing: Iterable[str], extra: Sequence[str]) -> tuple[str, str] | None:
-    """Finds the prefix of all unexpected names that stands in place of another, if one does.
+    """Finds the prefix of most unexpected names that stands in place of another, if one does.
+
+    What stands behind it is at least the name of a module and of a factor.
 
     >>> find_prefixes(["a.q.lora_A", "a.q.lora_B"], ["a.b.q.lora_A", "a.b.q.lora_B"])
     ('a.b.', 'a.')
@@ -90,12 +93,15 @@ def find_prefixes(missing: Iterable[str], extra: Sequence[str]) -> tuple[str, st
         parts = name.split(".")
         for k in range(len(parts)):
             by_ending.setdefault(".".join(parts[k:]), name)
-    parts = extra[0].split(".")
+    first = next((n for n in extra if ".lora_" in n), "")
+    parts = first.split(".")
     for k in range(len(parts)):
         ending = ".".join(parts[k:])
-        if ending in by_ending:
-            found = extra[0].removesuffix(ending)
+        if ending in by_ending and ".lora_" in ending:
+            found = first.removesuffix(ending)
             wanted = by_ending[ending].removesuffix(ending)
+            if not wanted and ending.startswith(PREFIX):  # it stands there twice
+                found, wanted = found + PREFIX, PREFIX
             new = {wanted + n.removeprefix(found) for n in extra if n.startswith(found)}
             return (found, wanted) if len(new & missing) * 2 > len(extra) else None
     return None

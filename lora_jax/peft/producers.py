@@ -41,7 +41,7 @@ PRODUCERS = (
         name="diffusers (an adapter of an image model)",
         advice="image models are not built here",
         files=("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin"),
-        tensors=r"^(unet|text_encoder(_\d)?|transformer|diffusion_model)\..*(lora|processor)",
+        tensors=r"^((unet|text_encoder(_\d)?|diffusion_model)\.|transformer\.(single_)?transformer_bl)",
     ),
     Producer(
         name="LyCORIS (LoHa, LoKr and others)",
