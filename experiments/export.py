@@ -87,8 +87,7 @@ def main(argv: list[str]) -> None:
 
 def _export_peft(out: Path, model: Classifier | LanguageModel) -> None:
     """Writes the adapter in PEFT's format, with the files that stood beside it."""
-    # PEFT's name of the base stays, unless the base has moved.
-    base = _MODEL.value if model.config.origin else model.loaded.checkpoint.name
+    base = model.loaded.checkpoint.name
     adapter_files.save_peft(out, model.loaded, model.adapter, model.config, base=base)
     if isinstance(model, Classifier):
         task_file.write(out, classifier.describe_task(model))

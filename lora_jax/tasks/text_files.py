@@ -76,13 +76,13 @@ def load_tokenizer(files: TextFiles) -> tokenizers.Tokenizer:
 
 
 def compare_sizes(files: TextFiles, tokenizer: tokenizers.Tokenizer, rows: int) -> tuple[str, ...]:
-    """Says that a tokenizer of the adapter's own has more tokens than the embedding has rows."""
+    """Says that a tokenizer has more tokens than the embedding of the base has rows."""
     size = tokenizer.get_vocab_size()
-    if size <= rows or files.tokenizer is files.generation is files.template:
+    if size <= rows:
         return ()
     return (
-        f"the tokenizer has {size} tokens, and the base's embedding {rows} rows: tokens were added "
-        "in training, and texts with them are not for this base",
+        f"the tokenizer in {files.tokenizer.directory} has {size} tokens, and the base's embedding "
+        f"{rows} rows: texts with the tokens that were added are not for this base",
     )
 
 
