@@ -117,25 +117,30 @@ def _advise(name: str, words: dict[str, Any]) -> str:
 
 def describe(directory: str | Path, loaded: checkpoints.Loaded) -> tuple[str, ...]:
     """Says what an adapter of either format has got as its base, and what beside it is not used."""
-    base = describe_base(directory, loaded) if peft.is_peft(directory) else ()
-    return (*base, *describe_files(directory))
+    base = f"base {loaded.checkpoint.name}, from {loaded.checkpoint.origin}"
+    first = (base,) if peft.is_peft(directory) else ()
+    return (*first, *find_differences(directory, loaded), *describe_files(directory))
 
 
-def describe_base(directory: str | Path, loaded: checkpoints.Loaded) -> tuple[str, ...]:
-    """Says which base an adapter in PEFT's format has got, and what differs from its training."""
-    words = peft.read_words(directory)
-    notes = [f"base {loaded.checkpoint.name}, from {loaded.checkpoint.origin}"]
+def find_differences(directory: str | Path, loaded: checkpoints.Loaded) -> tuple[str, ...]:
+    """Says what of its base differs from that of an adapter's training, or can't be checked.
+
+    An adapter in this library's format has the hash of its base, which is compared on loading.
+    """
+    if not peft.is_peft(directory):
+        return ()
+    words, notes = peft.read_words(directory), []
     quantization = peft.describe_quantization(words)
     leaves = paths.named_leaves(loaded.params).values()
     if quantization and not any(map(is_quantized, leaves)):
         notes.append(f"plain numbers of it, though the adapter's was quantized ({quantization})")
-    revision = words["revision"]
+    revision, name = words["revision"], words["base_model_name_or_path"]
     if revision and split_revision(loaded.checkpoint.name)[1] != revision:
         has_none = loaded.checkpoint.origin in _DIRECTORIES
-        why = "a path, whose revision is not known" if has_none else "another name"
+        why = "a path, whose revision is not known" if has_none else "another name or revision"
         notes.append(
-            f"the adapter is for revision {revision!r} of {words['base_model_name_or_path']}; the "
-            f"base is given by {why}, and this is not checked"
+            f"the adapter is for revision {revision!r} of {name}; the base is given by {why}, and "
+            "this is not checked"
         )
     return tuple(notes)
 

@@ -154,10 +154,14 @@ def load_initial(config: ConfigDict, loaded: checkpoints.Loaded) -> InitialAdapt
     initial = read_initial(config.adapter, loaded)
     files = text_files.find(config.adapter, loaded.checkpoint)
     own = ["its own files about texts are not used: training takes those of the base"]
-    unused = [*(own if files.notes else []), *adapter_bases.describe_files(config.adapter)]
+    told = [
+        *adapter_bases.find_differences(config.adapter, loaded),
+        *(own if files.notes else []),
+        *adapter_bases.describe_files(config.adapter),
+    ]
     return initial._replace(
         config=dataclasses.replace(initial.config, dropout=settings.dropout),
-        source="; ".join([f"going on from: {config.adapter}, with its settings", *unused]),
+        source="; ".join([f"going on from: {config.adapter}, with its settings", *told]),
     )
 
 

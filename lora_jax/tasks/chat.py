@@ -109,7 +109,7 @@ def _make(
         template=template,
         tokenizer=tokenizer,
         decoding=decoding,
-        notes=text_files.compare_sizes(files, tokenizer, loaded.model.config.vocab_size),
+        notes=text_files.compare_sizes(tokenizer, loaded.model.config.vocab_size),
     )
 
 

@@ -130,7 +130,7 @@ def _load_peft(directory: str | Path, model: str | None, *, wide: bool) -> Class
     notes = (
         *adapter_bases.describe(directory, loaded),
         *files.notes,
-        *text_files.compare_sizes(files, tokenizer, rows),
+        *text_files.compare_sizes(tokenizer, rows),
         f"labels {', '.join(labels)} ({source})",
         limit,
         *inputs,

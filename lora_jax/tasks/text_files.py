@@ -57,7 +57,7 @@ def find(directory: str | Path | None, checkpoint: Checkpoint) -> TextFiles:
     has = {
         "tokenizer": has_tokenizer,
         "chat template": _has_template(own.directory),
-        "generation config": (own.directory / _GENERATION).is_file(),
+        "generation config (tokens that end a reply)": (own.directory / _GENERATION).is_file(),
     }
     names = [name for name, there in has.items() if there]
     notes = [f"{' and '.join(names)}: the adapter's own, not the base's"] if names else []
@@ -75,14 +75,14 @@ def load_tokenizer(files: TextFiles) -> tokenizers.Tokenizer:
     return checkpoints.load_tokenizer(files.tokenizer)
 
 
-def compare_sizes(files: TextFiles, tokenizer: tokenizers.Tokenizer, rows: int) -> tuple[str, ...]:
+def compare_sizes(tokenizer: tokenizers.Tokenizer, rows: int) -> tuple[str, ...]:
     """Says that a tokenizer has more tokens than the embedding of the base has rows."""
     size = tokenizer.get_vocab_size()
     if size <= rows:
         return ()
     return (
-        f"the tokenizer in {files.tokenizer.directory} has {size} tokens, and the base's embedding "
-        f"{rows} rows: texts with the tokens that were added are not for this base",
+        f"the tokenizer has {size} tokens, and the base's embedding {rows} rows: texts with the "
+        "tokens that were added are not for this base",
     )
 
 

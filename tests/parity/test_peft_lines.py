@@ -15,7 +15,7 @@ pytest.importorskip("peft")
 import lora_jax as lora  # noqa: E402
 from lora_jax.models import checkpoints, hub  # noqa: E402
 from lora_jax.tasks import classification  # noqa: E402
-from tests.helpers import tiny_encoder, tiny_llama  # noqa: E402
+from tests.helpers import programs, tiny_encoder, tiny_llama  # noqa: E402
 from tests.helpers.comparisons import perturbed  # noqa: E402
 from tests.helpers.places import ROOT  # noqa: E402
 
@@ -39,16 +39,14 @@ def adapt(loaded, **fields):
 
 def export(adapter, out):
     """The lines that the program prints, run in the folder that it was run in."""
-    command = [sys.executable, "-m", "experiments.export", f"--adapter={adapter}", f"--out={out}"]
-    done = subprocess.run([*command, "--peft"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    code = done.stdout.partition("\n\n")[2] + RUN
+    printed = programs.succeed("export", f"--adapter={adapter}", f"--out={out}", "--peft")
+    code = printed.partition("\n\n")[2] + RUN
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return np.array(json.loads(done.stdout.splitlines()[-1]))
 
 
-@pytest.mark.parametrize("count, head", [(1, 0), (2, 0), (2, 3), (3, 2), (7, 0)])
+@pytest.mark.parametrize("count, head", [(1, 0), (3, 2), (7, 0)])
 def test_a_classifier_of_any_number_of_labels(count, head, tmp_path):
     """Also over a base that has a head of another size, of which nothing is taken."""
     base = tiny_encoder.checkpoint(tmp_path / "base")
