@@ -154,11 +154,10 @@ def _is_repo_id(name: str) -> bool:
 def _find_in_cache(repos: Iterable[str], revision: str | None) -> Path:
     reasons = []
     of = f" of the revision {revision!r}" if revision else ""
+    at = {"revision": revision} if revision else {}
     for repo in repos:
         try:
-            directory = huggingface_hub.snapshot_download(
-                repo, revision=revision, local_files_only=True
-            )
+            directory = huggingface_hub.snapshot_download(repo, local_files_only=True, **at)
             return _check_snapshot(directory)
         except errors.LocalEntryNotFoundError:
             reasons.append(f"no {repo}{of} in {constants.HF_HUB_CACHE}")
@@ -168,8 +167,9 @@ def _find_in_cache(repos: Iterable[str], revision: str | None) -> Path:
 
 
 def _download(repo: str, revision: str | None) -> Path:
+    at = {"revision": revision} if revision else {}
     directory = huggingface_hub.snapshot_download(
-        repo, revision=revision, allow_patterns=list(FILES), etag_timeout=_TIMEOUT
+        repo, allow_patterns=list(FILES), etag_timeout=_TIMEOUT, **at
     )
     return _check_snapshot(directory)
 
