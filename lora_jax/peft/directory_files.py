@@ -40,7 +40,7 @@ FILES = (
         ),
         READ, "the adapter's own tokenizer, by the programs",
     ),
-    Treatment(("chat_template.jinja", "chat_template.json"), READ, "its own chat template"),
+    Treatment(("chat_template.jinja",), READ, "its own chat template"),
     Treatment(("generation_config.json",), READ, "tokens that end a reply"),
     Treatment(("config.json",), READ, "names of the labels, if it has `id2label`"),
     Treatment(
@@ -65,21 +65,24 @@ FILES = (
     ),
     Treatment(
         (
-            "training_args.bin", "training_args.json", "trainer_state.json", "optimizer.*",
-            "optimizer_*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "latest", "global_step*",
-            "checkpoint-*", "zero_to_fp32.py", "pytorch_model_fsdp*", "trainer_log.jsonl",
-            "*_results.json", "training_*.png", "training_loss.png", "training_eval_loss.png",
-            "runs", "logs", "events.out.tfevents*", "wandb", "debug.log", "axolotl_config.yaml",
-            "config.yaml", "*.yaml", "*.yml", "completed", "eval_*", "all_results.json",
+            "training_args.*", "trainer_state.json", "optimizer.*", "optimizer_*", "scheduler.pt",
+            "scaler.pt", "rng_state*.pth", "latest", "global_step*", "checkpoint-*",
+            "zero_to_fp32.py", "pytorch_model_fsdp*", "trainer_log.jsonl", "*_results.json",
+            "training_*.png", "runs", "logs", "events.out.tfevents*", "wandb", "debug.log",
+            "*.yaml", "*.yml", "completed", "eval_*",
         ),
         IGNORED, _RUN,
     ),
     Treatment(
         (
             "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
-            "image_processor_config.json",
+            "image_processor_config.json", "chat_template.json",
         ),
         IGNORED, "of images and sound; the models here read text",
+    ),
+    Treatment(
+        ("additional_chat_templates", "chat_templates"), IGNORED,
+        "templates for other purposes than a conversation",
     ),
     Treatment(
         ("value_head.safetensors", "value_head.bin", "v_head.*", "reward_head.*"), IGNORED,

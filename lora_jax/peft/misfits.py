@@ -132,6 +132,8 @@ def _describe_tensor(
 def _describe_shape(name: str, part: Part, shape: tuple[int, ...]) -> str:
     """Says that a shape is not the base's; of a vocabulary, what the two sizes mean."""
     problem = f"tensor {name} has shape {shape} instead of {part.shape}"
+    if 0 in shape:
+        return f"{problem}: it is empty, as where shards of ZeRO-3 or FSDP were not gathered"
     different = [k for k, (x, y) in enumerate(zip(shape, part.shape, strict=False)) if x != y]
     axis = adapter_tensors.find_token_axis(part)
     if len(shape) != len(part.shape) or axis is None or different != [axis]:

@@ -34,7 +34,7 @@ class Classifier:
       loaded: the base.
       adapter: the adapter.
       config: settings of the adapter.
-      tokenizer: tokenizer of the base.
+      tokenizer: the adapter's own tokenizer, or that of the base.
       labels: names of the classes; for a regression, a single name for the number.
       max_length: largest number of tokens of a text.
       buckets: lengths that batches are padded to.
@@ -169,9 +169,9 @@ def _choose_labels(
     if beside and count in (0, len(beside)):
         return beside, "those of the config.json beside the adapter"
     labels = _read_labels(base)
-    if not count or count == len(labels):
-        return labels or _number_labels(2), "those of the base"  # two, as transformers has
-    return _number_labels(count), "the base has none for them"
+    if labels and count in (0, len(labels)):
+        return labels, "those of the base"
+    return _number_labels(count or 2), "the base has none for them"  # two, as transformers has
 
 
 def _number_labels(count: int) -> tuple[str, ...]:

@@ -134,7 +134,7 @@ ADAPTERS = {
     "Axolotl": "README.md adapter_config.json adapter_model.bin config.json debug.log "
     "special_tokens_map.json tokenizer.model tokenizer_config.json axolotl_config.yaml",
     "a vision model": "adapter_config.json adapter_model.safetensors preprocessor_config.json "
-    "processor_config.json video_preprocessor_config.json chat_template.json non_lora_trainables.bin",
+    "processor_config.json video_preprocessor_config.json chat_template.json additional_chat_templates non_lora_trainables.bin",
     "sentence-transformers": "1_Pooling adapter_config.json adapter_model.safetensors modules.json "
     "config_sentence_transformers.json sentence_bert_config.json README.md tokenizer.json vocab.txt",
     "LongLoRA": "adapter_config.json adapter_model.bin trainable_params.bin README.md",

@@ -194,6 +194,13 @@ def test_a_resized_vocabulary_is_told_with_both_sizes(untied, source, name, axis
         load(copy(tmp_path, f"gpt2/{source}", change), untied)
 
 
+def test_a_tensor_of_a_shard_that_was_not_gathered(untied, tmp_path):
+    name = f"{PREFIX}transformer.h.0.attn.c_attn.lora_A.weight"
+    change = lambda t: t | {name: np.zeros((0,), np.float32)}
+    with pytest.raises(ValueError, match="it is empty, as where shards"):
+        load(copy(tmp_path, "gpt2/c_attn", change), untied)
+
+
 def test_another_width_is_not_a_vocabulary(untied, tmp_path):
     change = lambda t: t | {COPY: np.pad(t[COPY], [(0, 0), (0, 1)])}
     with pytest.raises(ValueError, match="instead of") as told:
