@@ -45,13 +45,21 @@ def main(argv: list[str]) -> None:
     _check(argv)
     options = _read_options()
     if _COMPARE.value:
-        _ask(chat.load_pair(_ADAPTER.value, model=_MODEL.value, **options), _COLUMNS)
+        pair = chat.load_pair(_ADAPTER.value, model=_MODEL.value, **options)
+        _print_notes(pair[0])
+        _ask(pair, _COLUMNS)
         return
     model = chat.load(_ADAPTER.value, model=_MODEL.value, **options)
+    _print_notes(model)
     if _ASK.value:
         _ask([model])
         return
     _talk(model, [" ".join(argv)] if argv else _lines())
+
+
+def _print_notes(model: ChatModel) -> None:
+    for note in model.notes:
+        print(f"assumed: {note}", file=sys.stderr)
 
 
 def _check(argv: list[str]) -> None:

@@ -15,10 +15,20 @@ from absl import flags
 
 from experiments import cli
 from lora_jax.models import checkpoints
-from lora_jax.models.families import CAUSAL_LM, CLASSIFIER, SEQ2SEQ_LM
+from lora_jax.models.families import CLASSIFIER
 from lora_jax.models.hub import TOKENIZER_FILES
 from lora_jax.models.shards import DTYPES, SHARD_SIZE, parse_size
-from lora_jax.tasks import adapter_files, classifier, language_model, templates
+from lora_jax.tasks import (
+    adapter_files,
+    classifier,
+    language_model,
+    loading_code,
+    task_file,
+    templates,
+    text_files,
+)
+from lora_jax.tasks.classifier import Classifier
+from lora_jax.tasks.language_model import LanguageModel
 
 _ADAPTER = flags.DEFINE_string("adapter", None, "Directory of the adapter.", required=True)
 _MODEL = flags.DEFINE_string("model", None, "The base model, if it moved since training.")
@@ -37,12 +47,6 @@ _DTYPE = flags.DEFINE_enum(
 _SHARD_SIZE = flags.DEFINE_string(
     "shard_size", None, f"Largest size of a file of merged weights; {SHARD_SIZE} by default."
 )
-
-_AUTO = {
-    CLASSIFIER: "SequenceClassification",
-    SEQ2SEQ_LM: "Seq2SeqLM",
-    CAUSAL_LM: "CausalLM",
-}
 
 
 def main(argv: list[str]) -> None:
@@ -70,11 +74,7 @@ def main(argv: list[str]) -> None:
     for note in model.notes:
         print(f"assumed: {note}", file=sys.stderr)
     if _PEFT.value:
-        # PEFT's name of the base stays, unless the base has moved.
-        base = _MODEL.value if model.config.origin else model.loaded.checkpoint.name
-        adapter_files.save_peft(out, model.loaded, model.adapter, model.config, base=base)
-        templates.copy(_ADAPTER.value, out)
-        print(f"Wrote {out}: open it with peft, PeftModel.from_pretrained(base, directory).")
+        _export_peft(out, model)
         return
     head = model.loaded.head
     checkpoints.save_hf(
@@ -88,10 +88,24 @@ def main(argv: list[str]) -> None:
         shard_size=shard_size,
         tokenizer=model.tokenizer if is_language else "",
     )
+    files = text_files.find(_ADAPTER.value, model.loaded.checkpoint)
+    text_files.replace(out, files, model.loaded.checkpoint)
     templates.copy(_ADAPTER.value, out)
     if not any((out / name).is_file() for name in TOKENIZER_FILES):
         print("note: the base has no tokenizer, so that none was written", file=sys.stderr)
-    print(f"Wrote {out}: open it with transformers, AutoModelFor{_AUTO[head]}.")
+    print(f"Wrote {out}: open it with transformers, AutoModelFor{loading_code.AUTO[head]}.")
+
+
+def _export_peft(out: Path, model: Classifier | LanguageModel) -> None:
+    """Writes the adapter in PEFT's format, with the files that stood beside it."""
+    base = model.loaded.checkpoint.name
+    adapter_files.save_peft(out, model.loaded, model.adapter, model.config, base=base)
+    if isinstance(model, Classifier):
+        task_file.write(out, classifier.describe_task(model))
+    text_files.copy(_ADAPTER.value, out)
+    templates.copy(_ADAPTER.value, out)
+    lines = loading_code.write_peft_lines(out, model.loaded)
+    print(f"Wrote {out}. Open it with PEFT, in Python:\n\n{lines}\n")
 
 
 if __name__ == "__main__":

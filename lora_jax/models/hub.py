@@ -101,8 +101,8 @@ def resolve(name: str | Path) -> Checkpoint:
     """Finds the checkpoint called ``name``.
 
     It looks for a GGUF file or a directory of this name, then in the local Hub cache, on the Hub,
-    and in an installed bundle package. ``HF_HOME`` and ``HF_HUB_OFFLINE`` act as in
-    ``huggingface_hub``.
+    and in an installed bundle package. A name of the Hub may end in a revision, a branch, a tag or
+    a commit: "org/model@v2". ``HF_HOME`` and ``HF_HUB_OFFLINE`` act as in ``huggingface_hub``.
 
     Raises:
       FileNotFoundError: there is none; the message says what was tried and what to do.
@@ -114,9 +114,10 @@ def resolve(name: str | Path) -> Checkpoint:
         return _open(name, path, "directory")
     if gguf.is_gguf(path) and path.is_file():
         return _open_gguf(name, path, "file")
-    repo = ALIASES.get(name, name)
+    short, revision = split_revision(name)
+    repo = ALIASES.get(short, short)
     failures = {"file" if gguf.is_gguf(path) else "directory": "there is none of this name"}
-    for origin, find in _list_sources(name, repo).items():
+    for origin, find in _list_sources(short, repo, revision).items():
         try:
             directory = find()
         except Exception as error:  # each source fails in its own way; the next one is tried
@@ -126,12 +127,22 @@ def resolve(name: str | Path) -> Checkpoint:
     raise FileNotFoundError(_explain_failures(name, repo, failures))
 
 
-def _list_sources(name: str, repo: str) -> dict[str, Callable[[], Path]]:
+def split_revision(name: str) -> tuple[str, str | None]:
+    """Splits a name into that of a repository and its revision; None for the Hub's default.
+
+    >>> split_revision("org/model@v2"), split_revision("org/model")
+    (('org/model', 'v2'), ('org/model', None))
+    """
+    repo, _, revision = name.partition("@")
+    return (repo, revision) if revision and _is_repo_id(repo) else (name, None)
+
+
+def _list_sources(name: str, repo: str, revision: str | None) -> dict[str, Callable[[], Path]]:
     sources: dict[str, Callable[[], Path]] = {}
     if _is_repo_id(repo):
-        sources["Hub cache"] = lambda: _find_in_cache(dict.fromkeys([repo, name]))
-        sources["Hub"] = lambda: _download(repo)
-    if repo in BUNDLES:
+        sources["Hub cache"] = lambda: _find_in_cache(dict.fromkeys([repo, name]), revision)
+        sources["Hub"] = lambda: _download(repo, revision)
+    if repo in BUNDLES and revision in (None, "main"):
         sources["installed bundle"] = lambda: _find_bundle(BUNDLES[repo])
     return sources
 
@@ -142,21 +153,25 @@ def _is_repo_id(name: str) -> bool:
     return not name.startswith((".", "/", "~")) and name.count("/") <= 1 and bool(name)
 
 
-def _find_in_cache(repos: Iterable[str]) -> Path:
+def _find_in_cache(repos: Iterable[str], revision: str | None) -> Path:
     reasons = []
+    of = f" of the revision {revision!r}" if revision else ""
+    at = {"revision": revision} if revision else {}
     for repo in repos:
         try:
-            return _check_snapshot(huggingface_hub.snapshot_download(repo, local_files_only=True))
+            directory = huggingface_hub.snapshot_download(repo, local_files_only=True, **at)
+            return _check_snapshot(directory)
         except errors.LocalEntryNotFoundError:
-            reasons.append(f"no {repo} in {constants.HF_HUB_CACHE}")
+            reasons.append(f"no {repo}{of} in {constants.HF_HUB_CACHE}")
         except OSError as error:
             reasons.append(str(error))
     raise FileNotFoundError("; ".join(reasons))
 
 
-def _download(repo: str) -> Path:
+def _download(repo: str, revision: str | None) -> Path:
+    at = {"revision": revision} if revision else {}
     directory = huggingface_hub.snapshot_download(
-        repo, allow_patterns=list(FILES), etag_timeout=_TIMEOUT
+        repo, allow_patterns=list(FILES), etag_timeout=_TIMEOUT, **at
     )
     return _check_snapshot(directory)
 

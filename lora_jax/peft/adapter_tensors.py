@@ -5,14 +5,14 @@ Reading and writing follow the same plan, and a file is whole if it has exactly 
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from lora_jax import names
 from lora_jax.names import Weight
 from lora_jax.peft import target_modules
 from lora_jax.peft.config import HEADS
-from lora_jax.peft.target_modules import Model
+from lora_jax.peft.target_modules import OUTPUTS, Model
 
 PREFIX = "base_model.model."
 # For targets with these names PEFT's file holds the module's frozen weight beside its factors.
@@ -40,7 +40,10 @@ class Plan:
     """The meaning of the words for a model.
 
     Attributes:
-      parts: tensors of the file by name.
+      parts: tensors of the file by name; copies of frozen weights (of the role ``BASE``) may be
+        absent, as they say nothing that the base does not.
+      optional: further tensors by name that PEFT writes if it is told to, or has once written:
+        copies of frozen weights, and embeddings and output heads that replace the base's.
       leaves: path of each adapted module's kernel.
       ranks: rank of each adapted module.
       alphas: alpha of each adapted module.
@@ -49,6 +52,7 @@ class Plan:
     """
 
     parts: dict[str, Part]
+    optional: dict[str, Part]
     leaves: dict[str, str]
     ranks: dict[str, int]
     alphas: dict[str, float]
@@ -72,10 +76,16 @@ def make_plan(words: Mapping[str, Any], model: Model) -> Plan:
         _bias_parts(words["bias"], kernels, trained, model)
     )
     parts |= dict(_copy_parts(words, kernels, model))
-    parts = {PREFIX + n: part for n, part in parts.items()}
-    leaves = {m: model.kernels[m].leaf for m in kernels}
+    optional = dict(_optional_parts(kernels, trained, model))
+    add_prefix = lambda named: {PREFIX + n: part for n, part in named.items()}
     return Plan(
-        parts=parts, leaves=leaves, ranks=ranks, alphas=alphas, trained=trained, problems=problems
+        parts=add_prefix(parts),
+        optional=add_prefix({n: part for n, part in optional.items() if n not in parts}),
+        leaves={m: model.kernels[m].leaf for m in kernels},
+        ranks=ranks,
+        alphas=alphas,
+        trained=trained,
+        problems=problems,
     )
 
 
@@ -206,3 +216,62 @@ def _copy_parts(words: Mapping[str, Any], kernels: list[str], model: Model) -> I
         weight = model.kernels[m]
         if m.rpartition(".")[2] in _COPIED:
             yield f"{m}.base_layer.weight", Part(BASE, weight, names.tensor_shape(weight))
+
+
+def _optional_parts(kernels: list[str], trained: list[str], model: Model) -> Iterator[tuple]:
+    """Yields what `save_embedding_layers` and state dicts add, with the names of old versions."""
+    for m in kernels:
+        weight = model.kernels[m]
+        part = Part(BASE, weight, names.tensor_shape(weight))
+        yield f"{m}.base_layer.weight", part
+        yield weight.hf, part  # before PEFT 0.7
+    for m in trained:
+        for weight in module_weights(m, model):
+            rest = weight.hf.removeprefix(f"{m}.")
+            shape = names.tensor_shape(weight)
+            yield f"{m}.original_module.{rest}", Part(BASE, weight, shape)
+    for m, weight in model.kernels.items():
+        if _has_tokens(weight) and m not in kernels:
+            yield weight.hf, Part(TRAINED, weight, names.tensor_shape(weight))
+
+
+def _has_tokens(weight: Weight) -> bool:
+    """Tells whether a kernel is an embedding, or an output head of a language model."""
+    is_head = names.module(weight.hf).rpartition(".")[2] in OUTPUTS
+    return is_head or names.kind(weight) == names.EMBEDDING
+
+
+def find_token_axis(part: Part) -> int | None:
+    """Finds the axis of a part that has one entry for each token; None if there is none."""
+    if not _has_tokens(part.weight):
+        return None
+    is_embedding = names.kind(part.weight) == names.EMBEDDING
+    return {A: 1 if is_embedding else None, B: None if is_embedding else 0}.get(part.role, 0)
+
+
+def choose_parts(
+    plan: Plan, tensors: Mapping[str, Any], is_copy: Callable[[str, Part], bool]
+) -> dict[str, Part]:
+    """Chooses the parts that a file is to have, of those that a plan allows.
+
+    Args:
+      plan: the plan.
+      tensors: tensors of the file by name.
+      is_copy: whether a tensor that may replace the base's is the same as that.
+
+    Returns:
+      All parts of the plan but the copies that the file lacks, and the optional parts that it has.
+    """
+    parts = {n: part for n, part in plan.parts.items() if n in tensors or part.role != BASE}
+    for name, part in plan.optional.items():
+        if name in tensors:
+            is_old = part.role == TRAINED and is_copy(name, part)
+            parts[name] = part._replace(role=BASE) if is_old else part
+    return parts
+
+
+def rename_old_biases(plan: Plan, names: Iterable[str]) -> dict[str, str]:
+    """Maps the names that PEFT before 0.7 gave to the biases of adapted modules to today's."""
+    names, wanted = set(names), [n for n in plan.parts if n.endswith(".base_layer.bias")]
+    old = {n.replace(".base_layer.bias", ".bias"): n for n in wanted if n not in names}
+    return {name: new for name, new in old.items() if name in names and name not in plan.parts}

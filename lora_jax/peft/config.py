@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_jax.peft.producers import describe_files, describe_keys
+
 CONFIG = "adapter_config.json"
 VERSION = "0.21.2"  # the version of PEFT that has these keys
 _MAX_BYTES = 4 << 20  # PEFT's own files have a few thousand
@@ -41,11 +43,39 @@ DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 # Words about an adapter that do not change what it computes; the caller of `save_peft` sets them.
 METADATA = ("task_type", "base_model_name_or_path", "revision", "auto_mapping")
-# Further words without a meaning for finished factors: how they were first drawn, and settings that
-# act only together with a refused word; and how the base was loaded.
-_IDLE = (*METADATA, "inference_mode", "peft_version", "eva_config", "megatron_core",
-         "qalora_group_size", "runtime_config", "quantization_config",
-         "loftq_config")  # fmt: skip
+# Words that finished factors do not need, with the reason; `docs/formats.md` lists them.
+IGNORED: dict[str, str] = {
+    "auto_mapping": "class of the base in torch; the base's own files tell",
+    "inference_mode": "always true in files; whoever loads an adapter says what it is for",
+    "peft_version": "version that wrote the file; the words themselves are checked",
+    "eva_config": "how factors were first drawn",
+    "loftq_config": "acts with init_lora_weights 'loftq' alone, which is refused",
+    "megatron_core": "acts with megatron_config alone, which is refused",
+    "qalora_group_size": "acts with use_qalora alone, which is refused",
+    "runtime_config": "where numbers are kept while PEFT runs",
+    "quantization_config": "how the base was loaded; a base that is not quantized is told of",
+    "merge_weights": "whether PEFT before 0.3 merged for evaluation",
+}
+# Words of PEFT that ask for what is not built here, when they are set.
+REFUSED: dict[str, str] = {
+    "alora_invocation_tokens": "an adapter that acts from some tokens on (aLoRA)",
+    "arrow_config": "routing between adapters (Arrow)",
+    "corda_config": "initial values that change the base (CorDA)",
+    "enable_lora": "factors for parts of a fused kernel (PEFT before 0.3)",
+    "ensure_weight_tying": "factors that tied weights share",
+    "kasa_config": "a base without its smallest singular values (KaSA)",
+    "layer_replication": "a base with layers repeated",
+    "lora_bias": "a bias of the factors",
+    "lora_ga_config": "initial values that change the base (LoRA-GA)",
+    "megatron_config": "layers of Megatron",
+    "monteclora_config": "factors that are drawn (MonteCLoRA)",
+    "target_parameters": "factors of bare parameters, such as experts",
+    "trainable_token_indices": "trained rows of an embedding",
+    "use_bdlora": "factors of blocks (BD-LoRA)",
+    "use_dora": "a trained norm of each column (DoRA)",
+    "use_qalora": "inputs that are averaged in groups (QA-LoRA)",
+    "velora_config": "compressed activations (VeLoRA)",
+}
 # Initial values that leave the base as it is. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA)
 # change the base, so that such an adapter does not belong to the base that it names.
 _INITS = (True, False, "gaussian", "eva", "orthogonal")
@@ -70,6 +100,8 @@ def find_problems(words: Any) -> list[str]:
     """Says which of an adapter's words are malformed or not supported."""
     if not isinstance(words, dict):
         return ["no JSON object"]
+    if other := describe_keys(words):
+        return [other]
     ill_formed = {name: _describe_ill_formed(name, words) for name in DEFAULTS}
     problems = _find_unsupported(words) + [
         f"{n}: {error}" for n, error in ill_formed.items() if error
@@ -111,8 +143,10 @@ def _parse(path: Path) -> dict[str, Any]:
     if not path.is_file():
         files = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else None
         state = "does not exist" if files is None else f"holds {files[:20] or 'nothing'}"
+        other = describe_files(path.parent)
         raise FileNotFoundError(
             f"No PEFT adapter in {path.parent}: no {CONFIG}; the directory {state}."
+            + (f" {other}" if other else "")
         )
     if path.stat().st_size > _MAX_BYTES:
         raise ValueError(f"{path} has {path.stat().st_size} bytes; no adapter's config is so big.")
@@ -145,13 +179,15 @@ def _find_unsupported(words: Mapping[str, Any]) -> list[str]:
     problems = []
     if words.get("peft_type") != "LORA":
         problems.append(f"peft_type is {words.get('peft_type')!r}, and only 'LORA' is supported")
-    known = {*_CHECKS, *_IDLE, "peft_type"}
+    known = {*READ, *IGNORED}
     for name, value in words.items():
         # Such values stand for a feature of a newer PEFT that is not in use.
         is_empty = isinstance(value, str | list | dict) and not value
         is_off = value is None or value is False or is_empty
         if name not in known and not is_off:
-            what = "is not supported" if name in DEFAULTS else "is not known here"
+            what = "is not known here"
+            if name in REFUSED:
+                what = f"is not supported ({REFUSED[name]})"
             problems.append(f"{name} is {_abbreviate(value)}, which {what}")
     return problems
 
@@ -208,6 +244,10 @@ def _is_strings(x: Any) -> bool:
     return is_small and all(isinstance(s, str) and s for s in x)
 
 
+def _is_revision(x: Any) -> bool:
+    return x is None or (isinstance(x, str) and ".." not in x and not set(x) & set("@\\\0"))
+
+
 def _is_choice(x: Any) -> bool:
     return x is None or isinstance(x, str) or _is_strings(x)
 
@@ -246,7 +286,10 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         lambda x: isinstance(x, bool | str) and x in _INITS,
     ),
     "task_type": (f"null or one of {TASKS}", lambda x: x is None or x in TASKS),
+    "base_model_name_or_path": ("null or a name", lambda x: x is None or isinstance(x, str)),
+    "revision": ("null or the name of a branch, a tag or a commit", _is_revision),
 }
+READ = ("peft_type", *_CHECKS)  # every other word is in IGNORED or in REFUSED
 
 
 def to_bytes(words: Mapping[str, Any]) -> bytes:

@@ -1,11 +1,10 @@
 """``load_peft`` reads a PEFT directory as an adapter of this library."""
 
-import json
+import dataclasses
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,41 +13,21 @@ import numpy as np
 from lora_jax import names, paths
 from lora_jax.adapter import base_leaves
 from lora_jax.config import LoRAConfig
-from lora_jax.files import read_safetensors
 from lora_jax.lowrank import LowRank
 from lora_jax.names import Name
-from lora_jax.peft import adapter_tensors, layouts, target_modules
-from lora_jax.peft.adapter_tensors import Part, Plan
-from lora_jax.peft.config import CONFIG, read_words
+from lora_jax.peft import adapter_tensors, directory_files, layouts, target_modules, weights_file
+from lora_jax.peft.adapter_tensors import Plan
+from lora_jax.peft.config import CONFIG, HEADS, read_words
+from lora_jax.peft.misfits import find_misfits, has_values, is_copy
 
 PyTree = Any
-WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 _SLACK = 64 << 20  # bytes that a file may have beyond all weights of the base
-_MAX_HEADER = 16 << 20
-_REAL = (np.float64, np.float32, np.float16, jnp.bfloat16)
 _MAX_PROBLEMS = 30  # problems in one message
 
 
 def is_peft(directory: str | Path) -> bool:
     """Tells whether a directory is in PEFT's format, judged by the names of its files."""
     return (Path(directory) / CONFIG).is_file()
-
-
-def tensor_shapes(directory: str | Path) -> dict[str, tuple[int, ...]]:
-    """Reads the shapes of the tensors in the weights file, by their names in the torch model.
-
-    Raises:
-      FileNotFoundError, ValueError: there is no weights file, or its header is damaged.
-    """
-    path = _weights_file(Path(directory))
-    with path.open("rb") as file:
-        length = _header_length(path, file)
-        try:
-            header = json.loads(file.read(length))
-            shapes = {n: tuple(x["shape"]) for n, x in header.items() if n != "__metadata__"}
-        except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"The header of {path} is damaged: {error}.") from error
-    return {n.removeprefix(adapter_tensors.PREFIX): shape for n, shape in shapes.items()}
 
 
 def load_peft(
@@ -77,13 +56,18 @@ def load_peft(
         tensors, wrong dtypes, NaN, another base.
     """
     words = read_words(directory)
+    directory_files.check(directory)
     leaves = base_leaves(params)
-    tensors = _read(Path(directory), _max_bytes(leaves))
+    tensors = weights_file.read(Path(directory), _max_bytes(leaves))
     try:
         older, plan = _best_plan(words, names, leaves, tensors)
     except ValueError as error:
         raise ValueError(f"{Path(directory) / CONFIG} can't be used: {error}.") from error
-    problems = plan.problems + _find_misfits(plan.parts, tensors, leaves)
+    renamed = adapter_tensors.rename_old_biases(plan, tensors)
+    tensors = {renamed.get(n, n): value for n, value in tensors.items()}
+    plan = _fit_plan(plan, tensors, leaves)
+    misfits = find_misfits(plan.parts, tensors, leaves)
+    problems = plan.problems + _find_absent_heads(words, plan, misfits) + misfits
     recorded_base = words["base_model_name_or_path"]
     if base is not None and recorded_base and base != recorded_base:
         problems.append(f"it was made for base {recorded_base!r}, and this base is {base!r}")
@@ -108,44 +92,6 @@ def _max_bytes(leaves: Mapping[str, Any]) -> int:
     return _SLACK + 8 * sum(math.prod(np.shape(x)) for x in leaves.values())
 
 
-def _weights_file(directory: Path) -> Path:
-    path = directory / WEIGHTS
-    if not path.is_file():
-        hint = ""
-        if (directory / PICKLE).is_file():
-            hint = (
-                f" A pickled {PICKLE} can run code when opened, and is not read here; convert it "
-                "once with PEFT: load the adapter, and save_pretrained(new, "
-                "safe_serialization=True)."
-            )
-        raise FileNotFoundError(f"The weights file {path} of the adapter is missing.{hint}")
-    return path
-
-
-def _header_length(path: Path, file: BinaryIO) -> int:
-    """Reads the length of the header, and checks that the file can hold it."""
-    size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
-    if length > min(size, _MAX_HEADER):
-        raise ValueError(f"{path} is damaged: a header of {length} bytes, in {size} in all.")
-    return length
-
-
-def _read(directory: Path, most: int) -> dict[str, np.ndarray]:
-    """Reads the tensors, after it has checked the sizes of the file and of its header."""
-    path = _weights_file(directory)
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > most:
-            raise ValueError(f"{path} has {size} bytes, more than the whole base model.")
-        _header_length(path, file)
-        file.seek(0)
-        data = file.read()
-    try:
-        return read_safetensors(data)
-    except ValueError as error:
-        raise ValueError(f"{path} can't be read: {error}.") from error
-
-
 def _best_plan(
     words: Mapping[str, Any],
     table: Sequence[Name],
@@ -162,65 +108,26 @@ def _best_plan(
     return min(candidates, key=lambda c: c[:2])[1:]
 
 
-def _find_misfits(
-    parts: Mapping[str, Part], tensors: Mapping[str, np.ndarray], leaves: Mapping[str, Any]
-) -> list[str]:
-    problems = [f"tensor {n} is missing" for n in parts if n not in tensors]
-    extra = sorted(set(tensors) - set(parts))
-    problems += [f"tensor {n} is unexpected{_hint(n)}" for n in extra]
-    for name, part in parts.items():
-        if name in tensors:
-            problems += _describe_misfits(name, part, tensors[name], leaves)
-    return problems
+def _fit_plan(plan: Plan, tensors: Mapping[str, np.ndarray], leaves: Mapping[str, Any]) -> Plan:
+    """Fits a plan to what the file may have or lack."""
+
+    def is_old(name: str, part: adapter_tensors.Part) -> bool:
+        is_whole = tensors[name].shape == part.shape and has_values(leaves[part.weight.leaf])
+        return is_whole and is_copy(tensors[name], part, leaves)
+
+    return dataclasses.replace(plan, parts=adapter_tensors.choose_parts(plan, tensors, is_old))
 
 
-def _hint(name: str) -> str:
-    if not name.startswith(adapter_tensors.PREFIX):
-        return f" (all names start with {adapter_tensors.PREFIX!r})"
-    for word, what in (("magnitude", "DoRA"), ("lora_diag", "KaSA"), ("token_adapter", "tokens")):
-        if word in name:
-            return f" (of {what}, which is not supported)"
-    return ""
-
-
-def _describe_misfits(
-    name: str, part: Part, value: np.ndarray, leaves: Mapping[str, Any]
-) -> list[str]:
-    problems = []
-    if value.shape != part.shape:
-        problems.append(f"tensor {name} has shape {value.shape} instead of {part.shape}")
-    if value.dtype not in _REAL:
-        problems.append(f"tensor {name} has dtype {value.dtype}, which is no real number")
-    elif not np.all(np.isfinite(value)):
-        problems.append(f"NaN or infinity in tensor {name}")
-    elif jax.dtypes.canonicalize_dtype(value.dtype) != value.dtype:
-        problems.append(f"tensor {name} is 64 bits wide; set jax_enable_x64 to load it exactly")
-    if problems or part.role not in (adapter_tensors.BASE, adapter_tensors.TRAINED):
-        return problems
-    leaf = leaves[part.weight.leaf]
-    if part.role == adapter_tensors.TRAINED and not is_exact(value, leaf.dtype):
-        return [f"tensor {name} has dtype {value.dtype}, and {part.weight.leaf} has {leaf.dtype}"]
-    has_values = not isinstance(leaf, jax.ShapeDtypeStruct)
-    if (
-        part.role == adapter_tensors.BASE
-        and has_values
-        and not np.array_equal(value, base_tensor(part, leaves))
-    ):
-        return [f"it was made for another base: its copy of the frozen {name} differs from it"]
-    return []
-
-
-def is_exact(value: np.ndarray, dtype: Any) -> bool:
-    """Tells whether the values are the same in another dtype."""
-    with np.errstate(over="ignore"):
-        return np.array_equal(value.astype(dtype).astype(value.dtype), value)
-
-
-def base_tensor(part: Part, leaves: Mapping[str, Any]) -> np.ndarray:
-    """Converts a weight of the base to a tensor of the file."""
-    value = np.asarray(leaves[part.weight.leaf])
-    value = value if part.weight.layer is None else value[part.weight.layer]
-    return names.to_tensor(part.weight, value)
+def _find_absent_heads(words: Mapping[str, Any], plan: Plan, misfits: Sequence[str]) -> list[str]:
+    """Says that the kind of task asks for a head that the model lacks, if something is amiss."""
+    heads = HEADS.get(words["task_type"], ())
+    ends = tuple(f".{head}" for head in heads)
+    if not misfits or not heads or any(f".{m}".endswith(ends) for m in plan.trained):
+        return []
+    return [
+        f"its task_type is {words['task_type']!r}, for a model with a head called "
+        f"{' or '.join(heads)}, and this base has none: it is for another kind of task"
+    ]
 
 
 def _make_nodes(

@@ -21,8 +21,9 @@ from lora_jax.nodes import Trained, as_node, is_adapted, scale_array
 from lora_jax.peft import adapter_tensors, layouts, target_modules
 from lora_jax.peft.adapter_tensors import Part, Plan
 from lora_jax.peft.config import CONFIG, DEFAULTS, HEADS, METADATA, TASKS, find_problems, to_bytes
-from lora_jax.peft.load import WEIGHTS, base_tensor, is_exact
+from lora_jax.peft.misfits import base_tensor, is_exact
 from lora_jax.peft.target_modules import Model
+from lora_jax.peft.weights_file import WEIGHTS
 
 PyTree = Any
 _DTYPES = ("float64", "float32", "float16", "bfloat16")

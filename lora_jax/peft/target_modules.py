@@ -11,7 +11,7 @@ from lora_jax import names
 from lora_jax.names import Weight
 
 _LINEAR_HEADS = ("classifier", "score")  # heads that "all-linear" leaves out in a SEQ_CLS model
-_OUTPUTS = ("lm_head", "embed_out", "output_layer")  # the same in a language model
+OUTPUTS = ("lm_head", "embed_out", "output_layer")  # the same in a language model
 _MAX_REPEATS, _MAX_UNBOUNDED, _MAX_LENGTH = 16, 6, 10_000
 _MAX_SECONDS = 10.0
 _Selector = Callable[[str], bool]
@@ -76,7 +76,7 @@ def _target_selector(words: Mapping[str, Any], model: Model) -> _Selector:
     if isinstance(targets, str) and targets.lower() == "all-linear":
         linear = {m for m, w in model.kernels.items() if names.kind(w) == names.LINEAR}
         heads = _LINEAR_HEADS if words["task_type"] == "SEQ_CLS" else ()
-        spared = [m for m in (*_OUTPUTS, *heads) if m in linear][:1]
+        spared = [m for m in (*OUTPUTS, *heads) if m in linear][:1]
         return (linear - set(spared)).__contains__
     return _make_selector(targets, "target_modules")
 

@@ -14,60 +14,15 @@ from lora_jax import adapter as adapters
 from lora_jax import fields, paths, peft, serialize
 from lora_jax.models import checkpoints, registry
 from lora_jax.models.families import CAUSAL_LM, SEQ2SEQ_LM
+from lora_jax.models.hub import split_revision
 from lora_jax.models.load_weights import find_narrowest_dtype
 from lora_jax.nodes import is_adapted
 from lora_jax.quantized import is_quantized
-from lora_jax.tasks import from_config
+from lora_jax.tasks import adapter_bases, from_config, text_files
 
 PyTree = Any
 
 _TASK_TYPES = {CAUSAL_LM: "CAUSAL_LM", SEQ2SEQ_LM: "SEQ_2_SEQ_LM"}  # PEFT's words
-
-
-def find_base(directory: str | Path, model: str | None = None) -> str:
-    """Returns the name of the base of an adapter in PEFT's format.
-
-    Args:
-      directory: directory of the adapter.
-      model: name or directory of the base, if it is not to be that in the adapter's files.
-
-    Raises:
-      FileNotFoundError: there is no such checkpoint here; the message says what to give instead.
-      ValueError: the adapter does not name its base, or is damaged, or its base is.
-    """
-    words = peft.read_words(directory)
-    name = model or words["base_model_name_or_path"]
-    if not name:
-        raise ValueError(
-            f"The adapter in {directory} does not name its base; give it with --model."
-        )
-    try:
-        checkpoints.resolve(name)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}{_advise(name, words)}") from error
-    return name
-
-
-def _advise(name: str, words: dict[str, Any]) -> str:
-    """Says what to give as the base, if it is a quantized checkpoint that is not here."""
-    if name != words["base_model_name_or_path"] or not peft.describe_quantization(words):
-        return ""
-    return (
-        f"\nThe adapter was trained over {name!r}, which is quantized. Give --model=DIRECTORY of "
-        "that checkpoint, whose codes are kept, or --model of its original (by its name "
-        f"{peft.guess_plain_base(words)!r}), which differs by what quantizing lost; a program that "
-        "trains quantizes it with --config.model.quantize=nf4_double."
-    )
-
-
-def describe_base(directory: str | Path, loaded: checkpoints.Loaded) -> tuple[str, ...]:
-    """Says which base an adapter in PEFT's format has got, and what differs from its training."""
-    base = f"base {loaded.checkpoint.name}, from {loaded.checkpoint.origin}"
-    quantization = peft.describe_quantization(peft.read_words(directory))
-    leaves = paths.named_leaves(loaded.params).values()
-    if not quantization or any(map(is_quantized, leaves)):
-        return (base,)
-    return (base, f"plain numbers of it, though the adapter's was quantized ({quantization})")
 
 
 def load(
@@ -86,14 +41,17 @@ def load(
       FileNotFoundError, ValueError: as :func:`lora_jax.load` and :func:`lora_jax.peft.load_peft`;
         or some leaves are in neither the base nor the adapter.
     """
-    if not peft.is_peft(directory):
+    if not adapter_bases.is_peft(directory):
         like = jax.eval_shape(_widen_params, loaded.params)  # leaves trained in full are float32
         return lora.load(directory, like, base=loaded.base_id)
-    table = checkpoints.names(loaded)
-    adapter, config = peft.load_peft(directory, loaded.params, names=table)
-    if trained := _list_narrow_leaves(adapter):  # the file may have more digits than the base
-        params = _widen_params(loaded.params, trained)
-        adapter, config = peft.load_peft(directory, params, names=table)
+    _check_head(directory, loaded)
+    table, params = checkpoints.names(loaded), loaded.params
+    if any(map(_is_narrow, paths.named_leaves(params).values())):
+        # The file may have more digits than the base: find out of which leaves.
+        shapes = jax.eval_shape(_widen_params, params)
+        trained = _list_trained(peft.load_peft(directory, shapes, names=table)[0])
+        params = _widen_params(params, trained)
+    adapter, config = peft.load_peft(directory, params, names=table)
     missing = missing_leaves(adapter, loaded)
     if missing:
         raise ValueError(
@@ -106,10 +64,24 @@ def load(
     return jax.tree.map(widen_node, adapter, is_leaf=is_adapted), config
 
 
-def _list_narrow_leaves(adapter: PyTree) -> list[str]:
-    """Lists the leaves that are trained in full in less than float32."""
-    trained = {n: x for n, x in adapters.nodes(adapter).items() if not is_adapted(x)}
-    return [n for n, x in trained.items() if jnp.promote_types(x.dtype, jnp.float32) != x.dtype]
+def _check_head(directory: str | Path, loaded: checkpoints.Loaded) -> None:
+    """Raises ValueError if the adapter is for another head than the base has been loaded with."""
+    task_type = peft.read_words(directory)["task_type"]
+    if task_type is not None and adapter_bases.HEADS.get(task_type) != loaded.head:
+        raise ValueError(
+            f"The adapter in {directory} has task_type {task_type!r}, and the base "
+            f"{loaded.checkpoint.name} is used here with the head {loaded.head!r}: use a program "
+            "for the adapter's task (predict classifies, chat replies)."
+        )
+
+
+def _list_trained(adapter: PyTree) -> list[str]:
+    """Lists the leaves that are trained in full."""
+    return [n for n, x in adapters.nodes(adapter).items() if not is_adapted(x)]
+
+
+def _is_narrow(x: Any) -> bool:
+    return jnp.promote_types(x.dtype, jnp.float32) != x.dtype
 
 
 def narrow(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,9 +152,16 @@ def load_initial(config: ConfigDict, loaded: checkpoints.Loaded) -> InitialAdapt
     if not config.adapter:
         return InitialAdapter(None, settings)
     initial = read_initial(config.adapter, loaded)
+    files = text_files.find(config.adapter, loaded.checkpoint)
+    own = ["its own files about texts are not used: training takes those of the base"]
+    told = [
+        *adapter_bases.find_differences(config.adapter, loaded),
+        *(own if files.notes else []),
+        *adapter_bases.describe_files(config.adapter),
+    ]
     return initial._replace(
         config=dataclasses.replace(initial.config, dropout=settings.dropout),
-        source=f"going on from: {config.adapter}, with its settings",
+        source="; ".join([f"going on from: {config.adapter}, with its settings", *told]),
     )
 
 
@@ -229,7 +208,7 @@ def count_labels(directory: str | Path, base: dict[str, Any]) -> int:
       directory: directory of the adapter, in either format.
       base: content of the config.json of its base.
     """
-    if not peft.is_peft(directory):
+    if not adapter_bases.is_peft(directory):
         model = serialize.read_metadata(directory).get("model")
         labels = model.get("labels") if isinstance(model, dict) else None
         return len(labels) if isinstance(labels, list) else 0
@@ -260,7 +239,8 @@ def save_peft(
       loaded: the base.
       adapter: the adapter.
       config: settings of the adapter.
-      base: name of the base for the file; None keeps the one that came with the adapter.
+      base: name of the base for the file, with its revision if it has one; None keeps the one that
+        came with the adapter. A path is written as an absolute one.
 
     Raises:
       ValueError: as :func:`lora_jax.peft.save_peft`; or leaves were freshly drawn for the base and
@@ -273,7 +253,7 @@ def save_peft(
             "adapter, so an adapter file would not be complete: train it (lora.train), or export "
             "with --merged."
         )
-    about = {} if base is None else {"base_model_name_or_path": base}
+    about = _describe_base_words(base, config)
     head = adapters.nodes(adapter).get(f"params/{loaded.family.label_module}/kernel")
     if not config.origin and head is not None and not is_adapted(head):
         about |= {"task_type": "SEQ_CLS"}
@@ -281,3 +261,12 @@ def save_peft(
         about |= {"task_type": _TASK_TYPES[loaded.head]}
     table = checkpoints.names(loaded)
     peft.save_peft(directory, loaded.params, adapter, config, names=table, **about)
+
+
+def _describe_base_words(base: str | None, config: lora.LoRAConfig) -> dict[str, Any]:
+    """Makes PEFT's words for the base."""
+    if base is None:
+        old = config.origin.get("words", {}).get("base_model_name_or_path")
+        return {"base_model_name_or_path": adapter_bases.make_absolute(old)} if old else {}
+    name, revision = split_revision(adapter_bases.make_absolute(base))
+    return {"base_model_name_or_path": name, "revision": revision}

@@ -1,10 +1,11 @@
 """Replies of a trained language model to messages."""
 
+import dataclasses
 import datetime
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,13 +20,15 @@ from lora_jax.models.decoding import Decoding
 from lora_jax.models.families import CAUSAL_LM
 from lora_jax.models.read_leaves import DECODED
 from lora_jax.models.token_ids import Table
-from lora_jax.tasks import generation, language_model, templates
+from lora_jax.tasks import generation, language_model, templates, text_files
+from lora_jax.tasks.text_files import TextFiles
 
 PyTree = Any
 _BUCKET = 64  # prompts are padded to a multiple of it; each length is compiled once
 
 
-class ChatModel(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatModel:
     """A language model that replies to messages.
 
     Attributes:
@@ -35,6 +38,7 @@ class ChatModel(NamedTuple):
       tokenizer: tokenizer of the model.
       decoding: settings by which tokens are chosen.
       table: embedding of the model.
+      notes: lines on base and adapter that a reader has to know.
     """
 
     generate: Callable
@@ -43,6 +47,7 @@ class ChatModel(NamedTuple):
     tokenizer: tokenizers.Tokenizer
     decoding: Decoding
     table: Table
+    notes: tuple[str, ...] = ()
 
 
 def load(directory: str | Path | None, *, model: str | None = None, **options: Any) -> ChatModel:
@@ -60,13 +65,16 @@ def load(directory: str | Path | None, *, model: str | None = None, **options: A
     """
     if directory is not None:
         trained = language_model.load(directory, model=model)
+        files = text_files.find(directory, trained.loaded.checkpoint)
         template = templates.find(trained.loaded.checkpoint, adapter=directory)
-        return _make(trained.loaded, trained.adapter, template, options)
+        made = _make(trained.loaded, trained.adapter, files, template, options)
+        return dataclasses.replace(made, notes=(*trained.notes, *made.notes))
     if model is None:
         raise ValueError("Say what is to reply: give an adapter or a model (--adapter, --model).")
     options_of_base = {"scan_layers": True, "quantize": DECODED}  # no lift is here
     loaded = checkpoints.load(model, head=CAUSAL_LM, **options_of_base)
-    return _make(loaded, {}, chat_template.find(loaded.checkpoint), options)
+    files, template = text_files.find(None, loaded.checkpoint), templates.find(loaded.checkpoint)
+    return _make(loaded, {}, files, template, options)
 
 
 def load_pair(
@@ -91,21 +99,35 @@ def load_pair(
     """
     trained = language_model.load(directory, model=model)
     checkpoint = trained.loaded.checkpoint
+    files = text_files.find(directory, checkpoint)
     found = templates.find(checkpoint, file=template, adapter=directory)
-    base = _make(trained.loaded, {}, found, options)
-    return base, base._replace(params=lora.merge(trained.loaded.params, trained.adapter))
+    base = _make(trained.loaded, {}, files, found, options)
+    base = dataclasses.replace(base, notes=(*trained.notes, *base.notes))
+    merged = lora.merge(trained.loaded.params, trained.adapter)
+    return base, dataclasses.replace(base, params=merged)
 
 
 def _make(
-    loaded: checkpoints.Loaded, adapter: PyTree, template: ChatTemplate, options: dict[str, Any]
+    loaded: checkpoints.Loaded,
+    adapter: PyTree,
+    files: TextFiles,
+    template: ChatTemplate,
+    options: dict[str, Any],
 ) -> ChatModel:
     """Makes the model that replies; an empty adapter leaves it as it is."""
-    tokenizer = checkpoints.load_tokenizer(loaded.checkpoint)
-    stop = stop_tokens(loaded.checkpoint, template, tokenizer)
+    tokenizer, table = text_files.load_tokenizer(files), checkpoints.find_table(loaded)
+    stop = stop_tokens(files.generation, template, tokenizer)
     decoding = Decoding(stop=stop, pad_id=min(stop, default=0), **options)
     run = generate.generator(*generate.causal_lm(loaded.model, loaded.family.init_cache), decoding)
-    params = lora.merge(loaded.params, adapter)
-    return ChatModel(run, params, template, tokenizer, decoding, checkpoints.find_table(loaded))
+    return ChatModel(
+        generate=run,
+        params=lora.merge(loaded.params, adapter),
+        template=template,
+        tokenizer=tokenizer,
+        decoding=decoding,
+        table=table,
+        notes=token_ids.describe(tokenizer, table),
+    )
 
 
 def stop_tokens(

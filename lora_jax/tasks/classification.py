@@ -20,7 +20,7 @@ from lora_jax.data.batches import Batch
 from lora_jax.data.examples import Examples, concatenate, subset, take
 from lora_jax.models import checkpoints, registry, token_ids
 from lora_jax.models.families import CLASSIFIER, SEQ2SEQ_LM
-from lora_jax.tasks import adapter_files, text_to_text
+from lora_jax.tasks import adapter_bases, adapter_files, text_to_text
 from lora_jax.tasks.class_report import macro_f1
 from lora_jax.tasks.from_config import describe_attention, load_options
 from lora_jax.tasks.glue import GlueTask, find
@@ -304,7 +304,11 @@ def metadata(config: ConfigDict, texts: LabelledTexts) -> dict[str, Any]:
     """Returns what is needed, besides the adapter, to use it."""
     return {
         "task": "text-classification",
-        "model": config.model.to_dict() | {"labels": list(config.model.labels)},
+        "model": {
+            **config.model.to_dict(),
+            "name": adapter_bases.make_absolute(config.model.name),
+            "labels": list(config.model.labels),
+        },
         "max_length": config.data.max_length,
         "buckets": list(config.data.buckets),
         "seed": config.seed,

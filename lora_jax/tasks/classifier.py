@@ -9,11 +9,19 @@ import numpy as np
 import tokenizers
 
 import lora_jax as lora
-from lora_jax import peft, serialize
+from lora_jax import serialize
 from lora_jax.data import batches, examples, tokenization
-from lora_jax.models import checkpoints
+from lora_jax.models import checkpoints, token_ids
 from lora_jax.models.families import SEQ2SEQ_LM
-from lora_jax.tasks import adapter_files, classification, from_config, own_texts
+from lora_jax.tasks import (
+    adapter_bases,
+    adapter_files,
+    classification,
+    from_config,
+    own_texts,
+    task_file,
+    text_files,
+)
 from lora_jax.tasks.glue import find
 from lora_jax.tasks.text_task import TextTask
 
@@ -28,7 +36,7 @@ class Classifier:
       loaded: the base.
       adapter: the adapter.
       config: settings of the adapter.
-      tokenizer: tokenizer of the base; None if it was not asked for.
+      tokenizer: the adapter's own tokenizer, or that of the base; None if it was not asked for.
       labels: names of the classes; for a regression, a single name for the number.
       max_length: largest number of tokens of a text.
       buckets: lengths that batches are padded to.
@@ -71,7 +79,7 @@ def load(
       FileNotFoundError, ValueError: adapter or base is missing, damaged, or they do not belong
         together.
     """
-    if peft.is_peft(directory):
+    if adapter_bases.is_peft(directory):
         return _load_peft(directory, model, wide=wide, with_tokenizer=with_tokenizer)
     metadata = serialize.read_metadata(directory)
     _check_metadata(directory, metadata)
@@ -85,17 +93,19 @@ def load(
     )
     loaded = adapter_files.widen(loaded) if wide else loaded
     adapter, config = adapter_files.load(directory, loaded)
+    files = text_files.find(directory, loaded.checkpoint)
     return Classifier(
         loaded=loaded,
         adapter=adapter,
         config=config,
-        tokenizer=checkpoints.load_tokenizer(loaded.checkpoint) if with_tokenizer else None,
+        tokenizer=text_files.load_tokenizer(files) if with_tokenizer else None,
         labels=tuple(about_model["labels"]),
         max_length=metadata["max_length"],
         buckets=tuple(metadata["buckets"]),
         pairs=metadata.get("pairs", False),
         glue=own_texts.NAME if own else metadata.get("glue", "sst2"),
         columns=tuple(own.get("text", ())),
+        notes=(*adapter_bases.describe(directory, loaded), *files.notes),
     )
 
 
@@ -111,36 +121,42 @@ def _find_task(classifier: Classifier) -> TextTask:
 _BUCKETS = (32, 64, 128, 256, 512)
 
 
+def describe_task(classifier: Classifier) -> dict[str, Any]:
+    """Returns what :mod:`lora_jax.tasks.task_file` keeps of a classifier in PEFT's directories."""
+    values = {name: getattr(classifier, name) for name in task_file.KEYS}
+    return {name: list(x) if isinstance(x, tuple) else x for name, x in values.items()}
+
+
 def _load_peft(
     directory: str | Path, model: str | None, *, wide: bool, with_tokenizer: bool
 ) -> Classifier:
-    """Loads an adapter in PEFT's format, which may name its base, but no labels and lengths."""
-    name = adapter_files.find_base(directory, model)
+    """Loads an adapter in PEFT's format, and notes what its files do not say."""
+    name = adapter_bases.find_base(directory, model)
     base = checkpoints.resolve(name).config
-    labels, source = _read_labels(base), "those of the base"
-    count = adapter_files.count_labels(directory, base) or len(labels) or 2  # as transformers has
-    if len(labels) != count:
-        labels = tuple(f"LABEL_{k}" for k in range(count))
-        source = "the base has none for them"
+    about = task_file.read(directory)
+    count = adapter_files.count_labels(directory, base)
+    labels, source = _choose_labels(directory, about, count, base)
     options = {} if wide else adapter_files.narrow(name, {})
-    loaded = classification.load_model(name, num_labels=count, **options)
-    pairs: bool | None = None
-    inputs = "two sentences where there is a tab between them"
-    if loaded.head == SEQ2SEQ_LM:
-        pairs, inputs = False, "asked as for SST-2"
+    loaded = classification.load_model(name, num_labels=len(labels), **options)
+    pairs, inputs = about.get("pairs"), ("two sentences where there is a tab between them",)
+    if about:
+        inputs = ()
+    elif loaded.head == SEQ2SEQ_LM:
+        pairs, inputs = False, ("asked as for SST-2",)
         labels, source = find("sst2").labels, "the words of SST-2"
     adapter, config = adapter_files.load(directory, loaded)
-    tokenizer = checkpoints.load_tokenizer(loaded.checkpoint) if with_tokenizer else None
-    longest, limit = _BUCKETS[-1], f"at most {_BUCKETS[-1]} tokens"
-    if positions := loaded.model.config.positions:
-        longest = positions
-        limit = f"at most {positions} tokens, all that the base has positions for"
-    buckets = (*(b for b in _BUCKETS if b < longest), longest)
+    files = text_files.find(directory, loaded.checkpoint)
+    tokenizer = text_files.load_tokenizer(files) if with_tokenizer else None
+    longest, limit = _choose_length(about, loaded.model.config.positions)
+    buckets = (*(b for b in about.get("buckets", _BUCKETS) if b < longest), longest)
+    table = checkpoints.find_table(loaded)
     notes = (
-        *adapter_files.describe_base(directory, loaded),
+        *adapter_bases.describe(directory, loaded),
+        *files.notes,
+        *(token_ids.describe(tokenizer, table) if tokenizer else ()),
         f"labels {', '.join(labels)} ({source})",
         limit,
-        inputs,
+        *inputs,
     )
     return Classifier(
         loaded=loaded,
@@ -151,8 +167,49 @@ def _load_peft(
         max_length=longest,
         buckets=buckets,
         pairs=pairs,
+        glue=about.get("glue", "sst2"),
+        columns=tuple(about.get("columns", ())),
         notes=notes,
     )
+
+
+def _choose_labels(
+    directory: str | Path, about: dict[str, Any], count: int, base: dict[str, Any]
+) -> tuple[tuple[str, ...], str]:
+    """Chooses the names of the classes, and says where they are from.
+
+    Raises:
+      ValueError: the file beside the adapter names more or fewer than the head has outputs.
+    """
+    if about:
+        labels = tuple(about["labels"])
+        if count not in (0, len(labels)):
+            raise ValueError(
+                f"{Path(directory) / task_file.NAME} names {len(labels)} labels, and the head of "
+                f"the adapter has {count} outputs: they do not belong together."
+            )
+        return labels, f"those of {task_file.NAME}"
+    beside = _read_labels(text_files.read_json(Path(directory) / "config.json"))
+    if beside and count in (0, len(beside)):
+        return beside, "those of the config.json beside the adapter"
+    labels = _read_labels(base)
+    if labels and count in (0, len(labels)):
+        return labels, "those of the base"
+    return _number_labels(count or 2), "the base has none for them"  # two, as transformers has
+
+
+def _number_labels(count: int) -> tuple[str, ...]:
+    return tuple(f"LABEL_{k}" for k in range(count))
+
+
+def _choose_length(about: dict[str, Any], positions: int | None) -> tuple[int, str]:
+    """Chooses the largest number of tokens, and says why it is that."""
+    if about:
+        longest = min(about["max_length"], positions or about["max_length"])
+        return longest, f"at most {longest} tokens, as in training"
+    if positions:
+        return positions, f"at most {positions} tokens, all that the base has positions for"
+    return _BUCKETS[-1], f"at most {_BUCKETS[-1]} tokens"
 
 
 def _read_labels(config: dict[str, Any]) -> tuple[str, ...]:

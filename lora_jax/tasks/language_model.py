@@ -7,7 +7,7 @@ import lora_jax as lora
 from lora_jax import peft, serialize
 from lora_jax.models import checkpoints
 from lora_jax.models.families import CAUSAL_LM
-from lora_jax.tasks import adapter_files, from_config
+from lora_jax.tasks import adapter_bases, adapter_files, from_config, text_files
 
 PyTree = Any
 TASK = "language-modelling"
@@ -37,14 +37,14 @@ def is_language(directory: str | Path, *, model: str | None = None) -> bool:
     Raises:
       FileNotFoundError, ValueError: the adapter is missing or damaged.
     """
-    if not peft.is_peft(directory):
+    if not adapter_bases.is_peft(directory):
         return serialize.read_metadata(directory).get("task") == TASK
     words = peft.read_words(directory)
     if words["task_type"]:
         return words["task_type"] == "CAUSAL_LM"
     if not model and not words["base_model_name_or_path"]:
         return False
-    base = checkpoints.resolve(adapter_files.find_base(directory, model))
+    base = checkpoints.resolve(adapter_bases.find_base(directory, model))
     heads = base.config.get("architectures")
     return any(str(head).endswith(("LMHeadModel", "ForCausalLM")) for head in heads or [])
 
@@ -64,8 +64,8 @@ def load(directory: str | Path, *, model: str | None = None, wide: bool = True) 
     """
     options: dict[str, Any] = {}
     tokenizer = ""
-    if peft.is_peft(directory):
-        name = adapter_files.find_base(directory, model)
+    if adapter_bases.is_peft(directory):
+        name = adapter_bases.find_base(directory, model)
     else:
         about = serialize.read_metadata(directory).get("model", {})
         name, tokenizer = model or about.get("name"), about.get("tokenizer") or ""
@@ -78,5 +78,6 @@ def load(directory: str | Path, *, model: str | None = None, wide: bool = True) 
     options = options if wide else adapter_files.narrow(name, options)
     loaded = checkpoints.load(name, head=CAUSAL_LM, **options)
     loaded = adapter_files.widen(loaded) if wide else loaded
-    notes = adapter_files.describe_base(directory, loaded) if peft.is_peft(directory) else ()
+    files = text_files.find(directory, loaded.checkpoint)
+    notes = (*adapter_bases.describe(directory, loaded), *files.notes)
     return LanguageModel(loaded, *adapter_files.load(directory, loaded), notes, tokenizer)

@@ -19,7 +19,7 @@ from lora_jax.data.batches import Batch, steps_per_epoch
 from lora_jax.data.texts import Texts, eval_batches, train_batch
 from lora_jax.models import checkpoints, token_ids
 from lora_jax.models.token_losses import TokenLosses, compute_token_losses
-from lora_jax.tasks import adapter_files, from_config
+from lora_jax.tasks import adapter_bases, adapter_files, from_config
 from lora_jax.tasks.language_model import TASK
 from lora_jax.training import metrics
 from lora_jax.training.task import Score, Task
@@ -149,7 +149,8 @@ def make_task(
 
 def metadata(config: ConfigDict) -> dict[str, Any]:
     """Returns what is needed, besides the adapter, to use it."""
-    return {"task": TASK, "model": config.model.to_dict(), "seed": config.seed}
+    name = adapter_bases.make_absolute(config.model.name)
+    return {"task": TASK, "model": config.model.to_dict() | {"name": name}, "seed": config.seed}
 
 
 def _check_positions(config: ConfigDict, loaded: checkpoints.Loaded) -> None:

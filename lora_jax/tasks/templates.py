@@ -7,6 +7,7 @@ from lora_jax.data import chat_template
 from lora_jax.data.chat_template import ChatTemplate
 from lora_jax.files import write_atomically
 from lora_jax.models.checkpoints import Checkpoint
+from lora_jax.tasks import text_files
 
 METADATA = "chat_template"  # key in an adapter's metadata
 
@@ -26,6 +27,9 @@ def find(
     """
     if file:
         return chat_template.read_file(file, checkpoint)
+    files = text_files.find(adapter or None, checkpoint)
+    if files.template is not checkpoint:
+        return text_files.find_template(files, checkpoint)
     source = read(adapter) if adapter else None
     if source is None:
         return chat_template.find(checkpoint)
