@@ -27,6 +27,7 @@ from lora_jax.tasks import (
     task_file,
     text_files,
 )
+from lora_jax.tasks.text_task import LabelledTexts
 from tests.helpers import tiny_encoder, tiny_llama
 
 CONFIG = "adapter_config.json"
@@ -200,11 +201,12 @@ def test_a_relative_base_is_written_so_that_other_folders_find_it(llama, tmp_pat
 
 def test_this_library_s_format_has_absolute_paths_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tiny_encoder.checkpoint(tmp_path / "model").parent)
+    texts = LabelledTexts(task=glue.find("sst2"), training=None, evaluations=(), metadata={})
     for config, describe in (
         (tiny_llama.config(tmp_path), language_modeling.metadata),
         (
             quickstart.get_config().copy_and_resolve_references(),
-            lambda c: classification.metadata(c, glue.find("sst2")),
+            lambda c: classification.metadata(c, texts),
         ),
     ):
         with config.unlocked():
@@ -287,7 +289,8 @@ def test_the_adapter_s_own_files_about_texts_are_used(adapter, llama, tmp_path):
     note = "tokenizer and chat template and generation config (tokens that end a reply): the"
     assert any(note in line for line in own.notes)
     size = len(tiny_llama.WORDS)
-    assert f"{size + 1} tokens, and the base's embedding {size} rows" in own.notes[-1]
+    assert own.notes[-1].startswith(f"tokenizer: {size + 1} tokens, and the embedding of")
+    assert f"has {size} rows; texts with a token beyond it are refused" in own.notes[-1]
     assert chat.load_pair(adapter, max_new_tokens=1)[0].notes == own.notes
     # and merged weights have them
     out = shutil.copytree(llama[0], tmp_path / "merged")
@@ -356,6 +359,7 @@ ABOUT = {
     "buckets": [4, 12],
     "pairs": False,
     "glue": "sst2",
+    "columns": [],
 }
 
 

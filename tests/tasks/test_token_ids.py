@@ -25,6 +25,7 @@ from lora_jax.tasks import (
     language_modeling,
 )
 from lora_jax.tasks.glue import find
+from lora_jax.tasks.text_task import LabelledTexts
 from tests.helpers import encoder_runs, programs, tiny_encoder, tiny_llama, tiny_t5
 
 config = encoder_runs.config
@@ -57,7 +58,9 @@ def save_adapter(config, directory):
     settings = from_config.lora_config(config)
     ids = jnp.ones((1, 3), jnp.int32)
     adapter = lora.init(jax.random.key(0), loaded.model.apply, loaded.params, settings, ids, ids)
-    metadata = classification.metadata(config, find("sst2"))
+    about = {"pairs": False, "glue": "sst2"}
+    texts = LabelledTexts(task=find("sst2"), training=None, evaluations=(), metadata=about)
+    metadata = classification.metadata(config, texts)
     lora.save(directory, adapter, settings, base=loaded.base_id, metadata=metadata)
     return directory
 
