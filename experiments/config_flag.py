@@ -85,9 +85,7 @@ def _find_config(workdir: Path, arguments: Sequence[str]) -> str:
     return str(path)
 
 
-def _split(
-    arguments: Iterable[str], base: ConfigDict
-) -> tuple[dict[str, list[str]], list[tuple[str, ...]]]:
+def _split(arguments: Iterable[str], base: ConfigDict) -> tuple[dict[str, list[str]], list[str]]:
     """Splits arguments into texts by field, in their order, and others."""
     known = config_fields.field_names(base)
     texts: dict[str, list[str]] = {}

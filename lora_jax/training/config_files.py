@@ -8,6 +8,7 @@ import difflib
 import importlib.util
 import json
 import re
+import sys
 import sysconfig
 import traceback
 from collections.abc import Sequence
@@ -85,6 +86,7 @@ def load_module(path: str) -> ModuleType:
             f"{path} is no config: that is a file of Python, or the config.json of a run"
         )
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for the module of a class
     try:
         spec.loader.exec_module(module)
     except Exception as error:
