@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from lora_jax.data import conversation_formats, messages
 from lora_jax.models import encoder, gpt2_config, hub, llama_config, registry
 from lora_jax.peft import config, directory_files, producers
 from lora_jax.tasks import glue, task_file
@@ -105,6 +106,16 @@ def test_keys_of_configs_are_those_of_the_families():
 def test_tensors_that_are_left_out_are_those_of_the_families():
     told = named("Tensors of a checkpoint")
     assert set(told) == {pattern for family in registry.FAMILIES for pattern in family.ignored}
+
+
+def test_keys_of_conversations_are_those_of_the_code():
+    formats = conversation_formats.FORMATS.values()
+    keys = {key for x in formats for key in (*x.required, *x.optional)}
+    keys |= {*conversation_formats._COMMON, *(f"messages.{key}" for key in messages._KEYS)}
+    rows = {name for name, x in named("Rows of conversations").items() if x == "read"}
+    assert rows == keys
+    for key in ("id", "source", "score", "messages.function_call"):
+        assert find("Rows of conversations", key) == "refused"
 
 
 def test_columns_are_those_of_the_tasks():
