@@ -153,10 +153,10 @@ def load_initial(config: ConfigDict, loaded: checkpoints.Loaded) -> InitialAdapt
         return InitialAdapter(None, settings)
     initial = read_initial(config.adapter, loaded)
     files = text_files.find(config.adapter, loaded.checkpoint)
-    own = ["its own files about texts are not used: training takes those of the base"]
+    own = ["its own tokenizer is not used: training takes that of the base"]
     told = [
         *adapter_bases.find_differences(config.adapter, loaded),
-        *(own if files.notes else []),
+        *(own if files.tokenizer is not loaded.checkpoint else []),
         *adapter_bases.describe_files(config.adapter),
     ]
     return initial._replace(

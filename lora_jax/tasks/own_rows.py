@@ -2,13 +2,11 @@
 
 import hashlib
 import json
-import math
-import re
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from lora_jax.data import labelled_rows, labels, table_sources
+from lora_jax.data import holdout, labelled_rows, labels, table_sources
 from lora_jax.data.columns import find_columns
 from lora_jax.data.examples import Examples
 from lora_jax.data.labelled_rows import LabelledRows
@@ -143,13 +141,10 @@ def parse_holdout(value: float | str) -> float:
     >>> parse_holdout("20%"), parse_holdout(0.2), parse_holdout("500")
     (0.2, 0.2, 500.0)
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(%?)\s*", str(value))
-    number = float(match[1]) / (100 if match[2] else 1) if match else math.nan
-    if not (0 <= number < 1 or (number.is_integer() and not match[2])):
-        raise ValueError(
-            f'data.holdout must be a share such as "10%" or 0.1, or a number of rows, got {value!r}'
-        )
-    return number
+    try:
+        return float(holdout.parse(value)[0])
+    except ValueError as error:
+        raise ValueError(f"data.holdout {error}") from error
 
 
 def make_digest(data: OwnRows) -> str:

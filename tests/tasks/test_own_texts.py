@@ -94,7 +94,7 @@ def test_parts_that_are_held_out(holdout, count, resolve):
 @pytest.mark.parametrize(
     ("holdout", "message"),
     [
-        ("lots", "must be a share such as"),
+        ("lots", "data.holdout must be a number of examples, or a part"),
         (1.5, "got 1.5"),
         ("100%", "got '100%'"),
         (-1, "got -1"),
