@@ -245,6 +245,7 @@ def test_parquet(tmp_path):
         conversations.read(path)
 
 
+@pytest.mark.parity
 def test_data_sets_of_hugging_face(tmp_path):
     datasets = pytest.importorskip("datasets")
     (tmp_path / "files").mkdir()
