@@ -378,7 +378,7 @@ quick = functools.partial(
 )
 
 
-@quick(max_examples=30)
+@quick(max_examples=12)
 @given(chains())
 def test_a_random_chain(chain):
     check(chain)

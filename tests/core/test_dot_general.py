@@ -36,9 +36,23 @@ def layouts(draw):
 dtypes = st.sampled_from([(jnp.float32, 1e-4), (jnp.bfloat16, 0.1), (jnp.float16, 2e-2)])
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(layouts(), dtypes, st.booleans(), st.integers(1, 3), st.integers(0, 2**31))
+cases = given(layouts(), dtypes, st.booleans(), st.integers(1, 3), st.integers(0, 2**31))
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@cases
 def test_any_layout(layout, dtype, kernel_first, rank, seed):
+    check_layout(layout, dtype, kernel_first, rank, seed)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@cases
+@pytest.mark.slow
+def test_many_layouts(layout, dtype, kernel_first, rank, seed):
+    check_layout(layout, dtype, kernel_first, rank, seed)
+
+
+def check_layout(layout, dtype, kernel_first, rank, seed):
     kernel, operand, contracting, shared = layout
     dtype, tolerance = dtype
     rng = np.random.default_rng(seed)

@@ -124,7 +124,17 @@ def compare(axes, shape, fn, strict):
     return params, adapter, run
 
 
-@pytest.mark.parametrize("name", FACTORED)
+# By default one form of each kind; the others are slow.
+SOME = {
+    "product", "transposed", "tied", "filled up", "stack", "heads", "several inputs", "reshape", "dynamic slice", "scaled",
+    "side by side", "split", "picked", "ragged", "convolution", "scan", "scan over outputs", "branch",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=() if x in SOME else pytest.mark.slow) for x in FACTORED],
+)
 def test_stays_factored(name):
     compare(*FACTORED[name], strict=True)
 

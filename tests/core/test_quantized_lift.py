@@ -76,12 +76,22 @@ def case(name, scheme="nf4"):
 # Every construction with one scheme, and every scheme on scanned and on unrolled layers.
 PAIRS = [(name, "nf4") for name in zoo.ZOO]
 PAIRS += [(name, s) for s in SCHEMES if s != "nf4" for name in ("scanned_remat", "attention")]
-both = pytest.mark.parametrize(
-    ("name", "scheme"), [pytest.param(*p, marks=pytest.mark.xdist_group(p[0])) for p in PAIRS]
-)
 
 
-@both
+def pairs(*, slow):
+    """Constructions with schemes, some of which are slow."""
+    group, late = pytest.mark.xdist_group, pytest.mark.slow
+    marks = lambda pair: [group(pair[0])] + [late] * slow(*pair)
+    return pytest.mark.parametrize(
+        ("name", "scheme"), [pytest.param(*pair, marks=marks(pair)) for pair in PAIRS]
+    )
+
+
+widely = pairs(slow=lambda name, scheme: scheme != "nf4" and name != "attention")
+both = pairs(slow=lambda name, scheme: (name, scheme) != ("scanned_remat", "nf4"))
+
+
+@widely
 def test_lift_equals_merge_of_the_decoded_base(name, scheme):
     c = case(name, scheme)
     assert any(map(is_quantized, jax.tree.leaves(c.params, is_leaf=is_quantized)))

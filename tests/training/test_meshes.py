@@ -44,10 +44,12 @@ def run(root, *cases):
 
 @pytest.fixture(scope="module")
 def found(root):
-    meshes = ("one", "data", "fsdp", "tensor", "mixed")
-    return run(
-        root, *(f"losses:{mesh}" for mesh in meshes), "stream:mixed", "host:fsdp", "chunks:mixed"
-    )
+    return run(root, "losses:fsdp", "stream:mixed", "host:fsdp", "chunks:mixed")
+
+
+@pytest.fixture(scope="module")
+def trained(root):
+    return run(root, *(f"losses:{mesh}" for mesh in ("one", "data", "fsdp", "tensor", "mixed")))
 
 
 def close(one, other):
@@ -57,16 +59,17 @@ def close(one, other):
 
 @pytest.mark.parametrize("mesh", ["data", "fsdp", "tensor", "mixed"])
 @pytest.mark.slow
-def test_losses_are_those_of_one_device(found, mesh):
+def test_losses_are_those_of_one_device(trained, mesh):
     """With dropout, whose draw does not depend on the mesh."""
-    one, other = found["losses:one"], found[f"losses:{mesh}"]
+    one, other = trained["losses:one"], trained[f"losses:{mesh}"]
     assert one["losses"][-1] < 0.6 * one["losses"][0]  # something is learnt
     close(one["losses"], other["losses"])
     assert other["stays"]
 
 
-def test_evaluation_is_that_of_one_device(found):
-    one, mixed = (found[f"losses:{mesh}"]["scores"] for mesh in ("one", "mixed"))
+@pytest.mark.slow
+def test_evaluation_is_that_of_one_device(trained):
+    one, mixed = (trained[f"losses:{mesh}"]["scores"] for mesh in ("one", "mixed"))
     assert one.keys() == mixed.keys()
     close(list(one.values()), list(mixed.values()))
 
@@ -79,8 +82,9 @@ def test_an_eighth_of_the_base_on_each_device(found):
     assert here / total == pytest.approx(1 / 8, rel=0.01)
 
 
-def test_only_gradients_of_the_adapter_are_summed_over_data(found):
-    about = found["losses:data"]
+@pytest.mark.slow
+def test_only_gradients_of_the_adapter_are_summed_over_data(trained):
+    about = trained["losses:data"]
     assert {x["kind"] for x in about["collectives"]} == {"all-reduce"}
     shapes = [s for x in about["collectives"] for s in x["shapes"] if s]
     # Some in the layout of their transposes.
@@ -133,6 +137,7 @@ def test_logits_stay_on_their_devices(found):
     assert about["gathered in"] and {*about["gathered in"]} == {"ENTRY"}
 
 
+@pytest.mark.slow
 def test_pmap_gives_the_numbers_of_one_device(root):
     """Without dropout: there, each device of a pmap draws for itself."""
     found = run(root, "still:one", "still:pmap")
