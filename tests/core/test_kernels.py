@@ -16,6 +16,7 @@ from lora_jax import paths
 from lora_jax.adapter import nodes
 from lora_jax.transform import forms
 from lora_jax.transform import lift as lift_module
+from tests.helpers import slow
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
@@ -318,7 +319,7 @@ HIDDEN = {
 NO_GRADIENT = {"custom_partitioning", "custom_vmap", "composite", "linear_call"}
 
 
-@pytest.mark.parametrize("name", HIDDEN)
+@pytest.mark.parametrize("name", slow.after(8, HIDDEN))
 def test_a_kernel_inside_another_equation(name):
     fn, w, axes = HIDDEN[name]
     params, x = {"w": w}, array(4, 6)

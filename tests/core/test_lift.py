@@ -14,6 +14,7 @@ import lora_jax as lora
 from lora_jax.adapter import nodes
 from lora_jax.lowrank import LowRank
 from lora_jax.transform import forms
+from tests.helpers import slow
 
 RNG = np.random.default_rng(0)
 
@@ -333,7 +334,7 @@ FACTORED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FACTORED)
+@pytest.mark.parametrize("name", slow.after(34, FACTORED))
 def test_stays_factored(name):
     fn, w, x, axes = FACTORED[name]
     check(fn, w, x, axes=axes)

@@ -9,6 +9,7 @@ from lora_jax import paths
 from lora_jax.code_books import DYNAMIC, TABLES
 from lora_jax.quantized import CodeBook, Quantized, abstract, decode, is_quantized, numbers, parts
 from lora_jax.schemes import SCHEMES, encode, nest
+from tests.helpers import slow
 from tests.helpers.places import GOLDENS
 
 CASES = np.load(GOLDENS / "quantized" / "cases.npz")
@@ -124,7 +125,9 @@ def test_error_is_that_of_the_scheme(scheme):
     assert bits < (4.7 if "4" in scheme and not scheme.startswith("float") else 8.3)
 
 
-@pytest.mark.parametrize("scheme", ["nf4_double", "int8", "int4", "float8_e4m3_blocks"])
+@pytest.mark.parametrize(
+    "scheme", slow.after(1, ["nf4_double", "int8", "int4", "float8_e4m3_blocks"])
+)
 @pytest.mark.parametrize("axes", ["oi", "biio", "oibo", "ibio"])
 def test_any_axes(scheme, axes):
     """Each kernel along batch axes has what the matrix of its inputs and outputs has."""

@@ -17,7 +17,7 @@ import lora_jax as lora
 from lora_jax import serialize
 from lora_jax.files import read_safetensors, write_atomically
 from lora_jax.lowrank import LowRank
-from tests.helpers import zoo
+from tests.helpers import slow, zoo
 from tests.helpers.places import ROOT
 
 
@@ -251,7 +251,7 @@ def stack_of(model, config, shape):
     return init(jax.random.split(jax.random.key(0), shape))
 
 
-@pytest.mark.parametrize("shape", [(3,), (1,), (2, 3), (2, 1, 2)])
+@pytest.mark.parametrize("shape", slow.after(1, [((2, 3),), ((3,),), ((1,),), ((2, 1, 2),)]))
 @pytest.mark.parametrize("name", ["mlp", "experts"])
 def test_a_stack_of_adapters(tmp_path, shape, name):
     model = zoo.ZOO[name]()

@@ -15,6 +15,7 @@ from lora_jax.lowrank import LowRank, factor_shapes
 from lora_jax.models import registry
 from lora_jax.models.families import CLASSIFIER
 from lora_jax.training.mesh import ONE, check, find
+from tests.helpers import slow
 
 P = PartitionSpec
 MESH = AbstractMesh((2, 4, 2), sharding.AXES)
@@ -216,7 +217,7 @@ def test_dropout_is_the_same_with_and_without_constraints():
 
 
 @pytest.mark.parametrize("family", registry.FAMILIES, ids=lambda f: f.model_type[0])
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", slow.after(1, [True, False]))
 def test_every_family_says_how_its_kernels_are_split(family, scan):
     """Each kernel has a rule; an eighth is left of all; layers that are stacked stay whole."""
     head = CLASSIFIER if CLASSIFIER in family.models else next(iter(family.models))

@@ -238,6 +238,7 @@ def test_dropped_weights_are_zero_and_the_others_scaled():
     assert not np.array_equal(blocks[0], blocks[2])  # each pair of blocks has its own key
 
 
+@pytest.mark.slow
 def test_gradients_with_dropout_are_those_of_the_same_weights():
     with jax.enable_x64(True):
         arrays, _ = make_plain(6, jnp.float64)

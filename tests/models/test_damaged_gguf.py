@@ -9,7 +9,7 @@ from lora_jax import paths
 from lora_jax.data import chat_template
 from lora_jax.models import checkpoints, gguf, gguf_models
 from lora_jax.quantized import as_array
-from tests.helpers import damaged_files, gguf_files, gguf_tokens, limits, tiny_llama
+from tests.helpers import damaged_files, gguf_files, gguf_tokens, limits, slow, tiny_llama
 
 pytestmark = pytest.mark.usefixtures("quiet")
 KINDS = ("F32", "Q4_0", "Q4_1", "Q8_0")
@@ -123,7 +123,7 @@ def words(path):
 
 
 @pytest.mark.parametrize("count", [10, pytest.param(140, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("mutate", MUTATIONS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("mutate", slow.after(5, MUTATIONS), ids=lambda f: f.__name__)
 def test_damaged_files(originals, tmp_path, mutate, count):
     """What loads has the shapes of the model, and is finite."""
     path, refusals = tmp_path / "m.gguf", 0

@@ -14,7 +14,7 @@ import lora_jax as lora
 from lora_jax.lowrank import LowRank
 from lora_jax.models import checkpoints, decoding, generate, gpt2
 from lora_jax.models.decoding import Decoding
-from tests.helpers import places
+from tests.helpers import places, slow
 
 # Made by scripts/make_gpt2_goldens.py.
 GOLDENS = places.GOLDENS / "gpt2"
@@ -37,7 +37,7 @@ CASES = [("plain", False, kind) for kind in TEXTS]
 CASES += [("odd", True, kind) for kind in ("stop", "beams_3")]
 
 
-@pytest.mark.parametrize("case, scan_layers, kind", CASES)
+@pytest.mark.parametrize("case, scan_layers, kind", slow.after(3, CASES))
 def test_texts_equal_transformers(case, scan_layers, kind):
     prompt, values = golden(case)
     loaded = checkpoints.load(GOLDENS / case, head="causal-lm", scan_layers=scan_layers)
@@ -117,7 +117,7 @@ def greedy_by_hand(prompt, *, stop=(), size=0, room=ROOM):
     return made
 
 
-@pytest.mark.parametrize("stop, size", [((), 0), ((4, 1), 0), ((), 1), ((), 2)])
+@pytest.mark.parametrize("stop, size", slow.after(1, [((4, 1), 0), ((), 0), ((), 1), ((), 2)]))
 def test_greedy_is_the_likeliest_token_each_time(stop, size):
     settings = Decoding(max_new_tokens=ROOM, stop=stop, no_repeat_ngram=size, pad_id=5)
     made = generate.generator(*parts(), settings)(small()[1], prompts())

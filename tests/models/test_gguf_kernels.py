@@ -14,7 +14,7 @@ from lora_jax.models import checkpoints
 from lora_jax.paths import named_leaves
 from lora_jax.quantized import as_array, decode, is_quantized
 from lora_jax.schemes import encode
-from tests.helpers import gguf_checkpoints, gguf_files, gguf_tokens, tiny_llama
+from tests.helpers import gguf_checkpoints, gguf_files, gguf_tokens, slow, tiny_llama
 from tests.helpers.comparisons import assert_close, perturbed
 from tests.helpers.quantized_checkpoints import GOLDENS, load, quantized
 
@@ -39,7 +39,7 @@ def assert_same_bits(got, want, name):
     np.testing.assert_array_equal(as_bits(got), as_bits(want), err_msg=name)
 
 
-@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("scan", slow.after(1, [True, False]), ids=["scanned", "unrolled"])
 @pytest.mark.parametrize("kinds", [["Q4_0"], ["Q4_1"], ["Q8_0"], FOUR, ANY], ids="-".join)
 def test_numbers_are_those_that_are_decoded(kinds, scan, tmp_path, caplog):
     """Of rows of q and k, too, which the file has in another order."""

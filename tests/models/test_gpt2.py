@@ -14,7 +14,7 @@ import lora_jax as lora
 from lora_jax import adapter as adapters
 from lora_jax import names, paths
 from lora_jax.models import checkpoints, gpt2, kv_cache
-from tests.helpers import places
+from tests.helpers import places, slow
 
 # Made by scripts/make_gpt2_goldens.py.
 GOLDENS = places.GOLDENS / "gpt2"
@@ -80,7 +80,7 @@ def test_bfloat16_computes_near_float32_and_keeps_parameters():
     np.testing.assert_allclose(logits[real], expected[real], rtol=0, atol=0.05 * scale)
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("scan_layers", slow.after(1, [True, False]))
 @pytest.mark.parametrize("pieces", [(9,), (4, 1, 1, 3)])
 def test_with_a_cache_the_logits_are_the_same(scan_layers, pieces):
     (ids, mask), _ = golden("odd")
@@ -184,7 +184,7 @@ def test_what_is_saved_is_what_was_read(case, tmp_path):
         np.testing.assert_array_equal(value, theirs[name])
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("scan_layers", slow.after(1, [True, False]))
 @pytest.mark.parametrize("targets", ["c_attn", "all-linear", "wte"])
 def test_adapted_kernels_stay_factored(scan_layers, targets):
     (ids, mask), _ = golden("plain")

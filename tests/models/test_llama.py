@@ -15,7 +15,7 @@ from lora_jax import paths
 from lora_jax.models import checkpoints, llama, llama_config, plain_attention, registry, rope
 from lora_jax.models.llama_config import LlamaConfig
 from lora_jax.models.rope import Rope
-from tests.helpers import places
+from tests.helpers import places, slow
 
 # Made by scripts/make_llama_goldens.py.
 GOLDENS = places.GOLDENS / "llama"
@@ -97,7 +97,8 @@ def test_table_is_a_bijection_onto_the_tree(case, scan):
 
 
 @pytest.mark.parametrize(
-    "case, scan", [("llama3", True), ("mistral", False), ("gemma3", False), ("gemma3", True)]
+    "case, scan",
+    slow.after(2, [("llama3", True), ("gemma3", False), ("mistral", False), ("gemma3", True)]),
 )
 def test_a_cache_gives_the_same_logits(case, scan):
     """Five tokens at once, then the others one by one; a row is padded on the left."""

@@ -19,7 +19,7 @@ from lora_jax.models import checkpoints, gpt2, hub
 from lora_jax.paths import named_leaves
 from lora_jax.quantized import as_array, decode, is_quantized
 from lora_jax.schemes import encode
-from tests.helpers import damaged_files
+from tests.helpers import damaged_files, slow
 from tests.helpers.comparisons import assert_close
 from tests.helpers.quantized_checkpoints import GOLDENS, NAME, changed, load, quantized
 
@@ -382,7 +382,7 @@ def damage(tensors, rng):
 
 
 @pytest.mark.parametrize("count", [40, pytest.param(700, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow.after(1, KINDS))
 def test_damage_is_told_or_harmless(tmp_path, kind, count):
     """A clear error, or a model of the same shapes and of finite numbers, in little time."""
     wanted = {n: (x.shape, x.dtype) for n, x in named_leaves(load(GOLDENS / kind).params).items()}

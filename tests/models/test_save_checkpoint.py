@@ -14,7 +14,7 @@ from lora_jax import files
 from lora_jax.models import checkpoints, hub, save_checkpoint, shards
 from lora_jax.paths import named_leaves
 from lora_jax.tasks import language_model
-from tests.helpers import programs, tiny_llama
+from tests.helpers import programs, slow, tiny_llama
 from tests.helpers.comparisons import assert_close, perturbed
 from tests.helpers.quantized_checkpoints import GOLDENS, load, quantized, read
 
@@ -41,7 +41,7 @@ def save(directory, loaded, **options):
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
-@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("scan", slow.after(1, [True, False]), ids=["scanned", "unrolled"])
 def test_the_sum_is_rounded_once(scan, dtype, folder, tmp_path):
     """From float32, also over a base in bfloat16."""
     loaded, adapter, _ = adapted(folder, scan=scan, param_dtype=jnp.bfloat16)

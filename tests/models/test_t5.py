@@ -14,7 +14,7 @@ import lora_jax as lora
 from lora_jax import names, paths, peft
 from lora_jax.models import checkpoints, generate, hub, relative_positions, t5, t5_config
 from lora_jax.models.decoding import Decoding
-from tests.helpers import places
+from tests.helpers import places, slow
 
 # Made by scripts/make_t5_goldens.py.
 GOLDENS = places.GOLDENS / "t5"
@@ -67,7 +67,7 @@ def test_goldens_cover_both_versions():
     assert longest > one.relative_attention_max_distance
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("scan_layers", slow.after(1, [False, True]))
 @pytest.mark.parametrize("case", CASES)
 def test_logits_equal_transformers(case, scan_layers):
     args, values = golden(case)
@@ -111,7 +111,7 @@ def test_cached_decoding_equals_the_whole(scan_layers):
     assert cache.index == 10
 
 
-@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("beams", slow.after(1, [3, 1]))
 @pytest.mark.parametrize("case", CASES)
 def test_texts_equal_transformers(case, beams):
     """The same tokens, from a batch that is padded on either side, with an end."""
@@ -207,7 +207,7 @@ def test_a_row_without_tokens_is_finite():
     assert all(np.isfinite(x).all() for x in [value, *jax.tree.leaves(grads)])
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("scan_layers", slow.after(1, [True, False]))
 def test_dropout_acts_while_training_only(scan_layers):
     model, params = load("v1_0", scan_layers)
     args, values = golden("v1_0")
@@ -355,7 +355,7 @@ TRAINED = {"q": ("q", "v"), "linear": ("all-linear",), "tables": ("shared", "re:
 
 
 @pytest.mark.parametrize(
-    ("what", "scan_layers"), [("q", False), ("linear", True), ("tables", False)]
+    ("what", "scan_layers"), slow.after(1, [("q", False), ("linear", True), ("tables", False)])
 )
 def test_lift_equals_merge(what, scan_layers):
     """In training, and in decoding step by step."""

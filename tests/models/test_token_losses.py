@@ -15,6 +15,7 @@ from lora_jax.models import checkpoints, token_losses
 from lora_jax.models.token_losses import compute_token_losses
 from lora_jax.quantized import as_array, is_quantized
 from lora_jax.tasks import language_modeling
+from tests.helpers import slow
 from tests.helpers.comparisons import assert_close, perturbed
 from tests.helpers.places import GOLDENS
 
@@ -189,7 +190,7 @@ TOYS = {
 }
 
 
-@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("name", slow.after(2, TOYS))
 def test_lifted(monkeypatch, name):
     """The head stays factored, and values and gradients are those of the merged one."""
     set_chunk(monkeypatch, 4, 16, itemsize=8)
