@@ -53,7 +53,7 @@ def load_sweep(path: str | Path) -> Callable[[Callable[..., None]], None]:
       ValueError: the file defines none, or something is wrong in it.
     """
     is_python = not str(path).endswith(".json")
-    sweep = getattr(config_files.load_module(str(path)), "sweep", None) if is_python else None
+    sweep = getattr(config_files.import_file(str(path)), "sweep", None) if is_python else None
     if not callable(sweep):
         raise ValueError(
             f"{path} defines no sweep: add a function sweep(add) that calls add(**{{'lora.rank': "

@@ -149,8 +149,10 @@ def make_task(
 
 def metadata(config: ConfigDict) -> dict[str, Any]:
     """Returns what is needed, besides the adapter, to use it."""
-    name = adapter_bases.make_absolute(config.model.name)
-    return {"task": TASK, "model": config.model.to_dict() | {"name": name}, "seed": config.seed}
+    model = config.model.to_dict()
+    if "name" in model:  # a model that is made from nothing has none
+        model["name"] = adapter_bases.make_absolute(model["name"])
+    return {"task": TASK, "model": model, "seed": config.seed}
 
 
 def _check_positions(config: ConfigDict, loaded: checkpoints.Loaded) -> None:

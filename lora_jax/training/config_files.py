@@ -44,7 +44,7 @@ def load(path: str) -> ConfigDict:
     if split_argument(path)[0].endswith(".json"):
         return _load_json(Path(path))
     file, argument = split_argument(path)
-    module = load_module(file)
+    module = import_file(file)
     get_config = getattr(module, "get_config", None)
     if not callable(get_config):
         raise ValueError(f"{file} defines no get_config(), the function that returns the config")
@@ -72,7 +72,7 @@ def split_argument(path: str) -> tuple[str, list[str]]:
     return file, [argument] if colon else []
 
 
-def load_module(path: str) -> ModuleType:
+def import_file(path: str) -> ModuleType:
     """Loads a file of Python.
 
     Raises:
