@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 
 from experiments import cli
-from lora_jax.data import columns, labelled_rows, table_sources, tables
+from lora_jax.data import characters, columns, labelled_rows, table_sources, tables
 from lora_jax.data.examples import Examples
 from lora_jax.tasks import classifier
 
@@ -37,7 +37,7 @@ def sentences(arguments: list[str], file: str | None) -> list[str]:
     """Returns the sentences of the arguments, a file, or stdin, without blank lines.
 
     Raises:
-      ValueError: there are no sentences, or there are both arguments and a file.
+      ValueError: there are no sentences, or one is no text; or there are both arguments and a file.
       OSError: the file can't be read.
     """
     if arguments and file:
@@ -49,6 +49,8 @@ def sentences(arguments: list[str], file: str | None) -> list[str]:
         raise ValueError(
             "No sentences: give them as arguments, in --file, or on stdin, one a line."
         )
+    for sentence in result:
+        characters.check(sentence)
     return result
 
 

@@ -1,19 +1,20 @@
 """Chat templates, with which a model's files write a conversation as one text."""
 
 import datetime
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_jax.data import template_program
 from lora_jax.data.template_program import Message, Traced
-from lora_jax.models import gguf_tokenizer
+from lora_jax.models import gguf_tokenizer, tokenizer
 from lora_jax.models.checkpoints import Checkpoint
 from lora_jax.models.gguf import is_gguf
+from lora_jax.models.tokenizer_settings import CONFIG, NAMES, read_object
 
 FILE = "chat_template.jinja"
 _FOLDER = "additional_chat_templates"
+_NOW = datetime.datetime(2000, 1, 1)
 _TOOL_USE = "tool_use"  # name of the template for conversations with tools, where there are several
 # Names of a message's thoughts; the first that a message has is written, as in transformers.
 REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -48,7 +49,7 @@ def find(checkpoint: Checkpoint) -> ChatTemplate:
     with_tools = _read_text(directory / _FOLDER / f"{_TOOL_USE}.jinja")
     if (source := _read_text(directory / FILE)) is not None:
         return ChatTemplate(source, tokens, directory / FILE, with_tools)
-    source = _read_json(directory / "tokenizer_config.json").get("chat_template")
+    source = read_object(directory / CONFIG).get("chat_template")
     if isinstance(source, list):  # several templates with names
         templates = {x.get("name"): x.get("template") for x in source if isinstance(x, dict)}
         source, with_tools = templates.get("default"), templates.get(_TOOL_USE)
@@ -58,7 +59,7 @@ def find(checkpoint: Checkpoint) -> ChatTemplate:
             "tokenizer_config.json no chat_template. Copy the one of its chat version there, or "
             "give a file with data.chat_template."
         )
-    return ChatTemplate(source, tokens, directory / "tokenizer_config.json", with_tools)
+    return ChatTemplate(source, tokens, directory / CONFIG, with_tools)
 
 
 def read_file(path: str | Path, checkpoint: Checkpoint) -> ChatTemplate:
@@ -89,8 +90,7 @@ def read_tokens(checkpoint: Checkpoint) -> dict[str, str]:
     directory = checkpoint.directory
     if is_gguf(directory):
         return gguf_tokenizer.read_template(directory)[1]
-    tokens = _find_tokens(_read_json(directory / "special_tokens_map.json"))
-    return tokens | _find_tokens(_read_json(directory / "tokenizer_config.json"))
+    return tokenizer.read_special_tokens(directory)
 
 
 def _read_gguf(path: Path) -> ChatTemplate:
@@ -108,26 +108,6 @@ def _read_text(path: Path) -> str | None:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 at byte {error.start}.") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}.") from error
-    return content if isinstance(content, dict) else {}
-
-
-def _find_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Finds the entries for one special token, which are text, or an object with its content."""
-    contents = {
-        name: value.get("content") if isinstance(value, dict) else value
-        for name, value in settings.items()
-        if name.endswith("_token")
-    }
-    return {name: value for name, value in contents.items() if isinstance(value, str)}
 
 
 def render(template: ChatTemplate, messages: Sequence[Message], **options: Any) -> Traced:
@@ -172,6 +152,24 @@ def trace(
     return _run(template_program.trace, template, messages, **options)
 
 
+def try_render(source: str, messages: Sequence[Message], **options: Any) -> str | None:
+    """Writes messages that stand for others, to see what a template does with them.
+
+    Args:
+      source: text of the template.
+      messages: the messages.
+      **options: those of :func:`trace`.
+
+    Returns:
+      The text; None if the template does not take the messages.
+    """
+    try:
+        template = ChatTemplate(source, dict.fromkeys(NAMES, ""), "")
+        return render(template, messages, now=_NOW, **options).text
+    except ValueError:
+        return None
+
+
 def choose(template: ChatTemplate, tools: Sequence[Mapping[str, Any]] | None) -> str:
     """Returns the text of the template that writes conversations with these tools, or without."""
     return template.with_tools if tools and template.with_tools else template.source
@@ -197,8 +195,11 @@ def _run(
 
 
 def _alias_reasoning(message: Message) -> dict[str, Any]:
-    """Gives the thoughts of a message both names that templates read, and leaves out None."""
-    message = {name: x for name, x in message.items() if x is not None}
+    """Gives the thoughts of a message both names that templates read, and leaves out None.
+
+    A content may be None, which templates write calls of tools beside.
+    """
+    message = {name: x for name, x in message.items() if x is not None or name == "content"}
     thoughts = next((message[name] for name in REASONING if name in message), None)
     if thoughts is None:
         return message

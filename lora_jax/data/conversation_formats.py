@@ -84,7 +84,10 @@ def parse(row: object, format: str = AUTO, ignore: Collection[str] = ()) -> Pars
         )
     parsed = _add_system(found.parse(row), row.get("system"))
     if not any(message["role"] == ASSISTANT for message in parsed.messages):
-        raise ValueError("no message is of the role 'assistant', so there is nothing to learn")
+        roles = ", ".join(dict.fromkeys(repr(message["role"]) for message in parsed.messages))
+        raise ValueError(
+            f"no message is of the role 'assistant', so there is nothing to learn; it has {roles}"
+        )
     if not any(parsed.is_learned):
         raise ValueError("no message of the assistant is to be learned, as their weights say")
     conversation = Parsed(parsed, _read_tools(row.get("tools")), _read_values(row))
@@ -114,7 +117,7 @@ def _find(row: Mapping[str, Any]) -> str:
     if len(names) == 1:
         return names[0]
     formats = "; ".join(f"{name}: {', '.join(x.required)}" for name, x in FORMATS.items())
-    state = f"it has {', '.join(map(repr, row))}" if row else "it has no keys"
+    state = f"it has {', '.join(map(repr, row))}" if row else "it has no keys with values"
     if names:
         raise ValueError(f"it fits {' and '.join(names)}; set data.format to one of them; {state}")
     raise ValueError(f"a conversation has the keys of one of these formats ({formats}); {state}")

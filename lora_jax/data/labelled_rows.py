@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from lora_jax.data import labels
+from lora_jax.data import characters, labels
 from lora_jax.data.columns import Columns
 from lora_jax.data.tables import Table, Value, count_rows, is_missing, list_places, raise_problems
 
@@ -79,13 +79,7 @@ def _to_text(value: Value) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError(f"the text is {str(value)[:40]!r}, a {type(value).__name__}")
     text = str(value).strip()
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"the text has half of a character ({error.object[error.start]!a}, a lone surrogate); "
-            "remove it"
-        ) from error
+    characters.check(text)
     return text
 
 

@@ -125,22 +125,18 @@ def _check_calls(message: dict[str, Any]) -> None:
             raise ValueError("tool_calls are for messages of the role 'assistant'")
         if not isinstance(calls, list):
             raise ValueError(f"tool_calls must be a list of objects, got {calls!r:.60}")
-        message["tool_calls"] = [_check_call(call) for call in calls]
+        for call in calls:
+            _check_call(call)
 
 
-def _check_call(call: object) -> dict[str, Any]:
-    """Returns a call with its arguments as an object, of which templates write JSON."""
+def _check_call(call: object) -> None:
+    """Checks a call, whose arguments are an object, or a text with the JSON of one."""
     if not isinstance(call, dict):
         raise ValueError(f"a call in tool_calls must be an object, got {call!r:.60}")
     refuse_keys(call, _CALL_KEYS)
-    if "function" not in call:
-        return _read_arguments(call)
-    if not isinstance(call["function"], dict):
-        raise ValueError(f"the function of a call is {call['function']!r:.60}, and no object")
-    return call | {"function": _read_arguments(call["function"])}
-
-
-def _read_arguments(function: dict[str, Any]) -> dict[str, Any]:
+    function = call.get("function", call)
+    if not isinstance(function, dict):
+        raise ValueError(f"the function of a call is {function!r:.60}, and no object")
     if not isinstance(function.get("name"), str):
         raise ValueError(f"the name of a call {_describe(function, 'name')}, and must be a text")
     arguments = function.get("arguments")
@@ -151,7 +147,6 @@ def _read_arguments(function: dict[str, Any]) -> dict[str, Any]:
             arguments = None
     if "arguments" in function and not isinstance(arguments, dict):
         raise ValueError(f"arguments of a call {_describe(function, 'arguments')}, and no object")
-    return function | ({"arguments": arguments} if "arguments" in function else {})
 
 
 def _read_switches(message: Mapping[str, Any]) -> bool:

@@ -4,14 +4,13 @@ A template passes over what it does not know: the tools of a row, say, or a mess
 it has no words for. The model would then learn other conversations than the file has.
 """
 
-import datetime
 import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_jax.data import chat_template
+from lora_jax.data import chat_template, tool_calls
 from lora_jax.data.assistant_spans import Turn
 from lora_jax.data.chat_template import REASONING, ChatTemplate
 from lora_jax.data.messages import ASSISTANT
@@ -23,7 +22,6 @@ _RESULTS = ("tool", "function", "ipython", "observation")
 _ALWAYS = ("role", "content", "tool_call_id")
 _QUESTION = {"role": "user", "content": "a"}
 _TOOL = {"type": "function", "function": {"name": PROBE, "description": PROBE, "parameters": {}}}
-_NOW = datetime.datetime(2000, 1, 1)
 
 
 def check(
@@ -36,7 +34,7 @@ def check(
 
     Returns:
       The messages in the form that the template takes: parts of a content are joined where it takes
-      texts alone.
+      texts alone, and tool calls are as :func:`tool_calls.convert` makes them.
 
     Raises:
       ValueError: names a key, or a role, that does not occur in the template.
@@ -56,7 +54,7 @@ def check(
             raise ValueError(
                 f"message {k}: the chat template {template.origin} has no word of the role {role!r}"
             )
-    return [_join(source, message) for message in messages]
+    return [tool_calls.convert(source, _join(source, message)) for message in messages]
 
 
 def _knows(source: str, key: str, message: Message) -> bool:
@@ -83,14 +81,14 @@ def _writes_tools(source: str) -> bool:
     """Returns whether a template writes the tools of a conversation."""
     if not _occurs("tools", source):
         return False
-    text = _try(source, [_QUESTION], tools=[_TOOL])
+    text = chat_template.try_render(source, [_QUESTION], tools=[_TOOL])
     return text is None or PROBE in text
 
 
 @functools.lru_cache(maxsize=64)
 def _writes_names(source: str) -> bool:
     """Returns whether a template writes the name of a person who speaks."""
-    text = _try(source, [_QUESTION | {"name": PROBE}])
+    text = chat_template.try_render(source, [_QUESTION | {"name": PROBE}])
     return text is not None and PROBE in text
 
 
@@ -106,17 +104,9 @@ def _join(source: str, message: Message) -> Message:
 def _takes_parts(source: str, role: str) -> bool:
     """Returns whether a template writes the text of a content that is a list of parts."""
     message = {"role": role, "content": [{"type": "text", "text": PROBE}]}
-    text = _try(source, [message] if role in ("user", "system") else [_QUESTION, message])
+    talk = [message] if role in ("user", "system") else [_QUESTION, message]
+    text = chat_template.try_render(source, talk)
     return text is not None and PROBE in text and "'text'" not in text and '"text"' not in text
-
-
-def _try(source: str, messages: Sequence[Message], **options: Any) -> str | None:
-    """Writes messages that stand for others; None if the template does not take them."""
-    try:
-        template = ChatTemplate(source, {}, "")
-        return chat_template.render(template, messages, now=_NOW, **options).text
-    except ValueError:
-        return None
 
 
 def check_written(
@@ -141,6 +131,10 @@ def check_written(
         # Templates may leave out thoughts, which are at the beginning of a content.
         if message["role"] == ASSISTANT and not _is_in(written.text, content):
             what = "its content" + (" beside its tool_calls" if "tool_calls" in message else "")
+            raise ValueError(f"message {k}: {_refuse(template, what)}")
+        begin, end = written.parts.get(k, (0, len(written.text)))
+        if not tool_calls.has_all(written.text[begin:end], message):
+            what = "all of its tool_calls" + (" beside its content" if content else "")
             raise ValueError(f"message {k}: {_refuse(template, what)}")
 
 

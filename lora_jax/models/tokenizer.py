@@ -101,6 +101,24 @@ def read_tokenizer(directory: str | Path) -> tokenizers.Tokenizer:
     return tokenizer
 
 
+def read_special_tokens(directory: str | Path) -> dict[str, str]:
+    """Reads the special tokens with a name, "bos_token" and so on, that chat templates may use.
+
+    Where the files do not name a token, it is that of the class, if the tokenizer has it.
+
+    Raises:
+      ValueError: a file is damaged.
+    """
+    settings = tokenizer_settings.read(Path(directory))
+    name = _find_class(settings)
+    defaults = dict(KINDS[name].special) if name in KINDS else {}
+    if not defaults.keys() <= settings.special.keys():
+        made = read_tokenizer(directory)
+        defaults = {n: text for n, text in defaults.items() if made.token_to_id(text) is not None}
+    named = tokenizer_settings.name_tokens(settings, defaults)
+    return {name: token.content for name, token in named.items()}
+
+
 def _find_kind(settings: Settings) -> Kind:
     """Finds the kind of tokenizer that a vocabulary is for.
 
@@ -166,9 +184,7 @@ def _read_json(settings: Settings) -> tokenizers.Tokenizer:
     made = tokenizers.Tokenizer.from_file(str(settings.directory / _JSON))
     if settings.options.get("auto_map"):
         _log.warning("%s: auto_map names a program, which is not run", settings.directory / CONFIG)
-    name = settings.class_name
-    if not name and not settings.is_generic:
-        name = CLASSES.get(settings.model_type, "")
+    name = _find_class(settings)
     defaults: Mapping[str, str] = {}
     if name in KINDS:
         special = KINDS[name].special
@@ -177,14 +193,26 @@ def _read_json(settings: Settings) -> tokenizers.Tokenizer:
             _log.info("%s: %s is changed to what %s is", settings.directory, _JSON, name)
             # Its added tokens are found by the new steps only if it is made anew.
             made = tokenizers.Tokenizer.from_str(made.to_str())
-    known = {token.content for token in made.get_added_tokens_decoder().values()}
+    there = made.get_added_tokens_decoder().values()
+    known = {token.content for token in there}
     known -= {token.content for token in settings.added.values()}
     named = tokenizer_settings.name_tokens(settings, defaults)
     tokens = tokenizer_settings.list_tokens(settings, named)
     # Of a token that the file has, the file says more than its mere text.
     made.add_tokens([token for token in tokens if token.content not in known])
+    texts = {token.content for token in named.values()}
+    made.add_special_tokens(
+        [token for token in there if token.content in texts and not token.special]
+    )
     _tell_ends(made, settings)
     return made
+
+
+def _find_class(settings: Settings) -> str:
+    """Returns the class that the files name, or that of the type of model; "" for none."""
+    if settings.class_name or settings.is_generic:
+        return settings.class_name
+    return CLASSES.get(settings.model_type, "")
 
 
 def _change_steps(made: tokenizers.Tokenizer, settings: Settings, name: str) -> bool:

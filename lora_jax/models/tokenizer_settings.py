@@ -158,6 +158,8 @@ def _find_special(
         found |= {name: token for name, token in extra.items() if _is_token(token)}
         extra = []
     special = {name: make_token(token) for name, token in found.items()}
+    for token in special.values():  # a name makes a token special
+        token.special = True
     return absent | special, tuple(make_token(token) for token in extra)
 
 

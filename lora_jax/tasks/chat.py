@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,10 @@ import numpy as np
 import tokenizers
 
 import lora_jax as lora
-from lora_jax.data import chat_template, conversations, template_keys
+from lora_jax.data import characters, chat_template, conversations, template_keys
 from lora_jax.data.chat_template import ChatTemplate, Message
 from lora_jax.data.conversations import Conversation
-from lora_jax.models import checkpoints, generate, token_ids
+from lora_jax.models import checkpoints, generate, token_ids, tokenizer_settings
 from lora_jax.models.decoding import Decoding
 from lora_jax.models.families import CAUSAL_LM
 from lora_jax.models.read_leaves import DECODED
@@ -135,14 +134,20 @@ def stop_tokens(
 ) -> tuple[int, ...]:
     """Returns the tokens that end a reply: those the model's files name, and the template's own."""
     path = checkpoint.directory / "generation_config.json"
-    about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    about = tokenizer_settings.read_object(path)
     tokens = {
         tokenizer.token_to_id(template.tokens.get("eos_token", "")),
         tokenizer.token_to_id(_end_of_turn(template, tokenizer)),
     }
     for config in (about, checkpoint.config):
         ids = config.get("eos_token_id")
-        tokens |= set(ids) if isinstance(ids, list) else {ids}
+        ids = ids if isinstance(ids, list) else [ids]
+        if not all(number is None or type(number) is int for number in ids):
+            raise ValueError(
+                f"{checkpoint.name}: eos_token_id in {path.name} or config.json is {ids!r:.60}, "
+                "and must be a token's number, or a list of them."
+            )
+        tokens |= set(ids)
     return tuple(sorted(tokens - {None}))
 
 
@@ -221,6 +226,7 @@ def _encode(
     text = chat_template.render(
         model.template, messages, prompt=True, tools=tools, values=values, now=now
     ).text
+    characters.check(text)
     ids = model.tokenizer.encode(text, add_special_tokens=False).ids
     token_ids.check(ids, model.table, model.tokenizer)
     return ids

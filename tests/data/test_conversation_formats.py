@@ -149,7 +149,7 @@ def test_calls_may_have_their_arguments_as_text_and_no_content(tmp_path):
         ]
     }
     (found,) = read(tmp_path, row)
-    assert found.messages[1]["tool_calls"][0]["function"]["arguments"] == {"x": 1}
+    assert found.messages[1]["tool_calls"][0]["function"]["arguments"] == '{"x": 1}'
     assert "content" not in found.messages[1]
 
 
@@ -405,6 +405,53 @@ def test_a_template_may_write_messages_as_json(tmp_path):
 def test_what_a_template_does_not_write_is_refused(row, source, message, tmp_path):
     with pytest.raises(ValueError, match="rows.jsonl:1: .*" + message):
         tokenized(tmp_path, row, source)
+
+
+# As DeepSeek's: a call is written only where there is no content, and its arguments are a text.
+TEXTS_OF_CALLS = (
+    "{% for m in messages %}{% if m.role == 'assistant' and m['content'] is none %}{% for c in m.tool_calls %}"
+    "<A>{{ c['function']['name'] + ' ' + c['function']['arguments'] }}</s>{% endfor %}"
+    "{% elif m.role == 'assistant' %}<A>{{ m['content'] + '</s>' }}{% else %}<{{ m.role }}>{{ m['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<A>{% endif %}"
+)  # fmt: skip
+OBJECTS_OF_CALLS = chat_families.PLAIN["qwen2.5"]
+
+
+def learn(source, message):
+    template = ChatTemplate(source, {}, "here.jinja")
+    (row,) = [conversations.Conversation([Q, message, say("tool", "7"), A], "x:1")]
+    text, spans = conversations._write(row, template, ["</s>", "<|im_end|>"], talks.NOW)
+    return text[slice(*spans[0])]
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}], ids=str)
+@pytest.mark.parametrize("arguments", [{"x": "ü"}, '{"x":"ü"}'], ids=["object", "text"])
+def test_calls_in_the_form_that_the_template_takes(content, arguments):
+    calls = [{"type": "function", "function": {"name": "weigh", "arguments": arguments}}]
+    message = {"role": "assistant", **content, "tool_calls": calls}
+    written = arguments if isinstance(arguments, str) else '{"x": "ü"}'
+    assert learn(TEXTS_OF_CALLS, message) == f"weigh {written}</s>"
+    assert '"arguments": {"x": "ü"}}' in learn(OBJECTS_OF_CALLS, message)
+    # What would be written as Python has it, or as "None", is handed over in another form.
+    plain = CHATML.replace("{{ m['content'] }}", "{{ m.content }}{% for c in m.tool_calls or [] %}"
+                           "{{ c.function.name }} {{ c.function.arguments }}{% endfor %}")  # fmt: skip
+    assert learn(plain, message) == f"weigh {written}<|im_end|>"
+
+
+def test_calls_without_a_function_around_them():
+    flat = [{"name": "weigh", "arguments": '{"x": 1}'}]
+    source = TEXTS_OF_CALLS.replace("c['function']", "c")
+    assert learn(source, {"role": "assistant", "tool_calls": flat}) == 'weigh {"x": 1}</s>'
+
+
+@pytest.mark.parametrize("message, source, problem", [
+    (say("assistant", "a", tool_calls=call(x=1)), TEXTS_OF_CALLS, "all of its tool_calls beside its content"),
+    ({"role": "assistant", "tool_calls": [*call(x=1), *call(x=2)]}, TEXTS_OF_CALLS.replace("in m.tool_calls", "in m.tool_calls[:1]"),
+     "all of its tool_calls;"),
+])  # fmt: skip
+def test_calls_that_a_template_drops_are_refused(message, source, problem):
+    with pytest.raises(ValueError, match=f"message 1: .*does not write {problem}"):
+        learn(source, message)
 
 
 def test_a_template_of_its_own_for_tools():

@@ -9,7 +9,7 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
 from lora_jax.models import checkpoints, sentencepiece_model
-from lora_jax.models.tokenizer import read_tokenizer
+from lora_jax.models.tokenizer import read_special_tokens, read_tokenizer
 from tests.helpers import tiny_encoder
 from tests.helpers import tokenizer_files as made
 from tests.helpers.places import GOLDENS
@@ -110,6 +110,28 @@ def test_spaces_of_llama(tmp_path):
         tokens[legacy] = read_tokenizer(directory).encode("a<|im_end|>a").tokens
     assert tokens[False][0] == tokens[True][0] == "<s>"
     assert tokens[False][-2:] == ["<|im_end|>", "a"] and tokens[True][-2:] == ["▁", "a"]
+
+
+@pytest.mark.parametrize("family, changes, expected", [
+    ("gemma", {}, {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"}),
+    ("llama", {"eos_token": "</e>"}, {"bos_token": "<s>", "eos_token": "</e>", "unk_token": "<unk>"}),
+    ("gpt2", {"bos_token": None}, {"eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}),
+])  # fmt: skip
+def test_special_tokens_that_only_the_class_names(family, changes, expected, tmp_path):
+    shutil.copytree(FILES / family, tmp_path / family)
+    made.write(tmp_path / family, tokenizer_config=changes)
+    found = read_special_tokens(tmp_path / family)
+    assert expected.items() <= found.items()
+    assert not {name for name in changes if changes[name] is None} & found.keys()
+
+
+@pytest.mark.parametrize("named", ["<user>", {"content": "<user>", "special": False}], ids=str)
+def test_a_token_with_a_name_is_special_whatever_the_file_says(named, tmp_path):
+    bert(tmp_path, added_tokens={"<user>": 11})
+    read_tokenizer(tmp_path).save(str(tmp_path / "tokenizer.json"))
+    assert read_tokenizer(tmp_path).decode([5, 11]) == "hello <user>"
+    made.write(tmp_path, tokenizer_config={"tokenizer_class": "X", "eos_token": named})
+    assert read_tokenizer(tmp_path).decode([5, 11]) == "hello"
 
 
 def test_ends_that_the_file_does_not_have_are_told(tmp_path, caplog):

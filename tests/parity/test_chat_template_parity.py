@@ -13,9 +13,10 @@ import tokenizers  # noqa: E402
 from tokenizers import models, pre_tokenizers  # noqa: E402
 
 from lora_jax.data import assistant_spans, chat_template, conversations  # noqa: E402
-from lora_jax.models import checkpoints  # noqa: E402
+from lora_jax.models import checkpoints, tokenizer  # noqa: E402
 from tests.helpers import chat_families, talks, tiny_llama  # noqa: E402
 from tests.helpers.chat_families import call, say  # noqa: E402
+from tests.helpers.places import GOLDENS  # noqa: E402
 
 SOURCES = {name: getattr(talks, name) for name in ("LLAMA2", "THOUGHTS", "PLAIN", "MARKED")} | {
     "CHATML": tiny_llama.CHATML
@@ -111,3 +112,30 @@ def test_the_same_thoughts(key):
     for values in ({}, {"enable_thinking": False}):
         text = theirs.apply_chat_template(messages, tokenize=False, **values)
         assert chat_template.render(template, messages, values=values).text == text
+
+
+@pytest.mark.parametrize("content", [None, "a"])
+def test_the_same_text_of_calls_with_arguments_as_text(content):
+    """As DeepSeek's template takes them, and as OpenAI's rows have them."""
+    source = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' and m['tool_calls'] and m['content'] is none %}<A>"
+        "{% for c in m['tool_calls'] %}{{ c['function']['name'] + c['function']['arguments'] }}{% endfor %}</s>"
+        "{% elif m['role'] == 'assistant' and m['tool_calls'] %}<A>{{ m['content'] }}{% for c in m['tool_calls'] %}"
+        "{{ c['function']['name'] + c['function']['arguments'] }}{% endfor %}</s>"
+        "{% else %}<{{ m['role'] }}>{{ m['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}<A>{% endif %}"
+    )  # fmt: skip
+    calls = [{"type": "function", "function": {"name": "weigh", "arguments": '{"x":1}'}}]
+    messages = [say("user", "ok?"), say("assistant", content, tool_calls=calls), say("tool", "7")]
+    _, theirs = byte_tokenizer(source)
+    row = conversations.Conversation(messages, "x:1")
+    template = chat_template.ChatTemplate(source, chat_families.TOKENS, "x")
+    text, _ = conversations._write(row, template, chat_families.SPECIAL, talks.NOW)
+    assert text == theirs.apply_chat_template(messages, tokenize=False)
+
+
+@pytest.mark.parametrize("family", ["gemma", "gpt2", "llama", "qwen2"])
+def test_the_same_special_tokens(family):
+    folder = GOLDENS / "tokenizers" / family
+    theirs = transformers.AutoTokenizer.from_pretrained(folder).special_tokens_map
+    expected = {name: text for name, text in theirs.items() if isinstance(text, str)}
+    assert tokenizer.read_special_tokens(folder) == expected

@@ -175,3 +175,8 @@ def test_a_mistake_is_one_line(content, message, inputs, tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("error: ") and message in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_an_argument_that_is_no_text_is_told():
+    done = programs.run("predict", "--adapter=nowhere", "what \udcff is")
+    assert done.returncode == 2 and "error: the text has half of a character" in done.stderr

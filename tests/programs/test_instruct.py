@@ -148,6 +148,10 @@ def test_stop_tokens_are_all_that_the_files_name(tmp_path):
     stop = chat.stop_tokens(checkpoint, template, tiny_llama.tokenizer())
     # <unk> and </s> by the config, 7 by the other, and the end of a turn in the template.
     assert stop == (1, 3, tiny_llama.WORDS.index("<|im_end|>"), 7)
+    for text, message in (('{"eos_token_id": "3"}', "must be a token's number"), ("[", "damaged")):
+        (folder / "generation_config.json").write_text(text)
+        with pytest.raises(ValueError, match=f"generation_config.json .*{message}"):
+            chat.stop_tokens(checkpoint, template, tiny_llama.tokenizer())
 
 
 def test_all_mistakes_of_a_config_are_told(tmp_path):

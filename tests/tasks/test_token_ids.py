@@ -151,6 +151,8 @@ def test_messages(llama):
     model = chat.load(None, model=str(llama), max_new_tokens=2)
     with pytest.raises(ValueError, match=MESSAGE):
         chat.reply(model, [{"role": "user", "content": "what is <|new|>?"}])
+    with pytest.raises(ValueError, match="half of a character"):
+        chat.reply(model, [{"role": "user", "content": "what \udcff is"}])
 
 
 def test_lines_of_e2e(llama):
