@@ -69,6 +69,18 @@ def test_save_embedding_layers(tied, changed, tmp_path):
     assert ("embed_tokens" in adapter["params"]["model"]) == changed
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("saved", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_embeddings_trained_in_full_that_stay_tied(saved, tied, tmp_path):
+    words = dict(modules_to_save=saved, ensure_weight_tying=True)
+    model = adapt(base(tmp_path / "base", tied=tied), ["q_proj"], **words)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            value.add_(0.3 * torch.randn_like(value) * ("modules_to_save" in name))
+    model.save_pretrained(tmp_path / "adapter")
+    np.testing.assert_allclose(ours(tmp_path), theirs(tmp_path), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("saved", [False, "auto"])
 @pytest.mark.parametrize("targets", [["q_proj", "lm_head"], ["embed_tokens", "v_proj"]])
 def test_factors_with_and_without_a_copy_of_what_is_frozen(targets, saved, tmp_path):

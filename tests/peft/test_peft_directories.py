@@ -305,7 +305,7 @@ def test_dtypes_survive(bert, dtype, tmp_path, key):
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
         ({"kasa_config": {"beta": 1}}, "kasa_config"),
         ({"loftq_config": {"loftq_bits": 4}, "init_lora_weights": "loftq"}, "init_lora_weights"),
-        ({"ensure_weight_tying": True}, "ensure_weight_tying"),
+        ({"ensure_weight_tying": 1}, "ensure_weight_tying: must be true or false"),
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
         ({"peft_type": "lora"}, "peft_type is 'lora'"),
         ({"peft_type": ...}, "peft_type is None"),
