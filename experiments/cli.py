@@ -1,5 +1,6 @@
 """The frame of every command: a user's mistake is one line on stderr, not a traceback."""
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 
 # Errors that the library raises for bad input, bad files and what the system refuses.
 _MISTAKES = (ValueError, KeyError, AttributeError, TypeError, OSError, FloatingPointError)
+_NO_VALUE = re.compile(r"Flag --(\w+) must have a value other than None")  # absl's words
 _ADAPTER_FILES = ("adapter.json", "adapter_config.json")  # of this library, and of PEFT
 
 
@@ -99,4 +101,7 @@ def _text(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         # The library's errors have a sentence here; the system's have a word or two, and a file.
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    if match := _NO_VALUE.search(str(error)):
+        flag = match[1]
+        return f"There is no --{flag}: give --{flag}=VALUE ({flags.FLAGS[flag].help})"
     return str(error)

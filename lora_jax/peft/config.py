@@ -143,6 +143,8 @@ def _parse(path: Path) -> dict[str, Any]:
         files = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else None
         state = "does not exist" if files is None else f"holds {files[:20] or 'nothing'}"
         other = describe_files(path.parent)
+        if inside := sorted(str(p.parent) for p in path.parent.glob(f"*/{CONFIG}")):
+            other = f"There are adapters inside: give {' or '.join(inside[:3])}."
         raise FileNotFoundError(
             f"No PEFT adapter in {path.parent}: no {CONFIG}; the directory {state}."
             + (f" {other}" if other else "")

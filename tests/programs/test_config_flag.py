@@ -49,9 +49,18 @@ MISTAKES = {  # what is given beside --workdir, and what is said
     "no list": ([QUICKSTART, "--config.data.buckets=a,b"], "data.buckets must be a tuple such as"),
     "no file": (["configs/quickstart.py"], "did you mean --config=configs/quickstart.py?"),
     "two files": ([QUICKSTART, "configs/common.py"], "Unexpected arguments ['configs/common.py']"),
+    "no dashes": ([QUICKSTART, "config.epochs=3"], "did you mean --config.epochs=3?"),
+    "long dashes": ([QUICKSTART, "\N{EM DASH}eval_only"], "did you mean --eval_only?"),
+    "data": ([QUICKSTART, "--data=a.csv"], "did you mean --config.data.source=a.csv?"),
     "nothing": ([], "There is no --config, and no run in"),
     "typing error": (["--config=configs/quikstart.py"], "did you mean configs/quickstart.py?"),
 }
+
+
+@pytest.mark.parametrize("module, flag", [("classify", "workdir"), ("export", "adapter")])
+def test_a_flag_that_must_be_given(module, flag):
+    done = programs.run(module)
+    assert done.returncode == 2 and f"error: There is no --{flag}: give --{flag}=" in done.stderr
 
 
 @pytest.mark.parametrize("name", MISTAKES)
