@@ -57,7 +57,7 @@ def say(text: str) -> None:
 
 
 def check_adapter(directory: str | None) -> None:
-    """Checks that the directory of an adapter is not that of its run.
+    """Checks that the directory of an adapter is not that of its run, of several, or of a model.
 
     Raises:
       ValueError: it is; the message says where in it the adapter is.
@@ -74,6 +74,18 @@ def check_adapter(directory: str | None) -> None:
         raise ValueError(
             f"{directory} is the directory of a sweep, and its adapters are in "
             f"{Path(directory) / 'runs'}/*/{workdirs.ADAPTER}: choose one of them."
+        )
+    if found := sorted(
+        str(x.parent) for n in _ADAPTER_FILES for x in Path(directory).glob(f"*/{n}")
+    ):
+        raise ValueError(
+            f"{directory} holds adapters and is none itself: give --adapter={found[-1]}, or "
+            f"another of {', '.join(found)}."
+        )
+    if (Path(directory) / workdirs.CONFIG).is_file() and any(Path(directory).glob("*.safetensors")):
+        raise ValueError(
+            f"{directory} is a whole model, and no adapter (merged weights are one, too): give the "
+            "directory of an adapter."
         )
 
 

@@ -1,11 +1,12 @@
 """The command line of a program with a config: fields, lists, and what is said of mistakes."""
 
 import json
+import re
 
 import pytest
 
 from configs import quickstart
-from experiments import config_flag
+from experiments import cli, config_flag
 from lora_jax.training import workdirs
 from tests.helpers import programs
 
@@ -121,3 +122,19 @@ def test_the_directory_of_a_run_in_place_of_its_adapter(tmp_path, module):
     if module == "sst2":
         done = programs.run(module, f"--config.adapter={run}", *more)
         assert done.returncode == 2 and f"give --adapter={run / 'adapter'}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "file, says",
+    [
+        ("checkpoint-9/adapter_config.json", "is none itself: give --adapter={0}/checkpoint-9"),
+        ("second/adapter.json", "is none itself: give --adapter={0}/second"),
+        ("model.safetensors", "{0} is a whole model, and no adapter"),
+    ],
+)
+def test_directories_that_are_no_adapters(tmp_path, file, says):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("{}")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=re.escape(says.format(tmp_path))):
+        cli.check_adapter(str(tmp_path))
