@@ -138,3 +138,11 @@ def test_directories_that_are_no_adapters(tmp_path, file, says):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=re.escape(says.format(tmp_path))):
         cli.check_adapter(str(tmp_path))
+
+
+def test_a_sweep_of_another_program_s_config(tmp_path):
+    file = "--config=configs/classify.py"
+    done = programs.run("sweep", file, f"--workdir={tmp_path / 'x'}")
+    assert done.returncode == 2 and "did you mean --program=classify?" in done.stderr
+    done = programs.run("sweep", file, "--config.lora.rnk=2", f"--workdir={tmp_path / 'x'}")
+    assert done.returncode == 2 and "unknown config field" in done.stderr
