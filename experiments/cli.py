@@ -1,5 +1,6 @@
 """The frame of every command: a user's mistake is one line on stderr, not a traceback."""
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 
 # Errors that the library raises for bad input, bad files and what the system refuses.
 _MISTAKES = (ValueError, KeyError, AttributeError, TypeError, OSError, FloatingPointError)
+_NO_VALUE = re.compile(r"Flag --(\w+) must have a value other than None")  # absl's words
 _ADAPTER_FILES = ("adapter.json", "adapter_config.json")  # of this library, and of PEFT
 
 
@@ -55,7 +57,7 @@ def say(text: str) -> None:
 
 
 def check_adapter(directory: str | None) -> None:
-    """Checks that the directory of an adapter is not that of its run.
+    """Checks that the directory of an adapter is not that of its run, of several, or of a model.
 
     Raises:
       ValueError: it is; the message says where in it the adapter is.
@@ -72,6 +74,18 @@ def check_adapter(directory: str | None) -> None:
         raise ValueError(
             f"{directory} is the directory of a sweep, and its adapters are in "
             f"{Path(directory) / 'runs'}/*/{workdirs.ADAPTER}: choose one of them."
+        )
+    if found := sorted(
+        str(x.parent) for n in _ADAPTER_FILES for x in Path(directory).glob(f"*/{n}")
+    ):
+        raise ValueError(
+            f"{directory} holds adapters and is none itself: give --adapter={found[-1]}, or "
+            f"another of {', '.join(found)}."
+        )
+    if (Path(directory) / workdirs.CONFIG).is_file() and any(Path(directory).glob("*.safetensors")):
+        raise ValueError(
+            f"{directory} is a whole model, and no adapter (merged weights are one, too): give the "
+            "directory of an adapter."
         )
 
 
@@ -99,4 +113,7 @@ def _text(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         # The library's errors have a sentence here; the system's have a word or two, and a file.
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    if match := _NO_VALUE.search(str(error)):
+        flag = match[1]
+        return f"There is no --{flag}: give --{flag}=VALUE ({flags.FLAGS[flag].help})"
     return str(error)

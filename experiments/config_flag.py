@@ -226,8 +226,16 @@ def _check_others(arguments: Sequence[str], known: Sequence[str]) -> None:
             raise ValueError(f"unknown flag {argument}{hint}")
     if arguments:
         files = _list_files(arguments)
-        hint = f" (did you mean --config={files[0]}?)" if files else ""
+        meant = [f"--config={files[0]}"] if files else _find_flags(arguments, known)
+        hint = f" (did you mean {meant[0]}?)" if meant else ""
         raise ValueError(f"Unexpected arguments {list(arguments)}{hint}; options start with --.")
+
+
+def _find_flags(arguments: Sequence[str], known: Sequence[str]) -> list[str]:
+    """Lists the flags that arguments would be with dashes before them, other than long ones."""
+    plain = [x.lstrip("-\N{EN DASH}\N{EM DASH}\N{MINUS SIGN}") for x in arguments]
+    fields = [f"config.{field}" for field in known]
+    return [f"--{x}" for x in plain if x.partition("=")[0] in [*fields, *_list_flags()]]
 
 
 def _list_files(arguments: Sequence[str]) -> list[str]:

@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     """Trains the runs of the sweep that are left, and says what to do next."""
     logging.getLogger("lora_jax").setLevel(logging.ERROR)  # the notes say what is fresh
     recipe = recipes.RECIPES[_PROGRAM.value]
-    command = config_flag.read(argv, recipe.base_config)
+    command = _read_command(argv, recipe)
     base = command.config
     sweep = _make_sweep(command, recipe)
     sweep_dirs.check(command.workdir, base, sweep.halving)
@@ -54,6 +54,27 @@ def main(argv: list[str]) -> None:
     compiled = scheduler.run(sweep, base)
     times = ", ".join(f"{name} {count}" for name, count in compiled.items()) or "nothing"
     print(f"{time.perf_counter() - begin:.1f} s; compiled: {times}\n{_outcome(sweep)}")
+
+
+def _read_command(argv: list[str], recipe: Recipe) -> Command:
+    """Reads the command line; an error says if the config is one of another program.
+
+    Raises:
+      FileNotFoundError, ValueError: as :func:`config_flag.read`.
+    """
+    try:
+        return config_flag.read(argv, recipe.base_config)
+    except ValueError as error:
+        for name, other in recipes.RECIPES.items():
+            try:
+                command = config_flag.read(argv, other.base_config)
+            except (FileNotFoundError, ValueError):
+                continue
+            raise ValueError(
+                f"--program={_PROGRAM.value} has other fields than {command.path}: did you mean "
+                f"--program={name}?"
+            ) from error
+        raise
 
 
 def _make_sweep(command: Command, recipe: Recipe) -> scheduler.Sweep:

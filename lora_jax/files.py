@@ -46,6 +46,7 @@ def read_safetensors(data: bytes, *, float8: bool = False) -> dict[str, np.ndarr
     Raises:
       ValueError: this is not a safetensors file, or a dtype has no counterpart in numpy.
     """
+    _check_pointer(data)
     try:
         entries = safetensors.deserialize(data)
     except safetensors.SafetensorError as error:
@@ -58,6 +59,12 @@ def read_safetensors(data: bytes, *, float8: bool = False) -> dict[str, np.ndarr
         name: np.frombuffer(entry["data"], dtypes[entry["dtype"]]).reshape(entry["shape"])
         for name, entry in entries
     }
+
+
+def _check_pointer(start: bytes) -> None:
+    """Raises ValueError if a file begins as Git LFS has it where the content was not fetched."""
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError("a pointer of Git LFS instead of the content (git lfs pull fetches it)")
 
 
 class UnreadDtypeError(ValueError):
@@ -81,6 +88,8 @@ def open_safetensors(path: str | Path) -> dict[str, Stored]:
       ValueError: this is not a whole safetensors file.
     """
     path = Path(path)
+    with path.open("rb") as file:
+        _check_pointer(file.read(64))
     try:
         with safetensors.safe_open(path, "numpy"):
             pass  # checks the header, and that the file is as long as it says

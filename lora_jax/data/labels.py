@@ -11,6 +11,7 @@ from lora_jax.data.tables import Table, Value, raise_problems
 
 _WHOLE = re.compile(r"[+-]?[0-9]+(\.0*)?", re.ASCII)
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?", re.ASCII)
+_CODE = re.compile(r"[+-]?0[0-9]+", re.ASCII)  # the zero in front is part of the name
 # Words that some programs write where there is no value, and others for a class.
 _ODD = ("nan", "null", "none", "n/a", "na", "undefined", "?")
 _LARGEST = float(np.finfo(np.float32).max)
@@ -47,6 +48,8 @@ def to_name(value: Value, class_names: Sequence[str] = ()) -> str:
 def find_classes(names: Sequence[str], column: str) -> tuple[str, ...]:
     """Finds the classes of a column: sorted by number if all are whole numbers, else as words.
 
+    Numbers with zeros in front are codes, and as such words.
+
     Args:
       names: label of each row.
       column: name of the column, for messages.
@@ -58,9 +61,12 @@ def find_classes(names: Sequence[str], column: str) -> tuple[str, ...]:
     ('9', '10')
     >>> find_classes(["spam", "ham", "ham", "spam"], "label")
     ('ham', 'spam')
+    >>> find_classes(["01", "1", "01", "1"], "code")
+    ('01', '1')
     """
     found = set(names)
-    if all(_NUMBER.fullmatch(name) for name in found):
+    has_codes = any(_CODE.fullmatch(name) for name in found)
+    if not has_codes and all(_NUMBER.fullmatch(name) for name in found):
         real = sorted(name for name in found if not _WHOLE.fullmatch(name))
         if real:
             raise ValueError(

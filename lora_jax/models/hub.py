@@ -48,6 +48,9 @@ class Checkpoint(NamedTuple):
     origin: str
 
 
+_ADAPTERS = ("adapter_config.json", "adapter.json")  # by which their directories are known
+
+
 class Bundle(NamedTuple):
     """A Python package with a checkpoint's official files; it is read, never imported.
 
@@ -229,9 +232,12 @@ def _open(name: str, directory: Path, origin: str) -> Checkpoint:
         return _open_gguf(name, files[0], origin)
     path = directory / "config.json"
     if not path.is_file():
+        advice = f"Pass the directory that holds config.json and {WEIGHTS}."
+        if any((directory / name).is_file() for name in _ADAPTERS):
+            advice = "It is an adapter: pass the model that it is for, and it as the adapter."
         raise ValueError(
-            f"{directory} ({origin}) has no config.json; it holds {_list_files(directory)}. Pass "
-            f"the directory that holds config.json and {WEIGHTS}."
+            f"{directory} ({origin}) has no config.json; it holds {_list_files(directory)}. "
+            f"{advice}"
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -103,16 +103,44 @@ def load_params(
         if problems:  # the rest is only checked, and values are of no more use
             result.clear()
     if problems:
-        advice = "Check that its weights are those of its config.json, or copy them again."
-        if all("not read" in problem for problem in problems):  # they are sound
-            advice = ADVICE
-        if said := describe(checkpoint.config):
-            advice = f"{said} {advice}"
         raise ValueError(
             f"The checkpoint {checkpoint.name!r} in {checkpoint.directory} does not fit the model: "
-            f"{join_problems(problems)}. {advice}"
+            f"{join_problems(problems)}. {_advise(checkpoint, tuple(grouped), problems)}"
         )
     return result, fresh
+
+
+# What stands in the names of tensors that were saved from within something else.
+_SIGNS = {
+    ".lora_": "It holds LoRA factors that are not merged: merge them (PEFT: merge_and_unload), or "
+    "take the base, and the adapter as one.",
+    "_orig_mod.": "It was saved with the wrapper of torch.compile: save the model inside.",
+    "_fsdp_wrapped_module.": "It was saved with the wrapper of FSDP: save the model inside.",
+    "base_model.model.": "It was saved from within a PEFT model: save what merge_and_unload "
+    "returns.",
+    "pretrained_model.": "It was saved from within a model of TRL with a value head: save its "
+    "pretrained_model.",
+    "module.": "It was saved with the wrapper of DataParallel or DeepSpeed: save the model inside.",
+}
+
+
+def _advise(checkpoint: Checkpoint, names: Sequence[str], problems: Sequence[str]) -> str:
+    """Says why a checkpoint is likely not to fit, and what to do."""
+    advice = "Check that its weights are those of its config.json, or copy them again."
+    classes = checkpoint.config.get("architectures")
+    if all("not read" in problem for problem in problems):  # they are sound
+        advice = ADVICE
+    elif sign := next((x for x in _SIGNS if any(x in f".{name}" for name in names)), None):
+        advice = _SIGNS[sign]
+    elif any("to which it is tied" in problem for problem in problems):
+        advice = (
+            'Set "tie_word_embeddings" to false in its config.json if each was trained by itself '
+            "(as PEFT's modules_to_save does); otherwise save it again."
+        )
+    elif any("is missing" in problem for problem in problems) and classes:
+        advice = f"Its config.json says that it is of {classes}. {advice}"
+    said = describe(checkpoint.config)
+    return f"{said} {advice}" if said else advice
 
 
 def join_problems(problems: Sequence[str]) -> str:

@@ -68,7 +68,11 @@ def make_plan(words: Mapping[str, Any], model: Model) -> Plan:
     """
     chosen = target_modules.select_adapted(words, model)
     trained = target_modules.select_saved(words["modules_to_save"] or [], model)
-    problems = _find_unused(words, model, chosen) + _find_unfit(chosen, trained, model)
+    if words["ensure_weight_tying"]:
+        trained = _add_tied(trained, model)
+    problems = _find_unused(words, model, chosen) + _find_unfit(
+        chosen, trained, model, ties=words["ensure_weight_tying"]
+    )
     kernels = [m for m in chosen if m in model.kernels and _is_plain(model.kernels[m])]
     ranks, alphas = _choose_values(words, kernels, "rank"), _choose_values(words, kernels, "alpha")
     parts = dict(_factor_parts(kernels, model, ranks))
@@ -127,7 +131,7 @@ def _find_no_hits(what: str, entries: list[str], modules: list[str]) -> list[str
     return [f"{what} entry {entry!r} selects no module" for entry in missing[:20]]
 
 
-def _find_unfit(chosen: list[str], trained: list[str], model: Model) -> list[str]:
+def _find_unfit(chosen: list[str], trained: list[str], model: Model, *, ties: bool) -> list[str]:
     """Finds modules that can't be adapted or trained in full as PEFT would."""
     problems = []
     for m in chosen:
@@ -139,15 +143,37 @@ def _find_unfit(chosen: list[str], trained: list[str], model: Model) -> list[str
                 f"{weight.leaf} has shape {weight.shape}, and the table of names does not say "
                 "which axes are inputs and which outputs (axes='ioo', ...)"
             )
-    full = [w for m in trained for w in module_weights(m, model)]
-    for weight in [*(model.kernels[m] for m in chosen if m in model.kernels), *full]:
+    for weight in (model.kernels[m] for m in chosen if m in model.kernels):
         if weight.row.tied:
-            problems.append(
-                f"{weight.leaf} is one weight with several uses here ({weight.row.hf}, "
-                f"{', '.join(weight.row.tied)}), and PEFT changes the use in {weight.hf} alone; "
-                "give each use a leaf of its own"
-            )
+            problems.append(_describe_tied(weight, "changes"))
+            problems[-1] += " (factors that tied weights share are not read)" if ties else ""
+    full = [w for m in trained for w in module_weights(m, model)]
+    names_in_full = {w.hf for w in full}
+    for weight in full:
+        if weight.row.tied and not {w.hf for w in _find_uses(weight, model)} <= names_in_full:
+            problems.append(_describe_tied(weight, "replaces"))
     return problems
+
+
+def _describe_tied(weight: Weight, verb: str) -> str:
+    return (
+        f"{weight.leaf} is one weight with several uses here ({weight.row.hf}, "
+        f"{', '.join(weight.row.tied)}), and the adapter {verb} the use in {weight.hf} by itself; "
+        "give each use a leaf of its own, as a base has that is saved with tie_word_embeddings "
+        "false and both weights"
+    )
+
+
+def _find_uses(weight: Weight, model: Model) -> list[Weight]:
+    """Finds all names of a weight, of which a tied one has several."""
+    return [w for w in model.weights.values() if (w.leaf, w.layer) == (weight.leaf, weight.layer)]
+
+
+def _add_tied(trained: list[str], model: Model) -> list[str]:
+    """Adds the modules that hold the same weight as one of those trained."""
+    weights = [w for m in trained for w in module_weights(m, model) if w.row.tied]
+    tied = [names.module(use.hf) for weight in weights for use in _find_uses(weight, model)]
+    return list(dict.fromkeys([*trained, *tied]))
 
 
 def module_weights(module: str, model: Model) -> list[Weight]:

@@ -62,7 +62,6 @@ REFUSED: dict[str, str] = {
     "arrow_config": "routing between adapters (Arrow)",
     "corda_config": "initial values that change the base (CorDA)",
     "enable_lora": "factors for parts of a fused kernel (PEFT before 0.3)",
-    "ensure_weight_tying": "factors that tied weights share",
     "kasa_config": "a base without its smallest singular values (KaSA)",
     "layer_replication": "a base with layers repeated",
     "lora_bias": "a bias of the factors",
@@ -144,6 +143,8 @@ def _parse(path: Path) -> dict[str, Any]:
         files = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else None
         state = "does not exist" if files is None else f"holds {files[:20] or 'nothing'}"
         other = describe_files(path.parent)
+        if inside := sorted(str(p.parent) for p in path.parent.glob(f"*/{CONFIG}")):
+            other = f"There are adapters inside: give {' or '.join(inside[:3])}."
         raise FileNotFoundError(
             f"No PEFT adapter in {path.parent}: no {CONFIG}; the directory {state}."
             + (f" {other}" if other else "")
@@ -270,6 +271,7 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "lora_dropout": ("a number in [0, 1)", lambda x: _is_number(x) and 0 <= x < 1),
     "use_rslora": _BOOL,
     "fan_in_fan_out": _BOOL,
+    "ensure_weight_tying": _BOOL,
     "bias": ("none, all or lora_only", lambda x: x in ("none", "all", "lora_only")),
     "target_modules": _CHOICE,
     "exclude_modules": _CHOICE,

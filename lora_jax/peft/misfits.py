@@ -1,6 +1,6 @@
 """Says where the tensors of an adapter file are not those that its words ask for."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,20 +28,28 @@ def find_misfits(
     parts: Mapping[str, Part], tensors: Mapping[str, np.ndarray], leaves: Mapping[str, Any]
 ) -> list[str]:
     """Lists missing, unexpected and misshapen tensors, those of wrong dtypes, and NaN."""
+    if not tensors:
+        return [
+            "its file holds no tensor at all, as one has that was saved where shards of ZeRO-3 or "
+            "FSDP were not gathered"
+        ]
     missing = [n for n in parts if n not in tensors]
     extra = sorted(set(tensors) - set(parts))
     problems = _describe_names(missing, extra)
-    problems += _list_names("is missing", missing, lambda n: "")
-    problems += _list_names("is unexpected", extra, _hint)
+    most = 1 if problems else _MAX_NAMES  # the rest is told already
+    problems += _list_names("is missing", missing, lambda n: "", most)
+    problems += _list_names("is unexpected", extra, _hint, most)
     for name, part in parts.items():
         if name in tensors:
             problems += _describe_tensor(name, part, tensors[name], leaves)
     return problems
 
 
-def _list_names(what: str, found: Sequence[str], hint: Any) -> list[str]:
-    lines = [f"tensor {n} {what}{hint(n)}" for n in found[:_MAX_NAMES]]
-    more = len(found) - _MAX_NAMES
+def _list_names(
+    what: str, found: Sequence[str], hint: Callable[[str], str], most: int
+) -> list[str]:
+    lines = [f"tensor {n} {what}{hint(n)}" for n in found[:most]]
+    more = len(found) - most
     if more > 0:
         lines.append(f"and so {'is 1 more' if more == 1 else f'are {more} more'}")
     return lines

@@ -142,10 +142,10 @@ def _collect_content(
 def _find_obstacle(leaf: str, node: Any, rows: Sequence[Weight]) -> str:
     if not rows:
         return f"the table of names has no row for {leaf}"
-    if rows[0].row.tied:
+    if rows[0].row.tied and is_adapted(node):
         return (
             f"{leaf} is one weight with several uses here ({', '.join(w.hf for w in rows)}), and "
-            "PEFT would change one of them alone"
+            "PEFT would adapt one of them by itself"
         )
     if as_node(node).kind not in (LowRank.kind, Trained.kind):
         return (
@@ -248,6 +248,7 @@ def _make_words(
         "layers_to_transform": None,
         "layers_pattern": None,
         "bias": _choose_bias(rest, content, model),
+        "ensure_weight_tying": any(w.row.tied for w in content.trained.values()),
         "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": target_modules.shortest_patterns(content.ranks, model, rank),

@@ -94,7 +94,12 @@ def _find(directory: Path) -> Path:
 
 def _read_header_length(path: Path, file: BinaryIO) -> int:
     """Reads the length of the header, and checks that the file can hold it."""
-    size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+    size, start = os.fstat(file.fileno()).st_size, file.read(8)
+    length = int.from_bytes(start, "little")
+    if start == b"version ":
+        raise ValueError(
+            f"{path} is a pointer of Git LFS instead of the content (git lfs pull fetches it)."
+        )
     if length > min(size, _MAX_HEADER):
         raise ValueError(f"{path} is damaged: a header of {length} bytes, in {size} in all.")
     return length

@@ -159,8 +159,8 @@ def _hold_out(
     is_out = choose_holdout(groups, classes, count, seed)
     if not is_out.any():
         raise ValueError(
-            f"{part.table.path}: every label occurs once, so that none can be both trained on and "
-            "evaluated; add rows, or give a file with data.validation"
+            f"{part.table.path}: every label has one text only, so that none can be both trained "
+            "on and evaluated; add rows, or give a file with data.validation"
         )
     by_label = "" if config.data.regression else ", in proportion to the labels"
     notes = [f"held out: {is_out.sum():,} of {n:,} rows{by_label}, by data.seed {seed}"]

@@ -251,8 +251,8 @@ def suggest(field: str, known: Sequence[str]) -> list[str]:
     last = {name: name.rpartition(".")[2] for name in known}
     in_section = {name: x for name, x in last.items() if name.rpartition(".")[0] == section}
     ways = (
-        lambda: [name for name in known if word == last[name] or field == name],
         lambda: [name for name, words in _WORDS.items() if word in words and name in last],
+        lambda: [name for name in known if word == last[name] or field == name],
         lambda: _find_close(word, in_section, cutoff=0.6),
         lambda: _find_close(word, last, cutoff=0.75),
         lambda: [name for name, x in last.items() if word in re.split("_", x)],

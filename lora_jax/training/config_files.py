@@ -6,12 +6,13 @@ Whatever is wrong in a file is one line: the file, the line in it, and what.
 import ast
 import difflib
 import importlib.util
+import inspect
 import json
 import re
 import sys
 import sysconfig
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -48,9 +49,10 @@ def load(path: str) -> ConfigDict:
     get_config = getattr(module, "get_config", None)
     if not callable(get_config):
         raise ValueError(f"{file} defines no get_config(), the function that returns the config")
+    _check_argument(get_config, argument, file)
     try:
         config = get_config(*argument)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(describe_error(error, file)) from error
     if isinstance(config, dict):
         config = ConfigDict(config)
@@ -60,6 +62,16 @@ def load(path: str) -> ConfigDict:
             "`return c`?"
         )
     return config
+
+
+def _check_argument(get_config: Callable[..., Any], argument: Sequence[str], file: str) -> None:
+    """Checks that the argument behind the colon is there if, and only if, one is taken."""
+    try:
+        inspect.signature(get_config).bind(*argument)
+    except TypeError as error:
+        advice = f"leave out ':{argument[0]}'" if argument else f"give it as in {file}:ARGUMENT"
+        takes = "no argument" if argument else "an argument"
+        raise ValueError(f"get_config() of {file} takes {takes}: {advice}") from error
 
 
 def split_argument(path: str) -> tuple[str, list[str]]:
@@ -89,7 +101,7 @@ def import_file(path: str) -> ModuleType:
     sys.modules[spec.name] = module  # where dataclasses look for the module of a class
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(describe_error(error, path)) from error
     return module
 
@@ -134,7 +146,7 @@ def _to_tuples(value: Any) -> Any:
     return tuple(map(_to_tuples, value)) if isinstance(value, list) else value
 
 
-def describe_error(error: Exception, path: str) -> str:
+def describe_error(error: BaseException, path: str) -> str:
     """Says in a line what an error in a file of Python is, and where.
 
     The place is the last one in the file itself; else the last outside of libraries.
@@ -149,7 +161,7 @@ def describe_error(error: Exception, path: str) -> str:
     return f"{where}:{place.lineno}: {_describe_cause(error)}"
 
 
-def _describe_cause(error: Exception) -> str:
+def _describe_cause(error: BaseException) -> str:
     inner: Any = error
     while isinstance(inner, BaseException) and len(inner.args) == 1:  # ml_collections nests them
         inner = inner.args[0]

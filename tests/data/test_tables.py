@@ -320,6 +320,7 @@ def test_texts_and_labels_of_a_wrong_kind(row, message):
         (["1.0", "0.0", "1", "0"], ("0", "1")),
         (["1", "x", "1.0", "x", "1", "1.0"], ("1", "1.0", "x")),
         (["Not good", "not good"] * 2, ("Not good", "not good")),
+        (["01", "1", "02", "01", "1", "02"], ("01", "02", "1")),  # codes, as those of areas
     ],
 )
 def test_classes(names, classes):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import re
 import shutil
 import sys
 import tracemalloc
@@ -133,6 +134,47 @@ def test_shards(copy):
         load(copy)
 
 
+SIGNS = {
+    "compiled": (lambda n: f"_orig_mod.{n}", "wrapper of torch.compile: save the model inside"),
+    "parallel": (lambda n: f"module.{n}", "wrapper of DataParallel or DeepSpeed"),
+    "peft": (
+        lambda n: f"base_model.model.{n}",
+        "from within a PEFT model: save what merge_and_unl",
+    ),
+    "trl": (lambda n: f"pretrained_model.{n}", "a model of TRL with a value head"),
+    "factors": (
+        lambda n: n.replace("query.weight", "query.lora_A.default.weight"),
+        "LoRA factors that are not merged: merge them",
+    ),
+    "other": (
+        lambda n: f"odd.{n}",
+        "its config.json says that it is of ['BertForMaskedLM']. Check",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SIGNS)
+def test_why_a_checkpoint_does_not_fit_is_said(copy, kind):
+    rename, says = SIGNS[kind]
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"architectures": ["BertForMaskedLM"]}))
+    rewrite(copy, lambda t: {rename(n): x for n, x in t.items()})
+    with pytest.raises(ValueError, match=f"(?i){re.escape(says)}"):
+        load(copy)
+
+
+def test_what_is_no_model_is_told_as_what_it_is(copy, tmp_path):
+    (copy / hub.WEIGHTS).write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    )
+    with pytest.raises(ValueError, match=r"a pointer of Git LFS instead of the content"):
+        load(copy)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"It is an adapter: pass the model that it is for"):
+        load(tmp_path / "adapter")
+
+
 def test_a_tensor_in_two_shards(copy):
     shard(copy)
     first, second = (copy / f"model-{k}-of-2.safetensors" for k in (1, 2))
@@ -224,7 +266,10 @@ def test_a_tied_weight_is_read_under_either_name(tmp_path, names):
 
 def test_tied_weights_that_differ_are_a_misfit(tmp_path):
     both = {"model.words.weight": WORDS, "head.weight": WORDS + 1, "model.proj.weight": PROJ}
-    with pytest.raises(ValueError, match=r"head\.weight differs from model\.words\.weight"):
+    with pytest.raises(
+        ValueError,
+        match=r'head\.weight differs from model\.words\.weight.*Set "tie_word_embeddings" to false',
+    ):
         tied(tmp_path, both)
 
 

@@ -1,5 +1,7 @@
 """Embeddings and heads beside factors, as PEFT saves and loads them."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ transformers = pytest.importorskip("transformers")
 
 import lora_jax as lora  # noqa: E402
 from lora_jax.models import checkpoints  # noqa: E402
-from lora_jax.peft import load_peft  # noqa: E402
+from lora_jax.peft import load_peft, save_peft  # noqa: E402
 
 IDS = np.random.default_rng(0).integers(0, 40, (2, 6))
 SHAPE = dict(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
@@ -67,6 +69,26 @@ def test_save_embedding_layers(tied, changed, tmp_path):
     np.testing.assert_allclose(ours(tmp_path), theirs(tmp_path), rtol=0, atol=1e-4)
     _, adapter = load(tmp_path)
     assert ("embed_tokens" in adapter["params"]["model"]) == changed
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("saved", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_embeddings_trained_in_full_that_stay_tied(saved, tied, tmp_path):
+    words = dict(modules_to_save=saved, ensure_weight_tying=True)
+    model = adapt(base(tmp_path / "base", tied=tied), ["q_proj"], **words)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            value.add_(0.3 * torch.randn_like(value) * ("modules_to_save" in name))
+    model.save_pretrained(tmp_path / "adapter")
+    expected = theirs(tmp_path)
+    np.testing.assert_allclose(ours(tmp_path), expected, rtol=0, atol=1e-4)
+    # With words of its own it is written for PEFT as one that is replaced in all its uses.
+    loaded = checkpoints.load(tmp_path / "base", head="causal-lm")
+    table = checkpoints.names(loaded)
+    adapter, config = load_peft(tmp_path / "adapter", loaded.params, names=table)
+    config = dataclasses.replace(config, origin={})
+    save_peft(tmp_path / "adapter", loaded.params, adapter, config, names=table)
+    np.testing.assert_allclose(theirs(tmp_path), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("saved", [False, "auto"])

@@ -1,5 +1,6 @@
 """PEFT's directories as others leave them: without copies, with full embeddings, of other programs."""
 
+import dataclasses
 import json
 import shutil
 
@@ -166,6 +167,72 @@ def test_two_names_of_a_tied_weight_must_agree(tmp_path):
         load(directory, tied)
 
 
+@pytest.mark.parametrize(
+    "saved, ties, given",
+    [
+        (["wte"], True, (WTE, HEAD)),
+        (["lm_head"], True, (WTE, HEAD)),
+        (["wte", "lm_head"], True, (WTE, HEAD)),
+        (["wte", "lm_head"], False, (WTE, HEAD)),  # before PEFT could tie them
+    ],
+)
+def test_a_tied_weight_that_is_replaced_in_all_its_uses(saved, ties, given, tmp_path):
+    """With ensure_weight_tying PEFT trains one copy for all uses, and writes it under each name."""
+    tied = base(tied=True)
+    new = values(tied[1])
+    words = dict(modules_to_save=saved, ensure_weight_tying=ties)
+    add = lambda t: t | dict.fromkeys(given, new)
+    adapter, settings = load_peft(
+        copy(tmp_path, "gpt2/c_attn", add, **words), tied[1], names=tied[0]
+    )
+    np.testing.assert_array_equal(adapters.nodes(adapter)["wte/embedding"], new)
+    save_peft(tmp_path / "again", tied[1], adapter, settings, names=tied[0])
+    assert_same_tensors(tmp_path / "again", tmp_path / "adapter")
+    fresh = dataclasses.replace(settings, origin={})
+    save_peft(tmp_path / "fresh", tied[1], adapter, fresh, names=tied[0])
+    about = json.loads((tmp_path / "fresh" / CONFIG).read_text())
+    assert about["ensure_weight_tying"] and about["modules_to_save"] == ["lm_head", "wte"]
+    assert_same_tensors(tmp_path / "fresh", tmp_path / "adapter")
+
+
+def assert_same_tensors(one, other):
+    one, other = (safetensors.numpy.load_file(x / WEIGHTS) for x in (one, other))
+    assert set(one) == set(other)
+    for name, value in one.items():
+        np.testing.assert_array_equal(value, other[name])
+
+
+@pytest.mark.parametrize(
+    "words, tensors, says",
+    [
+        ({"modules_to_save": ["wte"]}, (WTE,), "replaces the use in transformer.wte.weight by"),
+        ({"modules_to_save": ["lm_head"]}, (HEAD,), "tie_word_embeddings false and both"),
+        ({"target_modules": ["c_attn", "wte"]}, (), "changes the use in transformer.wte.weight by"),
+        (
+            {"target_modules": ["c_attn", "wte"], "ensure_weight_tying": True},
+            (),
+            "factors that tied weights share are not read",
+        ),
+    ],
+)
+def test_a_tied_weight_of_which_one_use_is_changed(words, tensors, says, tmp_path):
+    tied = base(tied=True)
+    add = lambda t: t | dict.fromkeys(tensors, values(tied[1]))
+    with pytest.raises(ValueError, match=says):
+        load(copy(tmp_path, "gpt2/c_attn", add, **words), tied)
+
+
+def test_ensure_weight_tying_without_tied_weights_changes_nothing(untied, tmp_path):
+    directory = copy(tmp_path, "gpt2/c_attn", ensure_weight_tying=True)
+    assert_same(load(directory, untied), load(GOLDENS / "gpt2" / "c_attn", untied))
+
+
+def test_a_file_without_tensors_is_told_as_such(untied, tmp_path):
+    with pytest.raises(ValueError, match="holds no tensor at all") as told:
+        load(copy(tmp_path, "gpt2/c_attn", lambda t: {}), untied)
+    assert "is missing" not in str(told.value)
+
+
 def more_rows(name, axis):
     def change(tensors, params):
         value = tensors.get(name, np.asarray(params["wte"]["embedding"]))
@@ -232,6 +299,7 @@ def test_names_off_by_a_prefix_are_shown_as_they_are(untied, changes, says, sour
         load(directory, untied)
     assert says in str(told.value) and any(name in str(told.value) for name in found)
     assert "base_model.model.transformer.h.0" in str(told.value)  # and what is expected
+    assert str(told.value).count(" is missing") == 1  # which need not be told of each
 
 
 def test_many_missing_names_do_not_hide_what_the_file_has(untied, tmp_path):

@@ -1,11 +1,12 @@
 """The command line of a program with a config: fields, lists, and what is said of mistakes."""
 
 import json
+import re
 
 import pytest
 
 from configs import quickstart
-from experiments import config_flag
+from experiments import cli, config_flag
 from lora_jax.training import workdirs
 from tests.helpers import programs
 
@@ -49,9 +50,18 @@ MISTAKES = {  # what is given beside --workdir, and what is said
     "no list": ([QUICKSTART, "--config.data.buckets=a,b"], "data.buckets must be a tuple such as"),
     "no file": (["configs/quickstart.py"], "did you mean --config=configs/quickstart.py?"),
     "two files": ([QUICKSTART, "configs/common.py"], "Unexpected arguments ['configs/common.py']"),
+    "no dashes": ([QUICKSTART, "config.epochs=3"], "did you mean --config.epochs=3?"),
+    "long dashes": ([QUICKSTART, "\N{EM DASH}eval_only"], "did you mean --eval_only?"),
+    "data": ([QUICKSTART, "--data=a.csv"], "did you mean --config.data.source=a.csv?"),
     "nothing": ([], "There is no --config, and no run in"),
     "typing error": (["--config=configs/quikstart.py"], "did you mean configs/quickstart.py?"),
 }
+
+
+@pytest.mark.parametrize("module, flag", [("classify", "workdir"), ("export", "adapter")])
+def test_a_flag_that_must_be_given(module, flag):
+    done = programs.run(module)
+    assert done.returncode == 2 and f"error: There is no --{flag}: give --{flag}=" in done.stderr
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -112,3 +122,27 @@ def test_the_directory_of_a_run_in_place_of_its_adapter(tmp_path, module):
     if module == "sst2":
         done = programs.run(module, f"--config.adapter={run}", *more)
         assert done.returncode == 2 and f"give --adapter={run / 'adapter'}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "file, says",
+    [
+        ("checkpoint-9/adapter_config.json", "is none itself: give --adapter={0}/checkpoint-9"),
+        ("second/adapter.json", "is none itself: give --adapter={0}/second"),
+        ("model.safetensors", "{0} is a whole model, and no adapter"),
+    ],
+)
+def test_directories_that_are_no_adapters(tmp_path, file, says):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("{}")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=re.escape(says.format(tmp_path))):
+        cli.check_adapter(str(tmp_path))
+
+
+def test_a_sweep_of_another_program_s_config(tmp_path):
+    file = "--config=configs/classify.py"
+    done = programs.run("sweep", file, f"--workdir={tmp_path / 'x'}")
+    assert done.returncode == 2 and "did you mean --program=classify?" in done.stderr
+    done = programs.run("sweep", file, "--config.lora.rnk=2", f"--workdir={tmp_path / 'x'}")
+    assert done.returncode == 2 and "unknown config field" in done.stderr

@@ -159,13 +159,16 @@ FILES = {
     "f.json": ('{"a.b": 1}', "f.json holds no config"),
     "g.txt": ("epochs: 3", "is a file of Python, or the config.json of a run"),
     "h.py": ("def get_config():\n    return 3\n", "returns 3"),
+    "i.py": ("def get_config(task):\n    return 3\n", "i.py takes an argument: give it as in"),
+    "j.py:rte": ("def get_config():\n    return 3\n", "takes no argument: leave out ':rte'"),
+    "k.py": ("raise SystemExit(3)\n", "k.py:1: SystemExit: 3"),
 }
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_files_that_are_no_configs(tmp_path, name):
     text, says = FILES[name]
-    (tmp_path / name).write_text(text)
+    (tmp_path / name.partition(":")[0]).write_text(text)
     with pytest.raises(ValueError, match=re.escape(says)):
         config_files.load(str(tmp_path / name))
 
