@@ -126,8 +126,7 @@ def compare(axes, shape, fn, strict):
 
 # By default one form of each kind; the others are slow.
 SOME = {
-    "product", "transposed", "tied", "filled up", "stack", "heads", "several inputs", "reshape", "dynamic slice", "scaled",
-    "side by side", "split", "picked", "ragged", "convolution", "scan", "scan over outputs", "branch",
+    "product", "tied", "stack", "heads", "dynamic slice", "scaled", "picked", "convolution", "scan", "branch",
 }  # fmt: skip
 
 

@@ -395,7 +395,7 @@ FALLBACK = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FALLBACK)
+@pytest.mark.parametrize("name", slow.after(8, FALLBACK))
 def test_falls_back_and_is_still_right(name):
     fn, w, x = FALLBACK[name]
     use = check(fn, w, x, factored=False)

@@ -19,6 +19,7 @@ from jax import export
 
 import lora_jax as lora
 from lora_jax.adapter import as_data
+from tests.helpers import slow
 from tests.helpers.places import ROOT
 
 KEY = jax.random.key(0)
@@ -80,7 +81,7 @@ class TestExport:
         got = self.round_trip(lora.merge, PARAMS, made())(PARAMS, made())
         assert jax.tree.structure(got) == jax.tree.structure(PARAMS)
 
-    @pytest.mark.parametrize("dropout", [False, True])
+    @pytest.mark.parametrize("dropout", slow.after(1, [False, True]))
     def test_symbolic_shapes(self, dropout):
         options = lambda key: {"dropout_key": key} if dropout else {"dropout": 0.0}
         run = lambda a, x, key: lora.lift(fn, **options(key))(lora.bind(PARAMS, a), x)
@@ -110,7 +111,7 @@ class TestFlaxSerialization:
         data = serialization.to_bytes(made(alpha=1.0))
         assert_same(serialization.from_bytes(made(), data), made(alpha=1.0))
 
-    @pytest.mark.parametrize("order", ["flax first", "flax after", "flax late"])
+    @pytest.mark.parametrize("order", slow.after(1, ["flax first", "flax after", "flax late"]))
     def test_in_any_order_of_imports(self, order):
         """Flax is not imported with the library: it is told when both are there."""
         after = "import lora_jax as lora\nfrom lora_jax.lowrank import LowRank"

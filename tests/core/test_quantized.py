@@ -43,7 +43,7 @@ def test_tables_bit_for_bit():
     np.testing.assert_array_equal(DYNAMIC, CASES["dynamic"])
 
 
-@pytest.mark.parametrize("scheme", ["nf4", "fp4"])
+@pytest.mark.parametrize("scheme", slow.after(1, ["nf4", "fp4"]))
 def test_codes_and_scales_bit_for_bit(scheme):
     for name in cases(scheme):
         w, stored = CASES[f"{name}/w"], f"{name}/{scheme}"
@@ -179,7 +179,7 @@ def test_is_a_tree_like_any_other(scheme):
     assert is_quantized(jax.tree.map(lambda x: "frozen", leaf))
 
 
-@every_scheme
+@pytest.mark.parametrize("scheme", slow.after(2, SCHEMES))
 def test_loops_and_maps_take_one_kernel_at_a_time(scheme):
     w = normal(3, 128, 8)
     leaf, want = encode(w, scheme, "bio"), decode(encode(w, scheme, "bio"))

@@ -15,7 +15,7 @@ from lora_jax import adapter as adapters
 from lora_jax.kernels import KERNEL
 from lora_jax.quantized import as_array, is_quantized
 from lora_jax.schemes import SCHEMES, encode
-from tests.helpers import zoo
+from tests.helpers import slow, zoo
 from tests.helpers.comparisons import assert_close, perturbed
 
 SMALL = 4  # kernels of the zoo have eight inputs and more
@@ -87,7 +87,10 @@ def pairs(*, slow):
     )
 
 
-widely = pairs(slow=lambda name, scheme: scheme != "nf4" and name != "attention")
+SOME = ("mlp", "scanned_remat", "attention", "conv", "experts", "tied", "nnx")
+widely = pairs(
+    slow=lambda name, scheme: name not in SOME or scheme != "nf4" and name != "attention"
+)
 both = pairs(slow=lambda name, scheme: (name, scheme) != ("scanned_remat", "nf4"))
 
 
@@ -115,7 +118,9 @@ def test_runs_without_an_adapter(name, scheme):
     assert_close(got, jax.jit(c.model.fn)(c.plain, c.model.x))
 
 
-some = pytest.mark.parametrize("name", ["scanned", "attention", "experts", "plain", "tied", "nnx"])
+some = pytest.mark.parametrize(
+    "name", slow.after(2, ["experts", "plain", "scanned", "attention", "tied", "nnx"])
+)
 
 
 @some
@@ -236,7 +241,7 @@ MOVES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("adapted", [True, False], ids=["adapted", "frozen"])
+@pytest.mark.parametrize("adapted", slow.after(1, [True, False]), ids=["adapted", "frozen"])
 @pytest.mark.parametrize("move", MOVES)
 def test_moves(move, adapted):
     rng = np.random.default_rng(0)
@@ -265,7 +270,7 @@ STACKS = {
 }
 
 
-@pytest.mark.parametrize("adapted", [True, False], ids=["adapted", "frozen"])
+@pytest.mark.parametrize("adapted", slow.after(1, [True, False]), ids=["adapted", "frozen"])
 @pytest.mark.parametrize("move", STACKS)
 def test_stacks(move, adapted):
     rng = np.random.default_rng(0)

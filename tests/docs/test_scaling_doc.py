@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from tests.helpers.places import ROOT
 
 DOC = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
@@ -24,6 +26,7 @@ def test_tables_are_what_the_script_prints():
     assert done.stdout in DOC
 
 
+@pytest.mark.slow
 def test_recipe_runs(tmp_path):
     (recipe,) = re.findall(r"```python\n(.*?)```", DOC, flags=re.DOTALL)
     (tmp_path / "recipe.py").write_text(recipe + CHECKS)

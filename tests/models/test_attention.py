@@ -170,6 +170,7 @@ def test_precision(dtype, tolerance):
         np.testing.assert_allclose(x, y, rtol=0, atol=tolerance)
 
 
+@pytest.mark.slow
 def test_a_query_that_sees_nothing_gets_zeros_and_no_gradient():
     arrays, gradient = make_plain(6)
     mask = attention_mask.make_causal_mask(jnp.array([[0, 0, 1, 1, 1, 1], [0] * 6]), jnp.arange(6))

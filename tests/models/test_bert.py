@@ -13,7 +13,7 @@ import pytest
 from lora_jax import paths
 from lora_jax.models import bert, checkpoints, layers, registry, tables
 from lora_jax.models.layers import ACTIVATIONS
-from tests.helpers import places
+from tests.helpers import places, slow
 
 # Made by scripts/make_bert_goldens.py.
 GOLDENS = places.GOLDENS / "bert"
@@ -88,7 +88,7 @@ def test_logits_equal_transformers(case):
     np.testing.assert_allclose(logits, values["logits"], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow.after(1, CASES))
 def test_scanned_layers_compute_the_same(case):
     args, values = golden(case)
     labels = values["logits"].shape[1]
@@ -113,7 +113,7 @@ def test_encoder_alone_equals_transformers(case):
     np.testing.assert_allclose(pooled, values["pooled"], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow.after(1, CASES))
 def test_bfloat16_computes_near_float32_and_keeps_parameters(case):
     args, values = golden(case)
     labels = values["logits"].shape[1]
@@ -239,7 +239,7 @@ def test_gelu_is_the_exact_one(dtype, tolerance):
 RATES = ["hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"]
 
 
-@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("rate", slow.after(1, RATES))
 def test_each_dropout_acts_while_training_only(rate):
     model, params = tiny(**(NO_DROPOUT | {"classifier_dropout": 0.0} | {rate: 0.5}))
     train = lambda seed: run(

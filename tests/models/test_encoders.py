@@ -13,7 +13,7 @@ import safetensors.numpy
 
 from lora_jax import paths
 from lora_jax.models import checkpoints, distilbert, encoder, families, hub, registry, roberta
-from tests.helpers import places
+from tests.helpers import places, slow
 
 # Made by scripts/make_encoder_goldens.py.
 GOLDENS = places.GOLDENS
@@ -55,7 +55,7 @@ def test_doctests(module):
     assert doctest.testmod(module).failed == 0
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("scan_layers", slow.after(1, [False, True]))
 @pytest.mark.parametrize("case", CASES)
 def test_logits_equal_transformers(case, scan_layers):
     inputs, values = golden(case)

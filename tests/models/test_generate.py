@@ -293,6 +293,7 @@ def test_the_whole_program_can_be_lifted():
     jax.tree.map(np.testing.assert_array_equal, made, plain)
 
 
+@pytest.mark.slow
 def test_bfloat16_generates():
     model = small()[0].clone(dtype=jnp.bfloat16)
     begin, step = generate.causal_lm(model, gpt2.init_cache)

@@ -10,7 +10,7 @@ import safetensors.numpy
 import lora_jax as lora
 from lora_jax import paths
 from lora_jax.models import checkpoints, gguf, gguf_models, hub
-from tests.helpers import gguf_checkpoints, gguf_files, tiny_llama
+from tests.helpers import gguf_checkpoints, gguf_files, slow, tiny_llama
 
 
 def logits(path, **options):
@@ -19,7 +19,7 @@ def logits(path, **options):
     return loaded, jax.jit(lora.lift(loaded.model.apply))(loaded.params, ids)
 
 
-@pytest.mark.parametrize("case", list(gguf_checkpoints.CASES))
+@pytest.mark.parametrize("case", slow.after(4, list(gguf_checkpoints.CASES)))
 def test_the_same_model(case, tmp_path):
     """Same config, same weights bit for bit (norms of Gemma to rounding), same logits."""
     folder, path = gguf_checkpoints.make(tmp_path, case, words=gguf_checkpoints.IDS)

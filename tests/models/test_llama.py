@@ -165,6 +165,7 @@ def test_every_kernel_stays_factored(case, scan):
     np.testing.assert_allclose(lifted, merged, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_dropout_of_the_attention_weights():
     config = dataclasses.replace(load("llama3").model.config, attention_dropout=0.5)
     model, params = llama.LlamaForCausalLM(config), load("llama3").params

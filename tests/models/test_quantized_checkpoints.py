@@ -330,6 +330,7 @@ def test_scheme_that_does_not_exist(plain):
         load(plain, quantize="int3")
 
 
+@pytest.mark.slow
 def test_merge_of_a_loaded_model(plain, tmp_path):
     loaded = load(GOLDENS / "nf4_double", scan_layers=True)
     adapter, _ = lora.peft.load_peft(

@@ -18,7 +18,7 @@ from lora_jax.training import metrics, training_config
 from lora_jax.training.state import initial_state
 from lora_jax.training.step import make_train_step, step_options
 from lora_jax.training.task import Task
-from tests.helpers import places, slow, tiny_encoder
+from tests.helpers import places, tiny_encoder
 
 GOLDENS = places.GOLDENS
 FAMILIES = {
@@ -74,7 +74,8 @@ def check(case, scan_layers, remat):
 QUICK = [("gpt2/plain", True, "dots_saveable"), ("distilbert/base", False, "full")]
 
 
-@pytest.mark.parametrize("case, scan_layers, remat", slow.after(1, QUICK))
+@pytest.mark.parametrize("case, scan_layers, remat", QUICK)
+@pytest.mark.slow
 def test_values_and_gradients_are_the_same(case, scan_layers, remat):
     check(case, scan_layers, remat)
 

@@ -90,7 +90,7 @@ def test_buckets_equal_transformers():
             np.testing.assert_array_equal(found, expected, err_msg=name)
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("scan_layers", slow.after(1, [False, True]))
 def test_cached_decoding_equals_the_whole(scan_layers):
     """Some tokens at once, then one at a time, with left padding in a row; slots to spare."""
     case = "v1_1"

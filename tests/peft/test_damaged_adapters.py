@@ -15,7 +15,7 @@ import pytest
 from lora_jax import adapter as adapters
 from lora_jax.lowrank import LowRank
 from lora_jax.peft import load_peft
-from tests.helpers import places, torch_like
+from tests.helpers import places, slow, torch_like
 from tests.helpers.damaged_files import OF_CONFIG, OF_WEIGHTS, split
 
 GOLDENS = places.GOLDENS / "peft"
@@ -42,7 +42,7 @@ def bases():
 
 
 @pytest.mark.parametrize(
-    "file, name, mutate", MUTATIONS, ids=[f"{f[8:13]}-{n}" for f, n, _ in MUTATIONS]
+    "file, name, mutate", slow.after(8, MUTATIONS), ids=[f"{f[8:13]}-{n}" for f, n, _ in MUTATIONS]
 )
 def test_damaged_directories(bases, file, name, mutate, tmp_path):
     number = next(k for k, m in enumerate(MUTATIONS) if m[:2] == (file, name))

@@ -17,7 +17,7 @@ from lora_jax.lowrank import LowRank
 from lora_jax.names import Name
 from lora_jax.nodes import scale_array
 from lora_jax.peft import is_peft, load_peft, save_peft, target_modules
-from tests.helpers import places, torch_like
+from tests.helpers import places, slow, torch_like
 
 GOLDENS = places.GOLDENS / "peft"
 VARIANTS = {
@@ -94,13 +94,13 @@ def rewrite(directory, change):
 Q0 = "base_model.model.bert.encoder.layer.0.attention.self.query"
 
 
-@pytest.mark.parametrize("variant", list(VARIANTS))
+@pytest.mark.parametrize("variant", slow.after(1, list(VARIANTS)))
 def test_base_models_are_those_of_the_goldens(variant):
     fn, _, params, golden = setting(variant)
     np.testing.assert_allclose(fn(params, *inputs(golden)), golden["base"], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("variant, case", CASES)
+@pytest.mark.parametrize("variant, case", slow.after(5, CASES))
 def test_what_peft_wrote_computes_what_peft_computes_and_is_written_back(variant, case, tmp_path):
     fn, table, params, golden = setting(variant)
     source = directory(variant, case)
@@ -196,7 +196,7 @@ OURS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", list(OURS))
+@pytest.mark.parametrize("name", slow.after(2, list(OURS)))
 def test_here_to_peft_and_back_is_identical(bert, name, tmp_path, key):
     fn, table, params, golden = bert
     config = lora.LoRAConfig(**OURS[name])

@@ -54,6 +54,7 @@ def test_a_run_among_others_is_the_run_alone(root, count):
             assert not np.any(x)  # factors, both moments: exactly zero beyond the rank
 
 
+@pytest.mark.slow
 def test_in_float64_they_stay_together(root):
     """Over 150 steps to 1e-9: what differs is rounding and nothing else."""
     targets = {"lora__targets": ("embed", "hidden"), "lora__train": ("classifier",)}

@@ -113,6 +113,7 @@ def loaded_model(tmp_path, **about):
     return checkpoints.load(tmp_path, head="causal-lm")
 
 
+@pytest.mark.slow
 def test_texts_in_batches_are_those_of_each_prompt_alone(tmp_path):
     loaded = loaded_model(tmp_path)
     rng = np.random.default_rng(0)

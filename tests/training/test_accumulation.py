@@ -157,6 +157,7 @@ def test_whole_runs_stay_together(make):
 
 
 @pytest.mark.parametrize("parts", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_over_devices_it_is_the_gradient_of_all_rows(parts):
     """Two devices with half of the rows each, mapped over by an axis with a name: as under a pmap."""
     with jax.enable_x64(True):

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.checkpoints import bert_base_state
 from lora_jax.training import checkpointing
-from tests.helpers import tiny_task
+from tests.helpers import slow, tiny_task
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
@@ -177,7 +177,7 @@ def nested_json(directory):
 DAMAGES = [truncated, emptied, half_deleted, empty, no_json, other_json, nested_json]
 
 
-@pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("damage", slow.after(2, DAMAGES), ids=lambda f: f.__name__)
 def test_a_damaged_checkpoint_is_put_aside(left_alone, stopped, damage, capsys):
     """The one before is used, the run ends as one left alone, and the same step is saved again."""
     damage(stopped / "checkpoints" / "10")

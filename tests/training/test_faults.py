@@ -16,7 +16,7 @@ import pytest
 
 from lora_jax.sweeps import sweep_dirs
 from lora_jax.training import metric_writer, workdirs
-from tests.helpers import tiny_task
+from tests.helpers import slow, tiny_task
 from tests.helpers.places import ROOT
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -160,7 +160,7 @@ def fill(disk, left=0):
 
 # What can't be flushed any more can't be closed either, as the destructor of the event file tells.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("step, left", [(8, 0), (9, 8192), (12, 0), (12, 16384)])
+@pytest.mark.parametrize("step, left", slow.after(2, [(8, 0), (9, 8192), (12, 0), (12, 16384)]))
 def test_a_disk_that_is_full(left_alone, disk, step, left):
     """One clear error, what was saved before is intact, and with room the run goes on.
 

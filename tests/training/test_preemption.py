@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from lora_jax.training import checkpointing, preemption
-from tests.helpers import tiny_task
+from tests.helpers import slow, tiny_task
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
@@ -35,7 +35,7 @@ def newest(workdir):
     return max(int(p.name) for p in (workdir / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize("step, times", [(1, 1), (9, 3), (15, 2), (23, 1)])
+@pytest.mark.parametrize("step, times", slow.after(2, [(1, 1), (9, 3), (15, 2), (23, 1)]))
 def test_the_step_is_finished_and_saved(left_alone, tmp_path, step, times):
     """Also a step with a checkpoint of its own, one with an evaluation, and the last."""
     with pytest.raises(preemption.Stopped, match=f"Stopped after step {step + 1}, .*To go on:"):
@@ -45,7 +45,7 @@ def test_the_step_is_finished_and_saved(left_alone, tmp_path, step, times):
     assert tiny_task.outcome(tmp_path) == left_alone
 
 
-@pytest.mark.parametrize("epoch, which", [(1, 0), (2, 2), (3, 1)])
+@pytest.mark.parametrize("epoch, which", slow.after(1, [(1, 0), (2, 2), (3, 1)]))
 def test_an_evaluation_is_left_and_made_again(left_alone, tmp_path, epoch, which):
     task, seen, evaluation = tiny_task.task(), [], 0
 
