@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
 from lora_jax.lowrank import LowRank, factor_shapes
-from tests.helpers import toy_method
+from tests.helpers import slow, toy_method
 
 RNG = np.random.default_rng(0)
 IO, BIO = ("io", (4, 6)), ("bio", (3, 4, 6))
@@ -138,7 +138,7 @@ def test_stays_factored(name):
     compare(*FACTORED[name], strict=True)
 
 
-@pytest.mark.parametrize("name", FORMED)
+@pytest.mark.parametrize("name", slow.after(4, FORMED))
 def test_is_formed_and_explained(name):
     *case, reason = FORMED[name]
     params, adapter, run = compare(*case, strict=False)

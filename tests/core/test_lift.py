@@ -334,7 +334,7 @@ FACTORED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", slow.after(34, FACTORED))
+@pytest.mark.parametrize("name", slow.after(24, FACTORED))
 def test_stays_factored(name):
     fn, w, x, axes = FACTORED[name]
     check(fn, w, x, axes=axes)

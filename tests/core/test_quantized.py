@@ -75,7 +75,7 @@ def from_golden(key, shape):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("scheme", ["nf4", "fp4", "nf4_double", "fp4_double"])
+@pytest.mark.parametrize("scheme", slow.after(2, ["nf4", "fp4", "nf4_double", "fp4_double"]))
 def test_what_is_stored_is_decoded_bit_for_bit(scheme):
     for name in cases(scheme):
         key = f"{name}/{scheme}"

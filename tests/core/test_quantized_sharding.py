@@ -69,6 +69,7 @@ def test_specs_of_a_tree_have_one_for_each_kernel():
     assert sharding.replicated(params, made) == []
 
 
+@pytest.mark.slow
 def test_codes_travel_and_not_numbers():
     """On four devices: values, gradients, and the largest array that is gathered."""
     program = [sys.executable, "-m", "tests.helpers.cases_on_quantized"]

@@ -6,7 +6,6 @@ import importlib.util
 import jax
 import pytest
 
-from tests.helpers import slow
 from tests.helpers.places import ROOT
 
 FOLDER = ROOT / "examples"
@@ -34,7 +33,8 @@ def _check(name):
 
 
 # Libraries of others may promote ranks.
-@pytest.mark.parametrize("name", slow.after(1, [x for x in EXAMPLES if not x.startswith("hf_")]))
+@pytest.mark.parametrize("name", [x for x in EXAMPLES if not x.startswith("hf_")])
+@pytest.mark.slow
 def test_example(name):
     with jax.numpy_rank_promotion("allow"):
         _check(name)

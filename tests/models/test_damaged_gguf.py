@@ -123,7 +123,7 @@ def words(path):
 
 
 @pytest.mark.parametrize("count", [10, pytest.param(140, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("mutate", slow.after(2, MUTATIONS), ids=lambda f: f.__name__)
+@pytest.mark.parametrize("mutate", slow.after(1, MUTATIONS), ids=lambda f: f.__name__)
 def test_damaged_files(originals, tmp_path, mutate, count):
     """What loads has the shapes of the model, and is finite."""
     path, refusals = tmp_path / "m.gguf", 0

@@ -74,7 +74,7 @@ def test_what_is_stored(kinds, code, parts, bits, tmp_path):
         assert 8 * sum(x.nbytes for x in stored.values()) == bits * leaf.size
 
 
-@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("scan", slow.after(1, [True, False]), ids=["scanned", "unrolled"])
 def test_lift_over_codes_is_merge(scan, tmp_path):
     loaded = load(make(tmp_path, *FOUR), scan_layers=scan)
     ids = np.random.default_rng(0).integers(0, 64, (2, 9))

@@ -150,7 +150,7 @@ def test_padding_on_the_left_changes_nothing():
     np.testing.assert_allclose(padded[:, 4:], whole, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("case, scan", [("qwen3", False), ("gemma3", True)])
+@pytest.mark.parametrize("case, scan", slow.after(1, [("qwen3", False), ("gemma3", True)]))
 def test_every_kernel_stays_factored(case, scan):
     loaded = load(case, scan)
     ids = golden(case)["input_ids"]

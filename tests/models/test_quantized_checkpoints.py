@@ -36,7 +36,7 @@ def logits(loaded, params=None):
 # ---- bitsandbytes, and PEFT over it ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("scan", slow.after(1, [True, False]), ids=["scanned", "unrolled"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_are_those_of_transformers(kind, scan):
     loaded = load(GOLDENS / kind, scan_layers=scan)
@@ -47,7 +47,7 @@ def test_logits_are_those_of_transformers(kind, scan):
     assert_close(logits(loaded), GOLDEN[f"{kind}/logits"], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("scan", slow.after(1, [True, False]), ids=["scanned", "unrolled"])
 def test_gradients_are_those_of_peft(scan):
     loaded = load(GOLDENS / "nf4_double", scan_layers=scan)
     adapter, config = lora.peft.load_peft(
@@ -304,7 +304,7 @@ def test_merged_checkpoints_are_plain(plain):
     assert_close(logits(load(plain)), GOLDEN["fp4/logits"], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("scan", slow.after(1, [True, False]), ids=["scanned", "unrolled"])
 @pytest.mark.parametrize("scheme", ["nf4_double", "int8", "float8_e4m3_blocks"])
 def test_quantized_while_loaded(plain, scheme, scan):
     """The same as if it is loaded first; what has codes already keeps them."""

@@ -63,6 +63,7 @@ def test_the_sum_is_rounded_once(scan, dtype, folder, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
+@pytest.mark.slow
 def test_quantized_bases_are_decoded_to_float32(tmp_path):
     """Kernels without an adapter, too, whatever dtype their leaves stand for."""
     loaded, adapter, _ = adapted(GOLDENS / "nf4_double", scan=True, param_dtype=jnp.bfloat16)

@@ -112,7 +112,7 @@ def test_cached_decoding_equals_the_whole(scan_layers):
 
 
 @pytest.mark.parametrize("beams", slow.after(1, [3, 1]))
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow.after(1, CASES))
 def test_texts_equal_transformers(case, beams):
     """The same tokens, from a batch that is padded on either side, with an end."""
     scan_layers = case == "v1_0"
@@ -208,6 +208,7 @@ def test_a_row_without_tokens_is_finite():
 
 
 @pytest.mark.parametrize("scan_layers", slow.after(1, [True, False]))
+@pytest.mark.slow
 def test_dropout_acts_while_training_only(scan_layers):
     model, params = load("v1_0", scan_layers)
     args, values = golden("v1_0")

@@ -234,11 +234,14 @@ def test_each_chunk_draws_its_own_dropout(monkeypatch):
 
 @pytest.mark.parametrize(
     "name, targets",
-    [
-        ("llama/llama3", ("lm_head", "q_proj")),
-        ("llama/gemma2", ("embed_tokens", "q_proj")),  # tied, with a bound of the logits
-        ("gpt2/plain", ("wte", "c_attn")),
-    ],
+    slow.after(
+        1,
+        [
+            ("llama/gemma2", ("embed_tokens", "q_proj")),  # tied, with a bound of the logits
+            ("llama/llama3", ("lm_head", "q_proj")),
+            ("gpt2/plain", ("wte", "c_attn")),
+        ],
+    ),
 )
 def test_models(monkeypatch, name, targets):
     """The task's losses are those of the logits that a call of the merged model gives."""

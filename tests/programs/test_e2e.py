@@ -177,6 +177,7 @@ def leaves(loaded):
     return [np.asarray(x) for x in jax.tree.leaves(loaded.params)]
 
 
+@pytest.mark.slow
 def test_adaptation_improves_what_is_written(finished):
     root, _, out = finished
     scores = json.loads((root / "run" / "scores.json").read_text())
@@ -190,6 +191,7 @@ def test_adaptation_improves_what_is_written(finished):
     assert "lora.rank" not in out and "adapted with rank 8" in out
 
 
+@pytest.mark.slow
 def test_files_give_the_scores_of_the_run(finished, source, tmp_path):
     """The adapter as it is, through PEFT's format, and merged into a model of its own."""
     root = finished[0]
@@ -214,6 +216,7 @@ def test_files_give_the_scores_of_the_run(finished, source, tmp_path):
     assert written.scores == pytest.approx(scores["adapted"])
 
 
+@pytest.mark.slow
 def test_loss_is_on_the_reference_only(finished, source):
     config = config_of(finished, source)
     writer = e2e.load(config)
@@ -231,6 +234,7 @@ def test_loss_is_on_the_reference_only(finished, source):
         assert writer.tokenizer.decode(ids[: first - 1].tolist()).startswith("name : ")
 
 
+@pytest.mark.slow
 def test_run_again_it_trains_no_more_and_writes_the_same(finished):
     root, arguments, _ = finished
     before = (root / "run" / "texts.jsonl").read_bytes()
@@ -240,6 +244,7 @@ def test_run_again_it_trains_no_more_and_writes_the_same(finished):
     assert (root / "run" / "texts.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_evaluation_alone_is_the_logged_loss(finished):
     root, arguments, _ = finished
     before = {p: p.stat().st_mtime_ns for p in (root / "run").rglob("*")}
@@ -252,6 +257,7 @@ def test_evaluation_alone_is_the_logged_loss(finished):
     assert found["loss"] == losses[found["step"]] == min(losses.values())
 
 
+@pytest.mark.slow
 def test_the_unadapted_model_can_be_scored_alone(finished, tmp_path):
     root, arguments, _ = finished
     given = [a for a in arguments if not a.startswith("--workdir")]

@@ -62,6 +62,7 @@ def test_it_learns_and_what_was_trained_is_what_predicts(config, trained):
     assert sums[0] / sums[-1] == pytest.approx(progress.best_loss, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_another_run_starts_from_it(config, trained):
     _, workdir, progress = trained
     with config.copy_and_resolve_references().unlocked() as c:

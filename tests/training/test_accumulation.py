@@ -112,6 +112,7 @@ def trainable(tree):
         pytest.param(language_task, 2, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_in_float64_it_is_the_large_batchs_gradient(make, parts):
     """To 1e-12; parts weigh differently, and some weigh nothing."""
     with jax.enable_x64(True):
