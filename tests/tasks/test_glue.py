@@ -292,7 +292,7 @@ def test_a_run_reports_the_scores_of_its_task(task, inputs, tmp_path):
     config = config_of(inputs, task, kind, epochs=EPOCHS, lora__train=learnt)
     _, best = trained(config, tmp_path)
     lines = [x for x in metric_writer.read(tmp_path / "metrics.jsonl") if "eval_loss" in x]
-    assert len(lines) == EPOCHS
+    assert len(lines) == 1 + EPOCHS  # the first is before training
     assert {k.removeprefix("eval_") for k in lines[0]} - {"step", "epoch"} == names
     assert best.best_score == max(line[f"eval_{selects}"] for line in lines)
     # What was saved gives, through the merged weights, the score that was logged.
@@ -401,8 +401,7 @@ def test_programs_on_pairs(inputs, tmp_path):
         assert run("export", adapter, f"--out={out}", flag).returncode == 0
         assert (out / file).exists()
     again = run("predict", f"--adapter={tmp_path / 'peft'}", "--json", "the film was good\tthe film was bad")  # fmt: skip
-    # The labels are not in PEFT's files, which call a single one by its number.
-    np.testing.assert_allclose(json.loads(again.stdout)["LABEL_0"], row["similarity"], atol=1e-4)
+    np.testing.assert_allclose(json.loads(again.stdout)["similarity"], row["similarity"], atol=1e-4)
 
 
 @pytest.mark.xdist_group("cli")
