@@ -95,7 +95,11 @@ def _predict_table(file: str, model: classifier.Classifier) -> tuple[list[str], 
     pairs = found.pairs or [None] * len(found.sentences)
     both = zip(found.sentences, pairs, strict=True)
     texts = ["\t".join(x for x in row if x is not None) for row in both]
-    return texts, classifier.predict_examples(model, found)
+    return texts, classifier.predict_examples(model, found, say=_note)
+
+
+def _note(line: str) -> None:
+    print(f"note: {line}", file=sys.stderr)
 
 
 def _find_kind(file: str | None) -> str:
@@ -120,7 +124,7 @@ def main(argv: list[str]) -> None:
     if kind == "table" or (kind == "either" and (model.columns or _TEXT.value)):
         texts, values = _predict_table(file, model)
     else:
-        values = classifier.predict(model, texts)
+        values = classifier.predict(model, texts, say=_note)
     for sentence, row in zip(texts, values, strict=True):
         best = int(row.argmax())
         label, value = model.labels[best], round(float(row[best]), 4)

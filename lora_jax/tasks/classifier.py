@@ -1,6 +1,7 @@
 """A trained classifier, rebuilt from an adapter directory alone."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,19 +95,32 @@ def load(
     loaded = adapter_files.widen(loaded) if wide else loaded
     adapter, config = adapter_files.load(directory, loaded)
     files = text_files.find(directory, loaded.checkpoint)
+    tokenizer = text_files.load_tokenizer(files) if with_tokenizer else None
     return Classifier(
         loaded=loaded,
         adapter=adapter,
         config=config,
-        tokenizer=text_files.load_tokenizer(files) if with_tokenizer else None,
+        tokenizer=tokenizer,
         labels=tuple(about_model["labels"]),
         max_length=metadata["max_length"],
         buckets=tuple(metadata["buckets"]),
         pairs=metadata.get("pairs", False),
         glue=own_texts.NAME if own else metadata.get("glue", "sst2"),
         columns=tuple(own.get("text", ())),
-        notes=(*adapter_bases.describe(directory, loaded), *files.notes),
+        notes=(
+            *adapter_bases.describe(directory, loaded),
+            *files.notes,
+            *_compare_sizes(tokenizer, loaded),
+        ),
     )
+
+
+def _compare_sizes(
+    tokenizer: tokenizers.Tokenizer | None, loaded: checkpoints.Loaded
+) -> tuple[str, ...]:
+    if tokenizer is None:
+        return ()
+    return token_ids.describe(tokenizer, checkpoints.find_table(loaded))
 
 
 def _find_task(classifier: Classifier) -> TextTask:
@@ -149,11 +163,10 @@ def _load_peft(
     tokenizer = text_files.load_tokenizer(files) if with_tokenizer else None
     longest, limit = _choose_length(about, loaded.model.config.positions)
     buckets = (*(b for b in about.get("buckets", _BUCKETS) if b < longest), longest)
-    table = checkpoints.find_table(loaded)
     notes = (
         *adapter_bases.describe(directory, loaded),
         *files.notes,
-        *(token_ids.describe(tokenizer, table) if tokenizer else ()),
+        *_compare_sizes(tokenizer, loaded),
         f"labels {', '.join(labels)} ({source})",
         limit,
         *inputs,
@@ -252,8 +265,19 @@ def _is_classify(about: dict[str, Any]) -> bool:
     return is_list and len(texts) == 1 + (about.get("pairs") is True)
 
 
-def predict(classifier: Classifier, sentences: list[str]) -> np.ndarray:
+def _say_nothing(line: str) -> None:
+    """Tells nobody."""
+
+
+def predict(
+    classifier: Classifier, sentences: list[str], *, say: Callable[[str], None] = _say_nothing
+) -> np.ndarray:
     """Computes class probabilities, through the merged weights.
+
+    Args:
+      classifier: the base with its adapter.
+      sentences: texts, or pairs with a tab between them.
+      say: function that is told how many texts were cut to the largest number of tokens.
 
     Returns:
       ``(len(sentences), num_labels)`` float32: probabilities, or, with a single label, the model's
@@ -263,10 +287,15 @@ def predict(classifier: Classifier, sentences: list[str]) -> np.ndarray:
       ValueError: the tokenizer was not read; the adapter takes pairs, and a sentence does not have
         exactly one tab; or a sentence has a token that is no row of the base's embedding.
     """
-    return predict_examples(classifier, _examples(classifier, sentences))
+    return predict_examples(classifier, _examples(classifier, sentences), say=say)
 
 
-def predict_examples(classifier: Classifier, texts: examples.Examples) -> np.ndarray:
+def predict_examples(
+    classifier: Classifier,
+    texts: examples.Examples,
+    *,
+    say: Callable[[str], None] = _say_nothing,
+) -> np.ndarray:
     """Computes class probabilities as :func:`predict`, of examples, whose labels are not used."""
     if classifier.tokenizer is None:
         raise ValueError("This classifier has no tokenizer: load it with with_tokenizer=True.")
@@ -280,6 +309,9 @@ def predict_examples(classifier: Classifier, texts: examples.Examples) -> np.nda
         types=classification.has_token_types(classifier.loaded),
         table=checkpoints.find_table(classifier.loaded),
     )
+    count = len(texts.sentences)
+    if tokens.cut:
+        say(f"{tokens.cut:,} of {count:,} texts cut to {classifier.max_length} tokens")
     params = lora.merge(classifier.loaded.params, classifier.adapter)
 
     @jax.jit
@@ -287,7 +319,6 @@ def predict_examples(classifier: Classifier, texts: examples.Examples) -> np.nda
         scores = scorer.apply(params, batch, None)
         return jax.nn.softmax(scores) if len(classifier.labels) > 1 else scores
 
-    count = len(texts.sentences)
     result = np.zeros((count, len(classifier.labels)), np.float32)
     size = min(64, count)
     for batch in batches.eval_batches(tokens, batch_size=size, buckets=classifier.buckets):

@@ -112,6 +112,8 @@ def test_predict(finished, tmp_path):
         rows = [json.loads(line) for line in done.stdout.splitlines()]
         assert [row["label"] for row in rows] == ["positive", "negative"]
         assert all(0.5 <= row["probability"] <= 1 for row in rows)
+    long = run("predict", adapter, "the film was great", "the film was great " * 9)
+    assert "note: 1 of 2 texts cut to 16 tokens" in long.stderr and not one.stderr
     empty = run("predict", adapter)
     assert empty.returncode == 2 and "No sentences" in empty.stderr
 

@@ -123,7 +123,10 @@ def test_training_predicting_and_exporting(inputs, tmp_path):
     about = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert about["task_type"] == "SEQ_2_SEQ_LM" and about["target_modules"] == sorted(kernels)
     again = classifier.load(tmp_path / "peft")
-    assert again.labels == LABELS and "labels negative, positive (those of lora_jax.json)" in again.notes
+    assert (
+        again.labels == LABELS
+        and "labels negative, positive (those of lora_jax.json)" in again.notes
+    )
     np.testing.assert_allclose(classifier.predict(again, sentences), expected, atol=1e-6)
 
     done = run("export", f"--adapter={adapter}", f"--out={tmp_path / 'merged'}", "--merged")
