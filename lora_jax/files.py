@@ -36,6 +36,23 @@ _FLOAT8 = {
 }
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """Reads a file that holds a JSON object; a missing one is an empty object.
+
+    Raises:
+      ValueError: it is damaged.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}. Download or copy it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it holds no JSON object. Download or copy it again.")
+    return content
+
+
 def read_safetensors(data: bytes, *, float8: bool = False) -> dict[str, np.ndarray]:
     """Reads the tensors in the content of a safetensors file.
 

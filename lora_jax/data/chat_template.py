@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 from lora_jax.data import template_program
 from lora_jax.data.template_program import Message, Traced
+from lora_jax.files import read_object
 from lora_jax.models import gguf_tokenizer, tokenizer
 from lora_jax.models.checkpoints import Checkpoint
 from lora_jax.models.gguf import is_gguf
-from lora_jax.models.tokenizer_settings import CONFIG, NAMES, read_object
+from lora_jax.models.tokenizer_settings import CONFIG, NAMES
 
 FILE = "chat_template.jinja"
 _FOLDER = "additional_chat_templates"

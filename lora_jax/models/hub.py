@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_jax.extras import require
+from lora_jax.files import read_object
 from lora_jax.models import gguf, gguf_models
 
 require(__name__, "models", "huggingface_hub")
@@ -239,12 +240,7 @@ def _open(name: str, directory: Path, origin: str) -> Checkpoint:
             f"{directory} ({origin}) has no config.json; it holds {_list_files(directory)}. "
             f"{advice}"
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}.") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is damaged: it holds no JSON object.")
+    config = read_object(path)
     weights = _find_weights(directory)
     if not weights:
         hint = ""

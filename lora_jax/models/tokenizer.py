@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lora_jax.extras import require
+from lora_jax.files import read_object
 
 require(__name__, "models", "tokenizers")
 
@@ -159,7 +160,7 @@ _ADVICE = (
 
 
 def _has_roberta_tokens(directory: Path) -> bool:
-    vocabulary = tokenizer_settings.read_object(directory / "vocab.json")
+    vocabulary = read_object(directory / "vocab.json")
     return all(token in vocabulary for token in ("<s>", "<pad>", "</s>", "<unk>"))
 
 

@@ -5,12 +5,12 @@ same tokens here.
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lora_jax.extras import require
+from lora_jax.files import read_object
 
 require(__name__, "models", "tokenizers")
 
@@ -94,23 +94,6 @@ def read(directory: Path) -> Settings:
         added=added,
         source=source,
     )
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Reads a file that holds a JSON object; a missing one is an empty object.
-
-    Raises:
-      ValueError: it is damaged.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}. Download or copy it again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it holds no JSON object. Download or copy it again.")
-    return content
 
 
 def flag(settings: Settings, name: str, default: bool) -> bool:

@@ -14,7 +14,8 @@ import lora_jax as lora
 from lora_jax.data import characters, chat_template, conversations, template_keys
 from lora_jax.data.chat_template import ChatTemplate, Message
 from lora_jax.data.conversations import Conversation
-from lora_jax.models import checkpoints, generate, token_ids, tokenizer_settings
+from lora_jax.files import read_object
+from lora_jax.models import checkpoints, generate, token_ids
 from lora_jax.models.decoding import Decoding
 from lora_jax.models.families import CAUSAL_LM
 from lora_jax.models.read_leaves import DECODED
@@ -134,7 +135,7 @@ def stop_tokens(
 ) -> tuple[int, ...]:
     """Returns the tokens that end a reply: those the model's files name, and the template's own."""
     path = checkpoint.directory / "generation_config.json"
-    about = tokenizer_settings.read_object(path)
+    about = read_object(path)
     tokens = {
         tokenizer.token_to_id(template.tokens.get("eos_token", "")),
         tokenizer.token_to_id(_end_of_turn(template, tokenizer)),

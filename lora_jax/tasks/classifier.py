@@ -12,6 +12,7 @@ import tokenizers
 import lora_jax as lora
 from lora_jax import serialize
 from lora_jax.data import batches, examples, tokenization
+from lora_jax.files import read_object
 from lora_jax.models import checkpoints, token_ids
 from lora_jax.models.families import SEQ2SEQ_LM
 from lora_jax.tasks import (
@@ -202,7 +203,7 @@ def _choose_labels(
                 f"the adapter has {count} outputs: they do not belong together."
             )
         return labels, f"those of {task_file.NAME}"
-    beside = _read_labels(text_files.read_json(Path(directory) / "config.json"))
+    beside = _read_labels(read_object(Path(directory) / "config.json"))
     if beside and count in (0, len(beside)):
         return beside, "those of the config.json beside the adapter"
     labels = _read_labels(base)

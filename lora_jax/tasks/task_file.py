@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_jax.files import write_atomically
+from lora_jax.files import read_object, write_atomically
 
 NAME = "lora_jax.json"
 _FORMAT, _VERSION = "lora_jax.task", 1
@@ -60,11 +60,7 @@ def read(directory: str | Path) -> dict[str, Any]:
     path = Path(directory) / NAME
     if not path.is_file():
         return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}.") from error
-    about = content if isinstance(content, dict) else {}
+    about = read_object(path)
     if [about.get(name) for name in _COMMON] != [_FORMAT, _VERSION]:
         raise ValueError(f"{path} is not a file of format {_FORMAT!r}, version {_VERSION}.")
     values = {name: x for name, x in about.items() if name not in _COMMON}

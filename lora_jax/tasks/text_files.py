@@ -4,15 +4,14 @@ Trainers save them beside the adapter, since a run may add tokens or a template.
 is the adapter's if its directory has it, and the base's otherwise.
 """
 
-import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import tokenizers
 
 from lora_jax.data import chat_template
 from lora_jax.data.chat_template import ChatTemplate
-from lora_jax.files import write_atomically
+from lora_jax.files import read_object, write_atomically
 from lora_jax.models import checkpoints
 from lora_jax.models.checkpoints import Checkpoint
 from lora_jax.models.hub import TOKENIZER_FILES
@@ -145,21 +144,4 @@ def _copy(source: Path, out: Path, names: tuple[str, ...]) -> None:
 def _has_template(directory: Path) -> bool:
     if (directory / _TEMPLATE).is_file():
         return True
-    return read_json(directory / _SETTINGS).get("chat_template") is not None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object; an empty one if there is no such file.
-
-    Raises:
-      ValueError: the file is damaged.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it holds no JSON object.")
-    return content
+    return read_object(directory / _SETTINGS).get("chat_template") is not None

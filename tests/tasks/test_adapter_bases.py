@@ -390,7 +390,7 @@ def test_labels_without_the_file_are_told(rater):
     "text, says",
     [
         ("{", "damaged"),
-        ("[]", "not a file of format"),
+        ("[]", "holds no JSON object"),
         ({"format_version": 9}, "version 1"),
         ({"labels": ["a", "a", "b"]}, "labels must be a list of different names"),
         ({"labels": []}, "labels must be"),
