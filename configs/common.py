@@ -50,6 +50,8 @@ def base_config() -> ConfigDict:
     c.lora.alpha = 16.0
     c.lora.targets = ("query", "value")  # ("default",) for those of the model's family
     c.lora.train = ("classifier",)
+    c.lora.method = "lora"
+    c.lora.init = "uniform"  # first values of the factors
     c.lora.dropout = 0.1
     c.lora.rank_stabilized = False
     c.lora.rank_pattern = ConfigDict()

@@ -6,10 +6,12 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Self
 
 from lora_jax import hints, paths
+from lora_jax.methods import METHODS
+from lora_jax.methods.initial_values import INITS
 
 ALL_LINEAR = "all-linear"
 
@@ -43,6 +45,8 @@ class LoRAConfig:
         regular expression matched in full ("re:.*/(query|value)/kernel"), or "all-linear": every
         kernel that the function contracts or convolves, except what ``train`` names.
       train: leaves to train (and save) in full, named in the same way: a new head, all biases.
+      method: what becomes of a kernel: one of :data:`lora_jax.methods.METHODS`.
+      init: first values of the factors: one of :data:`lora_jax.methods.initial_values.INITS`.
       dropout: rate in [0, 1) of the dropout on the input of the low-rank branch, while
         :func:`lora_jax.lift` is given a key.
       rank_stabilized: divide alpha by the square root of the rank.
@@ -72,6 +76,8 @@ class LoRAConfig:
     alpha: float = 16.0
     targets: tuple[str, ...] = (ALL_LINEAR,)
     train: tuple[str, ...] = ()
+    method: str = "lora"
+    init: str = "uniform"
     dropout: float = 0.0
     rank_stabilized: bool = False
     # Hashed without the dictionaries: equal configs still have equal hashes.
@@ -86,6 +92,8 @@ class LoRAConfig:
         put("alpha", _check_positive("alpha", self.alpha))
         put("targets", _check_patterns("targets", self.targets))
         put("train", _check_patterns("train", self.train))
+        put("method", _check_choice("method", self.method, METHODS))
+        put("init", _check_choice("init", self.init, INITS))
         put("dropout", _check_number("dropout", self.dropout))
         put("rank_pattern", _check_by_pattern("rank_pattern", self.rank_pattern, _check_whole))
         put(
@@ -120,9 +128,10 @@ class LoRAConfig:
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as JSON types."""
         fields = dataclasses.asdict(self)
-        for optional in ("origin", "roles"):
-            if not fields[optional]:
-                del fields[optional]
+        defaults = {"origin": {}, "roles": {}, "method": "lora", "init": "uniform"}
+        for name, default in defaults.items():  # files without them stay as they were
+            if fields[name] == default:
+                del fields[name]
         return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
     def to_json(self) -> str:
@@ -153,6 +162,12 @@ class LoRAConfig:
         if not isinstance(fields, dict):
             raise ValueError(f"A LoRAConfig is a JSON object, got {type(fields).__name__}.")
         return cls.from_dict(fields)
+
+
+def _check_choice(name: str, value: Any, choices: Collection[str]) -> str:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")
+    return value
 
 
 def _check_number(name: str, value: Any) -> float:

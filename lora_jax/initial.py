@@ -24,7 +24,9 @@ from lora_jax.kernels import (
     is_real,
     max_rank,
 )
-from lora_jax.lowrank import LowRank, init_a
+from lora_jax.methods import METHODS
+from lora_jax.methods.start import Start
+from lora_jax.nodes import Adapted
 from lora_jax.quantized import as_array
 
 PyTree = Any
@@ -84,7 +86,7 @@ def init(
     _warn(choice)
     # Copies, so that a step that donates the adapter spares the base.
     full = {n: jnp.array(as_array(leaves[n]), copy=True) for n in leaves if n in trained}
-    nodes = {n: _init_node(key, n, choice, config) for n in choice.ranks}
+    nodes = {n: _init_node(key, n, choice, config, leaves[n]) for n in choice.ranks}
     return paths.nest({n: (nodes | full)[n] for n in leaves if n in nodes or n in full})
 
 
@@ -325,18 +327,22 @@ def _is_wide(leaf: Leaf, rank: int) -> bool:
     return size >= math.prod(leaf.shape or ()) and rank < max_rank(leaf)
 
 
-def _init_node(key: Array, name: str, choice: Choice, config: LoRAConfig) -> LowRank:
+def _init_node(key: Array, name: str, choice: Choice, config: LoRAConfig, w: Any) -> Adapted:
     leaf, rank = choice.kernels.leaves[name], choice.ranks[name]
     dtype = wide_dtype(leaf.dtype)
-    # crc32 of the path: the same number in every process, unlike `hash`.
-    key = jax.random.fold_in(key, zlib.crc32(name.encode()))
-    return LowRank(
-        a=init_a(key, leaf.shape, leaf.axes, rank, dtype),
-        b=jnp.zeros(factor_shapes(leaf.shape, leaf.axes, rank)[1], dtype),
-        scale=_check_scale(name, config.kernel_scale(name, rank), dtype),
+    start = Start(
+        # crc32 of the path: the same number in every process, unlike `hash`.
+        key=jax.random.fold_in(key, zlib.crc32(name.encode())),
+        name=name,
+        kernel=w,
         axes=leaf.axes,
+        rank=rank,
+        scale=_check_scale(name, config.kernel_scale(name, rank), dtype),
+        dtype=dtype,
         dropout=config.dropout,
+        init=config.init,
     )
+    return METHODS[config.method](start)
 
 
 def _check_scale(name: str, scale: float, dtype: Any) -> float:

@@ -1,0 +1,61 @@
+"""``Start``: what a method knows of a kernel when it makes the first values of its node."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.factors import wide_dtype
+from lora_jax.quantized import as_array
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Start:
+    """A kernel that is to be adapted, and the settings that hold for it.
+
+    Attributes:
+      key: PRNG key of this kernel alone.
+      name: path of the kernel, for messages.
+      kernel: frozen kernel: an array, a quantized one, or a ``jax.ShapeDtypeStruct``.
+      axes: role of each kernel axis, for example "io"; see :mod:`lora_jax.factors`.
+      rank: rank of the factors.
+      scale: number that the product of the factors is multiplied by.
+      dtype: dtype of what is trained.
+      dropout: rate in [0, 1) of the dropout on the input of the branch.
+      init: name of the first values of the factors; see :mod:`lora_jax.methods.initial_values`.
+    """
+
+    key: Array
+    name: str
+    kernel: Any
+    axes: str
+    rank: int
+    scale: float
+    dtype: Any
+    dropout: float
+    init: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the kernel."""
+        return tuple(self.kernel.shape)
+
+    def read_kernel(self, what: str) -> Array:
+        """Returns the numbers of the kernel, in float32 or wider.
+
+        Args:
+          what: setting that needs them, for the message.
+
+        Raises:
+          ValueError: there is only a shape.
+        """
+        if isinstance(self.kernel, jax.ShapeDtypeStruct):
+            raise ValueError(
+                f"{what} needs the numbers of {self.name!r}, and got its shape only. Give the "
+                "parameters themselves."
+            )
+        kernel = as_array(self.kernel)
+        return jnp.asarray(kernel, wide_dtype(kernel.dtype))
