@@ -24,6 +24,10 @@ from lora_jax.training import checkpointing
 from lora_jax.training.optimizer import Settings, adamw
 from lora_jax.training.state import TrainState
 
+SETTINGS = Settings(
+    learning_rate=1e-3, warmup_steps=0, total_steps=100, weight_decay=0.01, clip_norm=1.0
+)
+
 
 def bert_base_state() -> TrainState:
     """All that changes in such a run, as a checkpoint stores it."""
@@ -33,7 +37,7 @@ def bert_base_state() -> TrainState:
 
     def made(base: dict) -> TrainState:
         adapter = lora.init(jax.random.key(0), model.apply, base, config, ids, ids)
-        tx = adamw(Settings(1e-3, 0, 100, 0.01, 1.0), adapter, "linear")
+        tx = adamw(SETTINGS, adapter, "linear")
         step, key = jax.numpy.int32(0), jax.random.key_data(jax.random.key(0))
         return TrainState(step, adapter, tx.init(adapter), key)
 

@@ -96,6 +96,8 @@ def base_config() -> ConfigDict:
 
     c.optimizer = ConfigDict()  # AdamW
     c.optimizer.learning_rate = 5e-4
+    c.optimizer.b_rate = 1.0  # multiplies it for the factors b (LoRA+); docs/methods.md
+    c.optimizer.embedding_rate = 1.0  # multiplies it for leaves called "embedding"
     # The linear rise before the decay, a fraction of all steps (0.06), or "6%", "100 steps", ...
     c.optimizer.warmup = duration(0.0)
     c.optimizer.decay = "linear"  # of the learning rate, to zero at the end: linear, cosine or none

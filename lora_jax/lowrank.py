@@ -47,7 +47,7 @@ class LowRank(Adapted):
     reads_kernel: ClassVar[bool] = False
     table: ClassVar[Mapping[str, Field]] = {
         "a": Field(A_AXES),
-        "b": Field(B_AXES),
+        "b": Field(B_AXES, has_b_rate=True),
         "scale": Field("", is_trained=False, scales="b"),
     }
 

@@ -37,11 +37,14 @@ class Field(NamedTuple):
       is_trained: whether the array is trained; if not, no gradient reaches it.
       scales: name of the field that this one multiplies, if it is a scale. A scale belongs to the
         structure of the tree while it is a Python float, and is a leaf if it is an array.
+      has_b_rate: whether it is trained at the learning rate of the factor ``b``, which LoRA+ sets
+        apart from that of ``a``.
     """
 
     axes: str
     is_trained: bool = True
     scales: str = ""
+    has_b_rate: bool = False
 
 
 class Terms(NamedTuple):

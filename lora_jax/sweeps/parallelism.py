@@ -41,7 +41,7 @@ class Programs:
 
     def get(self, group: Group, key: str, count: int) -> Program:
         """Returns the program for ``count`` runs; groups of equal key and shapes share it."""
-        full_key = key, str(group.shapes), group.has_dropout, count
+        full_key = key, str(group.shapes), group.has_dropout, group.options, count
         if full_key not in self._programs:
             self._programs[full_key] = vmapped_step.make_program(
                 group.task, count, has_dropout=group.has_dropout, options=group.options

@@ -78,7 +78,7 @@ def prepare(recipe: Recipe, members: Sequence[Trial], pending: Sequence[Trial]) 
         make_member=make_member,
         shapes=vmapped_step.common_shapes(_check_members(make_member, needed)),
         has_dropout=any(trial.config.lora.dropout > 0 for trial in members),
-        options=vmapped_step.make_options(pending[0].config),
+        options=vmapped_step.make_options(pending[0].config, *(x.config for x in members)),
     )
 
 

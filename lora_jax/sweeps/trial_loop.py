@@ -304,10 +304,10 @@ def _log(jobs: list[Job], step: int, sums_type: type, seconds: float) -> list[Jo
     """Writes a line for each run that has not diverged."""
     for job in jobs:
         if not job.diverged:
-            rows, rate = job.progress.pending, loop.make_rate(job.run)(step)
+            rows, rates = job.progress.pending, loop.make_rates(job.run)(step)
             epoch = step / job.run.task.steps_per_epoch
             line = metric_logger.means(rows, sums_type, seconds=seconds / len(jobs))
-            job.run.log.write(step, epoch=epoch, **line, learning_rate=rate)
+            job.run.log.write(step, epoch=epoch, **line, **rates)
     return [_replace_progress(job, pending=()) for job in jobs]
 
 

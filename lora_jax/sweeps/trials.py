@@ -26,7 +26,7 @@ from lora_jax.training.task import Recipe
 DATA_FIELDS = (
     "seed", "lora.rank", "lora.alpha", "lora.dropout", "lora.rank_stabilized",
     "lora.rank_pattern", "lora.alpha_pattern", "optimizer.learning_rate", "optimizer.warmup",
-    "optimizer.weight_decay", "optimizer.clip_norm",
+    "optimizer.weight_decay", "optimizer.clip_norm", "optimizer.b_rate", "optimizer.embedding_rate",
 )  # fmt: skip
 _MAX_PROBLEMS = 10  # in one message
 

@@ -59,15 +59,20 @@ class Options(NamedTuple):
     Attributes:
       decay: decay of the learning rate, as in :func:`optimizer.schedule`.
       accumulate: as in :class:`lora_jax.training.step.StepOptions`.
+      varied_rates: names of the multipliers of the learning rate that are not 1 in all runs; the
+        step does not multiply by the others.
     """
 
     decay: str
     accumulate: int
+    varied_rates: tuple[str, ...] = ()
 
 
-def make_options(config: ConfigDict) -> Options:
-    """Returns the options of a config."""
-    return Options(config.optimizer.decay, config.accumulate)
+def make_options(config: ConfigDict, *others: ConfigDict) -> Options:
+    """Returns the options of runs, by the config of one of them and of those that may differ."""
+    each = [optimizer.read_multipliers(c.optimizer) for c in (config, *others)]
+    varied = tuple(name for name in optimizer.MULTIPLIERS if any(x[name] != 1.0 for x in each))
+    return Options(config.optimizer.decay, config.accumulate, varied)
 
 
 def make_member(
@@ -185,7 +190,9 @@ def member_step(task: Task, *, has_dropout: bool, options: Options) -> Callable:
     """
 
     def step(member: Member, base: PyTree, batch: Batch) -> tuple[Member, tuple]:
-        tx = optimizer.adamw(member.settings, member.state.adapter, options.decay)
+        same = {n: x for n, x in optimizer.MULTIPLIERS.items() if n not in options.varied_rates}
+        settings = dataclasses.replace(member.settings, **same)
+        tx = optimizer.adamw(settings, member.state.adapter, options.decay)
         # A run that diverges is stopped below, without the guard of a single run.
         step_options = StepOptions(accumulate=options.accumulate, has_norm=True)
         single = train_step(task, tx, member.dropout if has_dropout else 0.0, step_options)

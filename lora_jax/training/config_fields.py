@@ -47,6 +47,8 @@ _WORDS = {
     "model.name": ("model", "base", "base_model", "model_name", "model_name_or_path", "model_path"),
     "model.quantize": ("load_in_4bit", "load_in_8bit", "bits", "quantization"),
     "model.remat": ("gradient_checkpointing", "grad_checkpoint"),
+    "optimizer.b_rate": ("loraplus_lr_ratio", "loraplus_ratio", "lr_ratio", "lora_plus_ratio"),
+    "optimizer.embedding_rate": ("loraplus_lr_embedding",),
     "optimizer.clip_norm": ("max_grad_norm", "grad_clip", "gradient_clipping", "max_norm"),
     "optimizer.decay": ("lr_scheduler_type", "lr_scheduler", "schedule", "scheduler"),
     "optimizer.learning_rate": ("lr", "rate", "learning_rates"),

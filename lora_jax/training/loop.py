@@ -163,14 +163,15 @@ def _meter(run: Run, adapter: PyTree, start: int, progress: Progress) -> Meter:
     return Meter(
         run.log, steps=range(start, run.plan.total), per_epoch=run.task.steps_per_epoch,
         log_every=run.config.log_every, policy=nan_guard.make_policy(run.config, adapter),
-        learning_rate=make_rate(run), pending=progress.pending,
+        describe_rates=make_rates(run), pending=progress.pending,
     )  # fmt: skip
 
 
-def make_rate(run: Run) -> Callable[[int], float]:
-    """Returns the function from a step of a run to its learning rate."""
-    per_epoch = run.task.steps_per_epoch
-    return optimizer.make_rate(run.config.optimizer, run.plan.total, per_epoch=per_epoch)
+def make_rates(run: Run) -> Callable[[int], dict[str, float]]:
+    """Returns the function from a step of a run to its learning rates, by name."""
+    config, per_epoch = run.config.optimizer, run.task.steps_per_epoch
+    rate = optimizer.make_rate(config, run.plan.total, per_epoch=per_epoch)
+    return lambda step: optimizer.describe_rates(config, rate(step))
 
 
 def _evaluate(

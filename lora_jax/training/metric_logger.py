@@ -39,8 +39,8 @@ class Meter:
     It reads the metrics of a step when the next step has been dispatched, so that the device need
     not wait for the host. ``steps`` begins with the number of steps that are done, and stops at
     that of the whole run; ``policy`` says what to do about a step without an update,
-    ``learning_rate`` gives the rate of a step, and ``pending`` is the value that :meth:`pending`
-    had when the run was saved that goes on now.
+    ``describe_rates`` gives the learning rates of a step, and ``pending`` is the value that
+    :meth:`pending` had when the run was saved that goes on now.
     """
 
     def __init__(
@@ -51,10 +51,10 @@ class Meter:
         per_epoch: int,
         log_every: int,
         policy: nan_guard.Policy,
-        learning_rate: Callable[[int], float],
+        describe_rates: Callable[[int], dict[str, float]],
         pending: Sequence[Sequence[float]] = (),
     ) -> None:
-        self._policy, self._learning_rate = policy, learning_rate
+        self._policy, self._describe_rates = policy, describe_rates
         self._log, self._per_epoch, self._log_every = log, per_epoch, log_every
         self._pending: tuple[int, NamedTuple, nan_guard.Verdict] | None = None
         self._rows: list[Sequence[float]] = list(pending)
@@ -129,8 +129,8 @@ class Meter:
     def _write(self) -> None:
         now = time.perf_counter()
         values = means(self._rows, self._sums_type, seconds=now - self._clock)
-        rate = self._learning_rate(self._last)
-        self._log.write(self._last, epoch=self._epoch(), **values, learning_rate=rate)
+        rates = self._describe_rates(self._last)
+        self._log.write(self._last, epoch=self._epoch(), **values, **rates)
         speed = values.pop("examples_per_second")
         parts = [f"{name} {value:.3f}" for name, value in values.items()]
         self._bar.set_postfix_str(", ".join([*parts, f"{speed:.0f} examples/s"]), refresh=False)

@@ -1,9 +1,10 @@
 """The optimizer that a config describes."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +13,18 @@ import optax
 from ml_collections import ConfigDict
 
 import lora_jax as lora
+from lora_jax import adapter as adapters
+from lora_jax import fields
+from lora_jax.nodes import Field, is_node
 from lora_jax.training import durations
 
 PyTree = Any
 Scalar = float | jax.Array | np.ndarray
 DECAYS = ("linear", "cosine", "none")
+# Multipliers of the learning rate, with their defaults.
+MULTIPLIERS = {"b_rate": 1.0, "embedding_rate": 1.0}
 _WARMUP = "optimizer.warmup"
+_EMBEDDING = "embedding"  # what Flax calls the table of `nn.Embed` and `nnx.Embed`
 
 
 def check(config: ConfigDict) -> None:
@@ -37,6 +44,11 @@ def list_problems(config: ConfigDict) -> Iterator[str]:
     for field in ("weight_decay", "clip_norm"):
         if not 0 <= config[field] < math.inf:
             yield f"optimizer.{field} must not be negative, got {config[field]}"
+    for field, value in read_multipliers(config).items():
+        if not 0 < value < math.inf:
+            yield (
+                f"optimizer.{field} multiplies the learning rate and must be positive, got {value}"
+            )
     try:
         durations.parse_field(_WARMUP, config.warmup, number="fraction")
     except ValueError as error:
@@ -45,7 +57,14 @@ def list_problems(config: ConfigDict) -> Iterator[str]:
         yield f"optimizer.decay must be one of {', '.join(DECAYS)}, got {config.decay!r}"
 
 
-class Settings(NamedTuple):
+def read_multipliers(config: ConfigDict) -> dict[str, float]:
+    """Returns the multipliers of the learning rate; a config without them has the defaults."""
+    return {name: config.get(name, default) for name, default in MULTIPLIERS.items()}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
     """Settings of the optimizer: numbers, or JAX scalars where a sweep varies them.
 
     Attributes:
@@ -54,6 +73,9 @@ class Settings(NamedTuple):
       total_steps: step at which the decay has come to zero.
       weight_decay: weight decay of AdamW; it is multiplied by the learning rate.
       clip_norm: largest global norm of a gradient; infinite for no limit.
+      b_rate: multiplier of the learning rate for the factors ``b`` (LoRA+).
+      embedding_rate: multiplier of the learning rate for embeddings, adapted or trained in full; it
+        holds for both of their factors.
     """
 
     learning_rate: Scalar
@@ -61,6 +83,8 @@ class Settings(NamedTuple):
     total_steps: Scalar
     weight_decay: Scalar
     clip_norm: Scalar
+    b_rate: Scalar = 1.0
+    embedding_rate: Scalar = 1.0
 
 
 def settings(config: ConfigDict, total_steps: int, *, per_epoch: int | None = None) -> Settings:
@@ -90,6 +114,7 @@ def settings(config: ConfigDict, total_steps: int, *, per_epoch: int | None = No
         total_steps=total_steps,
         weight_decay=config.weight_decay,
         clip_norm=config.clip_norm or math.inf,
+        **read_multipliers(config),
     )
 
 
@@ -100,7 +125,9 @@ def schedule(settings: Settings, decay: str) -> optax.Schedule:
     the fraction of the decay that is over. Optax's own schedules take the number of steps as a
     Python number, and a sweep has an array.
 
-    >>> rate = schedule(Settings(0.5, 2, 6, 0.0, 1.0), "linear")
+    >>> steps = {"warmup_steps": 2, "total_steps": 6}
+    >>> settings = Settings(learning_rate=0.5, weight_decay=0.0, clip_norm=1.0, **steps)
+    >>> rate = schedule(settings, "linear")
     >>> [float(rate(step)) for step in range(7)]
     [0.0, 0.25, 0.5, 0.375, 0.25, 0.125, 0.0]
     """
@@ -131,12 +158,95 @@ def make_rate(
     return lambda step: float(_compute_rate(numbers, config.decay, np.float64(step - 1), np))
 
 
+def describe_rates(config: ConfigDict, learning_rate: float) -> dict[str, float]:
+    """Returns the learning rates of a step by name, as they are logged.
+
+    A rate that a multiplier sets apart has a name of its own.
+
+    >>> describe_rates(ConfigDict({"b_rate": 16.0}), 0.5)
+    {'learning_rate': 0.5, 'b_learning_rate': 8.0}
+    """
+    apart = {name: x for name, x in read_multipliers(config).items() if x != 1.0}
+    name_rate = lambda name: f"{name.removesuffix('_rate')}_learning_rate"
+    more = {name_rate(name): x * learning_rate for name, x in apart.items()}
+    return {"learning_rate": learning_rate} | more
+
+
 def adamw(settings: Settings, adapter: PyTree, decay: str) -> optax.GradientTransformation:
     """Returns AdamW (Loshchilov & Hutter 2019) for the leaves of an adapter that are trained."""
     clip = optax.clip_by_global_norm(settings.clip_norm)
     rule = optax.adamw(schedule(settings, decay), weight_decay=settings.weight_decay)
     parts = {"trainable": optax.chain(clip, rule), "frozen": optax.set_to_zero()}
-    return optax.multi_transform(parts, lora.labels(adapter))
+    tx = optax.multi_transform(parts, lora.labels(adapter))
+    return multiply_rates(tx, settings, adapter)
+
+
+def multiply_rates(
+    tx: optax.GradientTransformationExtraArgs, settings: Settings, adapter: PyTree
+) -> optax.GradientTransformationExtraArgs:
+    """Multiplies the updates of some leaves: LoRA+ (Hayou et al. 2024, section 4), and embeddings.
+
+    As in PEFT an embedding has a rate of its own, whatever the rate of ``b``. A multiplier that is
+    the number 1 costs nothing: with no other ones, the transformation is returned as it is. The
+    state is that of ``tx`` in any case.
+
+    Args:
+      tx: rule whose updates are proportional to the learning rate.
+      settings: multipliers.
+      adapter: adapter that is trained.
+
+    Raises:
+      ValueError: the adapter has no leaf that a multiplier is for.
+    """
+    multipliers = {name: getattr(settings, name) for name in MULTIPLIERS}
+    multipliers = {name: x for name, x in multipliers.items() if _is_set(x)}
+    if not multipliers:
+        return tx
+    groups = label_rates(adapter)
+    if idle := sorted(set(multipliers) - set(jax.tree.leaves(groups))):
+        raise ValueError(
+            f"optimizer.{idle[0]} is {multipliers[idle[0]]}, and the adapter has no leaf that it "
+            f"is for: {_MEANINGS[idle[0]]}. Leave it at 1, or adapt such a leaf."
+        )
+
+    def multiply(update: jax.Array, group: str) -> jax.Array:
+        factor = multipliers.get(group, 1.0)
+        return update * jnp.asarray(factor, update.dtype) if _is_set(factor) else update
+
+    def compute(grads: PyTree, state: PyTree, params: PyTree = None, **extra: Any) -> tuple:
+        updates, state = tx.update(grads, state, params, **extra)
+        return jax.tree.map(multiply, updates, groups), state
+
+    return optax.GradientTransformationExtraArgs(tx.init, compute)
+
+
+_MEANINGS = {
+    "b_rate": "it is for the factors b of kernels that are no embeddings",
+    "embedding_rate": f"it is for leaves called {_EMBEDDING!r}",
+}
+
+
+def _is_set(multiplier: Scalar) -> bool:
+    return not isinstance(multiplier, int | float) or multiplier != 1
+
+
+def label_rates(adapter: PyTree) -> PyTree:
+    """Labels each leaf of an adapter with the multiplier of its learning rate, "" for none."""
+
+    def label(name: str, entry: Any) -> Any:
+        is_table = name.rpartition("/")[2] == _EMBEDDING
+        return fields.map_fields(lambda _, field, x: _label_rate(field, is_table), entry)
+
+    labels = [label(name, x) for name, x in adapters.nodes(adapter).items()]
+    return jax.tree.structure(adapter, is_leaf=is_node).unflatten(labels)
+
+
+def _label_rate(field: Field, is_table: bool) -> str:
+    if not field.is_trained:
+        return ""
+    if is_table:
+        return "embedding_rate"
+    return "b_rate" if field.has_b_rate else ""
 
 
 def make(

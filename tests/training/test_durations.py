@@ -109,8 +109,13 @@ def test_plans(fields, want):
     assert saves == {*evaluations, *range(every, plan.total + 1, every)}
 
 
+def make_settings(warmup, total):
+    peak = {"learning_rate": 0.3, "weight_decay": 0.0, "clip_norm": 1.0}
+    return optimizer.Settings(**peak, warmup_steps=warmup, total_steps=total)
+
+
 def rates(decay, warmup=3, total=11):
-    s = optimizer.Settings(0.3, warmup, total, 0.0, 1.0)
+    s = make_settings(warmup, total)
     return np.array([optimizer.schedule(s, decay)(k) for k in range(total + 3)])
 
 
@@ -142,7 +147,7 @@ def test_the_linear_schedule_keeps_its_bits():
             x = jnp.asarray(jnp.int32(step), float)
             rise, left = x / max(warmup, 1), (total - x) / max(total - warmup, 1)
             want = 0.3 * jnp.clip(jnp.where(x < warmup, rise, left), 0.0, 1.0)
-            s = optimizer.Settings(0.3, warmup, total, 0.0, 1.0)
+            s = make_settings(warmup, total)
             assert optimizer.schedule(s, "linear")(jnp.int32(step)) == want
     for fraction in (0.06, 0.1, 500 / 26_290):
         c = common.base_config().optimizer
@@ -152,7 +157,7 @@ def test_the_linear_schedule_keeps_its_bits():
 
 def test_a_schedule_of_arrays_is_that_of_numbers():
     """As a sweep has it."""
-    s = optimizer.Settings(0.3, 3, 11, 0.0, 1.0)
+    s = make_settings(3, 11)
     arrays = jax.tree.map(jnp.asarray, s)
     for decay in optimizer.DECAYS:
         traced = jax.jit(lambda s, k, d=decay: optimizer.schedule(s, d)(k))

@@ -225,7 +225,12 @@ def test_the_host_looks_one_step_late(tmp_path):
     sums = metrics.Sums(jnp.float32(jnp.inf), jnp.float32(0), jnp.float32(1))
     verdict, _ = nan_guard.judge(nan_guard.initial_health(), sums[0], {"w": jnp.ones(2)}, spike=0.0)
     with metric_writer.MetricWriter(tmp_path, 0) as log:
-        options = {"steps": range(9), "per_epoch": 3, "log_every": 1, "learning_rate": float}
+        options = {
+            "steps": range(9),
+            "per_epoch": 3,
+            "log_every": 1,
+            "describe_rates": lambda step: {},
+        }
         with metric_logger.Meter(
             log, policy=nan_guard.Policy("stop", 10, 0.0, ("w",)), **options
         ) as seen:
