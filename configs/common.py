@@ -52,6 +52,7 @@ def base_config() -> ConfigDict:
     c.lora.train = ("classifier",)
     c.lora.method = "lora"
     c.lora.init = "uniform"  # first values of the factors
+    c.lora.train_a = True  # False freezes the factor a (LoRA-FA)
     c.lora.dropout = 0.1
     c.lora.rank_stabilized = False
     c.lora.rank_pattern = ConfigDict()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, Self
 
 from lora_jax import hints, paths
-from lora_jax.methods import METHODS
+from lora_jax.methods import METHODS, unused_fields
 from lora_jax.methods.initial_values import INITS
 
 ALL_LINEAR = "all-linear"
@@ -47,6 +47,7 @@ class LoRAConfig:
       train: leaves to train (and save) in full, named in the same way: a new head, all biases.
       method: what becomes of a kernel: one of :data:`lora_jax.methods.METHODS`.
       init: first values of the factors: one of :data:`lora_jax.methods.initial_values.INITS`.
+      train_a: whether the factor ``a`` is trained; if not (LoRA-FA), it keeps its first values.
       dropout: rate in [0, 1) of the dropout on the input of the low-rank branch, while
         :func:`lora_jax.lift` is given a key.
       rank_stabilized: divide alpha by the square root of the rank.
@@ -78,6 +79,7 @@ class LoRAConfig:
     train: tuple[str, ...] = ()
     method: str = "lora"
     init: str = "uniform"
+    train_a: bool = True
     dropout: float = 0.0
     rank_stabilized: bool = False
     # Hashed without the dictionaries: equal configs still have equal hashes.
@@ -103,10 +105,10 @@ class LoRAConfig:
         put("origin", _copy_json_object("origin", self.origin))
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}.")
-        if not isinstance(self.rank_stabilized, bool):
-            raise ValueError(
-                f"rank_stabilized must be True or False, got {self.rank_stabilized!r}."
-            )
+        for name in ("rank_stabilized", "train_a"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+        self._check_method()
         if not self.targets and not self.train:
             raise ValueError("targets and train are both empty: there would be nothing to train.")
         both = sorted(set(self.targets) & set(self.train))
@@ -114,6 +116,22 @@ class LoRAConfig:
             raise ValueError(
                 f"targets and train overlap in {both}: a leaf is either adapted or trained in full."
             )
+
+    def _check_method(self) -> None:
+        """Refuses fields that have no meaning for the method.
+
+        Raises:
+          ValueError: such a field has another value than its default.
+        """
+        fields = {f.name: f for f in dataclasses.fields(self)}
+        for name in unused_fields(self.method):
+            is_pattern = fields[name].default is dataclasses.MISSING
+            default, value = {} if is_pattern else fields[name].default, getattr(self, name)
+            if value != default:
+                raise ValueError(
+                    f"{name} is {value!r}, and method {self.method!r} has no use for it. Leave it "
+                    f"at {default!r}, or choose another method."
+                )
 
     def kernel_rank(self, name: str) -> int:
         """Returns the rank for the kernel called ``name``."""
@@ -128,7 +146,7 @@ class LoRAConfig:
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as JSON types."""
         fields = dataclasses.asdict(self)
-        defaults = {"origin": {}, "roles": {}, "method": "lora", "init": "uniform"}
+        defaults = {"origin": {}, "roles": {}, "method": "lora", "init": "uniform", "train_a": True}
         for name, default in defaults.items():  # files without them stay as they were
             if fields[name] == default:
                 del fields[name]

@@ -341,6 +341,7 @@ def _init_node(key: Array, name: str, choice: Choice, config: LoRAConfig, w: Any
         dtype=dtype,
         dropout=config.dropout,
         init=config.init,
+        train_a=config.train_a,
     )
     return METHODS[config.method](start)
 

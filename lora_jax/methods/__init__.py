@@ -8,12 +8,29 @@ line in ``METHODS``.
 from collections.abc import Callable
 
 from lora_jax.methods.initial_values import INITS
+from lora_jax.methods.lora_fa import freeze_a
 from lora_jax.methods.start import Start
 from lora_jax.nodes import Adapted
 
 
 def _start_lora(start: Start) -> Adapted:
-    return INITS[start.init](start)
+    node = INITS[start.init](start)
+    return node if start.train_a else freeze_a(node, start.init)
 
 
 METHODS: dict[str, Callable[[Start], Adapted]] = {"lora": _start_lora}
+
+# Fields of `LoRAConfig` that are for some methods alone.
+_OWN_FIELDS: dict[str, tuple[str, ...]] = {"train_a": ("lora",)}
+# Fields for most methods that one has no use for.
+_UNUSED_FIELDS: dict[str, tuple[str, ...]] = {}
+
+
+def unused_fields(method: str) -> tuple[str, ...]:
+    """Returns the fields of ``LoRAConfig`` that must be left at their defaults for a method.
+
+    >>> unused_fields("lora")
+    ()
+    """
+    of_others = tuple(name for name, users in _OWN_FIELDS.items() if method not in users)
+    return (*_UNUSED_FIELDS.get(method, ()), *of_others)

@@ -26,6 +26,7 @@ class Start:
       dtype: dtype of what is trained.
       dropout: rate in [0, 1) of the dropout on the input of the branch.
       init: name of the first values of the factors; see :mod:`lora_jax.methods.initial_values`.
+      train_a: whether the factor ``a`` is trained.
     """
 
     key: Array
@@ -37,6 +38,7 @@ class Start:
     dtype: Any
     dropout: float
     init: str
+    train_a: bool = True
 
     @property
     def shape(self) -> tuple[int, ...]:

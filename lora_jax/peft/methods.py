@@ -14,6 +14,7 @@ import numpy as np
 from lora_jax import names
 from lora_jax.factors import BATCH
 from lora_jax.lowrank import LowRank
+from lora_jax.methods.lora_fa import FrozenA
 from lora_jax.names import Weight
 from lora_jax.nodes import Adapted
 
@@ -77,6 +78,7 @@ class Method:
       config: fields of ``LoRAConfig`` for such an adapter.
       make_node: function that makes a node of what was read. It raises ``ValueError``, with a
         message that goes on from the name of the kernel, where it can't.
+      alike: further classes of nodes that are written in the same way.
     """
 
     node: type[Adapted]
@@ -84,6 +86,7 @@ class Method:
     tensors: tuple[Tensor, ...]
     config: Mapping[str, Any]
     make_node: Callable[[Reading], Adapted] = _make_node
+    alike: tuple[type[Adapted], ...] = ()
 
     def field_axes(self, field: str) -> str:
         """Returns the letters of the axes that a field has for one layer."""
@@ -96,7 +99,7 @@ _FACTORS = (
 )
 # The first has no words of its own: it is what PEFT does if nothing else is asked for.
 METHODS: tuple[Method, ...] = (
-    Method(node=LowRank, words={}, tensors=_FACTORS, config={"method": "lora"}),
+    Method(node=LowRank, words={}, tensors=_FACTORS, config={"method": "lora"}, alike=(FrozenA,)),
 )
 
 
@@ -116,7 +119,7 @@ def find_method(words: Mapping[str, Any]) -> Method:
 
 def find_method_of(node: Adapted) -> Method | None:
     """Returns the method of a node; None if it has no form in PEFT's files."""
-    return next((m for m in METHODS if m.node is type(node)), None)
+    return next((m for m in METHODS if type(node) in (m.node, *m.alike)), None)
 
 
 def describe_words(method: Method) -> str:

@@ -93,7 +93,6 @@ def test_the_default_is_no_equation_more():
         jax.make_jaxpr(train_step(task, tx, 0.0))(state, task.base, task.train_batch(0))
     )
     assert trace(tx) == trace(composed)
-    members = [tiny_task.config(), tiny_task.config(optimizer__b_rate=2.0)]
     configs = [tiny_task.config(), tiny_task.config(optimizer__b_rate=2.0)]
     member = vmapped_step.make_member(task, configs[0], tiny_task.LORA)
 
