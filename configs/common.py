@@ -53,6 +53,7 @@ def base_config() -> ConfigDict:
     c.lora.method = "lora"
     c.lora.init = "uniform"  # first values of the factors
     c.lora.train_a = True  # False freezes the factor a (LoRA-FA)
+    c.lora.projection_seed = 0  # of what all kernels of VeRA share
     c.lora.dropout = 0.1
     c.lora.rank_stabilized = False
     c.lora.rank_pattern = ConfigDict()

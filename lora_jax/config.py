@@ -48,6 +48,7 @@ class LoRAConfig:
       method: what becomes of a kernel: one of :data:`lora_jax.methods.METHODS`.
       init: first values of the factors: one of :data:`lora_jax.methods.initial_values.INITS`.
       train_a: whether the factor ``a`` is trained; if not (LoRA-FA), it keeps its first values.
+      projection_seed: seed of the projections that the kernels of VeRA share.
       dropout: rate in [0, 1) of the dropout on the input of the low-rank branch, while
         :func:`lora_jax.lift` is given a key.
       rank_stabilized: divide alpha by the square root of the rank.
@@ -80,6 +81,7 @@ class LoRAConfig:
     method: str = "lora"
     init: str = "uniform"
     train_a: bool = True
+    projection_seed: int = 0
     dropout: float = 0.0
     rank_stabilized: bool = False
     # Hashed without the dictionaries: equal configs still have equal hashes.
@@ -96,6 +98,7 @@ class LoRAConfig:
         put("train", _check_patterns("train", self.train))
         put("method", _check_choice("method", self.method, METHODS))
         put("init", _check_choice("init", self.init, INITS))
+        put("projection_seed", _check_seed("projection_seed", self.projection_seed))
         put("dropout", _check_number("dropout", self.dropout))
         put("rank_pattern", _check_by_pattern("rank_pattern", self.rank_pattern, _check_whole))
         put(
@@ -147,6 +150,7 @@ class LoRAConfig:
         """Returns the fields as JSON types."""
         fields = dataclasses.asdict(self)
         defaults = {"origin": {}, "roles": {}, "method": "lora", "init": "uniform", "train_a": True}
+        defaults |= {"projection_seed": 0}
         for name, default in defaults.items():  # files without them stay as they were
             if fields[name] == default:
                 del fields[name]
@@ -205,6 +209,12 @@ def _check_positive(name: str, value: Any) -> float:
 def _check_whole(name: str, value: Any) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+    return int(value)
+
+
+def _check_seed(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or not 0 <= value < 2**63:
+        raise ValueError(f"{name} must be a whole number from 0 to 2**63 - 1, got {value!r}.")
     return int(value)
 
 

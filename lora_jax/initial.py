@@ -1,6 +1,7 @@
 """Chooses the kernels of an adapter, and makes its first values."""
 
 import dataclasses
+import functools
 import math
 import warnings
 import zlib
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from lora_jax import paths
 from lora_jax.adapter import base_leaves
 from lora_jax.config import ALL_LINEAR, LoRAConfig
-from lora_jax.factors import factor_shapes, wide_dtype
+from lora_jax.factors import IN, OUT, factor_shapes, positions, wide_dtype
 from lora_jax.kernels import (
     KERNEL,
     Kernels,
@@ -24,7 +25,7 @@ from lora_jax.kernels import (
     is_real,
     max_rank,
 )
-from lora_jax.methods import METHODS
+from lora_jax.methods import ANY_RANK, METHODS
 from lora_jax.methods.start import Start
 from lora_jax.nodes import Adapted
 from lora_jax.quantized import as_array
@@ -83,10 +84,12 @@ def init(
         raise ValueError(
             f"train needs the values of {paths.listing(abstract)}, and got shapes only."
         )
-    _warn(choice)
+    _warn(choice, config)
     # Copies, so that a step that donates the adapter spares the base.
     full = {n: jnp.array(as_array(leaves[n]), copy=True) for n in leaves if n in trained}
-    nodes = {n: _init_node(key, n, choice, config, leaves[n]) for n in choice.ranks}
+    sides = _find_largest_sides(choice)
+    init_node = functools.partial(_init_node, key, choice=choice, config=config)
+    nodes = {n: init_node(n, w=leaves[n], largest_sides=sides) for n in choice.ranks}
     return paths.nest({n: (nodes | full)[n] for n in leaves if n in nodes or n in full})
 
 
@@ -287,6 +290,8 @@ def _check_patterns(config: LoRAConfig, names: Iterable[str]) -> None:
 def _choose_rank(name: str, leaf: Leaf, config: LoRAConfig, is_named: bool) -> int:
     """Chooses the rank of a kernel; for "all-linear" it is what the kernel allows at most."""
     rank, most = config.kernel_rank(name), max_rank(leaf)
+    if config.method in ANY_RANK:
+        return rank
     explicit = is_named or any(paths.matches(p, name) for p in config.rank_pattern)
     if rank > most and explicit:
         raise ValueError(
@@ -297,7 +302,7 @@ def _choose_rank(name: str, leaf: Leaf, config: LoRAConfig, is_named: bool) -> i
     return min(rank, most)
 
 
-def _warn(choice: Choice) -> None:
+def _warn(choice: Choice, config: LoRAConfig) -> None:
     kernels = choice.kernels
     say = lambda text: warnings.warn(text, UserWarning, stacklevel=4)
     if kernels.unknown:
@@ -313,7 +318,7 @@ def _warn(choice: Choice) -> None:
             'otherwise (roles={"...": "oi"}), to be rid of this warning.'
         )
     wide = [n for n, r in choice.ranks.items() if _is_wide(kernels.leaves[n], r)]
-    if wide:
+    if wide and config.method not in ANY_RANK:
         say(
             f"The adapters of {paths.listing(wide)} are not smaller than their kernels: a lower "
             "rank, or training these in full (train), would do the same for less."
@@ -327,7 +332,23 @@ def _is_wide(leaf: Leaf, rank: int) -> bool:
     return size >= math.prod(leaf.shape or ()) and rank < max_rank(leaf)
 
 
-def _init_node(key: Array, name: str, choice: Choice, config: LoRAConfig, w: Any) -> Adapted:
+def _find_largest_sides(choice: Choice) -> tuple[int, int]:
+    """Finds the largest numbers of inputs and of outputs among the kernels to adapt."""
+    leaves = [choice.kernels.leaves[name] for name in choice.ranks]
+    size = lambda leaf, role: math.prod(leaf.shape[k] for k in positions(leaf.axes, role))
+    n_in, n_out = (max((size(leaf, role) for leaf in leaves), default=0) for role in (IN, OUT))
+    return n_in, n_out
+
+
+def _init_node(
+    key: Array,
+    name: str,
+    choice: Choice,
+    config: LoRAConfig,
+    w: Any,
+    *,
+    largest_sides: tuple[int, int],
+) -> Adapted:
     leaf, rank = choice.kernels.leaves[name], choice.ranks[name]
     dtype = wide_dtype(leaf.dtype)
     start = Start(
@@ -342,6 +363,8 @@ def _init_node(key: Array, name: str, choice: Choice, config: LoRAConfig, w: Any
         dropout=config.dropout,
         init=config.init,
         train_a=config.train_a,
+        largest_sides=largest_sides,
+        projection_seed=config.projection_seed,
     )
     return METHODS[config.method](start)
 

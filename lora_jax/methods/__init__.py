@@ -10,6 +10,7 @@ from collections.abc import Callable
 from lora_jax.methods.initial_values import INITS
 from lora_jax.methods.lora_fa import freeze_a
 from lora_jax.methods.start import Start
+from lora_jax.methods.vera import start_vera
 from lora_jax.nodes import Adapted
 
 
@@ -18,19 +19,23 @@ def _start_lora(start: Start) -> Adapted:
     return node if start.train_a else freeze_a(node, start.init)
 
 
-METHODS: dict[str, Callable[[Start], Adapted]] = {"lora": _start_lora}
+METHODS: dict[str, Callable[[Start], Adapted]] = {"lora": _start_lora, "vera": start_vera}
+# Methods that may have a rank above that of the kernel, since they train no factors.
+ANY_RANK = ("vera",)
 
 # Fields of `LoRAConfig` that are for some methods alone.
-_OWN_FIELDS: dict[str, tuple[str, ...]] = {"train_a": ("lora",)}
+_OWN_FIELDS: dict[str, tuple[str, ...]] = {"train_a": ("lora",), "projection_seed": ("vera",)}
 # Fields for most methods that one has no use for.
-_UNUSED_FIELDS: dict[str, tuple[str, ...]] = {}
+_UNUSED_FIELDS: dict[str, tuple[str, ...]] = {
+    "vera": ("init", "alpha", "alpha_pattern", "rank_pattern", "rank_stabilized"),
+}
 
 
 def unused_fields(method: str) -> tuple[str, ...]:
     """Returns the fields of ``LoRAConfig`` that must be left at their defaults for a method.
 
     >>> unused_fields("lora")
-    ()
+    ('projection_seed',)
     """
     of_others = tuple(name for name, users in _OWN_FIELDS.items() if method not in users)
     return (*_UNUSED_FIELDS.get(method, ()), *of_others)

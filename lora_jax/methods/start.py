@@ -27,6 +27,8 @@ class Start:
       dropout: rate in [0, 1) of the dropout on the input of the branch.
       init: name of the first values of the factors; see :mod:`lora_jax.methods.initial_values`.
       train_a: whether the factor ``a`` is trained.
+      largest_sides: largest numbers of inputs and of outputs among the kernels of the adapter.
+      projection_seed: seed of the projections that kernels share (VeRA).
     """
 
     key: Array
@@ -39,6 +41,8 @@ class Start:
     dropout: float
     init: str
     train_a: bool = True
+    largest_sides: tuple[int, int] = (0, 0)
+    projection_seed: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
