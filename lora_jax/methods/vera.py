@@ -103,9 +103,7 @@ def take_parts(
 
 
 @functools.lru_cache(maxsize=1)  # for the kernels of one adapter, one after the other
-def draw_projections(
-    seed: int, rank: int, n_in: int, n_out: int
-) -> tuple[np.ndarray, np.ndarray]:
+def draw_projections(seed: int, rank: int, n_in: int, n_out: int) -> tuple[np.ndarray, np.ndarray]:
     """Draws the shared projections as PEFT does, bit for bit: Kaiming-uniform, by a seed.
 
     Args:
@@ -128,9 +126,7 @@ def draw_projections(
     return draw((rank, n_in), n_in), draw((n_out, rank), rank)
 
 
-def _draw_uniform(
-    generator: np.random.RandomState, shape: tuple[int, int], fan: int
-) -> np.ndarray:
+def _draw_uniform(generator: np.random.RandomState, shape: tuple[int, int], fan: int) -> np.ndarray:
     bound = math.sqrt(3) * math.sqrt(2) / math.sqrt(fan)
     low, high = np.float32(-bound), np.float32(bound)
     words = generator.randint(0, 2**32, size=math.prod(shape), dtype=np.uint32)

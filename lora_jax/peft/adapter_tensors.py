@@ -6,40 +6,20 @@ Reading and writing follow the same plan, and a file is whole if it has exactly 
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from lora_jax import names
 from lora_jax.factors import IN, OUT, RANK
 from lora_jax.names import Weight
 from lora_jax.peft import layouts, target_modules
 from lora_jax.peft.config import HEADS
-from lora_jax.peft.methods import Method, find_method
+from lora_jax.peft.methods import Method, describe_words, find_method
+from lora_jax.peft.parts import BASE, TRAINED, Part
 from lora_jax.peft.target_modules import OUTPUTS, Model
 
 PREFIX = "base_model.model."
 # For targets with these names PEFT's file holds the module's frozen weight beside its factors.
 _COPIED = ("embed_tokens", "lm_head")
-
-TRAINED, BASE = "trained", "base"
-
-
-class Part(NamedTuple):
-    """One tensor of the file.
-
-    Attributes:
-      role: what it holds of the weight: a field of its node by name, ``TRAINED`` for a weight that
-        is trained in full, or ``BASE`` for that of the base.
-      weight: weight of the model.
-      shape: shape in the file.
-      letters: letters of the axes of a field; see :mod:`lora_jax.peft.layouts`.
-      others: names with which it is read, too.
-    """
-
-    role: str
-    weight: Weight
-    shape: tuple[int, ...]
-    letters: str = ""
-    others: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +61,7 @@ def make_plan(words: Mapping[str, Any], model: Model) -> Plan:
     if words["ensure_weight_tying"]:
         trained = _add_tied(trained, model)
     problems = _find_unused(words, model, chosen) + _find_unfit(
-        chosen, trained, model, ties=words["ensure_weight_tying"]
+        method, chosen, trained, model, ties=words["ensure_weight_tying"]
     )
     kernels = [m for m in chosen if m in model.kernels and _is_plain(model.kernels[m])]
     ranks, alphas = _choose_values(words, kernels, "rank"), _choose_values(words, kernels, "alpha")
@@ -146,13 +126,20 @@ def _find_no_hits(what: str, entries: list[str], modules: list[str]) -> list[str
     return [f"{what} entry {entry!r} selects no module" for entry in missing[:20]]
 
 
-def _find_unfit(chosen: list[str], trained: list[str], model: Model, *, ties: bool) -> list[str]:
+def _find_unfit(
+    method: Method, chosen: list[str], trained: list[str], model: Model, *, ties: bool
+) -> list[str]:
     """Finds modules that can't be adapted or trained in full as PEFT would."""
     problems = []
     for m in chosen:
         weight = model.kernels.get(m)
         if weight is None:
             problems.append(f"the module {m} has no kernel that could be adapted")
+        elif names.kind(weight) not in method.kinds:
+            problems.append(
+                f"{m} is of the kind {names.kind(weight)}, which PEFT does not adapt with "
+                f"{describe_words(method)}"
+            )
         elif not names.axes(weight):
             problems.append(
                 f"{weight.leaf} has shape {weight.shape}, and the table of names does not say "

@@ -14,6 +14,7 @@ CONFIG = "adapter_config.json"
 VERSION = "0.21.2"  # the version of PEFT that has these keys
 _MAX_BYTES = 4 << 20  # PEFT's own files have a few thousand
 _MAX_RANK = 1 << 16
+_MAX_SEED = 1 << 63
 _MAX_ENTRIES = 5000  # of a list or of patterns
 
 TASKS = (
@@ -41,6 +42,17 @@ DEFAULTS: dict[str, Any] = {
     "task_type": None, "trainable_token_indices": None, "use_bdlora": None, "use_dora": False,
     "use_qalora": False, "use_rslora": False, "velora_config": None,
 }  # fmt: skip
+# The same for VeRA. Words that plain LoRA has under other names are in `_OTHER_NAMES`.
+VERA_DEFAULTS: dict[str, Any] = {
+    "auto_mapping": None, "base_model_name_or_path": None, "bias": "none", "d_initial": 0.1,
+    "fan_in_fan_out": False, "inference_mode": True, "init_weights": True, "layers_pattern": None,
+    "layers_to_transform": None, "modules_to_save": None, "peft_type": "VERA",
+    "peft_version": VERSION, "projection_prng_key": 0, "r": 256, "revision": None,
+    "save_projection": True, "target_modules": None, "task_type": None, "vera_dropout": 0.0,
+}  # fmt: skip
+# Every key of each type of adapter that is read.
+TYPES: dict[str, dict[str, Any]] = {"LORA": DEFAULTS, "VERA": VERA_DEFAULTS}
+_OTHER_NAMES = {"VERA": {"vera_dropout": "lora_dropout"}}
 # Words about an adapter that do not change what it computes; the caller of `save_peft` sets them.
 METADATA = ("task_type", "base_model_name_or_path", "revision", "auto_mapping")
 # Words that finished factors do not need, with the reason; `docs/formats.md` lists them.
@@ -55,6 +67,8 @@ IGNORED: dict[str, str] = {
     "runtime_config": "where numbers are kept while PEFT runs",
     "quantization_config": "how the base was loaded; a base that is not quantized is told of",
     "merge_weights": "whether PEFT before 0.3 merged for evaluation",
+    "d_initial": "how the vectors of VeRA were first set",
+    "init_weights": "how the vectors of VeRA were first set",
 }
 # Words of PEFT that ask for what is not built here, when they are set.
 REFUSED: dict[str, str] = {
@@ -81,7 +95,7 @@ _INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def read_words(directory: str | Path) -> dict[str, Any]:
-    """Reads and checks ``adapter_config.json``; absent keys have PEFT's defaults.
+    """Reads and checks ``adapter_config.json``; absent keys of its type have PEFT's defaults.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -92,7 +106,26 @@ def read_words(directory: str | Path) -> dict[str, Any]:
     problems = find_problems(words)
     if problems:
         raise ValueError(f"{path} can't be used: {'; '.join(problems)}.")
-    return DEFAULTS | words
+    return TYPES[words["peft_type"]] | words
+
+
+def complete(words: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds plain LoRA's words to those of another type, so that all types can be read alike.
+
+    >>> complete({"peft_type": "VERA", "vera_dropout": 0.1})["lora_dropout"]
+    0.1
+    """
+    type_ = words["peft_type"]
+    named = {new: words[n] for n, new in _OTHER_NAMES.get(type_, {}).items() if n in words}
+    return DEFAULTS | TYPES[type_] | words | named
+
+
+def restrict(words: Mapping[str, Any]) -> dict[str, Any]:
+    """Inverts :func:`complete`: keeps the words that an adapter's type has."""
+    type_ = words["peft_type"]
+    named = {n: words[new] for n, new in _OTHER_NAMES.get(type_, {}).items()}
+    foreign = set().union(*TYPES.values()) - set(TYPES[type_])
+    return {n: value for n, value in words.items() if n not in foreign} | named
 
 
 def find_problems(words: Any) -> list[str]:
@@ -101,7 +134,7 @@ def find_problems(words: Any) -> list[str]:
         return ["no JSON object"]
     if other := describe_keys(words):
         return [other]
-    ill_formed = {name: _describe_ill_formed(name, words) for name in DEFAULTS}
+    ill_formed = {name: _describe_ill_formed(name, words) for name in _CHECKS}
     problems = _find_unsupported(words) + [
         f"{n}: {error}" for n, error in ill_formed.items() if error
     ]
@@ -177,10 +210,13 @@ def _refuse_constant(text: str) -> None:
 
 def _find_unsupported(words: Mapping[str, Any]) -> list[str]:
     """Says which words ask for something that this library does not do."""
+    type_ = words.get("peft_type")
+    if not isinstance(type_, str) or type_ not in TYPES:
+        supported = " and ".join(map(repr, TYPES))
+        return [f"peft_type is {_abbreviate(type_)}, and only {supported} are supported"]
     problems = []
-    if words.get("peft_type") != "LORA":
-        problems.append(f"peft_type is {words.get('peft_type')!r}, and only 'LORA' is supported")
-    known = {*READ, *IGNORED}
+    foreign = set().union(*TYPES.values()) - set(TYPES[type_]) - set(IGNORED)
+    known = {*READ, *IGNORED} - foreign
     for name, value in words.items():
         # Such values stand for a feature of a newer PEFT that is not in use.
         is_empty = isinstance(value, str | list | dict) and not value
@@ -189,6 +225,8 @@ def _find_unsupported(words: Mapping[str, Any]) -> list[str]:
             what = "is not known here"
             if name in REFUSED:
                 what = f"is not supported ({REFUSED[name]})"
+            elif name in foreign:
+                what = f"is no word of {type_}"
             problems.append(f"{name} is {_abbreviate(value)}, which {what}")
     return problems
 
@@ -234,6 +272,10 @@ def _as_float(x: float) -> float:
 
 def _is_rank(x: Any) -> bool:
     return isinstance(x, int) and not isinstance(x, bool) and 1 <= x <= _MAX_RANK
+
+
+def _is_seed(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and 0 <= x < _MAX_SEED
 
 
 def _is_alpha(x: Any) -> bool:
@@ -287,6 +329,9 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         f"one of {_INITS}: the others change the base model, which is not supported",
         lambda x: isinstance(x, bool | str) and x in _INITS,
     ),
+    "projection_prng_key": (f"a whole number below {_MAX_SEED}", _is_seed),
+    "save_projection": _BOOL,
+    "vera_dropout": ("a number in [0, 1)", lambda x: _is_number(x) and 0 <= x < 1),
     "task_type": (f"null or one of {TASKS}", lambda x: x is None or x in TASKS),
     "base_model_name_or_path": ("null or a name", lambda x: x is None or isinstance(x, str)),
     "revision": ("null or the name of a branch, a tag or a commit", _is_revision),
@@ -297,3 +342,9 @@ READ = ("peft_type", *_CHECKS)  # every other word is in IGNORED or in REFUSED
 def to_bytes(words: Mapping[str, Any]) -> bytes:
     """Makes the file's content, laid out as PEFT does; keys are sorted, also within patterns."""
     return json.dumps(words, indent=2, sort_keys=True, allow_nan=False).encode()
+
+
+def canonicalize(words: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the words as they will be read: keys sorted, equal numbers written as in ``old``."""
+    words = {n: old[n] if n in old and old[n] == v else v for n, v in words.items()}
+    return json.loads(to_bytes(words))

@@ -13,11 +13,12 @@ import numpy as np
 from lora_jax import names, paths
 from lora_jax.adapter import base_leaves
 from lora_jax.config import LoRAConfig
+from lora_jax.factors import BATCH
 from lora_jax.names import Name
-from lora_jax.nodes import Adapted
+from lora_jax.nodes import Adapted, scales
 from lora_jax.peft import adapter_tensors, directory_files, layouts, target_modules, weights_file
 from lora_jax.peft.adapter_tensors import Plan
-from lora_jax.peft.config import CONFIG, HEADS, read_words
+from lora_jax.peft.config import CONFIG, HEADS, complete, read_words
 from lora_jax.peft.methods import Method, Reading, find_method
 from lora_jax.peft.misfits import find_misfits, has_values, is_copy
 
@@ -56,7 +57,8 @@ def load_peft(
         adapter does not fit. All problems are in one message: missing, unexpected and misshapen
         tensors, wrong dtypes, NaN, another base.
     """
-    words = read_words(directory)
+    words_of_file = read_words(directory)
+    words = complete(words_of_file)
     directory_files.check(directory)
     leaves = base_leaves(params)
     tensors = weights_file.read(Path(directory), _max_bytes(leaves))
@@ -66,6 +68,10 @@ def load_peft(
         raise ValueError(f"{Path(directory) / CONFIG} can't be used: {error}.") from error
     renamed = adapter_tensors.rename_others(plan, tensors)
     tensors = {renamed.get(n, n): value for n, value in tensors.items()}
+    try:
+        tensors = find_method(words).expand(words_of_file, plan.parts, tensors)
+    except ValueError as error:
+        raise ValueError(f"The adapter in {directory} can't be used: {error}.") from error
     plan = _fit_plan(plan, tensors, leaves)
     misfits = find_misfits(plan.parts, tensors, leaves)
     problems = plan.problems + _find_absent_heads(words, plan, misfits) + misfits
@@ -80,7 +86,11 @@ def load_peft(
             f"The adapter in {directory} can't be used: {'; '.join(_shorten(problems))}."
         )
     nodes = {n: nodes[n] for n in leaves if n in nodes}
-    origin = {"words": words, "older": older, "dtypes": _collect_dtypes(plan, tensors, leaves)}
+    origin = {
+        "words": words_of_file,
+        "older": older,
+        "dtypes": _collect_dtypes(plan, tensors, leaves),
+    }
     return paths.nest(jax.tree.map(jnp.asarray, nodes)), _make_config(words, plan, leaves, origin)
 
 
@@ -200,7 +210,9 @@ def _make_node(
     for tensor in method.tensors:
         axes = method.field_axes(tensor.field)
         convert = lambda x, axes=axes, t=tensor: layouts.from_file(weight, x, axes, t.letters)
-        values[tensor.field] = _stack({k: convert(x) for k, x in roles[tensor.field].items()})
+        layers = {k: convert(x) for k, x in roles[tensor.field].items()}
+        is_shared = BATCH not in method.node.table[tensor.field].axes
+        values[tensor.field] = next(iter(layers.values())) if is_shared else _stack(layers)
     return method.make_node(
         Reading(
             node=method.node,
@@ -240,16 +252,21 @@ def _make_config(
     full = {p.weight.leaf for p in plan.parts.values() if p.role == adapter_tensors.TRAINED}
     # A pattern of targets may also match leaves that are no kernels and are not trained.
     others = [n for n, x in leaves.items() if np.ndim(x) > 1 or n in full]
+    method = find_method(words)
+    scaled = {
+        "alpha": words["lora_alpha"],
+        "rank_stabilized": words["use_rslora"],
+        "alpha_pattern": {n: a for n, (_, a) in numbers.items() if a != words["lora_alpha"]},
+    }
     return LoRAConfig(
-        **find_method(words).config,
+        **method.config,
+        **(scaled if scales(method.node) else {}),
+        **{name: words[word] for name, word in method.fields.items()},
         rank=words["r"],
-        alpha=words["lora_alpha"],
         targets=_find_patterns(set(numbers), others),
         train=_find_patterns(full, leaves),
         dropout=words["lora_dropout"],
-        rank_stabilized=words["use_rslora"],
         rank_pattern={n: rank for n, (rank, _) in numbers.items() if rank != words["r"]},
-        alpha_pattern={n: a for n, (_, a) in numbers.items() if a != words["lora_alpha"]},
         origin=origin,
     )
 

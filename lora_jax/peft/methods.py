@@ -15,8 +15,10 @@ from lora_jax import names
 from lora_jax.factors import BATCH
 from lora_jax.lowrank import LowRank
 from lora_jax.methods.lora_fa import FrozenA
+from lora_jax.methods.vera import Vera
 from lora_jax.names import Weight
 from lora_jax.nodes import Adapted
+from lora_jax.peft import translations
 
 
 class Tensor(NamedTuple):
@@ -67,6 +69,10 @@ def _make_node(reading: Reading) -> Adapted:
     return reading.node(**reading.values, scale=reading.scale, axes=reading.axes)
 
 
+def _make_vera(reading: Reading) -> Adapted:
+    return reading.node(**reading.values, axes=reading.axes)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
     """How the nodes of one class stand in PEFT's files.
@@ -76,17 +82,26 @@ class Method:
       words: words that ask for it, which have other values otherwise.
       tensors: tensors of each adapted module.
       config: fields of ``LoRAConfig`` for such an adapter.
+      fields: words that further fields of ``LoRAConfig`` have.
       make_node: function that makes a node of what was read. It raises ``ValueError``, with a
         message that goes on from the name of the kernel, where it can't.
       alike: further classes of nodes that are written in the same way.
+      kinds: kinds of weights that PEFT adapts with it; see :mod:`lora_jax.names`.
+      expand: function that makes the tensors of each module of those of a file; see
+        :mod:`lora_jax.peft.translations`.
+      collapse: function that inverts it, and returns the words as well.
     """
 
     node: type[Adapted]
     words: Mapping[str, Any]
     tensors: tuple[Tensor, ...]
     config: Mapping[str, Any]
+    fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
     make_node: Callable[[Reading], Adapted] = _make_node
     alike: tuple[type[Adapted], ...] = ()
+    kinds: tuple[str, ...] = (names.LINEAR, names.EMBEDDING, names.CONV)
+    expand: translations.Expand = translations.keep
+    collapse: translations.Collapse = translations.keep_all
 
     def field_axes(self, field: str) -> str:
         """Returns the letters of the axes that a field has for one layer."""
@@ -100,6 +115,22 @@ _FACTORS = (
 # The first has no words of its own: it is what PEFT does if nothing else is asked for.
 METHODS: tuple[Method, ...] = (
     Method(node=LowRank, words={}, tensors=_FACTORS, config={"method": "lora"}, alike=(FrozenA,)),
+    Method(
+        node=Vera,
+        words={"peft_type": "VERA"},
+        tensors=(
+            Tensor("a", "ri", ".vera_A", ""),
+            Tensor("b", "or", ".vera_B", ""),
+            Tensor("lambda_b", "o", ".vera_lambda_b", ""),
+            Tensor("lambda_d", "r", ".vera_lambda_d", ""),
+        ),
+        config={"method": "vera"},
+        fields={"projection_seed": "projection_prng_key"},
+        make_node=_make_vera,
+        kinds=(names.LINEAR,),
+        expand=translations.share_projections,
+        collapse=translations.join_projections,
+    ),
 )
 
 

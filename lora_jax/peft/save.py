@@ -1,7 +1,6 @@
 """``save_peft`` writes an adapter of this library as a PEFT directory."""
 
 import collections
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,14 +13,24 @@ import safetensors.numpy
 from lora_jax import adapter as adapters
 from lora_jax import fields, names, paths
 from lora_jax.config import LoRAConfig
-from lora_jax.factors import RANK
+from lora_jax.factors import BATCH, RANK
 from lora_jax.files import write_atomically
 from lora_jax.names import Name, Weight
-from lora_jax.nodes import Adapted, is_adapted, scale_array
-from lora_jax.peft import adapter_tensors, layouts, target_modules
+from lora_jax.nodes import Adapted, is_adapted, scale_array, scales
+from lora_jax.peft import adapter_tensors, layouts, methods, target_modules
 from lora_jax.peft.adapter_tensors import Part, Plan
-from lora_jax.peft.config import CONFIG, DEFAULTS, HEADS, METADATA, TASKS, find_problems, to_bytes
-from lora_jax.peft.methods import Method, describe_words, find_method_of, find_mixture
+from lora_jax.peft.config import (
+    CONFIG,
+    DEFAULTS,
+    HEADS,
+    METADATA,
+    TASKS,
+    canonicalize,
+    complete,
+    find_problems,
+    restrict,
+    to_bytes,
+)  # fmt: skip
 from lora_jax.peft.misfits import base_tensor, is_exact
 from lora_jax.peft.target_modules import Model
 from lora_jax.peft.weights_file import WEIGHTS
@@ -94,11 +103,15 @@ def save_peft(
         n: _cast_as_stored(_make_tensor(part, content.nodes, leaves), dtypes.get(n))
         for n, part in plan.parts.items()
     }
+    try:
+        words, tensors = methods.find_method(words).collapse(words, plan.parts, tensors)
+    except ValueError as error:
+        raise _make_error([str(error)]) from error
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     data = safetensors.numpy.save(tensors, metadata={"format": "pt"})
     write_atomically(directory / WEIGHTS, data)
-    write_atomically(directory / CONFIG, to_bytes(words))
+    write_atomically(directory / CONFIG, to_bytes(restrict(words)))
 
 
 def _make_error(problems: Sequence[str]) -> ValueError:
@@ -137,14 +150,14 @@ def _collect_content(
             content.trained.update({w.hf: w for w in rows})
     if not content.kernels and not problems:
         problems.append("no kernel is adapted, and PEFT has no adapter without one")
-    if content.kernels and (mixture := find_mixture(_find_methods(content))):
+    if content.kernels and (mixture := methods.find_mixture(_find_methods(content))):
         problems.append(mixture)
     return content, problems
 
 
-def _find_methods(content: _Content) -> list[Method]:
+def _find_methods(content: _Content) -> list[methods.Method]:
     """Returns the methods of the adapted kernels, in their order."""
-    return [find_method_of(content.nodes[w.leaf]) for w in content.kernels.values()]
+    return [methods.find_method_of(content.nodes[w.leaf]) for w in content.kernels.values()]
 
 
 def _find_obstacle(leaf: str, node: Any, rows: Sequence[Weight]) -> str:
@@ -155,7 +168,7 @@ def _find_obstacle(leaf: str, node: Any, rows: Sequence[Weight]) -> str:
             f"{leaf} is one weight with several uses here ({', '.join(w.hf for w in rows)}), and "
             "PEFT would adapt one of them by itself"
         )
-    if is_adapted(node) and find_method_of(node) is None:
+    if is_adapted(node) and methods.find_method_of(node) is None:
         return (
             f"{leaf} is adapted by the method {node.kind!r}, which is not written in PEFT's "
             "format; merge it into the base, or save it with lora_jax.save"
@@ -166,7 +179,12 @@ def _find_obstacle(leaf: str, node: Any, rows: Sequence[Weight]) -> str:
         return ""
     if not rows[0].hf.endswith(".weight") or not names.kind(rows[0]):
         return f"{leaf} is {rows[0].hf} there, which PEFT does not adapt"
-    if not np.asarray(node.scale) > 0:
+    if names.kind(rows[0]) not in methods.find_method_of(node).kinds:
+        return (
+            f"{leaf} is of the kind {names.kind(rows[0])}, which PEFT does not adapt with "
+            f"{methods.describe_words(methods.find_method_of(node))}"
+        )
+    if scales(type(node)) and not np.asarray(node.scale) > 0:
         return f"{leaf} has scale {float(node.scale)}, and alpha must be positive"
     axes = layouts.node_axes(rows[0])
     if node.axes != axes or not names.axes(rows[0]):
@@ -179,6 +197,8 @@ def _find_obstacle(leaf: str, node: Any, rows: Sequence[Weight]) -> str:
 
 def _choose_alpha(node: Adapted, config: LoRAConfig) -> float:
     """Finds an alpha that gives exactly the scale of the node, the config's if that does."""
+    if not scales(type(node)):
+        return config.alpha
     rank, root = fields.sizes(node)[RANK], config.rank_stabilized
     scale = scale_array(node)
     exact = float(scale) * (rank**0.5 if root else rank)
@@ -199,16 +219,18 @@ def _choose_words(
 ) -> tuple[dict[str, Any], Plan]:
     """Chooses words that stand for exactly this adapter: those it came with, or new ones."""
     given = {**metadata, "lora_dropout": config.dropout, "use_rslora": config.rank_stabilized}
+    method = _find_methods(content)[0]
+    given |= {word: getattr(config, name) for name, word in method.fields.items()}
     old = config.origin.get("words", {})
     if old and not find_problems(old):
-        words_of_origin = _canonicalize(DEFAULTS | _deduplicate(old) | given, old)
+        words_of_origin = canonicalize(complete(_deduplicate(old)) | given, old)
         plan = adapter_tensors.make_plan(words_of_origin, model)
         if not _find_differences(content, plan, config.rank_stabilized):
             return words_of_origin, plan
         # The adapter has changed since; words about it as a whole still hold.
         given = {name: old.get(name) for name in METADATA} | given
-    words = DEFAULTS | given
-    words = _canonicalize(words | _make_words(content, model, words, config), {})
+    words = complete(DEFAULTS | method.words) | given
+    words = canonicalize(words | _make_words(content, model, words, config), {})
     plan = adapter_tensors.make_plan(words, model)
     differences = _find_differences(content, plan, config.rank_stabilized)
     if differences:
@@ -222,12 +244,6 @@ def _deduplicate(words: Mapping[str, Any]) -> dict[str, Any]:
     if words.get("modules_to_save"):
         words["modules_to_save"] = list(dict.fromkeys(words["modules_to_save"]))
     return words
-
-
-def _canonicalize(words: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the words as they will be read: keys sorted, equal numbers written as before."""
-    words = {n: old[n] if n in old and old[n] == v else v for n, v in words.items()}
-    return json.loads(to_bytes(words))
 
 
 def _make_words(
@@ -346,11 +362,11 @@ def _find_differences(content: _Content, plan: Plan, root: bool) -> list[str]:
             problems.append(f"PEFT {what} {paths.listing(sorted(more))}")
     for m in sorted(modules_of_words & modules_of_adapter):
         node = content.nodes[content.kernels[m].leaf]
-        method, method_of_words = find_method_of(node), plan.methods[content.kernels[m].leaf]
+        method_of_words = plan.methods[content.kernels[m].leaf]
         scale = adapter_tensors.peft_scale(plan.alphas[m], plan.ranks[m], root=root)
-        exact = scale_array(node)
-        if method is not method_of_words:
-            problems.append(f"PEFT would read {m} with {describe_words(method_of_words)}")
+        exact = scale_array(node) if scales(type(node)) else np.asarray(scale)
+        if methods.find_method_of(node) is not method_of_words:
+            problems.append(f"PEFT would read {m} with {methods.describe_words(method_of_words)}")
         elif plan.ranks[m] != content.ranks[m]:
             problems.append(f"PEFT would give {m} rank {plan.ranks[m]}")
         elif exact.dtype.type(scale) != exact:
@@ -365,7 +381,9 @@ def _make_tensor(part: Part, nodes: Mapping[str, Any], leaves: Mapping[str, Any]
     pick = lambda x: np.asarray(x) if layer is None else np.asarray(x)[layer]
     if part.role == adapter_tensors.TRAINED:
         return names.to_tensor(part.weight, pick(node))
-    axes = find_method_of(node).field_axes(part.role)
+    axes = methods.find_method_of(node).field_axes(part.role)
+    if BATCH not in node.table[part.role].axes:
+        pick = np.asarray
     return layouts.to_file(part.weight, pick(getattr(node, part.role)), axes, part.letters)
 
 

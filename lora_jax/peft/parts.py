@@ -1,0 +1,26 @@
+"""``Part``: what one tensor of a PEFT file holds."""
+
+from typing import NamedTuple
+
+from lora_jax.names import Weight
+
+TRAINED, BASE = "trained", "base"
+
+
+class Part(NamedTuple):
+    """One tensor of the file.
+
+    Attributes:
+      role: what it holds of the weight: a field of its node by name, ``TRAINED`` for a weight that
+        is trained in full, or ``BASE`` for that of the base.
+      weight: weight of the model.
+      shape: shape in the file.
+      letters: letters of the axes of a field; see :mod:`lora_jax.peft.layouts`.
+      others: names with which it is read, too.
+    """
+
+    role: str
+    weight: Weight
+    shape: tuple[int, ...]
+    letters: str = ""
+    others: tuple[str, ...] = ()
