@@ -7,6 +7,7 @@ line in ``METHODS``.
 
 from collections.abc import Callable
 
+from lora_jax.methods.dora import start_dora
 from lora_jax.methods.initial_values import INITS
 from lora_jax.methods.lora_fa import freeze_a
 from lora_jax.methods.start import Start
@@ -19,7 +20,11 @@ def _start_lora(start: Start) -> Adapted:
     return node if start.train_a else freeze_a(node, start.init)
 
 
-METHODS: dict[str, Callable[[Start], Adapted]] = {"lora": _start_lora, "vera": start_vera}
+METHODS: dict[str, Callable[[Start], Adapted]] = {
+    "lora": _start_lora,
+    "dora": start_dora,
+    "vera": start_vera,
+}
 # Methods that may have a rank above that of the kernel, since they train no factors.
 ANY_RANK = ("vera",)
 
