@@ -105,6 +105,14 @@ def base_config() -> ConfigDict:
     c.optimizer.decay = "linear"  # of the learning rate, to zero at the end: linear, cosine or none
     c.optimizer.weight_decay = 0.01
     c.optimizer.clip_norm = 1.0  # of the gradient's global norm; 0 for none
+    c.optimizer.orthogonality = 0.5  # weight of AdaLoRA's penalty; no other method has one
+    c.optimizer.budget = ConfigDict()  # of AdaLoRA's ranks, which begin at lora.rank
+    c.optimizer.budget.target_rank = 0  # mean rank of a kernel at the end; 0 to keep all
+    c.optimizer.budget.begin = duration(0.1)  # steps before ranks fall: a part of all, or "9 steps"
+    c.optimizer.budget.end = duration(0.3)  # steps at the end with the ranks that are left
+    c.optimizer.budget.every = 1  # steps from one choice to the next
+    c.optimizer.budget.beta1 = 0.85  # decay of the mean of the sensitivity
+    c.optimizer.budget.beta2 = 0.85  # decay of the mean of its uncertainty
     return c
 
 

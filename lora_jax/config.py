@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, Self
 
 from lora_jax import hints, paths
-from lora_jax.methods import METHODS, unused_fields
+from lora_jax.methods import METHODS, RANK_OFFSETS, unused_fields
 from lora_jax.methods.initial_values import INITS
 
 ALL_LINEAR = "all-linear"
@@ -144,6 +144,7 @@ class LoRAConfig:
         """Returns the scale ``s`` for the kernel called ``name``, at its own or the given rank."""
         rank = self.kernel_rank(name) if rank is None else rank
         alpha = _first_match(self.alpha_pattern, name, self.alpha)
+        rank = rank + RANK_OFFSETS.get(self.method, 0)
         return alpha / math.sqrt(rank) if self.rank_stabilized else alpha / rank
 
     def to_dict(self) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class LowRank(Adapted):
         return Terms(self.a, scaled_b(self))
 
 
-def scaled_b(node: LowRank) -> Array:
+def scaled_b(node: Adapted) -> Array:
     """Computes ``s·b`` in the wider precision of the two, where the scale costs least.
 
     No gradient reaches the scale, which is a hyperparameter.

@@ -107,6 +107,7 @@ class Adapted(Node):
 
     Attributes:
       reads_kernel: whether ``terms`` makes use of the frozen kernel, which may be quantized.
+      has_penalty: whether ``penalties`` are added to the loss in training.
       w: frozen kernel in a bound tree; None in an adapter.
       axes: role of each kernel axis, for example "io"; see :mod:`lora_jax.factors`.
       name: path of the kernel in a bound tree, for messages.
@@ -117,6 +118,7 @@ class Adapted(Node):
     """
 
     reads_kernel: ClassVar[bool] = True
+    has_penalty: ClassVar[bool] = False
 
     w: Array | None
     axes: str
@@ -136,6 +138,13 @@ class Adapted(Node):
 
     def terms(self, w: Array) -> Terms:
         """Computes the terms of the adapted kernel from the fields and the frozen kernel ``w``."""
+        raise NotImplementedError
+
+    def penalties(self) -> Array:
+        """Computes what the loss is to grow by, apart from a weight, as an array of any shape.
+
+        The mean over all entries of all nodes is what counts.
+        """
         raise NotImplementedError
 
     def bind(self, w: Array, name: str) -> "Adapted":

@@ -7,6 +7,7 @@ line in ``METHODS``.
 
 from collections.abc import Callable
 
+from lora_jax.methods.adalora import start_adalora
 from lora_jax.methods.dora import start_dora
 from lora_jax.methods.initial_values import INITS
 from lora_jax.methods.lora_fa import freeze_a
@@ -24,14 +25,18 @@ METHODS: dict[str, Callable[[Start], Adapted]] = {
     "lora": _start_lora,
     "dora": start_dora,
     "vera": start_vera,
+    "adalora": start_adalora,
 }
 # Methods that may have a rank above that of the kernel, since they train no factors.
 ANY_RANK = ("vera",)
+# What PEFT adds to the rank that alpha is divided by.
+RANK_OFFSETS = {"adalora": 1e-5}
 
 # Fields of `LoRAConfig` that are for some methods alone.
 _OWN_FIELDS: dict[str, tuple[str, ...]] = {"train_a": ("lora",), "projection_seed": ("vera",)}
 # Fields for most methods that one has no use for.
 _UNUSED_FIELDS: dict[str, tuple[str, ...]] = {
+    "adalora": ("init", "rank_stabilized"),
     "vera": ("init", "alpha", "alpha_pattern", "rank_pattern", "rank_stabilized"),
 }
 

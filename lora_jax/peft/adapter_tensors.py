@@ -4,7 +4,6 @@ Reading and writing follow the same plan, and a file is whole if it has exactly 
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -14,10 +13,9 @@ from lora_jax.names import Weight
 from lora_jax.peft import layouts, target_modules
 from lora_jax.peft.config import HEADS
 from lora_jax.peft.methods import Method, describe_words, find_method
-from lora_jax.peft.parts import BASE, TRAINED, Part
+from lora_jax.peft.parts import BASE, PREFIX, TRAINED, Part
 from lora_jax.peft.target_modules import OUTPUTS, Model
 
-PREFIX = "base_model.model."
 # For targets with these names PEFT's file holds the module's frozen weight beside its factors.
 _COPIED = ("embed_tokens", "lm_head")
 
@@ -86,11 +84,6 @@ def make_plan(words: Mapping[str, Any], model: Model) -> Plan:
 def _add_prefix(parts: Mapping[str, Part]) -> dict[str, Part]:
     with_prefix = lambda part: part._replace(others=tuple(PREFIX + n for n in part.others))
     return {PREFIX + n: with_prefix(part) for n, part in parts.items()}
-
-
-def peft_scale(alpha: float, rank: int, *, root: bool) -> float:
-    """Computes PEFT's scaling: ``alpha / r``, or ``alpha / sqrt(r)`` with use_rslora."""
-    return alpha / math.sqrt(rank) if root else alpha / rank
 
 
 def _choose_values(words: Mapping[str, Any], kernels: list[str], what: str) -> dict[str, Any]:

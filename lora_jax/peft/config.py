@@ -50,9 +50,22 @@ VERA_DEFAULTS: dict[str, Any] = {
     "peft_version": VERSION, "projection_prng_key": 0, "r": 256, "revision": None,
     "save_projection": True, "target_modules": None, "task_type": None, "vera_dropout": 0.0,
 }  # fmt: skip
+# The same for AdaLoRA. PEFT itself has no default for the number of steps, and demands one.
+ADALORA_DEFAULTS: dict[str, Any] = DEFAULTS | {
+    "beta1": 0.85, "beta2": 0.85, "deltaT": 1, "init_r": 12, "orth_reg_weight": 0.5,
+    "peft_type": "ADALORA", "rank_pattern": None, "target_r": 8, "tfinal": 0, "tinit": 0,
+    "total_step": 1,
+}  # fmt: skip
 # Every key of each type of adapter that is read.
-TYPES: dict[str, dict[str, Any]] = {"LORA": DEFAULTS, "VERA": VERA_DEFAULTS}
-_OTHER_NAMES = {"VERA": {"vera_dropout": "lora_dropout"}}
+TYPES: dict[str, dict[str, Any]] = {
+    "LORA": DEFAULTS, "VERA": VERA_DEFAULTS, "ADALORA": ADALORA_DEFAULTS,
+}  # fmt: skip
+KEPT = "kept_triplets"  # what AdaLoRA has in rank_pattern: which triplets of a module are left
+_OTHER_NAMES = {
+    "VERA": {"vera_dropout": "lora_dropout"}, "ADALORA": {"init_r": "r", "rank_pattern": KEPT},
+}  # fmt: skip
+# Words that PEFT has in a type, and passes over.
+_WITHOUT_EFFECT = {"ADALORA": {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}}
 # Words about an adapter that do not change what it computes; the caller of `save_peft` sets them.
 METADATA = ("task_type", "base_model_name_or_path", "revision", "auto_mapping")
 # Words that finished factors do not need, with the reason; `docs/formats.md` lists them.
@@ -67,6 +80,14 @@ IGNORED: dict[str, str] = {
     "runtime_config": "where numbers are kept while PEFT runs",
     "quantization_config": "how the base was loaded; a base that is not quantized is told of",
     "merge_weights": "whether PEFT before 0.3 merged for evaluation",
+    "target_r": "how AdaLoRA chose ranks in training",
+    "tinit": "how AdaLoRA chose ranks in training",
+    "tfinal": "how AdaLoRA chose ranks in training",
+    "deltaT": "how AdaLoRA chose ranks in training",
+    "beta1": "how AdaLoRA chose ranks in training",
+    "beta2": "how AdaLoRA chose ranks in training",
+    "orth_reg_weight": "how AdaLoRA chose ranks in training",
+    "total_step": "how AdaLoRA chose ranks in training",
     "d_initial": "how the vectors of VeRA were first set",
     "init_weights": "how the vectors of VeRA were first set",
 }
@@ -116,15 +137,17 @@ def complete(words: Mapping[str, Any]) -> dict[str, Any]:
     """
     type_ = words["peft_type"]
     named = {new: words[n] for n, new in _OTHER_NAMES.get(type_, {}).items() if n in words}
-    return DEFAULTS | TYPES[type_] | words | named
+    return DEFAULTS | TYPES[type_] | words | _WITHOUT_EFFECT.get(type_, {}) | named
 
 
 def restrict(words: Mapping[str, Any]) -> dict[str, Any]:
     """Inverts :func:`complete`: keeps the words that an adapter's type has."""
     type_ = words["peft_type"]
-    named = {n: words[new] for n, new in _OTHER_NAMES.get(type_, {}).items()}
-    foreign = set().union(*TYPES.values()) - set(TYPES[type_])
-    return {n: value for n, value in words.items() if n not in foreign} | named
+    others = _OTHER_NAMES.get(type_, {})
+    foreign = {*others.values(), *set().union(*TYPES.values())} - set(TYPES[type_])
+    own = {n: value for n, value in words.items() if n not in foreign}
+    unused = {new: TYPES[type_][new] for new in others.values() if new in TYPES[type_]}
+    return own | unused | {n: words[new] for n, new in others.items() if new in words}
 
 
 def find_problems(words: Any) -> list[str]:
@@ -236,7 +259,7 @@ def _abbreviate(value: Any) -> str:
 
 
 def _describe_ill_formed(name: str, words: Mapping[str, Any]) -> str:
-    check = _CHECKS.get(name)
+    check = _CHECKS_OF_TYPES.get((words.get("peft_type"), name), _CHECKS.get(name))
     if check is None or name not in words:
         return ""
     wanted, fits = check
@@ -271,6 +294,11 @@ def _as_float(x: float) -> float:
 
 def _is_rank(x: Any) -> bool:
     return isinstance(x, int) and not isinstance(x, bool) and 1 <= x <= _MAX_RANK
+
+
+def _is_mask(x: Any) -> bool:
+    is_small = isinstance(x, list) and len(x) <= _MAX_RANK
+    return is_small and all(isinstance(entry, bool) for entry in x)
 
 
 def _is_seed(x: Any) -> bool:
@@ -308,6 +336,7 @@ _BOOL = ("true or false", lambda x: isinstance(x, bool))
 _CHOICE = (f"a list of up to {_MAX_ENTRIES} names, or a regular expression", _is_choice)
 _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "r": (f"a whole number from 1 to {_MAX_RANK}", _is_rank),
+    "init_r": (f"a whole number from 1 to {_MAX_RANK}", _is_rank),
     "lora_alpha": ("a positive number, of sensible size", _is_alpha),
     "lora_dropout": ("a number in [0, 1)", lambda x: _is_number(x) and 0 <= x < 1),
     "use_dora": _BOOL,
@@ -335,6 +364,12 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "task_type": (f"null or one of {TASKS}", lambda x: x is None or x in TASKS),
     "base_model_name_or_path": ("null or a name", lambda x: x is None or isinstance(x, str)),
     "revision": ("null or the name of a branch, a tag or a commit", _is_revision),
+}
+_CHECKS_OF_TYPES = {
+    ("ADALORA", "rank_pattern"): (
+        "null or an object with lists of true and false",
+        _make_map_check(_is_mask),
+    ),
 }
 READ = ("peft_type", *_CHECKS)  # every other word is in IGNORED or in REFUSED
 

@@ -162,7 +162,7 @@ def _make_nodes(
             problems.append(problem)
         elif leaf in plan.methods:
             ((rank, alpha),) = numbers[leaf]
-            scale = adapter_tensors.peft_scale(alpha, rank, root=root)
+            scale = alpha / plan.methods[leaf].compute_divisor(rank, root=root)
             try:
                 nodes[leaf] = _make_node(
                     plan.methods[leaf], weight[leaf], roles, scale, leaves[leaf]

@@ -6,6 +6,7 @@ must hold, how they become a node, which words a node is written with, and what
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,8 @@ import numpy as np
 from lora_jax import names
 from lora_jax.factors import BATCH
 from lora_jax.lowrank import LowRank
+from lora_jax.methods import RANK_OFFSETS
+from lora_jax.methods.adalora import AdaLoRA
 from lora_jax.methods.dora import DoRA, compute_norms
 from lora_jax.methods.lora_fa import FrozenA
 from lora_jax.methods.vera import Vera
@@ -117,6 +120,11 @@ class Method:
     expand: translations.Expand = translations.keep
     collapse: translations.Collapse = translations.keep_all
 
+    def compute_divisor(self, rank: int, *, root: bool) -> float:
+        """Computes what alpha is divided by: the rank, or its root with use_rslora."""
+        divisor = rank + RANK_OFFSETS.get(self.config["method"], 0)
+        return math.sqrt(divisor) if root else divisor
+
     def field_axes(self, field: str) -> str:
         """Returns the letters of the axes that a field has for one layer."""
         return self.node.table[field].axes.replace(BATCH, "")
@@ -142,6 +150,19 @@ METHODS: tuple[Method, ...] = (
         tensors=(*_FACTORS, _MAGNITUDE),
         config={"method": "dora"},
         make_node=_make_dora,
+    ),
+    Method(
+        node=AdaLoRA,
+        words={"peft_type": "ADALORA"},
+        tensors=(
+            Tensor("a", "ri", ".lora_A", ""),
+            Tensor("b", "or", ".lora_B", ""),
+            Tensor("e", "r1", ".lora_E", ""),
+        ),
+        config={"method": "adalora"},
+        kinds=(names.LINEAR,),
+        expand=translations.restore_triplets,
+        collapse=translations.drop_triplets,
     ),
     Method(
         node=Vera,

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from lora_jax.names import Weight
 
+PREFIX = "base_model.model."
 TRAINED, BASE = "trained", "base"
 
 

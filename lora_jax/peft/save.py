@@ -201,15 +201,14 @@ def _choose_alpha(node: Adapted, config: LoRAConfig) -> float:
         return config.alpha
     rank, root = fields.sizes(node)[RANK], config.rank_stabilized
     scale = scale_array(node)
-    exact = float(scale) * (rank**0.5 if root else rank)
+    divisor = methods.find_method_of(node).compute_divisor(rank, root=root)
+    exact = float(scale) * divisor
     nearby = [float(np.nextafter(exact, side)) for side in (0, np.inf)]
     candidates = [
         config.alpha, *config.alpha_pattern.values(), float(round(exact)), round(exact, 4), exact,
         *nearby,
     ]  # fmt: skip
-    same = lambda alpha: (
-        scale.dtype.type(adapter_tensors.peft_scale(alpha, rank, root=root)) == scale
-    )
+    same = lambda alpha: scale.dtype.type(alpha / divisor) == scale
     alpha = next((alpha for alpha in candidates if alpha > 0 and same(alpha)), exact)
     return int(alpha) if float(alpha).is_integer() else alpha
 
@@ -363,7 +362,7 @@ def _find_differences(content: _Content, plan: Plan, root: bool) -> list[str]:
     for m in sorted(modules_of_words & modules_of_adapter):
         node = content.nodes[content.kernels[m].leaf]
         method_of_words = plan.methods[content.kernels[m].leaf]
-        scale = adapter_tensors.peft_scale(plan.alphas[m], plan.ranks[m], root=root)
+        scale = plan.alphas[m] / method_of_words.compute_divisor(plan.ranks[m], root=root)
         exact = scale_array(node) if scales(type(node)) else np.asarray(scale)
         if methods.find_method_of(node) is not method_of_words:
             problems.append(f"PEFT would read {m} with {methods.describe_words(method_of_words)}")

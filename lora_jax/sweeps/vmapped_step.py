@@ -61,18 +61,21 @@ class Options(NamedTuple):
       accumulate: as in :class:`lora_jax.training.step.StepOptions`.
       varied_rates: names of the multipliers of the learning rate that are not 1 in all runs; the
         step does not multiply by the others.
+      orthogonality: as in :class:`lora_jax.training.step.StepOptions`.
     """
 
     decay: str
     accumulate: int
     varied_rates: tuple[str, ...] = ()
+    orthogonality: float = 0.0
 
 
 def make_options(config: ConfigDict, *others: ConfigDict) -> Options:
     """Returns the options of runs, by the config of one of them and of those that may differ."""
     each = [optimizer.read_multipliers(c.optimizer) for c in (config, *others)]
     varied = tuple(name for name in optimizer.MULTIPLIERS if any(x[name] != 1.0 for x in each))
-    return Options(config.optimizer.decay, config.accumulate, varied)
+    rule = config.optimizer
+    return Options(rule.decay, config.accumulate, varied, rule.orthogonality)
 
 
 def make_member(
@@ -194,7 +197,9 @@ def member_step(task: Task, *, has_dropout: bool, options: Options) -> Callable:
         settings = dataclasses.replace(member.settings, **same)
         tx = optimizer.adamw(settings, member.state.adapter, options.decay)
         # A run that diverges is stopped below, without the guard of a single run.
-        step_options = StepOptions(accumulate=options.accumulate, has_norm=True)
+        step_options = StepOptions(
+            accumulate=options.accumulate, has_norm=True, orthogonality=options.orthogonality
+        )
         single = train_step(task, tx, member.dropout if has_dropout else 0.0, step_options)
         own_base = _put_own(base, member.own_leaves)
         state, (sums, norm) = single(wrap_key(member.state), own_base, batch)

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 
 import lora_jax as lora
+from lora_jax import adapter as adapters
+from lora_jax.nodes import is_adapted
 
 PyTree = Any
 Batch = dict[str, jax.Array]
@@ -40,6 +42,25 @@ def global_norm(grads: PyTree) -> jax.Array:
     """Computes the norm of a gradient over all leaves of the adapter that are trained."""
     trained = zip(jax.tree.leaves(grads), jax.tree.leaves(lora.mask(grads)), strict=True)
     return jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x, is_trained in trained if is_trained))
+
+
+def add_penalty(grads: PyTree, adapter: PyTree, weight: float) -> PyTree:
+    """Adds the gradient of the penalty of an adapter's nodes to that of the loss.
+
+    Args:
+      grads: gradient of the loss.
+      adapter: adapter, of whose nodes some classes may have a penalty.
+      weight: number that the mean of all penalties is multiplied by.
+    """
+    entries = adapters.nodes(adapter).values()
+    if not weight or not any(is_adapted(x) and x.has_penalty for x in entries):
+        return grads
+    return jax.tree.map(jnp.add, grads, jax.grad(_penalty)(adapter, weight))
+
+
+def _penalty(adapter: PyTree, weight: float) -> jax.Array:
+    nodes = [x for x in adapters.nodes(adapter).values() if is_adapted(x) and x.has_penalty]
+    return weight * jnp.mean(jnp.concatenate([x.penalties().ravel() for x in nodes]))
 
 
 def _sum_over(axis: str | None, tree: PyTree) -> PyTree:

@@ -16,7 +16,7 @@ import lora_jax as lora
 from lora_jax import adapter as adapters
 from lora_jax import fields
 from lora_jax.nodes import Field, is_node
-from lora_jax.training import durations
+from lora_jax.training import durations, rank_budget
 
 PyTree = Any
 Scalar = float | jax.Array | np.ndarray
@@ -24,6 +24,7 @@ DECAYS = ("linear", "cosine", "none")
 # Multipliers of the learning rate, with their defaults.
 MULTIPLIERS = {"b_rate": 1.0, "embedding_rate": 1.0}
 _WARMUP = "optimizer.warmup"
+_BUDGET = "optimizer.budget"
 _EMBEDDING = "embedding"  # what Flax calls the table of `nn.Embed` and `nnx.Embed`
 
 
@@ -53,8 +54,29 @@ def list_problems(config: ConfigDict) -> Iterator[str]:
         durations.parse_field(_WARMUP, config.warmup, number="fraction")
     except ValueError as error:
         yield str(error).rstrip(".")
+    yield from _list_budget_problems(config)
     if config.decay not in DECAYS:
         yield f"optimizer.decay must be one of {', '.join(DECAYS)}, got {config.decay!r}"
+
+
+def _list_budget_problems(config: ConfigDict) -> Iterator[str]:
+    if not 0 <= config.get("orthogonality", 0.0) < math.inf:
+        yield f"optimizer.orthogonality must not be negative, got {config.orthogonality}"
+    fields = config.get("budget")
+    if not fields:
+        return
+    if fields.target_rank < 0:
+        yield f"{_BUDGET}.target_rank must be at least 1, or 0 for none, got {fields.target_rank}"
+    if fields.every < 1:
+        yield f"{_BUDGET}.every must be at least 1, got {fields.every}"
+    for name in ("beta1", "beta2"):
+        if not 0 < fields[name] < 1:
+            yield f"{_BUDGET}.{name} must be between 0 and 1, got {fields[name]}"
+    for name in ("begin", "end"):
+        try:
+            durations.parse_field(f"{_BUDGET}.{name}", fields[name], number="fraction")
+        except ValueError as error:
+            yield str(error).rstrip(".")
 
 
 def read_multipliers(config: ConfigDict) -> dict[str, float]:
@@ -76,6 +98,7 @@ class Settings:
       b_rate: multiplier of the learning rate for the factors ``b`` (LoRA+).
       embedding_rate: multiplier of the learning rate for embeddings, adapted or trained in full; it
         holds for both of their factors.
+      budget: budget of AdaLoRA's ranks; None to keep them all.
     """
 
     learning_rate: Scalar
@@ -85,6 +108,7 @@ class Settings:
     clip_norm: Scalar
     b_rate: Scalar = 1.0
     embedding_rate: Scalar = 1.0
+    budget: rank_budget.Budget | None = None
 
 
 def settings(config: ConfigDict, total_steps: int, *, per_epoch: int | None = None) -> Settings:
@@ -115,6 +139,30 @@ def settings(config: ConfigDict, total_steps: int, *, per_epoch: int | None = No
         weight_decay=config.weight_decay,
         clip_norm=config.clip_norm or math.inf,
         **read_multipliers(config),
+        budget=_read_budget(config, total_steps, per_epoch or total_steps),
+    )
+
+
+def _read_budget(config: ConfigDict, total: int, per_epoch: int) -> rank_budget.Budget | None:
+    fields = config.get("budget")
+    if not fields or not fields.target_rank:
+        return None
+    count = lambda name: durations.to_steps(
+        fields[name], per_epoch=per_epoch, total=total, number="fraction"
+    )
+    begin, end = count("begin"), count("end")
+    if begin >= total - end:
+        raise ValueError(
+            f"{_BUDGET}.begin {fields.begin!r} and {_BUDGET}.end {fields.end!r} take {begin} and "
+            f"{end} steps, and the run has {total}: there is none left in which ranks could fall."
+        )
+    return rank_budget.Budget(
+        target_rank=fields.target_rank,
+        begin=begin,
+        final=total - end,
+        every=fields.every,
+        beta1=fields.beta1,
+        beta2=fields.beta2,
     )
 
 
@@ -176,9 +224,29 @@ def adamw(settings: Settings, adapter: PyTree, decay: str) -> optax.GradientTran
     """Returns AdamW (Loshchilov & Hutter 2019) for the leaves of an adapter that are trained."""
     clip = optax.clip_by_global_norm(settings.clip_norm)
     rule = optax.adamw(schedule(settings, decay), weight_decay=settings.weight_decay)
+    rule = multiply_rates(rule, settings, adapter)
+    if settings.budget is not None:
+        _check_budget(settings.budget, adapter)
+        rule = rank_budget.allocate(rule, settings.budget)
     parts = {"trainable": optax.chain(clip, rule), "frozen": optax.set_to_zero()}
-    tx = optax.multi_transform(parts, lora.labels(adapter))
-    return multiply_rates(tx, settings, adapter)
+    return optax.multi_transform(parts, lora.labels(adapter))
+
+
+def _check_budget(budget: rank_budget.Budget, adapter: PyTree) -> None:
+    if isinstance(budget.target_rank, jax.Array):  # of a sweep, whose runs were checked alone
+        return
+    kernels, triplets = rank_budget.count_kernels(adapter)
+    if not kernels:
+        raise ValueError(
+            f"{_BUDGET}.target_rank is {budget.target_rank}, and no kernel is adapted by AdaLoRA: "
+            'set lora.method="adalora", or target_rank to 0.'
+        )
+    if budget.target_rank * kernels >= triplets:
+        raise ValueError(
+            f"{_BUDGET}.target_rank is {budget.target_rank}, and kernels begin with a rank of "
+            f"{triplets / kernels:g}, which is to fall: choose a lower target_rank, or a higher "
+            "lora.rank."
+        )
 
 
 def multiply_rates(
@@ -209,13 +277,13 @@ def multiply_rates(
             f"is for: {_MEANINGS[idle[0]]}. Leave it at 1, or adapt such a leaf."
         )
 
-    def multiply(update: jax.Array, group: str) -> jax.Array:
-        factor = multipliers.get(group, 1.0)
+    def multiply(update: Any, group: str) -> Any:
+        factor = 1.0 if _is_masked(update) else multipliers.get(group, 1.0)
         return update * jnp.asarray(factor, update.dtype) if _is_set(factor) else update
 
     def compute(grads: PyTree, state: PyTree, params: PyTree = None, **extra: Any) -> tuple:
         updates, state = tx.update(grads, state, params, **extra)
-        return jax.tree.map(multiply, updates, groups), state
+        return jax.tree.map(multiply, updates, groups, is_leaf=_is_masked), state
 
     return optax.GradientTransformationExtraArgs(tx.init, compute)
 
@@ -224,6 +292,10 @@ _MEANINGS = {
     "b_rate": "it is for the factors b of kernels that are no embeddings",
     "embedding_rate": f"it is for leaves called {_EMBEDDING!r}",
 }
+
+
+def _is_masked(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)  # of what another part of the optimizer is for
 
 
 def _is_set(multiplier: Scalar) -> bool:

@@ -32,12 +32,14 @@ class StepOptions(NamedTuple):
       spike: as in :class:`nan_guard.Policy`.
       has_norm: whether the metrics of a step without a guard have the norm of the gradient, before
         it is clipped; with one, its verdict has it.
+      orthogonality: weight of the penalty of nodes that have one.
     """
 
     accumulate: int = 1
     has_guard: bool = False
     spike: float = 0.0
     has_norm: bool = False
+    orthogonality: float = 0.0
 
 
 PLAIN = StepOptions()
@@ -45,7 +47,12 @@ PLAIN = StepOptions()
 
 def step_options(config: ConfigDict) -> StepOptions:
     """Returns the options of a config, with the guard."""
-    return StepOptions(config.accumulate, has_guard=True, spike=config.guard.spike)
+    return StepOptions(
+        config.accumulate,
+        has_guard=True,
+        spike=config.guard.spike,
+        orthogonality=config.optimizer.orthogonality,
+    )
 
 
 def train_step(
@@ -84,6 +91,7 @@ def train_step(
         if axis is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis))
         grads, sums = compute_gradient(compute_sums, state.adapter, batch, key)
+        grads = gradients.add_penalty(grads, state.adapter, options.orthogonality)
         updates, opt_state = tx.update(grads, state.opt_state, state.adapter)
         new = optax.apply_updates(state.adapter, updates), opt_state
         if not options.has_guard:
