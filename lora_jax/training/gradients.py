@@ -55,10 +55,11 @@ def add_penalty(grads: PyTree, adapter: PyTree, weight: float) -> PyTree:
     entries = adapters.nodes(adapter).values()
     if not weight or not any(is_adapted(x) and x.has_penalty for x in entries):
         return grads
-    return jax.tree.map(jnp.add, grads, jax.grad(_penalty)(adapter, weight))
+    return jax.tree.map(jnp.add, grads, jax.grad(compute_penalty)(adapter, weight))
 
 
-def _penalty(adapter: PyTree, weight: float) -> jax.Array:
+def compute_penalty(adapter: PyTree, weight: float) -> jax.Array:
+    """Computes what the loss grows by: ``weight`` times the mean of all penalties."""
     nodes = [x for x in adapters.nodes(adapter).values() if is_adapted(x) and x.has_penalty]
     return weight * jnp.mean(jnp.concatenate([x.penalties().ravel() for x in nodes]))
 

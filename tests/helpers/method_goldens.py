@@ -17,7 +17,7 @@ METHODS = GOLDENS / "methods"
 
 
 @functools.cache
-def base(name, *, scan_layers=False):
+def base(name, *, scan_layers=False, dtype="float32"):
     """Function of (params, ids), parameters and table of names of a base: bert, gpt2 or llama."""
     folder = METHODS / "base" / name
     about = json.loads((folder / "config.json").read_text())
@@ -25,7 +25,7 @@ def base(name, *, scan_layers=False):
     config, head = family.config.from_hf(about), "classifier" if name == "bert" else "causal-lm"
     table = family.names(config, head=head, scan_layers=scan_layers)
     labels = {"num_labels": 3} if head == "classifier" else {}
-    model = family.models[head](config, scan_layers=scan_layers, **labels)
+    model = family.models[head](config, scan_layers=scan_layers, dtype=jnp.dtype(dtype), **labels)
     shapes = jax.eval_shape(model.init, jax.random.key(0), *family.inputs(head))["params"]
     state = safetensors.numpy.load_file(folder / "model.safetensors")
     leaves = {}
@@ -34,7 +34,7 @@ def base(name, *, scan_layers=False):
             value = names.from_tensor(weight, state[weight.hf])
             leaves.setdefault(weight.leaf, {})[weight.layer] = value
     join = lambda parts: parts[None] if None in parts else np.stack(list(parts.values()))
-    params = {"params": paths.nest({n: jnp.asarray(join(x)) for n, x in leaves.items()})}
+    params = {"params": paths.nest({n: jnp.asarray(join(x), dtype) for n, x in leaves.items()})}
     return lambda params, ids: model.apply(params, ids, jnp.ones_like(ids)), params, table
 
 
