@@ -20,9 +20,11 @@ from lora_jax.models.families import CLASSIFIER, ENCODER, Family, column, embedd
 from lora_jax.models.layers import (
     ACTIVATIONS,
     Dropout,
+    Embed,
     Layers,
     apply_layers,
     check_inputs,
+    dense,
     layer_norm,
     make_layers,
 )
@@ -106,7 +108,7 @@ class _Part(nn.Module):
 
     def _dense(self, features: int, name: str) -> nn.Dense:
         init = nn.initializers.normal(self.config.initializer_range)
-        return nn.Dense(features, kernel_init=init, dtype=self.dtype, name=name)
+        return dense(features, kernel_init=init, dtype=self.dtype, name=name)
 
     def _norm(self, name: str) -> nn.LayerNorm:
         return layer_norm(_NORM_EPSILON, self.dtype, name)
@@ -123,7 +125,7 @@ class Embeddings(_Part):
         """Embeds tokens, integers ``(batch, length)``, in vectors ``(batch, length, dim)``."""
         c = self.config
         init = nn.initializers.normal(c.initializer_range)
-        embed = functools.partial(nn.Embed, features=c.dim, embedding_init=init, dtype=self.dtype)
+        embed = functools.partial(Embed, features=c.dim, embedding_init=init, dtype=self.dtype)
         positions = jnp.arange(input_ids.shape[-1])[None, :]
         x = split_lookup(embed(c.vocab_size, name="word_embeddings")(input_ids))
         x = x + embed(c.max_position_embeddings, name="position_embeddings")(positions)

@@ -20,9 +20,11 @@ from lora_jax.models.families import column, embedding, row
 from lora_jax.models.layers import (
     ACTIVATIONS,
     Dropout,
+    Embed,
     Layers,
     apply_layers,
     check_inputs,
+    dense,
     layer_norm,
     make_layers,
 )
@@ -126,7 +128,7 @@ class Part(nn.Module):
 
     def _dense(self, features: int, name: str = "dense") -> nn.Dense:
         init = nn.initializers.normal(self.config.initializer_range)
-        return nn.Dense(features, kernel_init=init, dtype=self.dtype, name=name)
+        return dense(features, kernel_init=init, dtype=self.dtype, name=name)
 
     def _norm(self) -> nn.LayerNorm:
         return layer_norm(self.config.layer_norm_eps, self.dtype, "LayerNorm")
@@ -153,7 +155,7 @@ class Embeddings(Part):
         c = self.config
         init = nn.initializers.normal(c.initializer_range)
         embed = functools.partial(
-            nn.Embed, features=c.hidden_size, embedding_init=init, dtype=self.dtype
+            Embed, features=c.hidden_size, embedding_init=init, dtype=self.dtype
         )
         x = split_lookup(embed(c.vocab_size, name="word_embeddings")(input_ids))
         types = embed(c.type_vocab_size, name="token_type_embeddings")(token_type_ids)
