@@ -3,8 +3,10 @@
 A product of two bfloat16 arrays, with a bfloat16 result, is summed in float32 by every accelerator.
 XLA for CPU takes the fast instructions of a processor for bfloat16 only if the result is float32,
 and JAX's own gradient of such a product multiplies a float32 array by a bfloat16 one, for which
-there is no fast instruction anywhere. Here the gradient of the result is rounded to bfloat16 first:
-that loses nothing where the result itself is rounded to bfloat16, as in a layer of a model.
+there is no fast instruction anywhere. Here the gradient of the result is rounded to bfloat16 first.
+That loses nothing where the result itself is rounded to bfloat16, as in a layer of a model. Where
+it is float32, as the scores of attention are, an accelerator gains by it, and rounds as its fused
+kernels do; XLA for CPU has no fast product of many small matrices, and nothing is rounded there.
 
 There is no forward-mode derivative, as of every ``jax.custom_vjp``.
 """
@@ -35,17 +37,16 @@ def dot_general(
 ) -> Array:
     """Computes ``lax.dot_general``, of which it has the arguments; ``flax.linen.Dense`` takes it.
 
-    Two bfloat16 arrays are multiplied as the module says, if the result is float32, or if the
-    backend is a CPU. All others are handed to ``lax.dot_general``.
+    Two bfloat16 arrays are multiplied as the module says: on a CPU to a bfloat16 result, elsewhere
+    to one of float32. All other products are handed to ``lax.dot_general``.
 
     >>> x = jnp.ones((2, 3), jnp.bfloat16)
     >>> dot_general(x, x, (((1,), (1,)), ((), ()))).dtype
     dtype(bfloat16)
     """
     result = jnp.dtype(preferred_element_type or jnp.result_type(x, y))
-    is_narrow = x.dtype == y.dtype == jnp.bfloat16 and result in (jnp.bfloat16, jnp.float32)
-    gains_by_it = result == jnp.float32 or jax.default_backend() == "cpu"
-    if is_narrow and gains_by_it and not any(options.values()):
+    gains_by_it = result == (jnp.bfloat16 if jax.default_backend() == "cpu" else jnp.float32)
+    if x.dtype == y.dtype == jnp.bfloat16 and gains_by_it and not any(options.values()):
         return bfloat16_dot_general(x, y, _freeze(dimension_numbers), precision, result)
     return lax.dot_general(
         x,

@@ -20,7 +20,6 @@ from lora_jax.models.families import CLASSIFIER, ENCODER, Family, column, embedd
 from lora_jax.models.layers import (
     ACTIVATIONS,
     Dropout,
-    Embed,
     Layers,
     apply_layers,
     check_inputs,
@@ -125,7 +124,7 @@ class Embeddings(_Part):
         """Embeds tokens, integers ``(batch, length)``, in vectors ``(batch, length, dim)``."""
         c = self.config
         init = nn.initializers.normal(c.initializer_range)
-        embed = functools.partial(Embed, features=c.dim, embedding_init=init, dtype=self.dtype)
+        embed = functools.partial(nn.Embed, features=c.dim, embedding_init=init, dtype=self.dtype)
         positions = jnp.arange(input_ids.shape[-1])[None, :]
         x = split_lookup(embed(c.vocab_size, name="word_embeddings")(input_ids))
         x = x + embed(c.max_position_embeddings, name="position_embeddings")(positions)

@@ -20,7 +20,6 @@ from lora_jax.models.families import column, embedding, row
 from lora_jax.models.layers import (
     ACTIVATIONS,
     Dropout,
-    Embed,
     Layers,
     apply_layers,
     check_inputs,
@@ -155,7 +154,7 @@ class Embeddings(Part):
         c = self.config
         init = nn.initializers.normal(c.initializer_range)
         embed = functools.partial(
-            Embed, features=c.hidden_size, embedding_init=init, dtype=self.dtype
+            nn.Embed, features=c.hidden_size, embedding_init=init, dtype=self.dtype
         )
         x = split_lookup(embed(c.vocab_size, name="word_embeddings")(input_ids))
         types = embed(c.type_vocab_size, name="token_type_embeddings")(token_type_ids)
@@ -393,10 +392,8 @@ def names(config: EncoderConfig, *, pooler: bool, scan_layers: bool) -> list[Nam
     rows += tables.norm("embeddings/LayerNorm", "embeddings.LayerNorm")
     layer = [row for flax, hf in _DENSE.items() for row in tables.linear(flax, hf)]
     layer += [row for flax, hf in _NORMS.items() for row in tables.norm(flax, hf)]
-    count = config.num_hidden_layers
-    rows += tables.repeat_layers(
-        "encoder/layer", "encoder.layer", layer, count=count, scan=scan_layers
-    )
+    stack = {"count": config.num_hidden_layers, "scan": scan_layers}
+    rows += tables.repeat_layers("encoder/layer", "encoder.layer", layer, **stack)
     if pooler:
         rows += tables.linear("pooler/dense", "pooler.dense")
     return rows
