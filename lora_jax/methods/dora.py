@@ -92,7 +92,8 @@ class DoRA(Adapted):
         """Returns ``a``, ``gain · s·b`` and the gain."""
         b = scaled_b(self)
         change = compute_change(*lax.stop_gradient((w, self.a, b)), self.axes)
-        gain = compute_gain(self.magnitude, self.norm, change)
+        # Behind the barrier it is one number for each output, and not computed for each row.
+        gain = lax.optimization_barrier(compute_gain(self.magnitude, self.norm, change))
         return Terms(self.a, b * _beside_rank(gain, self.axes).astype(b.dtype), gain)
 
 
@@ -157,8 +158,9 @@ def compute_gain(magnitude: Array, norm: Array, change: Array) -> Array:
     # Where the sum is nearly zero, what is left of it by rounding must not be negative.
     square = 1 + change / divisor / divisor
     square = jnp.where(has_norm, jnp.maximum(square, jnp.finfo(square.dtype).eps), change)
-    is_zero = square <= 0
-    return jnp.where(is_zero, 1, ratio / jnp.sqrt(jnp.where(is_zero, 1, square)))
+    is_same = has_norm & (change == 0)  # not left to how a device rounds a root of one
+    shrink = jnp.where(is_same, 1, lax.rsqrt(jnp.where(square > 0, square, 1)))
+    return jnp.where(square > 0, ratio * shrink, 1)
 
 
 def compute_change(w: Array | Quantized, a: Array, b: Array, axes: str) -> Array:
