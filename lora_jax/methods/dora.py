@@ -188,7 +188,8 @@ def project(w: Array | Quantized, a: Array, axes: str) -> Array:
     """Computes ``aᵀW``, ``(*batch, rank, *out)`` in the precision of ``a``, with no copy of ``W``.
 
     Numbers of a quantized kernel are made for one layer at a time. A kernel of 16 bits is not
-    widened: ``a`` is taken for the sum of two arrays of 16 bits.
+    widened: ``a`` is taken for the sum of two arrays of 16 bits, but for CPUs, which have no such
+    products.
 
     Args:
       w: kernel, which may be quantized.
@@ -200,9 +201,13 @@ def project(w: Array | Quantized, a: Array, axes: str) -> Array:
     if axes.startswith(BATCH) and (is_quantized(w) or (on_cpu and not is_wide)):
         return lax.map(lambda layer: project(*layer, _drop_batch(axes)), (w, a))
     w = decode(w) if is_quantized(w) else w
-    if is_wide or on_cpu:  # which has no products of 16 bits that are summed in 32
+    if is_wide or on_cpu:
         return _project(w.astype(a.dtype), a, axes)
-    w = w if w.dtype.itemsize == 2 else w.astype(jnp.bfloat16)
+    return project_in_halves(w if w.dtype.itemsize == 2 else w.astype(jnp.bfloat16), a, axes)
+
+
+def project_in_halves(w: Array, a: Array, axes: str) -> Array:
+    """Computes ``aᵀW`` for a kernel of 16 bits, from the two halves of each number of ``a``."""
     high = lax.reduce_precision(a, *_bits(w.dtype))
     halves = jnp.concatenate([high, a - high], axis=-1).astype(w.dtype)
     of_halves = _project(w, halves, axes, preferred_element_type=a.dtype)
