@@ -21,10 +21,22 @@ RANK = 2
 METHODS = {
     "lora": dict(rank=RANK, alpha=3.0),
     "dora": dict(rank=RANK, alpha=3.0, method="dora"),
+    "lora_fa": dict(rank=RANK, alpha=3.0, train_a=False),
+    "vera": dict(rank=RANK, method="vera"),
+    "adalora": dict(rank=RANK, alpha=3.0, method="adalora"),
     "lora_head": dict(rank=RANK, alpha=3.0, train=("head",)),
     "bitfit": dict(targets=(), train=("re:.*bias",)),
     "probe": dict(targets=(), train=("head",)),
     "full": dict(targets=(), train=("re:.*",)),
+}
+
+RARE = ("lora_fa", "vera", "adalora")  # these are slow but for one model and the value of lift
+# Numbers that are trained for a kernel of so many kernels along its batch axes, inputs and outputs.
+COUNTS = {
+    "dora": lambda b, i, o: b * (RANK * (i + o) + o),
+    "lora_fa": lambda b, i, o: b * RANK * o,
+    "vera": lambda b, i, o: b * (RANK + o),
+    "adalora": lambda b, i, o: b * RANK * (i + o + 1),
 }
 
 
@@ -101,10 +113,17 @@ def pairs(*, slow):
     return pytest.mark.parametrize(("model", "method"), cases)
 
 
-both = pairs(slow=lambda model, method: model != "mlp" and (model, method) != ("scanned", "lora"))
+both = pairs(
+    slow=lambda model, method: (
+        method in RARE or (model != "mlp" and (model, method) != ("scanned", "lora"))
+    )
+)
 SOME = (*FEW, "attention", "conv", "experts", "tied", "nnx", "lstm_optimized", "remat")
 widely = pairs(
-    slow=lambda model, method: model not in FEW and (model not in SOME or method != "lora_head")
+    slow=lambda model, method: (
+        model not in FEW[: 1 if method in RARE else 2]
+        and (model not in SOME or method != "lora_head")
+    )
 )
 lowrank_only = pytest.mark.parametrize("model", [grouped(model) for model in zoo.ZOO])
 few = pytest.mark.parametrize("model", [grouped(m, slow=m not in FEW) for m in zoo.ZOO])
@@ -217,8 +236,8 @@ def test_count_of_trainable_parameters(model, method):
                     [n for n, axis in zip(leaves[name].shape, x.axes, strict=True) if axis == role]
                 )
             )
-            want += size("b") * RANK * (size("i") + size("o"))
-            want += size("b") * size("o") * (method == "dora")  # a magnitude for each output
+            count = COUNTS.get(method, lambda b, i, o: b * RANK * (i + o))
+            want += count(*map(size, "bio"))
         else:
             want += leaves[name].size
     assert lora.summary(c.model.params, c.adapter).startswith(f"trainable params: {want:,d} ||")
@@ -276,7 +295,7 @@ def test_saved_and_loaded_exactly(model, method, tmp_path):
 
 @pytest.mark.parametrize(
     ("model", "method"),
-    [grouped(m, x, slow=x != "lora") for x in ("lora", "dora") for m in zoo.ZOO],
+    [grouped(m, x, slow=x != "lora") for x in ("lora", "dora", *RARE) for m in zoo.ZOO],
 )
 def test_every_use_is_factored(model, method):
     c = case(model, method)
