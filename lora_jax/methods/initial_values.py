@@ -102,12 +102,19 @@ def _factorize_each(
 
 @functools.partial(jax.jit, static_argnums=1)
 def _take_principal(w: Array, rank: int, scale: float) -> Pair:
-    return _share(*jnp.linalg.svd(w, full_matrices=False), slice(rank), scale)
+    return _share(*_decompose(w), slice(rank), scale)
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _take_minor(w: Array, rank: int, scale: float) -> Pair:
-    return _share(*jnp.linalg.svd(w, full_matrices=False), slice(-rank, None), scale)
+    return _share(*_decompose(w), slice(-rank, None), scale)
+
+
+def _decompose(w: Array) -> tuple[Array, Array, Array]:
+    # Of the paper's W, the transposed one, as in PEFT: its files are read by computing this again,
+    # and the rounding of a decomposition depends on which side comes first.
+    u, s, vh = jnp.linalg.svd(w.T, full_matrices=False)
+    return vh.T, s, u.T
 
 
 def _share(u: Array, s: Array, vh: Array, part: slice, scale: float) -> Pair:
