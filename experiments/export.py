@@ -44,8 +44,8 @@ _INIT = flags.DEFINE_enum(
     "init",
     None,
     [*COMPUTED],
-    "With --peft: write the trained factors alone, for PEFT to compute what they started from out of "
-    "the original base. By default they become plain LoRA of twice the rank.",
+    "With --peft: write the trained factors alone, for PEFT to compute from the original base what "
+    "they started from. By default they become plain LoRA of twice the rank.",
 )
 
 _DTYPE = flags.DEFINE_enum(

@@ -55,7 +55,7 @@ class Start:
         Raises:
           ValueError: there is only a shape.
         """
-        self._require_numbers(what)
+        self.require_numbers(what)
         kernel = as_array(self.kernel)
         return jnp.asarray(kernel, wide_dtype(kernel.dtype))
 
@@ -70,7 +70,7 @@ class Start:
         Raises:
           ValueError: there is only a shape.
         """
-        self._require_numbers(what)
+        self.require_numbers(what)
         sizes_of = lambda role: [self.shape[k] for k in positions(self.axes, role)]
         if is_quantized(self.kernel) and self.kernel.roles == self.axes:
             for index in np.ndindex(*sizes_of(BATCH)):
@@ -83,7 +83,8 @@ class Start:
         for matrix in stack.reshape(-1, *sides):
             yield matrix.astype(wide_dtype(matrix.dtype))
 
-    def _require_numbers(self, what: str) -> None:
+    def require_numbers(self, what: str) -> None:
+        """Checks that the kernel has numbers; arguments and errors as in :meth:`read_kernel`."""
         if isinstance(self.kernel, jax.ShapeDtypeStruct):
             raise ValueError(
                 f"{what} needs the numbers of {self.name!r}, and got its shape only. Give the "
