@@ -20,6 +20,7 @@ from lora_jax.nodes import Adapted
 Array = jax.Array
 Pair = tuple[Array, Array]
 FROM_GRADIENTS = "lora_ga"
+PLAIN = ("uniform", "gaussian", "orthogonal")  # nodes of plain LoRA; the others are offsets
 _OVERSAMPLING = 8  # further columns of a randomized SVD (Halko et al. 2011, section 4.2: 5 or 10)
 
 
