@@ -1,7 +1,6 @@
 """Chooses the kernels of an adapter, and makes its first values."""
 
 import dataclasses
-import functools
 import math
 import warnings
 import zlib
@@ -78,6 +77,25 @@ def init(
     """
     leaves = base_leaves(params)
     choice = choose(fn, params, config, args, kwargs, leaves=leaves)
+    return make_adapter(key, choice, config, leaves, METHODS[config.method])
+
+
+def make_adapter(
+    key: Array,
+    choice: "Choice",
+    config: LoRAConfig,
+    leaves: Mapping[str, Any],
+    make_node: Callable[[Start], Adapted],
+) -> dict[str, Any]:
+    """Makes the adapter of a choice; the results, errors and warnings are those of :func:`init`.
+
+    Args:
+      key: PRNG key.
+      choice: what to adapt and train.
+      config: settings of the adapter.
+      leaves: leaves of the parameters by name.
+      make_node: function that makes the node of a kernel.
+    """
     trained = choice.trained
     abstract = [n for n in trained if isinstance(leaves[n], jax.ShapeDtypeStruct)]
     if abstract:
@@ -88,8 +106,8 @@ def init(
     # Copies, so that a step that donates the adapter spares the base.
     full = {n: jnp.array(as_array(leaves[n]), copy=True) for n in leaves if n in trained}
     sides = _find_largest_sides(choice)
-    init_node = functools.partial(_init_node, key, choice=choice, config=config)
-    nodes = {n: init_node(n, w=leaves[n], largest_sides=sides) for n in choice.ranks}
+    starts = {n: _make_start(key, n, choice, config, leaves[n], sides) for n in choice.ranks}
+    nodes = {n: make_node(start) for n, start in starts.items()}
     return paths.nest({n: (nodes | full)[n] for n in leaves if n in nodes or n in full})
 
 
@@ -340,18 +358,17 @@ def _find_largest_sides(choice: Choice) -> tuple[int, int]:
     return n_in, n_out
 
 
-def _init_node(
+def _make_start(
     key: Array,
     name: str,
     choice: Choice,
     config: LoRAConfig,
     w: Any,
-    *,
     largest_sides: tuple[int, int],
-) -> Adapted:
+) -> Start:
     leaf, rank = choice.kernels.leaves[name], choice.ranks[name]
     dtype = wide_dtype(leaf.dtype)
-    start = Start(
+    return Start(
         # crc32 of the path: the same number in every process, unlike `hash`.
         key=jax.random.fold_in(key, zlib.crc32(name.encode())),
         name=name,
@@ -366,7 +383,6 @@ def _init_node(
         largest_sides=largest_sides,
         projection_seed=config.projection_seed,
     )
-    return METHODS[config.method](start)
 
 
 def _check_scale(name: str, scale: float, dtype: Any) -> float:

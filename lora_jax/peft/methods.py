@@ -20,10 +20,11 @@ from lora_jax.methods import RANK_OFFSETS
 from lora_jax.methods.adalora import AdaLoRA
 from lora_jax.methods.dora import DoRA, compute_norms
 from lora_jax.methods.lora_fa import FrozenA
+from lora_jax.methods.offset import Offset
 from lora_jax.methods.vera import Vera
 from lora_jax.names import Weight
 from lora_jax.nodes import Adapted
-from lora_jax.peft import translations
+from lora_jax.peft import initial_values, translations
 
 
 class Tensor(NamedTuple):
@@ -102,6 +103,7 @@ class Method:
       fields: words that further fields of ``LoRAConfig`` have.
       make_node: function that makes a node of what was read. It raises ``ValueError``, with a
         message that goes on from the name of the kernel, where it can't.
+      spares: kinds of weights that PEFT adapts as plain LoRA in spite of the words.
       alike: further classes of nodes that are written in the same way.
       kinds: kinds of weights that PEFT adapts with it; see :mod:`lora_jax.names`.
       expand: function that makes the tensors of each module of those of a file; see
@@ -115,6 +117,7 @@ class Method:
     config: Mapping[str, Any]
     fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
     make_node: Callable[[Reading], Adapted] = _make_node
+    spares: tuple[str, ...] = ()
     alike: tuple[type[Adapted], ...] = ()
     kinds: tuple[str, ...] = (names.LINEAR, names.EMBEDDING, names.CONV)
     expand: translations.Expand = translations.keep
@@ -141,6 +144,26 @@ _MAGNITUDE = Tensor(
     ".lora_magnitude_vector",
     others=(".lora_magnitude_vector.weight",),
 )
+
+
+def _make_computed(init: str) -> Method:
+    """Makes the row of first values that are computed from the base."""
+
+    def make_node(reading: Reading) -> Adapted:
+        first = {"a0": reading.values["a"], "b0": reading.values["b"]}
+        node = Offset(**reading.values, **first, scale=reading.scale, axes=reading.axes)
+        return initial_values.rebuild(node, reading.kernel, init)
+
+    return Method(
+        node=Offset,
+        words={"init_lora_weights": init},
+        tensors=_FACTORS,
+        config={"method": "lora", "init": init},
+        make_node=make_node,
+        spares=(names.EMBEDDING,),
+    )
+
+
 # The first has no words of its own: it is what PEFT does if nothing else is asked for.
 METHODS: tuple[Method, ...] = (
     Method(node=LowRank, words={}, tensors=_FACTORS, config={"method": "lora"}, alike=(FrozenA,)),
@@ -151,6 +174,7 @@ METHODS: tuple[Method, ...] = (
         config={"method": "dora"},
         make_node=_make_dora,
     ),
+    *map(_make_computed, initial_values.COMPUTED),
     Method(
         node=AdaLoRA,
         words={"peft_type": "ADALORA"},
@@ -197,9 +221,21 @@ def find_method(words: Mapping[str, Any]) -> Method:
     return wanted[0] if wanted else plain
 
 
-def find_method_of(node: Adapted) -> Method | None:
-    """Returns the method of a node; None if it has no form in PEFT's files."""
-    return next((m for m in METHODS if type(node) in (m.node, *m.alike)), None)
+def find_method_for(words: Mapping[str, Any], weight: Weight) -> Method:
+    """Returns the method with which words adapt a weight; see :func:`find_method`."""
+    method = find_method(words)
+    return METHODS[0] if names.kind(weight) in method.spares else method
+
+
+def find_method_of(node: Adapted, init: str = "") -> Method | None:
+    """Returns the method of a node; None if it has no form in PEFT's files.
+
+    Args:
+      node: the node.
+      init: word of its first values, where several go with its class.
+    """
+    fits = lambda m: type(node) in (m.node, *m.alike) and init in ("", m.config.get("init", init))
+    return next((m for m in METHODS if fits(m)), None)
 
 
 def describe_words(method: Method) -> str:

@@ -24,6 +24,7 @@ METHODS = {
     "lora_fa": dict(rank=RANK, alpha=3.0, train_a=False),
     "vera": dict(rank=RANK, method="vera"),
     "adalora": dict(rank=RANK, alpha=3.0, method="adalora"),
+    "offset": dict(rank=RANK, alpha=3.0, init="pissa"),
     "lora_head": dict(rank=RANK, alpha=3.0, train=("head",)),
     "bitfit": dict(targets=(), train=("re:.*bias",)),
     "probe": dict(targets=(), train=("head",)),
@@ -113,9 +114,10 @@ def pairs(*, slow):
     return pytest.mark.parametrize(("model", "method"), cases)
 
 
+# Offsets are of the class that test_initial_values.py has by default.
 both = pairs(
     slow=lambda model, method: (
-        method in RARE or (model != "mlp" and (model, method) != ("scanned", "lora"))
+        method in (*RARE, "offset") or (model != "mlp" and (model, method) != ("scanned", "lora"))
     )
 )
 SOME = (*FEW, "attention", "conv", "experts", "tied", "nnx", "lstm_optimized", "remat")
@@ -295,7 +297,7 @@ def test_saved_and_loaded_exactly(model, method, tmp_path):
 
 @pytest.mark.parametrize(
     ("model", "method"),
-    [grouped(m, x, slow=x != "lora") for x in ("lora", "dora", *RARE) for m in zoo.ZOO],
+    [grouped(m, x, slow=x != "lora") for x in ("lora", "dora", "offset", *RARE) for m in zoo.ZOO],
 )
 def test_every_use_is_factored(model, method):
     c = case(model, method)
