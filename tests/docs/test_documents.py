@@ -72,6 +72,13 @@ def test_snippets_of_quantization(capsys):
     assert capsys.readouterr().out == shown
 
 
+@pytest.mark.slow
+def test_snippets_of_methods():
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    for snippet in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        exec(compile(snippet, "methods.md", "exec"), {})
+
+
 def test_readme_commands_name_what_exists():
     commands = re.findall(r"^\$ (.*?)(?:  +#.*)?$", README, flags=re.MULTILINE)
     assert commands[:2] == ["make quickstart", "make test"]

@@ -32,7 +32,7 @@ def predict(adapter):
     return [(row["label"], row["probability"]) for row in rows], done.stderr
 
 
-@pytest.mark.parametrize("init", ["pissa", "lora_ga"])
+@pytest.mark.parametrize("init", ["pissa", "lora_ga", "eva"])
 def test_trained_and_written_for_peft(inputs, init, tmp_path):
     done = train(inputs, tmp_path / "run", lora__init=init, init_batches=2)
     assert done.returncode == 0, done.stderr
@@ -45,10 +45,10 @@ def test_trained_and_written_for_peft(inputs, init, tmp_path):
     done = programs.run("export", adapter, f"--out={tmp_path}/plain", "--peft")
     assert done.returncode == 0, done.stderr
     words = json.loads((tmp_path / "plain" / "adapter_config.json").read_text())
-    assert words["r"] == 4 and words["init_lora_weights"] is True
+    assert words["r"] == (2 if init == "eva" else 4) and words["init_lora_weights"] is True
     assert_near(predict(tmp_path / "plain")[0], ours)
     done = programs.run("export", adapter, f"--out={tmp_path}/word", "--peft", "--init=pissa")
-    if init == "lora_ga":
+    if init != "pissa":
         assert done.returncode and "did not start from what init='pissa'" in done.stderr
         return
     assert done.returncode == 0, done.stderr
