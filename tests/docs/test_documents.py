@@ -148,7 +148,7 @@ def test_import_is_light():
 
 def test_public_names():
     assert sorted(set(lora_jax.__all__) - {"__version__"}) == sorted(
-        "LoRAConfig init bind lift merge labels mask summary explain save load quantize "
+        "LoRAConfig init init_from_activations init_from_gradients bind lift merge labels mask summary explain save load quantize "
         "tabulate from_nnx update_nnx from_keras update_keras".split()
     )
     for name in lora_jax.__all__:
