@@ -92,7 +92,8 @@ class DoRA(Adapted):
         """Returns ``a``, ``gain · s·b`` and the gain."""
         b = scaled_b(self)
         change = compute_change(*lax.stop_gradient((w, self.a, b)), self.axes)
-        gain = compute_gain(self.magnitude, self.norm, change)
+        # Behind the barrier it is one number for each output, and not computed for each row.
+        gain = lax.optimization_barrier(compute_gain(self.magnitude, self.norm, change))
         return Terms(self.a, b * _beside_rank(gain, self.axes).astype(b.dtype), gain)
 
 
@@ -157,8 +158,9 @@ def compute_gain(magnitude: Array, norm: Array, change: Array) -> Array:
     # Where the sum is nearly zero, what is left of it by rounding must not be negative.
     square = 1 + change / divisor / divisor
     square = jnp.where(has_norm, jnp.maximum(square, jnp.finfo(square.dtype).eps), change)
-    is_zero = square <= 0
-    return jnp.where(is_zero, 1, ratio / jnp.sqrt(jnp.where(is_zero, 1, square)))
+    is_same = has_norm & (change == 0)  # not left to how a device rounds a root of one
+    shrink = jnp.where(is_same, 1, lax.rsqrt(jnp.where(square > 0, square, 1)))
+    return jnp.where(square > 0, ratio * shrink, 1)
 
 
 def compute_change(w: Array | Quantized, a: Array, b: Array, axes: str) -> Array:
@@ -186,7 +188,8 @@ def project(w: Array | Quantized, a: Array, axes: str) -> Array:
     """Computes ``aᵀW``, ``(*batch, rank, *out)`` in the precision of ``a``, with no copy of ``W``.
 
     Numbers of a quantized kernel are made for one layer at a time. A kernel of 16 bits is not
-    widened: ``a`` is taken for the sum of two arrays of 16 bits.
+    widened: ``a`` is taken for the sum of two arrays of 16 bits, but for CPUs, which have no such
+    products.
 
     Args:
       w: kernel, which may be quantized.
@@ -198,9 +201,13 @@ def project(w: Array | Quantized, a: Array, axes: str) -> Array:
     if axes.startswith(BATCH) and (is_quantized(w) or (on_cpu and not is_wide)):
         return lax.map(lambda layer: project(*layer, _drop_batch(axes)), (w, a))
     w = decode(w) if is_quantized(w) else w
-    if is_wide or on_cpu:  # which has no products of 16 bits that are summed in 32
+    if is_wide or on_cpu:
         return _project(w.astype(a.dtype), a, axes)
-    w = w if w.dtype.itemsize == 2 else w.astype(jnp.bfloat16)
+    return project_in_halves(w if w.dtype.itemsize == 2 else w.astype(jnp.bfloat16), a, axes)
+
+
+def project_in_halves(w: Array, a: Array, axes: str) -> Array:
+    """Computes ``aᵀW`` for a kernel of 16 bits, from the two halves of each number of ``a``."""
     high = lax.reduce_precision(a, *_bits(w.dtype))
     halves = jnp.concatenate([high, a - high], axis=-1).astype(w.dtype)
     of_halves = _project(w, halves, axes, preferred_element_type=a.dtype)
