@@ -53,7 +53,8 @@ def base_config() -> ConfigDict:
     c.lora.train = ("classifier",)
     c.lora.method = "lora"
     # First values of the factors: "uniform", "gaussian", "orthogonal"; "pissa", "pissa_niter_4",
-    # "pissa_niter_16", "olora" or "milora", from the base; "lora_ga", from gradients.
+    # "pissa_niter_16", "olora" or "milora", from the base; "lora_ga", from gradients; "eva", from
+    # activations.
     c.lora.init = "uniform"
     c.lora.train_a = True  # False freezes the factor a (LoRA-FA)
     c.lora.projection_seed = 0  # of what all kernels of VeRA share
@@ -80,7 +81,7 @@ def base_config() -> ConfigDict:
     c.pmap = False  # rows split by jax.pmap, over mesh.data devices, or all if that is 1
 
     c.batch_size = 16  # rows of a step, whatever accumulate is
-    c.init_batches = 8  # number of training batches that lora.init="lora_ga" has gradients of
+    c.init_batches = 8  # number of training batches that lora.init="lora_ga" or "eva" sees
     c.accumulate = 1  # micro-batches that a batch is split into; one is in memory at a time
     c.eval_batch_size = 64
     c.epochs = 3

@@ -7,6 +7,7 @@ An adapter overlays a parameter tree: ``merge(params, adapter)`` says what it me
 from lora_jax import peft as peft
 from lora_jax import registration as registration
 from lora_jax import sharding as sharding
+from lora_jax.activation_directions import init_from_activations
 from lora_jax.adapter import bind, labels, mask, merge, summary
 from lora_jax.config import LoRAConfig
 from lora_jax.explain import explain
@@ -26,6 +27,7 @@ __all__ = [
     "from_keras",
     "from_nnx",
     "init",
+    "init_from_activations",
     "init_from_gradients",
     "labels",
     "lift",

@@ -46,7 +46,8 @@ class LoRAConfig:
         kernel that the function contracts or convolves, except what ``train`` names.
       train: leaves to train (and save) in full, named in the same way: a new head, all biases.
       method: what becomes of a kernel: one of :data:`lora_jax.methods.METHODS`.
-      init: first values of the factors: one of :data:`lora_jax.methods.initial_values.INITS`.
+      init: first values of the factors: one of :data:`lora_jax.methods.initial_values.INITS`, such
+        as "pissa"; "lora_ga" is for :func:`lora_jax.init_from_gradients`.
       train_a: whether the factor ``a`` is trained; if not (LoRA-FA), it keeps its first values.
       projection_seed: seed of the projections that the kernels of VeRA share.
       dropout: rate in [0, 1) of the dropout on the input of the low-rank branch, while

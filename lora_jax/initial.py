@@ -40,8 +40,8 @@ def init(
 
     ``fn(params, *args, **kwargs)`` is traced abstractly, never run, to learn which axes of each
     kernel are inputs, outputs and batch. Then ``a ~ U(-1/√fan_in, 1/√fan_in)`` and ``b = 0``, so
-    that ``ΔW = 0`` (Hu et al. 2021, section 4.1). Each kernel's draw depends on the key, its own
-    path and shapes alone: another choice of targets leaves it as it is.
+    that ``ΔW = 0`` (Hu et al. 2021, section 4.1), or what ``config.init`` says. Each kernel's draw
+    depends on the key, its own path and shapes alone: another choice of targets leaves it as it is.
 
     Args:
       key: PRNG key.

@@ -19,8 +19,9 @@ from lora_jax.nodes import Adapted
 
 Array = jax.Array
 Pair = tuple[Array, Array]
-FROM_GRADIENTS = "lora_ga"
-PLAIN = ("uniform", "gaussian", "orthogonal")  # nodes of plain LoRA; the others are offsets
+FROM_GRADIENTS, FROM_ACTIVATIONS = "lora_ga", "eva"  # these need data
+# Those that give nodes of plain LoRA; the others give offsets.
+PLAIN = ("uniform", "gaussian", "orthogonal", FROM_ACTIVATIONS)
 _OVERSAMPLING = 8  # further columns of a randomized SVD (Halko et al. 2011, section 4.2: 5 or 10)
 
 
@@ -171,10 +172,14 @@ def _start_olora(start: Start) -> Offset:
     return _factorize_each(start, _take_columns)
 
 
-def _refuse_without_data(start: Start) -> Offset:
+def _refuse_without_data(start: Start) -> Adapted:
+    function, data = {
+        FROM_GRADIENTS: ("init_from_gradients", "gradients"),
+        FROM_ACTIVATIONS: ("init_from_activations", "activations"),
+    }[start.init]
     raise ValueError(
-        f"init={start.init!r} takes its values from gradients: make the adapter with "
-        "lora.init_from_gradients(key, loss_fn, params, config, *batch) in place of lora.init."
+        f"init={start.init!r} takes its values from {data}: make the adapter with "
+        f"lora.{function}(key, loss_fn, params, config, *batches) in place of lora.init."
     )
 
 
@@ -189,4 +194,5 @@ INITS: dict[str, Callable[[Start], Adapted]] = {
     "olora": _start_olora,
     "milora": _start_milora,
     FROM_GRADIENTS: _refuse_without_data,
+    FROM_ACTIVATIONS: _refuse_without_data,
 }

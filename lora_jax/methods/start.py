@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.factors import BATCH, IN, OUT, positions, wide_dtype
 from lora_jax.quantized import as_array, is_quantized
@@ -84,7 +85,7 @@ class Start:
                 yield entry.matrix().astype(entry.dtype).astype(wide_dtype(entry.dtype))
             return
         order = positions(self.axes, BATCH + IN + OUT)
-        stack = jnp.transpose(jnp.asarray(as_array(self.kernel)), order)
+        stack = jnp.transpose(_gather(jnp.asarray(as_array(self.kernel))), order)
         sides = [math.prod(sizes_of(role)) for role in (IN, OUT)]
         for matrix in stack.reshape(-1, *sides):
             yield matrix.astype(wide_dtype(matrix.dtype))
@@ -96,3 +97,11 @@ class Start:
                 f"{what} needs the numbers of {self.name!r}, and got its shape only. Give the "
                 "parameters themselves."
             )
+
+
+def _gather(x: Array) -> Array:
+    """Puts an array of explicit sharding onto each device as a whole: decompositions need that."""
+    sharding = getattr(jax.typeof(x), "sharding", None)
+    if all(entry is None for entry in getattr(sharding, "spec", ())):
+        return x
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))

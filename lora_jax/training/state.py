@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 import lora_jax as lora
 from lora_jax import adapter as adapters
-from lora_jax.methods.initial_values import FROM_GRADIENTS
+from lora_jax.methods.initial_values import FROM_ACTIVATIONS, FROM_GRADIENTS
 from lora_jax.training import durations, nan_guard, optimizer
 from lora_jax.training.task import Batch, Task
 
@@ -79,11 +79,15 @@ def initial_state(
 def _make_adapter(
     key: jax.Array, task: Task, lora_config: lora.LoRAConfig, config: ConfigDict
 ) -> PyTree:
-    if lora_config.init != FROM_GRADIENTS:
+    from_data = {
+        FROM_GRADIENTS: lora.init_from_gradients,
+        FROM_ACTIVATIONS: lora.init_from_activations,
+    }
+    if lora_config.init not in from_data:
         return lora.init(key, task.apply, task.base, lora_config, task.train_batch(0), None)
     if jax.process_count() > 1:
         raise ValueError(
-            f"lora.init={FROM_GRADIENTS!r} is for one process, and there are "
+            f"lora.init={lora_config.init!r} is for one process, and there are "
             f"{jax.process_count()}: each has other rows of a batch. Make the adapter in a run of "
             "one process, and go on from it with --adapter."
         )
@@ -93,7 +97,8 @@ def _make_adapter(
         return sums[0] / sums[-1]
 
     batches = map(task.train_batch, range(config.init_batches))
-    return lora.init_from_gradients(key, compute_loss, task.base, lora_config, *batches)
+    make = from_data[lora_config.init]
+    return make(key, compute_loss, task.base, lora_config, *batches)
 
 
 def unwrap_key(state: TrainState) -> TrainState:

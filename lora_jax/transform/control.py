@@ -74,10 +74,11 @@ def _call(scope: Scope, eqn: JaxprEqn, vals: Sequence) -> list:
     # The uses of the results matter only where a kernel can come out.
     outputs = lookahead.find_kernel_outputs(body.jaxpr, kernels)
     pairs = zip(scope.allows_kernels, outputs, strict=True)
-    flags = (scope.strict, scope.varies, scope.in_scan)
+    flags = (scope.strict, scope.varies, scope.in_scan, scope.measures)
     kind = (is_recorded, scope.depth + 1, tuple(map(all, pairs)), *flags)
     if kind not in kinds:
-        names = ("is_recorded", "depth", "allows_kernels", "strict", "varies", "in_scan")
+        names_of_flags = ("strict", "varies", "in_scan", "measures")
+        names = ("is_recorded", "depth", "allows_kernels", *names_of_flags)
         kinds[kind] = _jit_body(body, **dict(zip(names, kind, strict=True)))
     run, events = kinds[kind]
     original_names = lambda names: tuple(dict.fromkeys(n for k in names for n in vals[k].names))

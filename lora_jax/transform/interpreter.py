@@ -27,6 +27,7 @@ from lora_jax.transform import (
     deferred,
     forms,
     gains,
+    input_moments,
     lookahead,
     moves,
     rearrangements,
@@ -72,6 +73,8 @@ class Scope:
       varies: whether factors vary over devices of a ``shard_map`` over which their kernels do not,
         so that values vary, too, which are constant in the user's equations.
       in_scan: whether this is the body of a loop, of which the gradient is a loop of its own.
+      measures: whether low-rank terms add nothing, and the gradient of ``a`` is what
+        :mod:`lora_jax.transform.input_moments` says of the inputs.
     """
 
     strict: bool = False
@@ -83,6 +86,7 @@ class Scope:
     allows_kernels: tuple[bool, ...] = ()
     varies: bool = False
     in_scan: bool = False
+    measures: bool = False
 
     def child(
         self, index: Any, place: Any = None, allows_kernels: tuple[bool, ...] = ()
@@ -101,6 +105,7 @@ class Scope:
             allows_kernels=allows_kernels,
             varies=self.varies,
             in_scan=self.in_scan,
+            measures=self.measures,
         )
 
     def record(self, event: Event) -> None:
@@ -277,8 +282,11 @@ def _apply_use(
     factors = uses.orient(kernel, sides)
     if has_gain:
         base = gains.scale_result(eqn, vals, factors, base)
-    drop = functools.partial(_drop_inputs, scope, kernel)
-    branch = use.branch(eqn.params, vals, factors, base, drop)
+    if scope.measures:
+        branch = input_moments.measure(eqn, vals, factors, base)
+    else:
+        drop = functools.partial(_drop_inputs, scope, kernel)
+        branch = use.branch(eqn.params, vals, factors, base, drop)
     scope.record(Event(kernel.names, eqn.primitive.name, source=forms.source(eqn)))
     return [_add(base, branch)]
 

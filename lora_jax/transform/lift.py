@@ -70,6 +70,23 @@ def lift(
     return lifted
 
 
+def measure_inputs(fn: Callable) -> Callable:
+    """Transforms ``fn`` into one in which low-rank terms measure the inputs of their kernels.
+
+    It computes what ``fn`` does with the frozen kernels. The gradient by a factor ``a`` says what
+    the kernel's inputs are like: see :mod:`lora_jax.transform.input_moments`.
+
+    Raises:
+      ValueError: in the new function: a kernel is used in another way than as a factor.
+    """
+
+    @functools.wraps(fn)
+    def measuring(*args: Any, **kwargs: Any) -> Any:
+        return _run(Scope(strict=True, measures=True), fn, args, kwargs)
+
+    return measuring
+
+
 def _check_dropout(rate: Rate, key: Array | None) -> Rate:
     if rate is None:
         return None

@@ -14,7 +14,7 @@ from lora_jax import fields, sharding
 from lora_jax.config import LoRAConfig
 from lora_jax.lowrank import LowRank
 from lora_jax.methods import METHODS
-from lora_jax.methods.initial_values import INITS
+from lora_jax.methods.initial_values import INITS, PLAIN
 from lora_jax.methods.offset import Offset, to_plain
 from lora_jax.methods.start import Start
 from lora_jax.sweeps import vmapped_step
@@ -167,8 +167,18 @@ def test_a_quantized_kernel_is_decoded_one_matrix_at_a_time(scheme, monkeypatch)
 
 
 def test_an_init_that_needs_data_is_refused_with_what_to_do():
-    with pytest.raises(ValueError, match="lora.init_from_gradients"):
+    with pytest.raises(ValueError, match="from gradients: .*lora.init_from_gradients"):
         make(normal(6, 5), init="lora_ga")
+    with pytest.raises(ValueError, match="from activations: .*lora.init_from_activations"):
+        make(normal(6, 5), init="eva")
+
+
+def test_those_of_plain_lora_are_listed():
+    """By it a sweep knows which runs share a program."""
+    kernel = normal(6, 6)
+    of_kernel = [n for n in INITS if n not in ("lora_ga", "eva")]
+    plain = {n for n in of_kernel if type(make(kernel, init=n, rank=2)) is LowRank}
+    assert plain | {"eva"} == set(PLAIN)
 
 
 def test_an_unknown_init_is_refused_by_name():
@@ -209,7 +219,7 @@ def test_starts_as_the_base_bit_for_bit(init, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("init", [n for n in INITS if n != "lora_ga"])
+@pytest.mark.parametrize("init", [n for n in INITS if n not in ("lora_ga", "eva")])
 @pytest.mark.parametrize("name", zoo.ZOO)
 def test_every_model_starts_as_itself(name, init):
     model = zoo.ZOO[name]()

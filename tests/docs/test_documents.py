@@ -72,6 +72,13 @@ def test_snippets_of_quantization(capsys):
     assert capsys.readouterr().out == shown
 
 
+@pytest.mark.slow
+def test_snippets_of_methods():
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    for snippet in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        exec(compile(snippet, "methods.md", "exec"), {})
+
+
 def test_readme_commands_name_what_exists():
     commands = re.findall(r"^\$ (.*?)(?:  +#.*)?$", README, flags=re.MULTILINE)
     assert commands[:2] == ["make quickstart", "make test"]
@@ -141,7 +148,7 @@ def test_import_is_light():
 
 def test_public_names():
     assert sorted(set(lora_jax.__all__) - {"__version__"}) == sorted(
-        "LoRAConfig init bind lift merge labels mask summary explain save load quantize "
+        "LoRAConfig init init_from_activations init_from_gradients bind lift merge labels mask summary explain save load quantize "
         "tabulate from_nnx update_nnx from_keras update_keras".split()
     )
     for name in lora_jax.__all__:
