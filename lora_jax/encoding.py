@@ -1,6 +1,7 @@
 """Arrays of every dtype in a safetensors file: as they are, or as bytes with a dtype beside."""
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -63,3 +64,40 @@ def decode(
         else:
             typed[name] = x.view(jnp.dtype(dtype))[..., 0]
     return typed, problems
+
+
+def drop_copies(
+    tensors: Mapping[str, np.ndarray], names: Iterable[str]
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Leaves out arrays that are the same as an earlier one, bit for bit.
+
+    Args:
+      tensors: arrays by name.
+      names: names of those that are compared with each other.
+
+    Returns:
+      The other arrays, and for each that is left out the name of its like.
+
+    >>> kept, copies = drop_copies({"x": np.ones(2), "y": np.ones(2)}, ["x", "y"])
+    >>> list(kept), copies
+    (['x'], {'y': 'x'})
+    """
+    first: dict[tuple, str] = {}
+    copies = {}
+    for name in names:
+        x = tensors[name]
+        key = x.shape, str(x.dtype), hashlib.sha256(x.tobytes()).digest()
+        if first.setdefault(key, name) != name:
+            copies[name] = first[key]
+    return {n: x for n, x in tensors.items() if n not in copies}, copies
+
+
+def restore_copies(
+    tensors: Mapping[str, np.ndarray], copies: Any
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Inverts :func:`drop_copies`; also says what is wrong with the names."""
+    if not isinstance(copies, dict):
+        return dict(tensors), ["the list of copies is no object"]
+    wrong = [n for n, like in copies.items() if not isinstance(like, str) or like not in tensors]
+    restored = {n: tensors[like] for n, like in copies.items() if n not in wrong}
+    return dict(tensors) | restored, [f"{n} is a copy of a tensor that is missing" for n in wrong]

@@ -3,7 +3,8 @@
 ``adapter.json`` holds the config, the id of the base model, versions, the kind of each node with
 the roles of its kernel's axes, and the name and SHA-256 of the weights file. It also holds the
 leading axes of a stack of adapters, and the dtypes of tensors that are stored as bytes since
-safetensors has no name for their dtype (see :mod:`lora_jax.manifest`).
+safetensors has no name for their dtype (see :mod:`lora_jax.manifest`). Arrays that are not trained
+and equal, such as the projections that nodes of VeRA share, are stored once.
 The weights file is named after its content, and ``adapter.json`` is replaced after it, in one
 rename: whatever happens while saving, the directory holds the previous adapter or the new one,
 whole. Nothing in it is ever executed or unpickled.
@@ -67,6 +68,7 @@ def save(
     problems += [f"NaN or infinity in {paths.listing(not_finite)}"] if not_finite else []
     if problems:
         raise ValueError(f"The adapter is not saved: {'; '.join(problems)}.")
+    tensors, copies = encoding.drop_copies(tensors, _find_frozen(nodes))
     tensors, dtypes = encoding.encode(tensors)
     data = safetensors.numpy.save(tensors)
     digest = hashlib.sha256(data).hexdigest()
@@ -83,6 +85,7 @@ def save(
     }
     content |= {"stacked": list(stacked)} if stacked else {}
     content |= {"dtypes": dtypes} if dtypes else {}
+    content |= {"copies": copies} if copies else {}
     try:
         text = json.dumps(content, indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -119,6 +122,8 @@ def load(
     tensors = _read_tensors(directory, content["weights"])
     config = _read_config(directory, content["config"])
     tensors, problems = encoding.decode(tensors, content.get("dtypes", {}))
+    tensors, absent = encoding.restore_copies(tensors, content.get("copies", {}))
+    problems += absent
     nodes, node_problems = _make_nodes(manifest.node_classes(directory, content), tensors, config)
     leaves = adapters.base_leaves(params)
     stacked, wrong = _find_leading_axes(content, nodes, leaves)
@@ -174,6 +179,17 @@ def _read_tensors(directory: Path, weights: Mapping[str, Any]) -> dict[str, np.n
 def _tensors(nodes: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the arrays of an adapter by name: ``path`` of a leaf, ``path/a`` of a factor."""
     return {n: x for path, node in nodes.items() for n, x in fields.tensors(path, node).items()}
+
+
+def _find_frozen(nodes: Mapping[str, Any]) -> list[str]:
+    """Finds the names of arrays that are not trained, without scales."""
+    adapted = {path: node for path, node in nodes.items() if is_adapted(node)}
+    return [
+        fields.tensor_name(path, type(node), name)
+        for path, node in adapted.items()
+        for name, field in node.table.items()
+        if not field.is_trained and not field.scales
+    ]
 
 
 def _find_malformed(nodes: Mapping[str, Any], stacked: tuple[int, ...]) -> list[str]:
