@@ -1,4 +1,4 @@
-"""Hints for errors: other libraries' names for the fields of a config, and arguments of a wrong kind."""
+"""Hints for errors: other libraries' words for a config's fields, and arguments of a wrong kind."""
 
 import difflib
 from collections.abc import Iterable, Mapping
