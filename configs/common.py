@@ -33,7 +33,8 @@ def base_config() -> ConfigDict:
     c.model.name = "bert-base-uncased"  # a directory, or a name to look up in cache and Hub
     c.model.num_labels = 2
     c.model.labels = ("negative", "positive")  # names of the classes; () for the task's own
-    c.model.dtype = "float32"  # of the activations: float32 or bfloat16
+    # Of the activations: float32, bfloat16, or "auto" for bfloat16 where products of it are faster.
+    c.model.dtype = "float32"
     c.model.param_dtype = "float32"  # of the frozen base; what is trained is float32
     # Scheme of its kernels: "nf4_double", "int8", ...; "" for plain ones, or for the codes that the
     # checkpoint has; "none" to decode these.
@@ -51,7 +52,9 @@ def base_config() -> ConfigDict:
     c.lora.targets = ("query", "value")  # ("default",) for those of the model's family
     c.lora.train = ("classifier",)
     c.lora.method = "lora"
-    c.lora.init = "uniform"  # first values of the factors
+    # First values of the factors: "uniform", "gaussian", "orthogonal"; "pissa", "pissa_niter_4",
+    # "pissa_niter_16", "olora" or "milora", from the base; "lora_ga", from gradients.
+    c.lora.init = "uniform"
     c.lora.dropout = 0.1
     c.lora.rank_stabilized = False
     c.lora.rank_pattern = ConfigDict()
@@ -75,6 +78,7 @@ def base_config() -> ConfigDict:
     c.pmap = False  # rows split by jax.pmap, over mesh.data devices, or all if that is 1
 
     c.batch_size = 16  # rows of a step, whatever accumulate is
+    c.init_batches = 8  # number of training batches that lora.init="lora_ga" has gradients of
     c.accumulate = 1  # micro-batches that a batch is split into; one is in memory at a time
     c.eval_batch_size = 64
     c.epochs = 3

@@ -1,11 +1,12 @@
 """``save_peft`` writes an adapter of this library as a PEFT directory."""
 
 import collections
+import dataclasses
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +19,7 @@ from lora_jax.factors import RANK
 from lora_jax.files import write_atomically
 from lora_jax.names import Name, Weight
 from lora_jax.nodes import Adapted, is_adapted, scale_array
-from lora_jax.peft import adapter_tensors, layouts, target_modules
+from lora_jax.peft import adapter_tensors, initial_values, layouts, target_modules
 from lora_jax.peft.adapter_tensors import Part, Plan
 from lora_jax.peft.config import CONFIG, DEFAULTS, HEADS, METADATA, TASKS, find_problems, to_bytes
 from lora_jax.peft.methods import Method, describe_words, find_method_of, find_mixture
@@ -30,7 +31,8 @@ PyTree = Any
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 
-class _Content(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Content:
     """An adapter in the terms of the torch model.
 
     Attributes:
@@ -39,6 +41,7 @@ class _Content(NamedTuple):
       trained: weights that are trained in full, by tensor name.
       ranks: ranks by module.
       alphas: alphas by module, with which PEFT computes exactly the scales of the adapter.
+      init: word of the first values that PEFT is to compute again; "" for none.
     """
 
     nodes: dict[str, Any]
@@ -46,6 +49,7 @@ class _Content(NamedTuple):
     trained: dict[str, Weight]
     ranks: dict[str, int]
     alphas: dict[str, float]
+    init: str
 
 
 def save_peft(
@@ -55,6 +59,7 @@ def save_peft(
     config: LoRAConfig,
     *,
     names: Sequence[Name],
+    init: str = "",
     **metadata: Any,
 ) -> None:
     """Writes an adapter as a directory for PEFT, and for all programs that read its format.
@@ -70,6 +75,9 @@ def save_peft(
       adapter: adapter of these parameters.
       config: config, of which dropout, ``rank_stabilized`` and ``origin`` are used.
       names: table of names of the model family.
+      init: "pissa" or "olora" to write kernels that started from these values of this base under
+        that word, with the trained factors alone: PEFT then reads them on the original base. By
+        default they are plain LoRA of twice the rank, which any program reads.
       **metadata: PEFT's words about the adapter as a whole: ``task_type`` ("SEQ_CLS", ...),
         ``base_model_name_or_path``, ``revision``, ``auto_mapping``.
 
@@ -80,11 +88,14 @@ def save_peft(
     """
     leaves, nodes = adapters.base_leaves(params), adapters.nodes(adapter)
     problems = adapters.misfits(leaves, nodes) + _check_metadata(metadata)
+    if init and not problems:
+        problems = initial_values.find_others(nodes, leaves, init)
     if problems:
         raise _make_error(problems)
+    nodes = nodes if init else initial_values.make_plain(nodes)
     older = bool(config.origin.get("older", False))
     model = target_modules.make_model(_weights(names, leaves, older=older))
-    content, problems = _collect_content(nodes, model, config)
+    content, problems = _collect_content(nodes, model, config, init)
     if problems:
         raise _make_error(problems)
     words, plan = _choose_words(content, model, config, metadata)
@@ -117,12 +128,13 @@ def _check_metadata(metadata: Mapping[str, Any]) -> list[str]:
 
 
 def _collect_content(
-    nodes: Mapping[str, Any], model: Model, config: LoRAConfig
+    nodes: Mapping[str, Any], model: Model, config: LoRAConfig, init: str
 ) -> tuple[_Content, list[str]]:
     by_leaf: dict[str, list[Weight]] = {}
     for weight in model.weights.values():
         by_leaf.setdefault(weight.leaf, []).append(weight)
-    content, problems = _Content(dict(nodes), {}, {}, {}, {}), []
+    content = _Content(nodes=dict(nodes), kernels={}, trained={}, ranks={}, alphas={}, init=init)
+    problems = []
     for leaf, node in nodes.items():
         rows = by_leaf.get(leaf, [])
         problem = _find_obstacle(leaf, node, rows)
@@ -144,7 +156,7 @@ def _collect_content(
 
 def _find_methods(content: _Content) -> list[Method]:
     """Returns the methods of the adapted kernels, in their order."""
-    return [find_method_of(content.nodes[w.leaf]) for w in content.kernels.values()]
+    return [find_method_of(content.nodes[w.leaf], content.init) for w in content.kernels.values()]
 
 
 def _find_obstacle(leaf: str, node: Any, rows: Sequence[Weight]) -> str:
@@ -346,7 +358,8 @@ def _find_differences(content: _Content, plan: Plan, root: bool) -> list[str]:
             problems.append(f"PEFT {what} {paths.listing(sorted(more))}")
     for m in sorted(modules_of_words & modules_of_adapter):
         node = content.nodes[content.kernels[m].leaf]
-        method, method_of_words = find_method_of(node), plan.methods[content.kernels[m].leaf]
+        method = find_method_of(node, content.init)
+        method_of_words = plan.methods[content.kernels[m].leaf]
         scale = adapter_tensors.peft_scale(plan.alphas[m], plan.ranks[m], root=root)
         exact = scale_array(node)
         if method is not method_of_words:
