@@ -91,6 +91,18 @@ def _make_vera(reading: Reading) -> Adapted:
     return reading.node(**reading.values, axes=reading.axes)
 
 
+def _find_zero_outputs(node: DoRA) -> str:
+    """Finds outputs of which PEFT would divide zero by zero, so that all of its results are NaN."""
+    has_term = np.any(np.asarray(node.b), axis=node.axes.count(BATCH))
+    count = int(np.sum((np.asarray(node.norm) == 0) & ~has_term))
+    if not count:
+        return ""
+    return (
+        f"has {count} outputs that are zero in the base and in the factors, which PEFT's DoRA "
+        "divides by their norm, zero; train the adapter, merge it, or save it with lora_jax.save"
+    )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
     """How the nodes of one class stand in PEFT's files.
@@ -103,6 +115,8 @@ class Method:
       fields: words that further fields of ``LoRAConfig`` have.
       make_node: function that makes a node of what was read. It raises ``ValueError``, with a
         message that goes on from the name of the kernel, where it can't.
+      find_problem: function that says why a node can't be written, with a message that goes on from
+        the name of the kernel; it returns "" if nothing is the matter.
       spares: kinds of weights that PEFT adapts as plain LoRA in spite of the words.
       alike: further classes of nodes that are written in the same way.
       kinds: kinds of weights that PEFT adapts with it; see :mod:`lora_jax.names`.
@@ -117,6 +131,7 @@ class Method:
     config: Mapping[str, Any]
     fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
     make_node: Callable[[Reading], Adapted] = _make_node
+    find_problem: Callable[[Any], str] = lambda node: ""
     spares: tuple[str, ...] = ()
     alike: tuple[type[Adapted], ...] = ()
     kinds: tuple[str, ...] = (names.LINEAR, names.EMBEDDING, names.CONV)
@@ -173,6 +188,7 @@ METHODS: tuple[Method, ...] = (
         tensors=(*_FACTORS, _MAGNITUDE),
         config={"method": "dora"},
         make_node=_make_dora,
+        find_problem=_find_zero_outputs,
     ),
     *map(_make_computed, initial_values.COMPUTED),
     Method(

@@ -198,7 +198,8 @@ def _find_obstacle(leaf: str, node: Any, rows: Sequence[Weight]) -> str:
             f"{leaf} has axes {node.axes!r} in the adapter and {axes or 'no'!r} axes in the table "
             "of names"
         )
-    return ""
+    problem = find_method_of(node).find_problem(node)
+    return f"{leaf} {problem}" if problem else ""
 
 
 def _choose_alpha(node: Adapted, config: LoRAConfig) -> float:

@@ -14,6 +14,7 @@ import lora_jax as lora
 from lora_jax.factors import delta, factor_shapes
 from lora_jax.methods import dora
 from lora_jax.methods.dora import DoRA, compute_change, compute_gain, compute_norms
+from lora_jax.models import registry
 from tests.helpers import slow
 
 RNG = np.random.default_rng(0)
@@ -241,3 +242,48 @@ def test_explicit_sharding(spec):
         run = lambda a, p, x: lora.lift(fn, strict=True)(lora.bind(p, a), x)
         got = jax.jit(run)(adapter, params, put(x, None, inputs))
     np.testing.assert_allclose(got, x @ define(w, made), rtol=1e-5, atol=1e-5)
+
+
+# ---- What it costs -------------------------------------------------------------------------------
+
+
+def test_padding_of_ranks_changes_nothing():
+    """As in a sweep over ranks, which share a program."""
+    w = jnp.asarray(draw(12, 6))
+    node = make(w, "io")
+    wide = dataclasses.replace(
+        node, a=jnp.pad(node.a, ((0, 0), (0, 3))), b=jnp.pad(node.b, ((0, 3), (0, 0)))
+    )
+    merge = jax.jit(lambda node: node.merge(w))
+    np.testing.assert_allclose(merge(wide), merge(node), rtol=1e-6, atol=1e-6)
+    grads = jax.jit(jax.grad(lambda n: jnp.sum(n.merge(w) ** 2)))(wide)
+    assert not np.any(grads.a[:, 2:]) and not np.any(grads.b[2:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "targets, most", [(("q_proj", "v_proj"), 1.1), (("all-linear",), 1.35)], ids=["few", "all"]
+)
+def test_cost_of_a_step_beside_plain_lora(targets, most):
+    """FLOPs, and temporary memory: gradients of magnitudes keep the products that they scale."""
+    sizes = dict(
+        model_type="llama", vocab_size=512, hidden_size=256, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, intermediate_size=768,
+        max_position_embeddings=256, rms_norm_eps=1e-5,
+    )  # fmt: skip
+    family = registry.find(sizes)
+    model = family.models["causal-lm"](family.config.from_hf(sizes), scan_layers=False)
+    ids = jnp.zeros((4, 128), jnp.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), ids)
+    params = jax.tree.map(lambda x: jnp.full(x.shape, 0.01, x.dtype), shapes)
+
+    def measure(method):
+        config = lora.LoRAConfig(rank=8, targets=targets, method=method)
+        adapter = lora.init(jax.random.key(0), model.apply, params, config, ids)
+        loss = lambda a, p: jnp.mean(lora.lift(model.apply)(lora.bind(p, a), ids) ** 2)
+        compiled = jax.jit(jax.value_and_grad(loss)).lower(adapter, params).compile()
+        memory = compiled.memory_analysis().temp_size_in_bytes
+        return np.array([compiled.cost_analysis()["flops"], memory])
+
+    flops, memory = measure("dora") / measure("lora")
+    assert flops <= 1.03 and memory <= most

@@ -238,14 +238,16 @@ def our_losses(apply, params, adapter, data, head, *, strict=True):
     return np.array(losses), adapter
 
 
-def check_training(case, folder, *, steps=50, rtol=1e-7, scan_layers=False, strict=True):
+def check_training(
+    case, folder, *, steps=50, rtol=1e-7, scan_layers=False, strict=True, **settings
+):
     """The same losses as PEFT's from the same factors, in float64 on both sides."""
     torch.manual_seed(0)  # PEFT draws A
     with jax.enable_x64(True):
         model = torch_model(case, 0, torch.float64)
         apply, params, table = in_jax(case, model, scan_layers=scan_layers)
         data = [case.inputs(model.config, k) for k in range(steps)]
-        wrapped = peft_model(case, model)
+        wrapped = peft_model(case, model, **settings)
         quiet(wrapped.save_pretrained, folder)
         adapter, _ = load_peft(folder, params, names=table)
         theirs = torch_losses(wrapped, data, case.head)

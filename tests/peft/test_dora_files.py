@@ -231,6 +231,21 @@ def test_a_mixture_with_plain_lora_is_refused(tmp_path):
         save_peft(tmp_path, params, mixed, config, names=table)
 
 
+def test_outputs_that_would_be_nan_in_peft_are_not_written(tmp_path):
+    """A fresh adapter of a kernel with a row of zeros; once such a row is learned, it is written."""
+    _, params, table, x, _ = setting("convnet")
+    kernel = params["head"]["kernel"].at[:, 1].set(0)
+    params = params | {"head": params["head"] | {"kernel": kernel}}
+    config = lora.LoRAConfig(rank=2, targets=("head",), method="dora")
+    adapter = lora.init(jax.random.key(0), conv_net, params, config, x)
+    with pytest.raises(ValueError, match="head/kernel has 1 outputs that are zero in the base"):
+        save_peft(tmp_path, params, adapter, config, names=table)
+    learned = jax.tree.map(lambda x, t: x + 0.5 if t else x, adapter, lora.mask(adapter))
+    save_peft(tmp_path, params, learned, config, names=table)
+    again, _ = load_peft(tmp_path, params, names=table)
+    jax.tree.map(np.testing.assert_array_equal, again, learned)
+
+
 def test_plain_lora_from_the_words_of_dora_gets_new_words(tmp_path):
     _, params, table, _, _ = setting("convnet")
     adapter, config = read("convnet")

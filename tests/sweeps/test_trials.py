@@ -87,7 +87,7 @@ def test_groups_share_base_data_and_shapes():
     groups = trials.group(found)
     assert [len(g) for g in groups] == [8, 8]
     assert {len({p.config.batch_size for p in g}) for g in groups} == {1}
-    for field, value in [("data.seed", 1), ("model.dtype", "bfloat16"), ("lora.train", ())]:
+    for field, value in [("data.seed", 1), ("model.dtype", "bfloat16"), ("lora.method", "dora")]:
         assert len(trials.group(made({}, {field: value}))) == 2
     patterns = made({}, {"lora.rank_pattern": {"query": 3}}, {"lora.rank_stabilized": True})
     assert len(patterns) == 3 and len(trials.group(patterns)) == 1
