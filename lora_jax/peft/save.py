@@ -198,7 +198,7 @@ def _find_obstacle(leaf: str, node: Any, rows: Sequence[Weight]) -> str:
             f"{leaf} has axes {node.axes!r} in the adapter and {axes or 'no'!r} axes in the table "
             "of names"
         )
-    problem = find_method_of(node).find_problem(node)
+    problem = methods.find_method_of(node).find_problem(node)
     return f"{leaf} {problem}" if problem else ""
 
 
