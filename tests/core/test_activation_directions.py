@@ -65,6 +65,7 @@ def make(rho=1.0, params=PARAMS, **fields):
     return lora.init_from_activations(key, loss, params, config, *BATCHES, rho=rho)
 
 
+@pytest.mark.slow  # a doctest of the function is not
 def test_components_of_what_reaches_each_kernel():
     """Through a loop, rematerialization and a nested jit; rows of padding do not count."""
     adapter = make()
