@@ -7,17 +7,17 @@ of the size of a kernel is ever there, all kernels share each pass over the data
 be quantized.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lora_jax import paths
 from lora_jax.adapter import base_leaves, bind
 from lora_jax.config import LoRAConfig
-from lora_jax.factors import factor_shapes, wide_dtype
+from lora_jax.factors import BATCH, factor_shapes, wide_dtype
 from lora_jax.initial import Choice, choose, make_adapter
 from lora_jax.kernels import Leaf, max_rank
 from lora_jax.lowrank import LowRank
@@ -149,14 +149,14 @@ def _replace(node: LowRank, a: Array | None = None, b: Array | None = None) -> L
 
 def _to_columns(x: Array, node: LowRank) -> Array:
     """Returns ``a`` as ``(n, in, rank)``."""
-    n = int(np.prod(x.shape[: node.axes.count("b")]))
+    n = math.prod(x.shape[: node.axes.count(BATCH)])
     return x.reshape(n, -1, x.shape[-1])
 
 
 def _to_rows(x: Array, node: LowRank) -> Array:
     """Returns ``b`` as ``(n, rank, out)``."""
-    k = node.axes.count("b")
-    return x.reshape(int(np.prod(x.shape[:k])), x.shape[k], -1)
+    k = node.axes.count(BATCH)
+    return x.reshape(math.prod(x.shape[:k]), x.shape[k], -1)
 
 
 def _make_gradient(

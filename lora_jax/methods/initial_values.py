@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from lora_jax.factors import factor_shapes
+from lora_jax.factors import BATCH, factor_shapes
 from lora_jax.lowrank import LowRank, init_a
 from lora_jax.methods.offset import Offset
 from lora_jax.methods.start import Start
@@ -56,7 +56,7 @@ def _draw_orthogonal(start: Start) -> LowRank:
     a, b = (
         jax.random.normal(k, shape, start.dtype) / 10 for k, shape in zip(keys, shapes, strict=True)
     )
-    n = start.axes.count("b")
+    n = start.axes.count(BATCH)
     a = jnp.concatenate([a, jnp.zeros_like(a)], axis=-1)
     return _make_plain(start, a, jnp.concatenate([jnp.zeros_like(b), b], axis=n))
 

@@ -53,19 +53,6 @@ class Start:
         """Shape of the kernel."""
         return tuple(self.kernel.shape)
 
-    def read_kernel(self, what: str) -> Array:
-        """Returns the numbers of the kernel, in float32 or wider.
-
-        Args:
-          what: setting that needs them, for the message.
-
-        Raises:
-          ValueError: there is only a shape.
-        """
-        self.require_numbers(what)
-        kernel = as_array(self.kernel)
-        return jnp.asarray(kernel, wide_dtype(kernel.dtype))
-
     def matrices(self, what: str) -> Iterator[Array]:
         """Yields the kernel's matrices ``(in, out)``, one for each entry of its batch axes.
 
@@ -91,7 +78,7 @@ class Start:
             yield matrix.astype(wide_dtype(matrix.dtype))
 
     def require_numbers(self, what: str) -> None:
-        """Checks that the kernel has numbers; arguments and errors as in :meth:`read_kernel`."""
+        """Checks that the kernel has numbers; arguments and errors as in :meth:`matrices`."""
         if isinstance(self.kernel, jax.ShapeDtypeStruct):
             raise ValueError(
                 f"{what} needs the numbers of {self.name!r}, and got its shape only. Give the "

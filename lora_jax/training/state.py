@@ -11,6 +11,7 @@ import lora_jax as lora
 from lora_jax import adapter as adapters
 from lora_jax.methods.initial_values import FROM_ACTIVATIONS, FROM_GRADIENTS
 from lora_jax.training import durations, nan_guard, optimizer
+from lora_jax.training.gradients import deal
 from lora_jax.training.task import Batch, Task
 
 PyTree = Any
@@ -76,14 +77,17 @@ def initial_state(
     return state._replace(key=jax.random.wrap_key_data(state.key)), tx
 
 
+_FROM_DATA = {
+    FROM_GRADIENTS: lora.init_from_gradients,
+    FROM_ACTIVATIONS: lora.init_from_activations,
+}
+
+
 def _make_adapter(
     key: jax.Array, task: Task, lora_config: lora.LoRAConfig, config: ConfigDict
 ) -> PyTree:
-    from_data = {
-        FROM_GRADIENTS: lora.init_from_gradients,
-        FROM_ACTIVATIONS: lora.init_from_activations,
-    }
-    if lora_config.init not in from_data:
+    make = _FROM_DATA.get(lora_config.init)
+    if make is None:
         return lora.init(key, task.apply, task.base, lora_config, task.train_batch(0), None)
     if jax.process_count() > 1:
         raise ValueError(
@@ -94,11 +98,20 @@ def _make_adapter(
 
     def compute_loss(params: PyTree, batch: Batch) -> jax.Array:
         sums = task.metrics(task.apply(params, batch, None), batch)
-        return sums[0] / sums[-1]
+        return sums[0] / jnp.maximum(sums[-1], 1)  # a part of a batch may be padding alone
 
-    batches = map(task.train_batch, range(config.init_batches))
-    make = from_data[lora_config.init]
+    batches = [
+        part
+        for k in range(config.init_batches)
+        for part in _split(task.train_batch(k), config.accumulate)
+    ]
     return make(key, compute_loss, task.base, lora_config, *batches)
+
+
+def _split(batch: Batch, parts: int) -> list[Batch]:
+    """Splits a batch into micro-batches, as training does, of which one fits the memory."""
+    dealt = jax.tree.map(lambda x: deal(jnp.asarray(x), parts), batch)
+    return [jax.tree.map(lambda x, k=k: x[k], dealt) for k in range(parts)]
 
 
 def unwrap_key(state: TrainState) -> TrainState:

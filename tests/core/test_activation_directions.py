@@ -7,6 +7,7 @@ import pytest
 
 import lora_jax as lora
 from lora_jax import adapter as adapters
+from lora_jax import products
 from lora_jax.config import LoRAConfig
 from lora_jax.lowrank import LowRank
 from tests.helpers import zoo
@@ -64,6 +65,7 @@ def make(rho=1.0, params=PARAMS, **fields):
     return lora.init_from_activations(key, loss, params, config, *BATCHES, rho=rho)
 
 
+@pytest.mark.slow  # a doctest of the function is not
 def test_components_of_what_reaches_each_kernel():
     """Through a loop, rematerialization and a nested jit; rows of padding do not count."""
     adapter = make()
@@ -158,3 +160,16 @@ def test_no_batch_and_no_rows():
         lora.init_from_activations(key, look_up, params, config)
     with pytest.raises(ValueError, match="does not see two or more for table: .*leave tables"):
         lora.init_from_activations(key, look_up, params, config, jnp.arange(5))
+
+
+@pytest.mark.slow
+def test_products_of_bfloat16_are_seen_too():
+    w, x = normal(12, 8), normal(40, 12) * 0.6 ** jnp.arange(12)[None]
+    half = lambda x: x.astype(jnp.bfloat16)
+    dims = (((1,), (0,)), ((), ()))
+    mean = lambda p, x: jnp.mean(
+        products.dot_general(half(x), half(p["w"]), dims).astype(float) ** 2
+    )
+    config = LoRAConfig(rank=2, init="eva", targets=("w",))
+    adapter = lora.init_from_activations(jax.random.key(0), mean, {"w": w}, config, x)
+    assert_same_subspace(adapter["w"].a, components(half(x))[0][:, :2])

@@ -106,6 +106,7 @@ def test_starts_as_the_base_whatever_the_size_of_the_loss():
     assert_close(other.a @ other.a.T, node.a @ node.a.T, rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_quantized_base_gives_its_own_gradient():
     w, x, y = normal(64, 32), normal(30, 64), normal(30, 32)
     loss = lambda params, batch: jnp.mean((batch[0] @ params["w"] - batch[1]) ** 2)

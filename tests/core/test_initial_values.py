@@ -173,6 +173,7 @@ def test_an_init_that_needs_data_is_refused_with_what_to_do():
         make(normal(6, 5), init="eva")
 
 
+@pytest.mark.slow
 def test_those_of_plain_lora_are_listed():
     """By it a sweep knows which runs share a program."""
     kernel = normal(6, 6)
@@ -279,6 +280,7 @@ def test_saved_and_loaded_exactly(tmp_path):
     assert any(map(is_offset, jax.tree.leaves(loaded, is_leaf=is_offset)))
 
 
+@pytest.mark.slow
 def test_every_use_is_factored_with_dropout_on_both_terms():
     model = zoo.ZOO["mlp"]()
     config = LoRAConfig(rank=2, targets=model.targets, init="olora", dropout=0.5)
@@ -298,3 +300,61 @@ def test_an_alpha_that_differs_makes_no_difference_to_the_part_that_pissa_trains
     one, two = make(w, init="pissa", scale=0.5), make(w, init="pissa", scale=4.0)
     assert_close(product(one), product(two), **EXACT)
     assert dataclasses.replace(one, scale=4.0).scale == two.scale
+
+
+# ---- What PEFT gets wrong ------------------------------------------------------------------------
+
+
+def test_tables_and_convolutions_are_not_passed_over():
+    """PEFT takes its default for an embedding, in silence, and has an error for a convolution."""
+    params = {"table": normal(9, 6), "conv": normal(3, 6, 5)}
+
+    def fn(p, ids):
+        dims = jax.lax.conv_dimension_numbers((1, 4, 6), (3, 6, 5), ("NWC", "WIO", "NWC"))
+        x = p["table"][ids]
+        return jax.lax.conv_general_dilated(x, p["conv"], (1,), "SAME", dimension_numbers=dims)
+
+    ids = jnp.array([[0, 3, 5, 8]])
+    config = LoRAConfig(rank=2, init="pissa", targets=("table", "conv"))
+    adapter = lora.init(jax.random.key(0), fn, params, config, ids)
+    assert all(is_offset(x) and np.any(x.a0) for x in adapter.values())
+    lifted = lora.lift(fn, strict=True)(lora.bind(params, adapter), ids)
+    np.testing.assert_array_equal(lifted, fn(params, ids))
+
+
+def test_both_uses_of_a_tied_table_start_as_they_were():
+    """PEFT takes the part of the head off the embedding, too."""
+    params, ids = {"table": normal(9, 6)}, jnp.array([1, 4])
+    fn = lambda p, ids: jnp.tanh(p["table"][ids]) @ p["table"].T
+    config = LoRAConfig(rank=2, init="olora", targets=("table",))
+    adapter = lora.init(jax.random.key(0), fn, params, config, ids)
+    lifted = lora.lift(fn, strict=True)(lora.bind(params, adapter), ids)
+    np.testing.assert_array_equal(lifted, fn(params, ids))
+
+
+def test_a_rank_that_the_kernel_does_not_have_is_refused():
+    """PEFT makes tensors of another rank than its config says."""
+    params, fn = {"w": normal(5, 9)}, lambda p, x: x @ p["w"]
+    config = LoRAConfig(rank=8, init="pissa", targets=("w",))
+    with pytest.raises(ValueError, match="rank"):
+        lora.init(jax.random.key(0), fn, params, config, normal(2, 5))
+
+
+def test_a_bfloat16_base_keeps_the_sum_to_its_own_precision():
+    """PEFT rounds the base without its part: the two together are off by 2e-3."""
+    w = normal(30, 20).astype(jnp.bfloat16)
+    node = make(w, init="pissa")
+    assert node.a.dtype == jnp.float32
+    np.testing.assert_array_equal(node.merge(w), w)
+    assert_close(product(node)[0], principal(np.asarray(w, np.float64), 3, slice)[0], **EXACT)
+
+
+@pytest.mark.slow
+def test_a_quantized_base_starts_as_itself():
+    stored = lora.quantize({"w": normal(3, 64, 64) / 8}, "nf4", like={"w": "bio"})
+    fn = lambda p, x: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0]
+    x, config = normal(4, 64), LoRAConfig(rank=4, init="pissa", targets=("w",))
+    adapter = lora.init(jax.random.key(0), fn, stored, config, x)
+    run = jax.jit(lambda p, a, x: lora.lift(fn, strict=True)(lora.bind(p, a), x))
+    want = jax.jit(lambda p, x: lora.lift(fn)(p, x))(stored, x)
+    np.testing.assert_array_equal(run(stored, adapter, x), want)

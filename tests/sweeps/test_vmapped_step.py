@@ -55,6 +55,26 @@ def test_a_run_among_others_is_the_run_alone(root, count):
 
 
 @pytest.mark.slow
+def test_offsets_of_several_kinds_and_ranks_share_a_program(root):
+    points = (
+        {"lora.init": "pissa", "lora.rank": 2, "lora.dropout": 0.0},
+        {"lora.init": "olora", "lora.rank": 3, "lora.dropout": 0.0},
+        {"lora.init": "lora_ga", "lora.rank": 1, "lora.dropout": 0.0, "init_batches": 2},
+    )
+    found = runs_together.add_points(root, points)
+    task, _ = classification.make_task(found[0].config)
+    configs = [p.config for p in found]
+    losses, states, members, program = runs_together.together(task, configs, 10, 3)
+    assert len(program.compiled) == 1
+    for point, loss, state, member in zip(found, losses, states, members, strict=True):
+        want, end = runs_together.alone(task, point.config, 10)
+        np.testing.assert_allclose(loss, want, rtol=1e-5, atol=2e-6)
+        got = vmapped_step.cut(state.state, member.state)
+        for x, y in zip(jax.tree.leaves(got.adapter), jax.tree.leaves(end.adapter), strict=True):
+            np.testing.assert_allclose(x, y, rtol=2e-3, atol=2e-5)
+
+
+@pytest.mark.slow
 def test_in_float64_they_stay_together(root):
     """Over 150 steps to 1e-9: what differs is rounding and nothing else."""
     targets = {"lora__targets": ("embed", "hidden"), "lora__train": ("classifier",)}

@@ -22,7 +22,7 @@ from lora_jax.training import gradients, metrics, optimizer, training_config
 from lora_jax.training.state import initial_state
 from lora_jax.training.step import StepOptions, make_train_step, step_options, train_step
 from lora_jax.training.task import Task
-from tests.helpers import runs_together, tiny_encoder
+from tests.helpers import runs_together, tiny_encoder, tiny_task
 
 ROWS, PARTS = 8, 4
 
@@ -342,3 +342,16 @@ def test_the_key_of_a_program_tells_them_apart():
         keys.add(parallelism.program_key(Trial("", {}, config(("query",), (), **changes))))
     assert len(keys) == 4
     assert optimizer.DECAYS == ("linear", "cosine", "none")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The adapters of dense")  # whose kernel is tiny
+@pytest.mark.parametrize("init", ["lora_ga", "eva"])
+def test_initial_values_from_data_see_micro_batches(init):
+    """One at a time, with the sum of all."""
+    settings = dataclasses.replace(tiny_task.LORA, init=init)
+    start = lambda parts: initial_state(
+        tiny_task.task(), tiny_task.config(batch_size=6, accumulate=parts), settings
+    )[0].adapter["dense"]["kernel"]
+    whole, parts = (np.asarray(start(n).a) for n in (1, 3))
+    np.testing.assert_allclose(parts @ parts.T, whole @ whole.T, rtol=0, atol=1e-5)
