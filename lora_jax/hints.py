@@ -13,6 +13,7 @@ _OTHER_NAMES = {
         "modules", "include",
     ),
     "train": ("modules_to_save", "trainable", "trainable_modules"),
+    "train_tokens": ("trainable_token_indices", "trainable_tokens", "token_indices"),
 }  # fmt: skip
 _FIELDS = {word: field for field, words in _OTHER_NAMES.items() for word in words}
 _ALTERNATIVES = {

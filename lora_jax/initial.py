@@ -28,6 +28,7 @@ from lora_jax.methods import METHODS
 from lora_jax.methods.start import Start
 from lora_jax.nodes import Adapted
 from lora_jax.quantized import as_array
+from lora_jax.trained_tokens import choose_tokens, init_tokens
 
 PyTree = Any
 Array = jax.Array
@@ -78,15 +79,16 @@ def init(
     leaves = base_leaves(params)
     choice = choose(fn, params, config, args, kwargs, leaves=leaves)
     trained = choice.trained
-    abstract = [n for n in trained if isinstance(leaves[n], jax.ShapeDtypeStruct)]
-    if abstract:
-        raise ValueError(
-            f"train needs the values of {paths.listing(abstract)}, and got shapes only."
-        )
+    for what, chosen in (("train", trained), ("train_tokens", choice.tokens)):
+        if abstract := [n for n in chosen if isinstance(leaves[n], jax.ShapeDtypeStruct)]:
+            raise ValueError(
+                f"{what} needs the values of {paths.listing(abstract)}, and got shapes only."
+            )
     _warn(choice)
     # Copies, so that a step that donates the adapter spares the base.
     full = {n: jnp.array(as_array(leaves[n]), copy=True) for n in leaves if n in trained}
     nodes = {n: _init_node(key, n, choice, config, leaves[n]) for n in choice.ranks}
+    nodes |= init_tokens(choice.kernels, choice.tokens, leaves)
     return paths.nest({n: (nodes | full)[n] for n in leaves if n in nodes or n in full})
 
 
@@ -116,7 +118,7 @@ def tabulate(fn: Callable, params: PyTree, config: LoRAConfig, *args: Any, **kwa
     leaves = base_leaves(params)
     choice = choose(fn, params, config, args, kwargs, leaves=leaves)
     kernels = choice.kernels
-    if not config.targets:  # where nothing is to be adapted, `choose` does not look for kernels
+    if not kernels.leaves:  # where nothing is to be adapted, `choose` does not look for kernels
         kernels = find_kernels(fn, params, args, kwargs, config, leaves=leaves)
     rows = {n: _make_row(n, leaf, choice, config) for n, leaf in kernels.leaves.items()}
     return Table(rows=rows, unknown=kernels.unknown)
@@ -125,6 +127,8 @@ def tabulate(fn: Callable, params: PyTree, config: LoRAConfig, *args: Any, **kwa
 def _make_row(name: str, leaf: Leaf, choice: "Choice", config: LoRAConfig) -> Row:
     if name in choice.trained:
         return Row(leaf=leaf, action="trained", note="in full")
+    if name in choice.tokens:
+        return Row(leaf=leaf, action="tokens", note=f"{len(choice.tokens[name])} of them")
     if name not in choice.ranks:
         skipped = "" if leaf.reason or not leaf.axes else "not among the targets"
         return Row(leaf=leaf, action="frozen", note=leaf.reason or skipped)
@@ -142,6 +146,7 @@ class Choice:
       kernels: all leaves, with what each is to the function.
       ranks: rank of each kernel to adapt, in the order of the leaves.
       trained: names of the leaves to train in full.
+      tokens: ids of the rows, or outputs, to train of each leaf that has some.
       omissions: reasons why leaves are not adapted: those that were asked for and can't be, and
         those that "all-linear" leaves out since they can't be, or since their use can't be seen.
     """
@@ -149,6 +154,7 @@ class Choice:
     kernels: Kernels
     ranks: Mapping[str, int]
     trained: frozenset[str]
+    tokens: Mapping[str, tuple[int, ...]]
     omissions: Mapping[str, str]
 
 
@@ -177,23 +183,24 @@ def choose(
     explicit = [entry for entry in config.targets if entry != ALL_LINEAR]
     hits = paths.select(explicit, leaves, what="targets")
     _check_overlap(hits, trained)
-    if not config.targets:
+    if not config.targets and not config.train_tokens:
         _check_patterns(config, [])
         none = Kernels(leaves={})
-        return Choice(kernels=none, ranks={}, trained=trained, omissions={})
+        return Choice(kernels=none, ranks={}, trained=trained, tokens={}, omissions={})
     kernels = find_kernels(fn, params, args, kwargs, config, leaves=leaves)
     named = {n for names in hits.values() for n in names}
     kernels = _assume_usual_roles(kernels, named)
     usable = kernels.adaptable()
     _check_explicit(hits, kernels)
+    tokens = choose_tokens(config, kernels, others=named | trained)
     chosen = set(named)
     if ALL_LINEAR in config.targets:
-        chosen |= _select_all_linear(kernels, trained)
+        chosen |= _select_all_linear(kernels, trained | set(tokens))
     _check_patterns(config, [n for n in usable if n in chosen])
     ranks = {n: _choose_rank(n, usable[n], config, n in named) for n in usable if n in chosen}
     missed = [n for n in leaves if _is_missed(kernels, n, named, config)]
     omissions = {n: kernels.leaves[n].reason for n in missed}
-    return Choice(kernels=kernels, ranks=ranks, trained=trained, omissions=omissions)
+    return Choice(kernels=kernels, ranks=ranks, trained=trained, tokens=tokens, omissions=omissions)
 
 
 def _assume_usual_roles(kernels: Kernels, named: set[str]) -> Kernels:

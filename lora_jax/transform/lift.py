@@ -224,7 +224,14 @@ def _make_kernel(node: Adapted, rate: float) -> Kernel:
             "Got an adapter where a bound tree is expected; "
             "call lift(fn)(bind(params, adapter), ...)."
         )
-    a, b, gain = terms(node, node.w)
+    a, b, gain, side = terms(node, node.w)
     return Kernel(
-        w=_defer(node.w), a=a, b=b, gain=gain, axes=node.axes, names=(node.name,), rate=rate
+        w=_defer(node.w),
+        a=a,
+        b=b,
+        gain=gain,
+        axes=node.axes,
+        gain_side=side,
+        names=(node.name,),
+        rate=rate if node.has_dropout else None,
     )
