@@ -9,30 +9,37 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from lora_jax import names
+from lora_jax.factors import IN, OUT, RANK
 from lora_jax.names import Weight
-from lora_jax.peft import target_modules
+from lora_jax.peft import layouts, target_modules
 from lora_jax.peft.config import HEADS
+from lora_jax.peft.methods import Method, find_method
 from lora_jax.peft.target_modules import OUTPUTS, Model
 
 PREFIX = "base_model.model."
 # For targets with these names PEFT's file holds the module's frozen weight beside its factors.
 _COPIED = ("embed_tokens", "lm_head")
 
-A, B, TRAINED, BASE = "a", "b", "trained", "base"
+TRAINED, BASE = "trained", "base"
 
 
 class Part(NamedTuple):
     """One tensor of the file.
 
     Attributes:
-      role: factor ``a`` or ``b`` of the weight, the trained weight, or the weight of the base.
+      role: what it holds of the weight: a field of its node by name, ``TRAINED`` for a weight that
+        is trained in full, or ``BASE`` for that of the base.
       weight: weight of the model.
       shape: shape in the file.
+      letters: letters of the axes of a field; see :mod:`lora_jax.peft.layouts`.
+      others: names with which it is read, too.
     """
 
     role: str
     weight: Weight
     shape: tuple[int, ...]
+    letters: str = ""
+    others: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +51,7 @@ class Plan:
         absent, as they say nothing that the base does not.
       optional: further tensors by name that PEFT writes if it is told to, or has once written:
         copies of frozen weights, and embeddings and output heads that replace the base's.
+      methods: method of each adapted leaf, by path.
       leaves: path of each adapted module's kernel.
       ranks: rank of each adapted module.
       alphas: alpha of each adapted module.
@@ -53,6 +61,7 @@ class Plan:
 
     parts: dict[str, Part]
     optional: dict[str, Part]
+    methods: dict[str, Method]
     leaves: dict[str, str]
     ranks: dict[str, int]
     alphas: dict[str, float]
@@ -64,8 +73,9 @@ def make_plan(words: Mapping[str, Any], model: Model) -> Plan:
     """Plans the file for the words.
 
     Raises:
-      ValueError: a regular expression of the words can't be used.
+      ValueError: a regular expression of the words can't be used, or they ask for several methods.
     """
+    method = find_method(words)
     chosen = target_modules.select_adapted(words, model)
     trained = target_modules.select_saved(words["modules_to_save"] or [], model)
     if words["ensure_weight_tying"]:
@@ -75,22 +85,27 @@ def make_plan(words: Mapping[str, Any], model: Model) -> Plan:
     )
     kernels = [m for m in chosen if m in model.kernels and _is_plain(model.kernels[m])]
     ranks, alphas = _choose_values(words, kernels, "rank"), _choose_values(words, kernels, "alpha")
-    parts = dict(_factor_parts(kernels, model, ranks))
+    parts = dict(_node_parts(method, kernels, model, ranks))
     parts |= dict(_trained_parts(trained, model)) | dict(
         _bias_parts(words["bias"], kernels, trained, model)
     )
     parts |= dict(_copy_parts(words, kernels, model))
     optional = dict(_optional_parts(kernels, trained, model))
-    add_prefix = lambda named: {PREFIX + n: part for n, part in named.items()}
     return Plan(
-        parts=add_prefix(parts),
-        optional=add_prefix({n: part for n, part in optional.items() if n not in parts}),
+        parts=_add_prefix(parts),
+        optional=_add_prefix({n: part for n, part in optional.items() if n not in parts}),
+        methods={model.kernels[m].leaf: method for m in kernels},
         leaves={m: model.kernels[m].leaf for m in kernels},
         ranks=ranks,
         alphas=alphas,
         trained=trained,
         problems=problems,
     )
+
+
+def _add_prefix(parts: Mapping[str, Part]) -> dict[str, Part]:
+    with_prefix = lambda part: part._replace(others=tuple(PREFIX + n for n in part.others))
+    return {PREFIX + n: with_prefix(part) for n, part in parts.items()}
 
 
 def peft_scale(alpha: float, rank: int, *, root: bool) -> float:
@@ -185,27 +200,16 @@ def _is_plain(weight: Weight) -> bool:
     return bool(names.axes(weight)) and not weight.row.tied
 
 
-def _factor_parts(kernels: list[str], model: Model, ranks: Mapping[str, int]) -> Iterator[tuple]:
+def _node_parts(
+    method: Method, kernels: list[str], model: Model, ranks: Mapping[str, int]
+) -> Iterator[tuple]:
     for m in kernels:
-        weight, rank = model.kernels[m], ranks[m]
-        a, b = factor_shapes(weight, rank)
-        if names.kind(weight) == names.EMBEDDING:
-            yield f"{m}.lora_embedding_A", Part(A, weight, a)
-            yield f"{m}.lora_embedding_B", Part(B, weight, b)
-        else:
-            yield f"{m}.lora_A.weight", Part(A, weight, a)
-            yield f"{m}.lora_B.weight", Part(B, weight, b)
-
-
-def factor_shapes(weight: Weight, rank: int) -> tuple[tuple, tuple]:
-    """Returns the shapes of the two factors in the file."""
-    if names.kind(weight) == names.CONV:
-        *window, d_in, d_out = weight.shape
-        return (rank, d_in, *window), (d_out, rank, *[1] * len(window))
-    side = lambda role: math.prod(
-        n for n, r in zip(weight.shape, names.axes(weight), strict=True) if r == role
-    )
-    return (rank, side("i")), (side("o"), rank)
+        weight = model.kernels[m]
+        for tensor in method.tensors:
+            shape = layouts.tensor_shape(weight, tensor.letters, {RANK: ranks[m]})
+            others = tuple(f"{m}{ending}" for ending in tensor.others)
+            part = Part(tensor.field, weight, shape, tensor.letters, others)
+            yield f"{m}{tensor.find_ending(weight)}", part
 
 
 def _trained_parts(trained: list[str], model: Model) -> Iterator[tuple]:
@@ -271,8 +275,10 @@ def find_token_axis(part: Part) -> int | None:
     """Finds the axis of a part that has one entry for each token; None if there is none."""
     if not _has_tokens(part.weight):
         return None
-    is_embedding = names.kind(part.weight) == names.EMBEDDING
-    return {A: 1 if is_embedding else None, B: None if is_embedding else 0}.get(part.role, 0)
+    if part.role in (TRAINED, BASE):
+        return 0
+    side = IN if names.kind(part.weight) == names.EMBEDDING else OUT
+    return part.letters.index(side) if side in part.letters else None
 
 
 def choose_parts(
@@ -296,8 +302,14 @@ def choose_parts(
     return parts
 
 
-def rename_old_biases(plan: Plan, names: Iterable[str]) -> dict[str, str]:
-    """Maps the names that PEFT before 0.7 gave to the biases of adapted modules to today's."""
-    names, wanted = set(names), [n for n in plan.parts if n.endswith(".base_layer.bias")]
-    old = {n.replace(".base_layer.bias", ".bias"): n for n in wanted if n not in names}
-    return {name: new for name, new in old.items() if name in names and name not in plan.parts}
+def rename_others(plan: Plan, names: Iterable[str]) -> dict[str, str]:
+    """Maps names of tensors that a part may have, too, to the one that it has in the plan.
+
+    Among them are those that PEFT before 0.7 gave to the biases of adapted modules.
+    """
+    names = set(names)
+    absent = {n: part for n, part in plan.parts.items() if n not in names}
+    others = {other: n for n, part in absent.items() for other in part.others}
+    biases = [n for n in absent if n.endswith(".base_layer.bias")]
+    others |= {n.replace(".base_layer.bias", ".bias"): n for n in biases}
+    return {name: new for name, new in others.items() if name in names and name not in plan.parts}

@@ -13,11 +13,12 @@ import numpy as np
 from lora_jax import names, paths
 from lora_jax.adapter import base_leaves
 from lora_jax.config import LoRAConfig
-from lora_jax.lowrank import LowRank
 from lora_jax.names import Name
+from lora_jax.nodes import Adapted
 from lora_jax.peft import adapter_tensors, directory_files, layouts, target_modules, weights_file
 from lora_jax.peft.adapter_tensors import Plan
 from lora_jax.peft.config import CONFIG, HEADS, read_words
+from lora_jax.peft.methods import Method, Reading, find_method
 from lora_jax.peft.misfits import find_misfits, has_values, is_copy
 
 PyTree = Any
@@ -63,7 +64,7 @@ def load_peft(
         older, plan = _best_plan(words, names, leaves, tensors)
     except ValueError as error:
         raise ValueError(f"{Path(directory) / CONFIG} can't be used: {error}.") from error
-    renamed = adapter_tensors.rename_old_biases(plan, tensors)
+    renamed = adapter_tensors.rename_others(plan, tensors)
     tensors = {renamed.get(n, n): value for n, value in tensors.items()}
     plan = _fit_plan(plan, tensors, leaves)
     misfits = find_misfits(plan.parts, tensors, leaves)
@@ -149,11 +150,15 @@ def _make_nodes(
         problem = _describe_uneven(leaf, roles, leaves[leaf], numbers_of_leaf, weight[leaf])
         if problem:
             problems.append(problem)
-        elif adapter_tensors.A in roles:
+        elif leaf in plan.methods:
             ((rank, alpha),) = numbers[leaf]
-            nodes[leaf] = _make_node(
-                weight[leaf], roles, adapter_tensors.peft_scale(alpha, rank, root=root)
-            )
+            scale = adapter_tensors.peft_scale(alpha, rank, root=root)
+            try:
+                nodes[leaf] = _make_node(
+                    plan.methods[leaf], weight[leaf], roles, scale, leaves[leaf]
+                )
+            except ValueError as error:
+                problems.append(f"{leaf} {error}")
         elif adapter_tensors.TRAINED in roles:
             whole = {
                 k: names.from_tensor(weight[leaf], x)
@@ -188,13 +193,24 @@ def _describe_uneven(leaf: str, roles: dict, value: Any, numbers: set, weight: n
     return ""
 
 
-def _make_node(weight: names.Weight, roles: dict, scale: float) -> LowRank:
-    pairs = {
-        k: layouts.from_file(weight, roles[adapter_tensors.A][k], roles[adapter_tensors.B][k])
-        for k in roles[adapter_tensors.A]
-    }
-    a, b = (_stack({k: pair[i] for k, pair in pairs.items()}) for i in (0, 1))
-    return LowRank(a, b, scale, axes=layouts.node_axes(weight))
+def _make_node(
+    method: Method, weight: names.Weight, roles: dict, scale: float, kernel: Any
+) -> Adapted:
+    values = {}
+    for tensor in method.tensors:
+        axes = method.field_axes(tensor.field)
+        convert = lambda x, axes=axes, t=tensor: layouts.from_file(weight, x, axes, t.letters)
+        values[tensor.field] = _stack({k: convert(x) for k, x in roles[tensor.field].items()})
+    return method.make_node(
+        Reading(
+            node=method.node,
+            values=values,
+            scale=scale,
+            axes=layouts.node_axes(weight),
+            name=weight.leaf,
+            kernel=kernel,
+        )
+    )
 
 
 def _stack(layers: dict[int | None, np.ndarray]) -> np.ndarray:
@@ -225,6 +241,7 @@ def _make_config(
     # A pattern of targets may also match leaves that are no kernels and are not trained.
     others = [n for n, x in leaves.items() if np.ndim(x) > 1 or n in full]
     return LoRAConfig(
+        **find_method(words).config,
         rank=words["r"],
         alpha=words["lora_alpha"],
         targets=_find_patterns(set(numbers), others),

@@ -14,13 +14,14 @@ import safetensors.numpy
 from lora_jax import adapter as adapters
 from lora_jax import fields, names, paths
 from lora_jax.config import LoRAConfig
+from lora_jax.factors import RANK
 from lora_jax.files import write_atomically
-from lora_jax.lowrank import LowRank
 from lora_jax.names import Name, Weight
-from lora_jax.nodes import Trained, as_node, is_adapted, scale_array
+from lora_jax.nodes import Adapted, is_adapted, scale_array
 from lora_jax.peft import adapter_tensors, layouts, target_modules
 from lora_jax.peft.adapter_tensors import Part, Plan
 from lora_jax.peft.config import CONFIG, DEFAULTS, HEADS, METADATA, TASKS, find_problems, to_bytes
+from lora_jax.peft.methods import Method, describe_words, find_method_of, find_mixture
 from lora_jax.peft.misfits import base_tensor, is_exact
 from lora_jax.peft.target_modules import Model
 from lora_jax.peft.weights_file import WEIGHTS
@@ -130,13 +131,20 @@ def _collect_content(
         elif is_adapted(node):
             modules = {names.module(w.hf): w for w in rows}
             content.kernels.update(modules)
-            content.ranks.update(dict.fromkeys(modules, node.a.shape[-1]))
+            content.ranks.update(dict.fromkeys(modules, fields.sizes(node)[RANK]))
             content.alphas.update(dict.fromkeys(modules, _choose_alpha(node, config)))
         else:
             content.trained.update({w.hf: w for w in rows})
     if not content.kernels and not problems:
         problems.append("no kernel is adapted, and PEFT has no adapter without one")
+    if content.kernels and (mixture := find_mixture(_find_methods(content))):
+        problems.append(mixture)
     return content, problems
+
+
+def _find_methods(content: _Content) -> list[Method]:
+    """Returns the methods of the adapted kernels, in their order."""
+    return [find_method_of(content.nodes[w.leaf]) for w in content.kernels.values()]
 
 
 def _find_obstacle(leaf: str, node: Any, rows: Sequence[Weight]) -> str:
@@ -147,7 +155,7 @@ def _find_obstacle(leaf: str, node: Any, rows: Sequence[Weight]) -> str:
             f"{leaf} is one weight with several uses here ({', '.join(w.hf for w in rows)}), and "
             "PEFT would adapt one of them by itself"
         )
-    if as_node(node).kind not in (LowRank.kind, Trained.kind):
+    if is_adapted(node) and find_method_of(node) is None:
         return (
             f"{leaf} is adapted by the method {node.kind!r}, which is not written in PEFT's "
             "format; merge it into the base, or save it with lora_jax.save"
@@ -169,9 +177,9 @@ def _find_obstacle(leaf: str, node: Any, rows: Sequence[Weight]) -> str:
     return ""
 
 
-def _choose_alpha(node: LowRank, config: LoRAConfig) -> float:
+def _choose_alpha(node: Adapted, config: LoRAConfig) -> float:
     """Finds an alpha that gives exactly the scale of the node, the config's if that does."""
-    rank, root = node.a.shape[-1], config.rank_stabilized
+    rank, root = fields.sizes(node)[RANK], config.rank_stabilized
     scale = scale_array(node)
     exact = float(scale) * (rank**0.5 if root else rank)
     nearby = [float(np.nextafter(exact, side)) for side in (0, np.inf)]
@@ -254,6 +262,7 @@ def _make_words(
         "rank_pattern": target_modules.shortest_patterns(content.ranks, model, rank),
         "alpha_pattern": target_modules.shortest_patterns(content.alphas, model, alpha),
         "fan_in_fan_out": any(names.is_conv1d(w) for w in content.kernels.values()),
+        **_find_methods(content)[0].words,
     }
     if set(target_modules.select_adapted(dict(words) | new, model)) != set(content.kernels):
         # No list selects these modules: one name is the ending of another.
@@ -337,9 +346,12 @@ def _find_differences(content: _Content, plan: Plan, root: bool) -> list[str]:
             problems.append(f"PEFT {what} {paths.listing(sorted(more))}")
     for m in sorted(modules_of_words & modules_of_adapter):
         node = content.nodes[content.kernels[m].leaf]
+        method, method_of_words = find_method_of(node), plan.methods[content.kernels[m].leaf]
         scale = adapter_tensors.peft_scale(plan.alphas[m], plan.ranks[m], root=root)
         exact = scale_array(node)
-        if plan.ranks[m] != content.ranks[m]:
+        if method is not method_of_words:
+            problems.append(f"PEFT would read {m} with {describe_words(method_of_words)}")
+        elif plan.ranks[m] != content.ranks[m]:
             problems.append(f"PEFT would give {m} rank {plan.ranks[m]}")
         elif exact.dtype.type(scale) != exact:
             problems.append(f"PEFT would give {m} scale {scale}")
@@ -353,8 +365,8 @@ def _make_tensor(part: Part, nodes: Mapping[str, Any], leaves: Mapping[str, Any]
     pick = lambda x: np.asarray(x) if layer is None else np.asarray(x)[layer]
     if part.role == adapter_tensors.TRAINED:
         return names.to_tensor(part.weight, pick(node))
-    a, b = layouts.to_file(part.weight, pick(node.a), pick(node.b))
-    return a if part.role == adapter_tensors.A else b
+    axes = find_method_of(node).field_axes(part.role)
+    return layouts.to_file(part.weight, pick(getattr(node, part.role)), axes, part.letters)
 
 
 def _cast_as_stored(value: np.ndarray, dtype: str | None) -> np.ndarray:
