@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from lora_jax import names
 from lora_jax.factors import IN, OUT, RANK
 from lora_jax.names import Weight
-from lora_jax.peft import layouts, target_modules
+from lora_jax.peft import layouts, target_modules, tokens
 from lora_jax.peft.config import HEADS
 from lora_jax.peft.methods import Method, find_method
 from lora_jax.peft.target_modules import OUTPUTS, Model
@@ -20,7 +20,7 @@ PREFIX = "base_model.model."
 # For targets with these names PEFT's file holds the module's frozen weight beside its factors.
 _COPIED = ("embed_tokens", "lm_head")
 
-TRAINED, BASE = "trained", "base"
+TRAINED, BASE, TOKENS = "trained", "base", "tokens"
 
 
 class Part(NamedTuple):
@@ -28,7 +28,7 @@ class Part(NamedTuple):
 
     Attributes:
       role: what it holds of the weight: a field of its node by name, ``TRAINED`` for a weight that
-        is trained in full, or ``BASE`` for that of the base.
+        is trained in full, ``TOKENS`` for trained rows of it, or ``BASE`` for that of the base.
       weight: weight of the model.
       shape: shape in the file.
       letters: letters of the axes of a field; see :mod:`lora_jax.peft.layouts`.
@@ -56,6 +56,7 @@ class Plan:
       ranks: rank of each adapted module.
       alphas: alpha of each adapted module.
       trained: names of the modules trained in full.
+      tokens: ids of the trained tokens, by path of the leaf.
       problems: descriptions of words that do not fit the model.
     """
 
@@ -66,6 +67,7 @@ class Plan:
     ranks: dict[str, int]
     alphas: dict[str, float]
     trained: list[str]
+    tokens: dict[str, tuple[int, ...]]
     problems: list[str]
 
 
@@ -90,7 +92,12 @@ def make_plan(words: Mapping[str, Any], model: Model) -> Plan:
         _bias_parts(words["bias"], kernels, trained, model)
     )
     parts |= dict(_copy_parts(words, kernels, model))
+    taken = dict.fromkeys(chosen, "adapted") | _inside(trained, model)
+    with_tokens = tokens.select(words, model, taken)
+    parts |= dict(_token_parts(with_tokens, model))
     optional = dict(_optional_parts(kernels, trained, model))
+    frozen = tokens.frozen_names(with_tokens, model)
+    optional |= {n: Part(BASE, w, names.tensor_shape(w)) for n, w in frozen}
     return Plan(
         parts=_add_prefix(parts),
         optional=_add_prefix({n: part for n, part in optional.items() if n not in parts}),
@@ -99,7 +106,8 @@ def make_plan(words: Mapping[str, Any], model: Model) -> Plan:
         ranks=ranks,
         alphas=alphas,
         trained=trained,
-        problems=problems,
+        tokens={model.kernels[m].leaf: ids for m, ids in with_tokens.ids.items()},
+        problems=problems + with_tokens.problems,
     )
 
 
@@ -210,6 +218,20 @@ def _node_parts(
             others = tuple(f"{m}{ending}" for ending in tensor.others)
             part = Part(tensor.field, weight, shape, tensor.letters, others)
             yield f"{m}{tensor.find_ending(weight)}", part
+
+
+def _inside(trained: list[str], model: Model) -> dict[str, str]:
+    """Returns the modules that are trained in full, with those within them."""
+    inside = lambda m: any(f"{m}.".startswith(f"{other}.") for other in trained)
+    return {m: "trained in full" for m in model.modules if inside(m)}
+
+
+def _token_parts(with_tokens: tokens.Chosen, model: Model) -> Iterator[tuple]:
+    for m, ids in with_tokens.ids.items():
+        weight = model.kernels[m]
+        letters = tokens.find_letters(weight)
+        shape = layouts.tensor_shape(weight, letters, {"k": len(ids)})
+        yield f"{m}{tokens.ROWS}", Part(TOKENS, weight, shape, letters)
 
 
 def _trained_parts(trained: list[str], model: Model) -> Iterator[tuple]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_jax.peft import tokens
 from lora_jax.peft.producers import describe_files, describe_keys
 
 CONFIG = "adapter_config.json"
@@ -69,7 +70,6 @@ REFUSED: dict[str, str] = {
     "megatron_config": "layers of Megatron",
     "monteclora_config": "factors that are drawn (MonteCLoRA)",
     "target_parameters": "factors of bare parameters, such as experts",
-    "trainable_token_indices": "trained rows of an embedding",
     "use_bdlora": "factors of blocks (BD-LoRA)",
     "use_dora": "a trained norm of each column (DoRA)",
     "use_qalora": "inputs that are averaged in groups (QA-LoRA)",
@@ -286,6 +286,10 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "init_lora_weights": (
         f"one of {_INITS}: the others change the base model, which is not supported",
         lambda x: isinstance(x, bool | str) and x in _INITS,
+    ),
+    tokens.WORD: (
+        "null, a list of ids from 0 on, each once, or an object with such a list for each module",
+        tokens.is_word,
     ),
     "task_type": (f"null or one of {TASKS}", lambda x: x is None or x in TASKS),
     "base_model_name_or_path": ("null or a name", lambda x: x is None or isinstance(x, str)),

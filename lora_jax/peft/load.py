@@ -15,7 +15,14 @@ from lora_jax.adapter import base_leaves
 from lora_jax.config import LoRAConfig
 from lora_jax.names import Name
 from lora_jax.nodes import Adapted
-from lora_jax.peft import adapter_tensors, directory_files, layouts, target_modules, weights_file
+from lora_jax.peft import (
+    adapter_tensors,
+    directory_files,
+    layouts,
+    target_modules,
+    tokens,
+    weights_file,
+)
 from lora_jax.peft.adapter_tensors import Plan
 from lora_jax.peft.config import CONFIG, HEADS, read_words
 from lora_jax.peft.methods import Method, Reading, find_method
@@ -159,6 +166,9 @@ def _make_nodes(
                 )
             except ValueError as error:
                 problems.append(f"{leaf} {error}")
+        elif adapter_tensors.TOKENS in roles:
+            (rows,) = roles[adapter_tensors.TOKENS].values()
+            nodes[leaf] = tokens.make_node(weight[leaf], rows, plan.tokens[leaf])
         elif adapter_tensors.TRAINED in roles:
             whole = {
                 k: names.from_tensor(weight[leaf], x)
@@ -246,6 +256,7 @@ def _make_config(
         alpha=words["lora_alpha"],
         targets=_find_patterns(set(numbers), others),
         train=_find_patterns(full, leaves),
+        train_tokens={_find_pattern(n, {n}, others): ids for n, ids in plan.tokens.items()},
         dropout=words["lora_dropout"],
         rank_stabilized=words["use_rslora"],
         rank_pattern={n: rank for n, (rank, _) in numbers.items() if rank != words["r"]},

@@ -58,9 +58,11 @@ def _list_names(
 def _hint(name: str) -> str:
     if not name.startswith(PREFIX):
         return f" (all names start with {PREFIX!r})"
-    for word, what in (("magnitude", "DoRA"), ("lora_diag", "KaSA"), ("token_adapter", "tokens")):
+    for word, what in (("magnitude", "DoRA"), ("lora_diag", "KaSA")):
         if word in name:
             return f" (of {what}, which is not supported)"
+    if "token_adapter" in name:
+        return " (of trained tokens, which trainable_token_indices does not name)"
     return ""
 
 
