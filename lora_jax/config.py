@@ -49,6 +49,8 @@ class LoRAConfig:
       train_tokens: rows to train of the tables matching a pattern, by their numbers, such as
         ``{"embed_tokens": (2, 17)}``; of a head that no table is tied to, its outputs of these
         numbers.
+      adapt_bias: whether the bias beside each adapted kernel gets a trained term, too:
+        ``bias + s·β``, with the scale of the kernel.
       method: what becomes of a kernel: one of :data:`lora_jax.methods.METHODS`.
       init: first values of the factors: one of :data:`lora_jax.methods.initial_values.INITS`.
       dropout: rate in [0, 1) of the dropout on the input of the low-rank branch, while
@@ -84,6 +86,7 @@ class LoRAConfig:
     init: str = "uniform"
     dropout: float = 0.0
     rank_stabilized: bool = False
+    adapt_bias: bool = False
     # Hashed without the dictionaries: equal configs still have equal hashes.
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict, hash=False)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
@@ -111,9 +114,13 @@ class LoRAConfig:
         put("origin", _copy_json_object("origin", self.origin))
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}.")
-        if not isinstance(self.rank_stabilized, bool):
+        for name in ("rank_stabilized", "adapt_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+        if self.adapt_bias and not (self.targets and self.method == "lora"):
             raise ValueError(
-                f"rank_stabilized must be True or False, got {self.rank_stabilized!r}."
+                "adapt_bias is for kernels with method 'lora', and this config has "
+                f"method {self.method!r} and targets {self.targets}: leave it out."
             )
         if not (self.targets or self.train or self.train_tokens):
             raise ValueError(
@@ -139,7 +146,7 @@ class LoRAConfig:
         """Returns the fields as JSON types."""
         fields = dataclasses.asdict(self)
         defaults = {"origin": {}, "roles": {}, "method": "lora", "init": "uniform"}
-        defaults["train_tokens"] = {}
+        defaults |= {"train_tokens": {}, "adapt_bias": False}
         for name, default in defaults.items():  # files without them stay as they were
             if fields[name] == default:
                 del fields[name]

@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Iterable
 
 _OTHER_NAMES = {
+    "adapt_bias": ("lora_bias",),
     "alpha": ("lora_alpha",),
     "dropout": ("lora_dropout", "dropout_rate"),
     "rank": ("r", "lora_rank", "lora_r", "lora_dim"),

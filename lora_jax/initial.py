@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import paths
+from lora_jax.adapted_biases import find_biases, init_biases
 from lora_jax.adapter import base_leaves
 from lora_jax.config import ALL_LINEAR, LoRAConfig
 from lora_jax.factors import factor_shapes, wide_dtype
@@ -88,6 +89,7 @@ def init(
     # Copies, so that a step that donates the adapter spares the base.
     full = {n: jnp.array(as_array(leaves[n]), copy=True) for n in leaves if n in trained}
     nodes = {n: _init_node(key, n, choice, config, leaves[n]) for n in choice.ranks}
+    nodes |= init_biases(nodes, choice.biases)
     nodes |= init_tokens(choice.kernels, choice.tokens, leaves)
     return paths.nest({n: (nodes | full)[n] for n in leaves if n in nodes or n in full})
 
@@ -127,6 +129,8 @@ def tabulate(fn: Callable, params: PyTree, config: LoRAConfig, *args: Any, **kwa
 def _make_row(name: str, leaf: Leaf, choice: "Choice", config: LoRAConfig) -> Row:
     if name in choice.trained:
         return Row(leaf=leaf, action="trained", note="in full")
+    if name in choice.biases.values():
+        return Row(leaf=leaf, action="adapted", note="as the kernel beside it")
     if name in choice.tokens:
         return Row(leaf=leaf, action="tokens", note=f"{len(choice.tokens[name])} of them")
     if name not in choice.ranks:
@@ -147,6 +151,7 @@ class Choice:
       ranks: rank of each kernel to adapt, in the order of the leaves.
       trained: names of the leaves to train in full.
       tokens: ids of the rows, or outputs, to train of each leaf that has some.
+      biases: leaf of the bias that is adapted beside each kernel; empty if none is to be.
       omissions: reasons why leaves are not adapted: those that were asked for and can't be, and
         those that "all-linear" leaves out since they can't be, or since their use can't be seen.
     """
@@ -155,6 +160,7 @@ class Choice:
     ranks: Mapping[str, int]
     trained: frozenset[str]
     tokens: Mapping[str, tuple[int, ...]]
+    biases: Mapping[str, str]
     omissions: Mapping[str, str]
 
 
@@ -186,7 +192,7 @@ def choose(
     if not config.targets and not config.train_tokens:
         _check_patterns(config, [])
         none = Kernels(leaves={})
-        return Choice(kernels=none, ranks={}, trained=trained, tokens={}, omissions={})
+        return Choice(kernels=none, ranks={}, trained=trained, tokens={}, biases={}, omissions={})
     kernels = find_kernels(fn, params, args, kwargs, config, leaves=leaves)
     named = {n for names in hits.values() for n in names}
     kernels = _assume_usual_roles(kernels, named)
@@ -200,7 +206,14 @@ def choose(
     ranks = {n: _choose_rank(n, usable[n], config, n in named) for n in usable if n in chosen}
     missed = [n for n in leaves if _is_missed(kernels, n, named, config)]
     omissions = {n: kernels.leaves[n].reason for n in missed}
-    return Choice(kernels=kernels, ranks=ranks, trained=trained, tokens=tokens, omissions=omissions)
+    return Choice(
+        kernels=kernels,
+        ranks=ranks,
+        trained=trained,
+        tokens=tokens,
+        biases=find_biases(kernels, ranks, trained) if config.adapt_bias else {},
+        omissions=omissions,
+    )
 
 
 def _assume_usual_roles(kernels: Kernels, named: set[str]) -> Kernels:

@@ -114,6 +114,7 @@ class Adapted(Node):
 
     Attributes:
       reads_kernel: whether ``terms`` makes use of the frozen kernel, which may be quantized.
+      is_kernel: whether it has two sides; one that has not, as a bias, is formed before use.
       has_dropout: whether a lifted function may drop inputs of ``a·b``.
       w: frozen kernel in a bound tree; None in an adapter.
       axes: role of each kernel axis, for example "io"; see :mod:`lora_jax.factors`.
@@ -125,6 +126,7 @@ class Adapted(Node):
     """
 
     reads_kernel: ClassVar[bool] = True
+    is_kernel: ClassVar[bool] = True
     has_dropout: ClassVar[bool] = True
 
     w: Array | None
@@ -197,6 +199,11 @@ def is_node(x: Any) -> bool:
 def is_adapted(x: Any) -> bool:
     """Tells whether ``x`` is the node of a method, not a leaf that is trained in full."""
     return isinstance(x, Adapted)
+
+
+def is_adapted_kernel(x: Any) -> bool:
+    """Tells whether ``x`` is the node of a method for a kernel."""
+    return is_adapted(x) and x.is_kernel
 
 
 def is_bound(x: Any) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from lora_jax import names
 from lora_jax.factors import IN, OUT, RANK
 from lora_jax.names import Weight
-from lora_jax.peft import layouts, target_modules, tokens
+from lora_jax.peft import biases, layouts, target_modules, tokens
 from lora_jax.peft.config import HEADS
 from lora_jax.peft.methods import Method, find_method
 from lora_jax.peft.target_modules import OUTPUTS, Model
@@ -20,7 +20,7 @@ PREFIX = "base_model.model."
 # For targets with these names PEFT's file holds the module's frozen weight beside its factors.
 _COPIED = ("embed_tokens", "lm_head")
 
-TRAINED, BASE, TOKENS = "trained", "base", "tokens"
+TRAINED, BASE, TOKENS, BETA = "trained", "base", "tokens", "beta"
 
 
 class Part(NamedTuple):
@@ -28,7 +28,8 @@ class Part(NamedTuple):
 
     Attributes:
       role: what it holds of the weight: a field of its node by name, ``TRAINED`` for a weight that
-        is trained in full, ``TOKENS`` for trained rows of it, or ``BASE`` for that of the base.
+        is trained in full, ``TOKENS`` for trained rows of it, ``BETA`` for the trained
+        term of a bias, or ``BASE`` for that of the base.
       weight: weight of the model.
       shape: shape in the file.
       letters: letters of the axes of a field; see :mod:`lora_jax.peft.layouts`.
@@ -57,6 +58,7 @@ class Plan:
       alphas: alpha of each adapted module.
       trained: names of the modules trained in full.
       tokens: ids of the trained tokens, by path of the leaf.
+      biases: path of the kernel beside each adapted bias, by path of the bias.
       problems: descriptions of words that do not fit the model.
     """
 
@@ -68,6 +70,7 @@ class Plan:
     alphas: dict[str, float]
     trained: list[str]
     tokens: dict[str, tuple[int, ...]]
+    biases: dict[str, str]
     problems: list[str]
 
 
@@ -95,6 +98,9 @@ def make_plan(words: Mapping[str, Any], model: Model) -> Plan:
     taken = dict.fromkeys(chosen, "adapted") | _inside(trained, model)
     with_tokens = tokens.select(words, model, taken)
     parts |= dict(_token_parts(with_tokens, model))
+    adapted_biases, lacking = biases.find(kernels if words[biases.WORD] else (), model)
+    for m, weight in adapted_biases.items():
+        parts[f"{m}{biases.BETA}"] = Part(BETA, weight, names.tensor_shape(weight))
     optional = dict(_optional_parts(kernels, trained, model))
     frozen = tokens.frozen_names(with_tokens, model)
     optional |= {n: Part(BASE, w, names.tensor_shape(w)) for n, w in frozen}
@@ -107,7 +113,8 @@ def make_plan(words: Mapping[str, Any], model: Model) -> Plan:
         alphas=alphas,
         trained=trained,
         tokens={model.kernels[m].leaf: ids for m, ids in with_tokens.ids.items()},
-        problems=problems + with_tokens.problems,
+        biases={w.leaf: model.kernels[m].leaf for m, w in adapted_biases.items()},
+        problems=problems + with_tokens.problems + lacking,
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_jax.peft import tokens
+from lora_jax.peft import biases, tokens
 from lora_jax.peft.producers import describe_files, describe_keys
 
 CONFIG = "adapter_config.json"
@@ -65,7 +65,6 @@ REFUSED: dict[str, str] = {
     "enable_lora": "factors for parts of a fused kernel (PEFT before 0.3)",
     "kasa_config": "a base without its smallest singular values (KaSA)",
     "layer_replication": "a base with layers repeated",
-    "lora_bias": "a bias of the factors",
     "lora_ga_config": "initial values that change the base (LoRA-GA)",
     "megatron_config": "layers of Megatron",
     "monteclora_config": "factors that are drawn (MonteCLoRA)",
@@ -271,6 +270,7 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "lora_dropout": ("a number in [0, 1)", lambda x: _is_number(x) and 0 <= x < 1),
     "use_rslora": _BOOL,
     "fan_in_fan_out": _BOOL,
+    biases.WORD: _BOOL,
     "ensure_weight_tying": _BOOL,
     "bias": ("none, all or lora_only", lambda x: x in ("none", "all", "lora_only")),
     "target_modules": _CHOICE,

@@ -17,6 +17,7 @@ from lora_jax.names import Name
 from lora_jax.nodes import Adapted
 from lora_jax.peft import (
     adapter_tensors,
+    biases,
     directory_files,
     layouts,
     target_modules,
@@ -153,7 +154,7 @@ def _make_nodes(
     nodes = {}
     for leaf, roles in by_leaf.items():
         roles.pop(adapter_tensors.BASE, None)
-        numbers_of_leaf = numbers.get(leaf, set())
+        numbers_of_leaf = numbers.get(plan.biases.get(leaf, leaf), set())
         problem = _describe_uneven(leaf, roles, leaves[leaf], numbers_of_leaf, weight[leaf])
         if problem:
             problems.append(problem)
@@ -166,6 +167,11 @@ def _make_nodes(
                 )
             except ValueError as error:
                 problems.append(f"{leaf} {error}")
+        elif adapter_tensors.BETA in roles:
+            ((rank, alpha),) = numbers[plan.biases[leaf]]
+            of_layers = {k: names.from_tensor(weight[leaf], x) for k, x in roles["beta"].items()}
+            scale = adapter_tensors.peft_scale(alpha, rank, root=root)
+            nodes[leaf] = biases.make_node(_stack(of_layers), weight[leaf], scale)
         elif adapter_tensors.TOKENS in roles:
             (rows,) = roles[adapter_tensors.TOKENS].values()
             nodes[leaf] = tokens.make_node(weight[leaf], rows, plan.tokens[leaf])
@@ -259,6 +265,7 @@ def _make_config(
         train_tokens={_find_pattern(n, {n}, others): ids for n, ids in plan.tokens.items()},
         dropout=words["lora_dropout"],
         rank_stabilized=words["use_rslora"],
+        adapt_bias=words[biases.WORD],
         rank_pattern={n: rank for n, (rank, _) in numbers.items() if rank != words["r"]},
         alpha_pattern={n: a for n, (_, a) in numbers.items() if a != words["lora_alpha"]},
         origin=origin,

@@ -16,10 +16,11 @@ from lora_jax import fields, names, paths
 from lora_jax.config import LoRAConfig
 from lora_jax.factors import RANK
 from lora_jax.files import write_atomically
+from lora_jax.methods.bias import AdaptedBias
 from lora_jax.methods.tokens import Tokens
 from lora_jax.names import Name, Weight
 from lora_jax.nodes import Adapted, is_adapted, scale_array
-from lora_jax.peft import adapter_tensors, layouts, target_modules, tokens
+from lora_jax.peft import adapter_tensors, biases, layouts, target_modules, tokens
 from lora_jax.peft.adapter_tensors import Part, Plan
 from lora_jax.peft.config import CONFIG, DEFAULTS, HEADS, METADATA, TASKS, find_problems, to_bytes
 from lora_jax.peft.methods import Method, describe_words, find_method_of, find_mixture
@@ -38,7 +39,6 @@ class _Content(NamedTuple):
       nodes: entries of the adapter by path.
       kernels: adapted weights by module.
       trained: weights that are trained in full, by tensor name.
-      tokens: nodes of trained tokens by module.
       ranks: ranks by module.
       alphas: alphas by module, with which PEFT computes exactly the scales of the adapter.
     """
@@ -46,7 +46,6 @@ class _Content(NamedTuple):
     nodes: dict[str, Any]
     kernels: dict[str, Weight]
     trained: dict[str, Weight]
-    tokens: dict[str, Tokens]
     ranks: dict[str, int]
     alphas: dict[str, float]
 
@@ -125,14 +124,14 @@ def _collect_content(
     by_leaf: dict[str, list[Weight]] = {}
     for weight in model.weights.values():
         by_leaf.setdefault(weight.leaf, []).append(weight)
-    content, problems = _Content(dict(nodes), {}, {}, {}, {}, {}), []
+    content, problems = _Content(dict(nodes), {}, {}, {}, {}), []
     for leaf, node in nodes.items():
         rows = by_leaf.get(leaf, [])
         problem = _find_obstacle(leaf, node, rows)
         if problem:
             problems.append(problem)
-        elif isinstance(node, Tokens):
-            content.tokens[names.module(rows[0].hf)] = node
+        elif isinstance(node, AdaptedBias | Tokens):
+            continue  # words of their own say where they are
         elif is_adapted(node):
             modules = {names.module(w.hf): w for w in rows}
             content.kernels.update(modules)
@@ -142,6 +141,7 @@ def _collect_content(
             content.trained.update({w.hf: w for w in rows})
     if not content.kernels and not problems:
         problems.append("no kernel is adapted, and PEFT has no adapter without one")
+    problems += [] if problems else biases.find_obstacles(nodes, content.kernels, model)
     if content.kernels and (mixture := find_mixture(_find_methods(content))):
         problems.append(mixture)
     return content, problems
@@ -155,6 +155,8 @@ def _find_methods(content: _Content) -> list[Method]:
 def _find_obstacle(leaf: str, node: Any, rows: Sequence[Weight]) -> str:
     if not rows:
         return f"the table of names has no row for {leaf}"
+    if isinstance(node, AdaptedBias):
+        return ""  # said when the kernels are known
     if isinstance(node, Tokens):
         return tokens.find_obstacle(leaf, node, rows[0])
     if rows[0].row.tied and is_adapted(node):
@@ -269,7 +271,8 @@ def _make_words(
         "rank_pattern": target_modules.shortest_patterns(content.ranks, model, rank),
         "alpha_pattern": target_modules.shortest_patterns(content.alphas, model, alpha),
         "fan_in_fan_out": any(names.is_conv1d(w) for w in content.kernels.values()),
-        tokens.WORD: tokens.make_word(content.tokens, model),
+        biases.WORD: bool(biases.select(content.nodes)),
+        tokens.WORD: tokens.make_word(content.nodes, model),
         **_find_methods(content)[0].words,
     }
     if set(target_modules.select_adapted(dict(words) | new, model)) != set(content.kernels):
@@ -352,8 +355,9 @@ def _find_differences(content: _Content, plan: Plan, root: bool) -> list[str]:
     ):
         if more:
             problems.append(f"PEFT {what} {paths.listing(sorted(more))}")
-    ids = {n: node.ids for n, node in content.nodes.items() if isinstance(node, Tokens)}
-    if plan.tokens != ids:
+    if set(plan.biases) != set(biases.select(content.nodes)):
+        problems.append("PEFT would adapt other biases than the adapter does")
+    if plan.tokens != (ids := tokens.select_ids(content.nodes)):
         problems.append(f"PEFT would train tokens {plan.tokens}, and it has {ids}")
     for m in sorted(modules_of_words & modules_of_adapter):
         node = content.nodes[content.kernels[m].leaf]
@@ -376,6 +380,8 @@ def _make_tensor(part: Part, nodes: Mapping[str, Any], leaves: Mapping[str, Any]
     pick = lambda x: np.asarray(x) if layer is None else np.asarray(x)[layer]
     if part.role == adapter_tensors.TRAINED:
         return names.to_tensor(part.weight, pick(node))
+    if part.role == adapter_tensors.BETA:
+        return names.to_tensor(part.weight, pick(node.beta))
     if part.role == adapter_tensors.TOKENS:
         return tokens.make_tensor(node, part.weight)
     axes = find_method_of(node).field_axes(part.role)

@@ -151,9 +151,16 @@ def find_obstacle(leaf: str, node: Tokens, weight: Weight) -> str:
     return f"{leaf} is no table of tokens in the table of names, and some tokens of it are trained"
 
 
-def make_word(nodes: Mapping[str, Tokens], model: Model) -> dict[str, list[int]] | None:
-    """Makes the word for nodes by module; None if there are none."""
-    return {_find_entry(m, model): list(node.ids) for m, node in sorted(nodes.items())} or None
+def select_ids(nodes: Mapping[str, Any]) -> dict[str, Ids]:
+    """Returns the ids of an adapter's trained tokens, by path of the leaf."""
+    return {n: node.ids for n, node in nodes.items() if isinstance(node, Tokens)}
+
+
+def make_word(nodes: Mapping[str, Any], model: Model) -> dict[str, list[int]] | None:
+    """Makes the word for the entries of an adapter; None if there are no trained tokens."""
+    modules = {w.leaf: m for m, w in reversed(model.kernels.items())}
+    ids = {modules[leaf]: ids for leaf, ids in select_ids(nodes).items()}
+    return {_find_entry(m, model): list(ids[m]) for m in sorted(ids)} or None
 
 
 def _find_entry(module: str, model: Model) -> str:
