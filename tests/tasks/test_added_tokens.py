@@ -29,7 +29,8 @@ def make(root, tied, **changes):
         safetensors.numpy.save_file(tensors, file)
     tiny_llama.data(root / "data.jsonl", count=12)
     (root / "template").write_text(TEMPLATE)
-    changes = {"data.add_tokens": TOKENS, "data.chat_template": root / "template"} | changes
+    changes = {"model.scan_layers": False, "data.add_tokens": TOKENS} | changes
+    changes = {"data.chat_template": root / "template"} | changes
     return tiny_llama.config(root, **changes)
 
 
