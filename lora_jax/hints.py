@@ -27,7 +27,7 @@ _ALTERNATIVES = {
     "layers_to_transform": 'use a regular expression in targets, as "re:.*layers/[0-3]/.*"',
     "peft_type": "there is one type here",
     "task_type": "the function says what it computes; lora_jax.peft.save_peft takes a task_type",
-    "use_dora": "DoRA is not supported",
+    "use_dora": 'DoRA is method="dora"',
     "weight_qtype": "quantized training is not supported",
     "base_model_name_or_path": "lora_jax.save takes the id of the base",
 }

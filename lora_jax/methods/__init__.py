@@ -7,6 +7,7 @@ line in ``METHODS``.
 
 from collections.abc import Callable
 
+from lora_jax.methods.dora import start_dora
 from lora_jax.methods.initial_values import INITS
 from lora_jax.methods.start import Start
 from lora_jax.nodes import Adapted
@@ -16,4 +17,4 @@ def _start_lora(start: Start) -> Adapted:
     return INITS[start.init](start)
 
 
-METHODS: dict[str, Callable[[Start], Adapted]] = {"lora": _start_lora}
+METHODS: dict[str, Callable[[Start], Adapted]] = {"lora": _start_lora, "dora": start_dora}

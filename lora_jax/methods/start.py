@@ -52,10 +52,14 @@ class Start:
         Raises:
           ValueError: there is only a shape.
         """
+        self.require_numbers(what)
+        kernel = as_array(self.kernel)
+        return jnp.asarray(kernel, wide_dtype(kernel.dtype))
+
+    def require_numbers(self, what: str) -> None:
+        """Checks that the kernel has numbers; arguments and errors as in :meth:`read_kernel`."""
         if isinstance(self.kernel, jax.ShapeDtypeStruct):
             raise ValueError(
                 f"{what} needs the numbers of {self.name!r}, and got its shape only. Give the "
                 "parameters themselves."
             )
-        kernel = as_array(self.kernel)
-        return jnp.asarray(kernel, wide_dtype(kernel.dtype))

@@ -1,7 +1,7 @@
 """PEFT's directory format: ``adapter_model.safetensors`` and ``adapter_config.json``.
 
 PEFT and this library compute the same thing with the same files. This package is the only place
-with PEFT's words. Features of PEFT that this library lacks (DoRA, ...) are refused by name; nothing
+with PEFT's words. Features of PEFT that this library lacks are refused by name; nothing
 is ignored in silence.
 """
 

@@ -70,7 +70,6 @@ REFUSED: dict[str, str] = {
     "monteclora_config": "factors that are drawn (MonteCLoRA)",
     "target_parameters": "factors of bare parameters, such as experts",
     "use_bdlora": "factors of blocks (BD-LoRA)",
-    "use_dora": "a trained norm of each column (DoRA)",
     "use_qalora": "inputs that are averaged in groups (QA-LoRA)",
     "velora_config": "compressed activations (VeLoRA)",
 }
@@ -268,6 +267,7 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "r": (f"a whole number from 1 to {_MAX_RANK}", _is_rank),
     "lora_alpha": ("a positive number, of sensible size", _is_alpha),
     "lora_dropout": ("a number in [0, 1)", lambda x: _is_number(x) and 0 <= x < 1),
+    "use_dora": _BOOL,
     "use_rslora": _BOOL,
     "fan_in_fan_out": _BOOL,
     biases.WORD: _BOOL,

@@ -9,11 +9,13 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from lora_jax import names
 from lora_jax.factors import BATCH
 from lora_jax.lowrank import LowRank
+from lora_jax.methods.dora import DoRA, compute_norms
 from lora_jax.names import Weight
 from lora_jax.nodes import Adapted
 
@@ -66,6 +68,18 @@ def _make_node(reading: Reading) -> Adapted:
     return reading.node(**reading.values, scale=reading.scale, axes=reading.axes)
 
 
+def _make_dora(reading: Reading) -> Adapted:
+    """Makes a node with the norms of the base's kernel, of which PEFT's files have none."""
+    if isinstance(reading.kernel, jax.ShapeDtypeStruct):
+        raise ValueError(
+            "is adapted by DoRA, which needs the numbers of the base, and there is only a shape; "
+            "give the parameters themselves"
+        )
+    norm = np.asarray(compute_norms(reading.kernel, reading.axes))
+    values = {**reading.values, "norm": norm}
+    return reading.node(**values, scale=reading.scale, axes=reading.axes)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
     """How the nodes of one class stand in PEFT's files.
@@ -94,9 +108,23 @@ _FACTORS = (
     Tensor("a", "ri", ".lora_A.weight", ".lora_embedding_A"),
     Tensor("b", "or", ".lora_B.weight", ".lora_embedding_B"),
 )
+_MAGNITUDE = Tensor(
+    "magnitude",
+    "o",
+    ".lora_magnitude_vector",
+    ".lora_magnitude_vector",
+    others=(".lora_magnitude_vector.weight",),
+)
 # The first has no words of its own: it is what PEFT does if nothing else is asked for.
 METHODS: tuple[Method, ...] = (
     Method(node=LowRank, words={}, tensors=_FACTORS, config={"method": "lora"}),
+    Method(
+        node=DoRA,
+        words={"use_dora": True},
+        tensors=(*_FACTORS, _MAGNITUDE),
+        config={"method": "dora"},
+        make_node=_make_dora,
+    ),
 )
 
 

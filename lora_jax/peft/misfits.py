@@ -58,7 +58,9 @@ def _list_names(
 def _hint(name: str) -> str:
     if not name.startswith(PREFIX):
         return f" (all names start with {PREFIX!r})"
-    for word, what in (("magnitude", "DoRA"), ("lora_diag", "KaSA")):
+    if "lora_magnitude_vector" in name:
+        return " (of DoRA, which the words do not ask for: use_dora is not true, or not the module)"
+    for word, what in (("lora_diag", "KaSA"),):
         if word in name:
             return f" (of {what}, which is not supported)"
     if "token_adapter" in name:

@@ -16,7 +16,9 @@ from lora_jax.peft.producers import describe_files
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 _MAX_HEADER = 16 << 20
 # In a state dict the name of the adapter stands behind that of the factor.
-_FACTOR = re.compile(r"\.(lora_[AB]|lora_embedding_[AB])\.(?!weight$|bias$)([^.]+)(?=\.|$)")
+_FACTOR = re.compile(
+    r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)\.(?!weight$|bias$)([^.]+)(?=\.|$)"
+)
 
 
 def read(directory: Path, most: int) -> dict[str, np.ndarray]:

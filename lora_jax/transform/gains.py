@@ -78,7 +78,10 @@ def _multiply(x: Array, gain: Array) -> Array:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise Unfactored(f"its gain would scale {x.dtype}")
     dtype = wide_dtype(x.dtype, gain.dtype)
-    return (x.astype(dtype) * _place_gain(gain, x).astype(dtype)).astype(x.dtype)
+    scale = lambda x, gain: (x.astype(dtype) * gain.astype(dtype)).astype(x.dtype)
+    # A gradient keeps what is scaled, and is not to keep a wide copy of it.
+    scale = scale if x.dtype == dtype else jax.checkpoint(scale, prevent_cse=False)
+    return scale(x, _place_gain(gain, x))
 
 
 def _place_gain(gain: Array, x: Array) -> Array:

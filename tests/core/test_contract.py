@@ -14,6 +14,7 @@ from lora_jax import adapter as adapters
 from lora_jax import fields
 from lora_jax.lowrank import LowRank
 from lora_jax.methods.tokens import Tokens
+from lora_jax.nodes import is_adapted
 from tests.helpers import zoo
 from tests.helpers.comparisons import assert_close, perturbed
 
@@ -21,6 +22,7 @@ is_lora = lambda x: isinstance(x, LowRank)
 RANK = 2
 METHODS = {
     "lora": dict(rank=RANK, alpha=3.0),
+    "dora": dict(rank=RANK, alpha=3.0, method="dora"),
     "lora_head": dict(rank=RANK, alpha=3.0, train=("head",)),
     "bitfit": dict(targets=(), train=("re:.*bias",)),
     "probe": dict(targets=(), train=("head",)),
@@ -39,9 +41,7 @@ class Case:
         fn, params, x = self.model.fn, self.model.params, self.model.x
         self.initial = lora.init(key, fn, params, self.config, x)
         self.adapter = perturbed(self.initial)
-        self.kernels = {
-            n: x for n, x in adapters.nodes(self.adapter).items() if isinstance(x, LowRank)
-        }
+        self.kernels = {n: x for n, x in adapters.nodes(self.adapter).items() if is_adapted(x)}
 
     # Compiled once, and used by several tests. Parameters are arguments, as in real use: as
     # constants they would be folded, in another order, by the compiler.
@@ -218,13 +218,14 @@ def test_count_of_trainable_parameters(model, method):
     leaves = adapters.nodes(c.model.params)
     want = 0
     for name, x in adapters.nodes(c.adapter).items():
-        if isinstance(x, LowRank):
+        if is_adapted(x) and not isinstance(x, Tokens):
             size = lambda role, name=name, x=x: int(
                 np.prod(
                     [n for n, axis in zip(leaves[name].shape, x.axes, strict=True) if axis == role]
                 )
             )
             want += size("b") * RANK * (size("i") + size("o"))
+            want += size("b") * size("o") * (method == "dora")  # a magnitude for each output
         else:  # of a table some rows may be trained
             want += sum(x.size for x in jax.tree.leaves(x))
             assert fields.count(x)[0] == leaves[name].size or isinstance(x, Tokens)
@@ -256,11 +257,7 @@ def test_bfloat16_base_and_activations(model, method):
     )
     params, x = half(c.model.params), half(c.model.x)
     # Factors stay in float32; leaves trained in full have the dtype of the base.
-    adapter = jax.tree.map(
-        lambda n: n if isinstance(n, LowRank) else half(n),
-        c.adapter,
-        is_leaf=lambda n: isinstance(n, LowRank),
-    )
+    adapter = jax.tree.map(lambda n: n if is_adapted(n) else half(n), c.adapter, is_leaf=is_adapted)
     got = jax.jit(c.lifted)(adapter, x, params)
     want = jax.jit(c.merged)(adapter, x, params)
     base = jax.eval_shape(c.model.fn, params, x)
@@ -285,9 +282,12 @@ def test_saved_and_loaded_exactly(model, method, tmp_path):
     assert_same(adapter, c.adapter)
 
 
-@lowrank_only
-def test_every_use_is_factored(model):
-    c = case(model, "lora")
+@pytest.mark.parametrize(
+    ("model", "method"),
+    [grouped(m, x, slow=x != "lora") for x in ("lora", "dora") for m in zoo.ZOO],
+)
+def test_every_use_is_factored(model, method):
+    c = case(model, method)
     report = lora.explain(c.model.fn, c.model.params, c.adapter, c.model.x)
     assert {n: u.fallbacks for n, u in report.kernels.items()} == dict.fromkeys(c.kernels, ())
     assert all(use.factored > 0 for use in report.kernels.values())

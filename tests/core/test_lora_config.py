@@ -90,7 +90,7 @@ def test_an_unknown_field_is_named():
         ("exclude_modules", "a regular expression in targets"),
         ("layers_to_transform", "a regular expression in targets"),
         ("fan_in_fan_out", "read off the function"),
-        ("use_dora", "DoRA is not supported"),
+        ("use_dora", 'DoRA is method="dora"'),
         ("rnk", r"Did you mean rank for rnk\?"),
         ("nonsense", r"Unknown LoRAConfig fields \['nonsense'\]; the fields are \['rank'"),
     ],

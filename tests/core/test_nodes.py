@@ -306,7 +306,7 @@ def edit(directory, change):
     (directory / "adapter.json").write_text(json.dumps(about))
 
 
-@pytest.mark.parametrize("kind", ["dora", None, ["toy"]])
+@pytest.mark.parametrize("kind", ["another", None, ["toy"]])
 def test_an_unknown_kind_is_refused_by_name(kind, tmp_path):
     model, config, adapter = case("mlp")
     lora.save(tmp_path, adapter, config)

@@ -293,7 +293,7 @@ def test_dtypes_survive(bert, dtype, tmp_path, key):
 @pytest.mark.parametrize(
     "words, message",
     [
-        ({"use_dora": True}, "use_dora is True, which is not supported"),
+        ({"use_qalora": True}, "use_qalora is True, which is not supported"),
         ({"lora_bias": True}, "lora_bias is True"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights: must be one of"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights"),
@@ -359,8 +359,8 @@ def test_which_expressions_could_explode(pattern, explosive):
 
 def test_all_unsupported_words_at_once(bert, tmp_path):
     _, table, params, _ = bert
-    with pytest.raises(ValueError, match=r"use_dora.*use_qalora.*lora_alpha"):
-        bad = {"use_dora": True, "use_qalora": True, "lora_alpha": -1}
+    with pytest.raises(ValueError, match=r"use_bdlora.*use_qalora.*lora_alpha"):
+        bad = {"use_bdlora": True, "use_qalora": True, "lora_alpha": -1}
         load_peft(copy(tmp_path, **bad), params, names=table)
 
 

@@ -425,8 +425,8 @@ def test_mistakes_with_peft_directories(inputs, exported, tmp_path):
     path = exported / "adapter_config.json"
     text = path.read_text()
     try:
-        path.write_text(text.replace('"use_dora": false', '"use_dora": true'))
-        refused(run("predict", f"--adapter={exported}", "x"), "use_dora is True")
+        path.write_text(text.replace('"use_qalora": false', '"use_qalora": true'))
+        refused(run("predict", f"--adapter={exported}", "x"), "use_qalora is True")
         path.write_text(json.dumps(json.loads(text) | {"base_model_name_or_path": None}))
         refused(run("predict", f"--adapter={exported}", "x"), "does not name its base", "--model")
     finally:
