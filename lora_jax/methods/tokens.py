@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from lora_jax.factors import BATCH, IN, OUT, positions
 from lora_jax.nodes import Adapted, Field, Terms
@@ -76,7 +77,13 @@ def _make_one_hot(node: Tokens, w: Array) -> Array:
 
 def take(w: Array, axes: str, ids: tuple[int, ...], side: str) -> Array:
     """Takes the entries of the ids, ``(*batch, *in, *out)`` with the ids on one of the sides."""
-    taken = jnp.take(jnp.asarray(w), jnp.asarray(ids), axis=axes.index(side))
+    axis, w = axes.index(side), jnp.asarray(w)
+    spec = [*getattr(getattr(jax.typeof(w), "sharding", None), "spec", ())]
+    where = w.at[(*[slice(None)] * axis, jnp.asarray(ids))]
+    if any(entry is not None for entry in spec):  # only explicit sharding is in the type
+        taken = where.get(out_sharding=PartitionSpec(*spec[:axis], None, *spec[axis + 1 :]))
+    else:
+        taken = where.get()
     return jnp.transpose(taken, _order_of_values(axes))
 
 
