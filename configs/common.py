@@ -51,7 +51,9 @@ def base_config() -> ConfigDict:
     c.lora.targets = ("query", "value")  # ("default",) for those of the model's family
     c.lora.train = ("classifier",)
     c.lora.method = "lora"
-    c.lora.init = "uniform"  # first values of the factors
+    # First values of the factors: "uniform", "gaussian", "orthogonal"; "pissa", "pissa_niter_4",
+    # "pissa_niter_16", "olora" or "milora", from the base; "lora_ga", from gradients.
+    c.lora.init = "uniform"
     c.lora.dropout = 0.1
     c.lora.rank_stabilized = False
     c.lora.rank_pattern = ConfigDict()
@@ -77,6 +79,7 @@ def base_config() -> ConfigDict:
     c.pmap = False  # rows split by jax.pmap, over mesh.data devices, or all if that is 1
 
     c.batch_size = 16  # rows of a step, whatever accumulate is
+    c.init_batches = 8  # number of training batches that lora.init="lora_ga" has gradients of
     c.accumulate = 1  # micro-batches that a batch is split into; one is in memory at a time
     c.eval_batch_size = 64
     c.epochs = 3

@@ -4,6 +4,10 @@ python -m experiments.export --adapter=runs/quickstart/adapter --out=runs/merged
 python -m experiments.export --adapter=runs/chat/adapter --out=runs/merged --merged --dtype=bfloat16
 python -m experiments.export --adapter=runs/quickstart/adapter --out=runs/peft --peft
 
+python -m experiments.export --adapter=runs/pissa/adapter --out=runs/peft --peft --init=pissa
+
+Factors that started from the weights of the base (PiSSA, OLoRA) become plain LoRA of twice the
+rank, which opens anywhere; with --init they keep their rank, and PEFT computes the start again.
 The adapter may be in this library's format or in PEFT's.
 """
 
@@ -18,6 +22,7 @@ from lora_jax.models import checkpoints
 from lora_jax.models.families import CLASSIFIER
 from lora_jax.models.hub import TOKENIZER_FILES
 from lora_jax.models.shards import DTYPES, SHARD_SIZE, parse_size
+from lora_jax.peft import COMPUTED
 from lora_jax.tasks import (
     adapter_files,
     classifier,
@@ -35,6 +40,13 @@ _MODEL = flags.DEFINE_string("model", None, "The base model, if it moved since t
 _OUT = flags.DEFINE_string("out", None, "Directory to write.", required=True)
 _MERGED = flags.DEFINE_bool("merged", False, "Write a Hugging Face directory of merged weights.")
 _PEFT = flags.DEFINE_bool("peft", False, "Write the adapter in PEFT's format.")
+_INIT = flags.DEFINE_enum(
+    "init",
+    None,
+    [*COMPUTED],
+    "With --peft: write the trained factors alone, for PEFT to compute from the original base what "
+    "they started from. By default they become plain LoRA of twice the rank.",
+)
 
 _DTYPE = flags.DEFINE_enum(
     "dtype",
@@ -60,6 +72,8 @@ def main(argv: list[str]) -> None:
         )
     if _PEFT.value and (_DTYPE.value or _SHARD_SIZE.value):
         raise ValueError("--dtype and --shard_size are for --merged; an adapter keeps its dtype.")
+    if _INIT.value and not _PEFT.value:
+        raise ValueError("--init is for --peft; merged weights do not say where they started.")
     shard_size = parse_size(_SHARD_SIZE.value or SHARD_SIZE)
     out = Path(_OUT.value)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -99,7 +113,9 @@ def main(argv: list[str]) -> None:
 def _export_peft(out: Path, model: Classifier | LanguageModel) -> None:
     """Writes the adapter in PEFT's format, with the files that stood beside it."""
     base = model.loaded.checkpoint.name
-    adapter_files.save_peft(out, model.loaded, model.adapter, model.config, base=base)
+    adapter_files.save_peft(
+        out, model.loaded, model.adapter, model.config, base=base, init=_INIT.value or ""
+    )
     if isinstance(model, Classifier):
         task_file.write(out, classifier.describe_task(model))
     text_files.copy(_ADAPTER.value, out)

@@ -10,6 +10,7 @@ from lora_jax import sharding as sharding
 from lora_jax.adapter import bind, labels, mask, merge, summary
 from lora_jax.config import LoRAConfig
 from lora_jax.explain import explain
+from lora_jax.gradient_directions import init_from_gradients
 from lora_jax.initial import init, tabulate
 from lora_jax.modules import from_keras, from_nnx, update_keras, update_nnx
 from lora_jax.quantization import quantize
@@ -25,6 +26,7 @@ __all__ = [
     "from_keras",
     "from_nnx",
     "init",
+    "init_from_gradients",
     "labels",
     "lift",
     "load",

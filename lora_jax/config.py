@@ -52,7 +52,8 @@ class LoRAConfig:
       adapt_bias: whether the bias beside each adapted kernel gets a trained term, too:
         ``bias + s·β``, with the scale of the kernel.
       method: what becomes of a kernel: one of :data:`lora_jax.methods.METHODS`.
-      init: first values of the factors: one of :data:`lora_jax.methods.initial_values.INITS`.
+      init: first values of the factors: one of :data:`lora_jax.methods.initial_values.INITS`, such
+        as "pissa"; "lora_ga" is for :func:`lora_jax.init_from_gradients`.
       dropout: rate in [0, 1) of the dropout on the input of the low-rank branch, while
         :func:`lora_jax.lift` is given a key.
       rank_stabilized: divide alpha by the square root of the rank.

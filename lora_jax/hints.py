@@ -7,6 +7,7 @@ _OTHER_NAMES = {
     "adapt_bias": ("lora_bias",),
     "alpha": ("lora_alpha",),
     "dropout": ("lora_dropout", "dropout_rate"),
+    "init": ("init_lora_weights",),
     "rank": ("r", "lora_rank", "lora_r", "lora_dim"),
     "rank_stabilized": ("use_rslora", "rslora", "rank_stabilised"),
     "targets": (
@@ -21,7 +22,6 @@ _ALTERNATIVES = {
     "bias": 'to train biases use train, for example train=("re:.*/bias",)',
     "exclude_modules": 'a regular expression in targets can do it, as "re:(?!.*head).*"',
     "fan_in_fan_out": "which axes of a kernel are inputs is read off the function",
-    "init_lora_weights": "lora_jax.init has one way to start, with b = 0",
     "inference_mode": "an adapter has no mode; give lift(fn, dropout=0.0) for evaluation",
     "layers_pattern": 'use a regular expression in targets, as "re:.*layers/[0-3]/.*"',
     "layers_to_transform": 'use a regular expression in targets, as "re:.*layers/[0-3]/.*"',

@@ -42,8 +42,8 @@ def init(
 
     ``fn(params, *args, **kwargs)`` is traced abstractly, never run, to learn which axes of each
     kernel are inputs, outputs and batch. Then ``a ~ U(-1/√fan_in, 1/√fan_in)`` and ``b = 0``, so
-    that ``ΔW = 0`` (Hu et al. 2021, section 4.1). Each kernel's draw depends on the key, its own
-    path and shapes alone: another choice of targets leaves it as it is.
+    that ``ΔW = 0`` (Hu et al. 2021, section 4.1), or what ``config.init`` says. Each kernel's draw
+    depends on the key, its own path and shapes alone: another choice of targets leaves it as it is.
 
     Args:
       key: PRNG key.
@@ -79,6 +79,25 @@ def init(
     """
     leaves = base_leaves(params)
     choice = choose(fn, params, config, args, kwargs, leaves=leaves)
+    return make_adapter(key, choice, config, leaves, METHODS[config.method])
+
+
+def make_adapter(
+    key: Array,
+    choice: "Choice",
+    config: LoRAConfig,
+    leaves: Mapping[str, Any],
+    make_node: Callable[[Start], Adapted],
+) -> dict[str, Any]:
+    """Makes the adapter of a choice; the results, errors and warnings are those of :func:`init`.
+
+    Args:
+      key: PRNG key.
+      choice: what to adapt and train.
+      config: settings of the adapter.
+      leaves: leaves of the parameters by name.
+      make_node: function that makes the node of a kernel.
+    """
     trained = choice.trained
     for what, chosen in (("train", trained), ("train_tokens", choice.tokens)):
         if abstract := [n for n in chosen if isinstance(leaves[n], jax.ShapeDtypeStruct)]:
@@ -88,7 +107,8 @@ def init(
     _warn(choice)
     # Copies, so that a step that donates the adapter spares the base.
     full = {n: jnp.array(as_array(leaves[n]), copy=True) for n in leaves if n in trained}
-    nodes = {n: _init_node(key, n, choice, config, leaves[n]) for n in choice.ranks}
+    starts = {n: _make_start(key, n, choice, config, leaves[n]) for n in choice.ranks}
+    nodes = {n: make_node(start) for n, start in starts.items()}
     nodes |= init_biases(nodes, choice.biases)
     nodes |= init_tokens(choice.kernels, choice.tokens, leaves)
     return paths.nest({n: (nodes | full)[n] for n in leaves if n in nodes or n in full})
@@ -347,10 +367,10 @@ def _is_wide(leaf: Leaf, rank: int) -> bool:
     return size >= math.prod(leaf.shape or ()) and rank < max_rank(leaf)
 
 
-def _init_node(key: Array, name: str, choice: Choice, config: LoRAConfig, w: Any) -> Adapted:
+def _make_start(key: Array, name: str, choice: Choice, config: LoRAConfig, w: Any) -> Start:
     leaf, rank = choice.kernels.leaves[name], choice.ranks[name]
     dtype = wide_dtype(leaf.dtype)
-    start = Start(
+    return Start(
         # crc32 of the path: the same number in every process, unlike `hash`.
         key=jax.random.fold_in(key, zlib.crc32(name.encode())),
         name=name,
@@ -362,7 +382,6 @@ def _init_node(key: Array, name: str, choice: Choice, config: LoRAConfig, w: Any
         dropout=config.dropout,
         init=config.init,
     )
-    return METHODS[config.method](start)
 
 
 def _check_scale(name: str, scale: float, dtype: Any) -> float:

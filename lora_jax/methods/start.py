@@ -1,13 +1,17 @@
 """``Start``: what a method knows of a kernel when it makes the first values of its node."""
 
 import dataclasses
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from lora_jax.factors import wide_dtype
-from lora_jax.quantized import as_array
+from lora_jax.factors import BATCH, IN, OUT, positions, wide_dtype
+from lora_jax.quantized import as_array, is_quantized
 
 Array = jax.Array
 
@@ -56,6 +60,30 @@ class Start:
         kernel = as_array(self.kernel)
         return jnp.asarray(kernel, wide_dtype(kernel.dtype))
 
+    def matrices(self, what: str) -> Iterator[Array]:
+        """Yields the kernel's matrices ``(in, out)``, one for each entry of its batch axes.
+
+        They are in float32 or wider. Of a quantized kernel one at a time is decoded.
+
+        Args:
+          what: setting that needs them, for the message.
+
+        Raises:
+          ValueError: there is only a shape.
+        """
+        self.require_numbers(what)
+        sizes_of = lambda role: [self.shape[k] for k in positions(self.axes, role)]
+        if is_quantized(self.kernel) and self.kernel.roles == self.axes:
+            for index in np.ndindex(*sizes_of(BATCH)):
+                entry = jax.tree.map(lambda x, index=index: x[index], self.kernel)
+                yield entry.matrix().astype(entry.dtype).astype(wide_dtype(entry.dtype))
+            return
+        order = positions(self.axes, BATCH + IN + OUT)
+        stack = jnp.transpose(_gather(jnp.asarray(as_array(self.kernel))), order)
+        sides = [math.prod(sizes_of(role)) for role in (IN, OUT)]
+        for matrix in stack.reshape(-1, *sides):
+            yield matrix.astype(wide_dtype(matrix.dtype))
+
     def require_numbers(self, what: str) -> None:
         """Checks that the kernel has numbers; arguments and errors as in :meth:`read_kernel`."""
         if isinstance(self.kernel, jax.ShapeDtypeStruct):
@@ -63,3 +91,11 @@ class Start:
                 f"{what} needs the numbers of {self.name!r}, and got its shape only. Give the "
                 "parameters themselves."
             )
+
+
+def _gather(x: Array) -> Array:
+    """Puts an array of explicit sharding onto each device as a whole: decompositions need that."""
+    sharding = getattr(jax.typeof(x), "sharding", None)
+    if all(entry is None for entry in getattr(sharding, "spec", ())):
+        return x
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))

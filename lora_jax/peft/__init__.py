@@ -7,17 +7,20 @@ is ignored in silence.
 
 from lora_jax.peft.config import describe_quantization, guess_plain_base, read_words
 from lora_jax.peft.directory_files import find_unknown
-from lora_jax.peft.load import is_peft, load_peft
+from lora_jax.peft.initial_values import COMPUTED
+from lora_jax.peft.load import is_peft, list_trained, load_peft
 from lora_jax.peft.producers import describe_files
 from lora_jax.peft.save import save_peft
 from lora_jax.peft.weights_file import tensor_shapes
 
 __all__ = [
+    "COMPUTED",
     "describe_files",
     "describe_quantization",
     "find_unknown",
     "guess_plain_base",
     "is_peft",
+    "list_trained",
     "load_peft",
     "read_words",
     "save_peft",

@@ -13,7 +13,7 @@ from lora_jax.factors import IN, OUT, RANK
 from lora_jax.names import Weight
 from lora_jax.peft import biases, layouts, target_modules, tokens
 from lora_jax.peft.config import HEADS
-from lora_jax.peft.methods import Method, find_method
+from lora_jax.peft.methods import Method, find_method, find_method_for
 from lora_jax.peft.target_modules import OUTPUTS, Model
 
 PREFIX = "base_model.model."
@@ -80,7 +80,7 @@ def make_plan(words: Mapping[str, Any], model: Model) -> Plan:
     Raises:
       ValueError: a regular expression of the words can't be used, or they ask for several methods.
     """
-    method = find_method(words)
+    find_method(words)
     chosen = target_modules.select_adapted(words, model)
     trained = target_modules.select_saved(words["modules_to_save"] or [], model)
     if words["ensure_weight_tying"]:
@@ -90,7 +90,8 @@ def make_plan(words: Mapping[str, Any], model: Model) -> Plan:
     )
     kernels = [m for m in chosen if m in model.kernels and _is_plain(model.kernels[m])]
     ranks, alphas = _choose_values(words, kernels, "rank"), _choose_values(words, kernels, "alpha")
-    parts = dict(_node_parts(method, kernels, model, ranks))
+    methods = {m: find_method_for(words, model.kernels[m]) for m in kernels}
+    parts = dict(_node_parts(methods, model, ranks))
     parts |= dict(_trained_parts(trained, model)) | dict(
         _bias_parts(words["bias"], kernels, trained, model)
     )
@@ -107,7 +108,7 @@ def make_plan(words: Mapping[str, Any], model: Model) -> Plan:
     return Plan(
         parts=_add_prefix(parts),
         optional=_add_prefix({n: part for n, part in optional.items() if n not in parts}),
-        methods={model.kernels[m].leaf: method for m in kernels},
+        methods={model.kernels[m].leaf: method for m, method in methods.items()},
         leaves={m: model.kernels[m].leaf for m in kernels},
         ranks=ranks,
         alphas=alphas,
@@ -216,9 +217,9 @@ def _is_plain(weight: Weight) -> bool:
 
 
 def _node_parts(
-    method: Method, kernels: list[str], model: Model, ranks: Mapping[str, int]
+    methods: Mapping[str, Method], model: Model, ranks: Mapping[str, int]
 ) -> Iterator[tuple]:
-    for m in kernels:
+    for m, method in methods.items():
         weight = model.kernels[m]
         for tensor in method.tensors:
             shape = layouts.tensor_shape(weight, tensor.letters, {RANK: ranks[m]})

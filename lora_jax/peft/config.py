@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.peft import biases, tokens
+from lora_jax.peft.initial_values import COMPUTED
 from lora_jax.peft.producers import describe_files, describe_keys
 
 CONFIG = "adapter_config.json"
@@ -50,7 +51,9 @@ IGNORED: dict[str, str] = {
     "inference_mode": "always true in files; whoever loads an adapter says what it is for",
     "peft_version": "version that wrote the file; the words themselves are checked",
     "eva_config": "how factors were first drawn",
+    "corda_config": "acts with init_lora_weights 'corda' alone, which is refused",
     "loftq_config": "acts with init_lora_weights 'loftq' alone, which is refused",
+    "lora_ga_config": "acts with init_lora_weights 'lora_ga' alone, which is refused",
     "megatron_core": "acts with megatron_config alone, which is refused",
     "qalora_group_size": "acts with use_qalora alone, which is refused",
     "runtime_config": "where numbers are kept while PEFT runs",
@@ -61,11 +64,9 @@ IGNORED: dict[str, str] = {
 REFUSED: dict[str, str] = {
     "alora_invocation_tokens": "an adapter that acts from some tokens on (aLoRA)",
     "arrow_config": "routing between adapters (Arrow)",
-    "corda_config": "initial values that change the base (CorDA)",
     "enable_lora": "factors for parts of a fused kernel (PEFT before 0.3)",
     "kasa_config": "a base without its smallest singular values (KaSA)",
     "layer_replication": "a base with layers repeated",
-    "lora_ga_config": "initial values that change the base (LoRA-GA)",
     "megatron_config": "layers of Megatron",
     "monteclora_config": "factors that are drawn (MonteCLoRA)",
     "target_parameters": "factors of bare parameters, such as experts",
@@ -73,9 +74,9 @@ REFUSED: dict[str, str] = {
     "use_qalora": "inputs that are averaged in groups (QA-LoRA)",
     "velora_config": "compressed activations (VeLoRA)",
 }
-# Initial values that leave the base as it is. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA)
-# change the base, so that such an adapter does not belong to the base that it names.
-_INITS = (True, False, "gaussian", "eva", "orthogonal")
+# Initial values that leave the base as it is, and those that the base alone gives again. The others
+# (a randomized PiSSA, CorDA, LoftQ, LoRA-GA) change the base by what no file says.
+_INITS = (True, False, "gaussian", "eva", "orthogonal", *COMPUTED)
 
 
 def read_words(directory: str | Path) -> dict[str, Any]:
@@ -284,7 +285,9 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         _make_map_check(_is_alpha),
     ),
     "init_lora_weights": (
-        f"one of {_INITS}: the others change the base model, which is not supported",
+        f"one of {_INITS}: others freeze a factor, or change the base by what no file says. Of "
+        "these PEFT makes plain LoRA: save_pretrained(..., path_initial_model_for_weight_conversion"
+        "=the adapter before its first step)",
         lambda x: isinstance(x, bool | str) and x in _INITS,
     ),
     tokens.WORD: (

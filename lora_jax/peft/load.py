@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,18 @@ from lora_jax.peft import (
 )
 from lora_jax.peft.adapter_tensors import Plan
 from lora_jax.peft.config import CONFIG, HEADS, read_words
+from lora_jax.peft.initial_values import COMPUTED
 from lora_jax.peft.methods import Method, Reading, find_method
 from lora_jax.peft.misfits import find_misfits, has_values, is_copy
 
 PyTree = Any
 _SLACK = 64 << 20  # bytes that a file may have beyond all weights of the base
 _MAX_PROBLEMS = 30  # problems in one message
+_ORIGINAL_BASE = (
+    "The adapter in {directory} has init_lora_weights {init!r}: what it took from its base is "
+    "computed again from the base given, which must be the original one, not one that PEFT has "
+    "changed and saved. Saved again it is plain LoRA, which does not depend on that."
+)
 
 
 def is_peft(directory: str | Path) -> bool:
@@ -63,18 +70,15 @@ def load_peft(
       ValueError: the files are damaged; words are not supported, each of which is named; or the
         adapter does not fit. All problems are in one message: missing, unexpected and misshapen
         tensors, wrong dtypes, NaN, another base.
+
+    Warns:
+      UserWarning: the first values are those of PiSSA or OLoRA, so that the base must be the
+        original one.
     """
     words = read_words(directory)
     directory_files.check(directory)
     leaves = base_leaves(params)
-    tensors = weights_file.read(Path(directory), _max_bytes(leaves))
-    try:
-        older, plan = _best_plan(words, names, leaves, tensors)
-    except ValueError as error:
-        raise ValueError(f"{Path(directory) / CONFIG} can't be used: {error}.") from error
-    renamed = adapter_tensors.rename_others(plan, tensors)
-    tensors = {renamed.get(n, n): value for n, value in tensors.items()}
-    plan = _fit_plan(plan, tensors, leaves)
+    older, plan, tensors = _read_plan(directory, words, names, leaves)
     misfits = find_misfits(plan.parts, tensors, leaves)
     problems = plan.problems + _find_absent_heads(words, plan, misfits) + misfits
     recorded_base = words["base_model_name_or_path"]
@@ -87,9 +91,45 @@ def load_peft(
         raise ValueError(
             f"The adapter in {directory} can't be used: {'; '.join(_shorten(problems))}."
         )
+    if (init := words["init_lora_weights"]) in COMPUTED:
+        warnings.warn(_ORIGINAL_BASE.format(directory=directory, init=init), stacklevel=2)
     nodes = {n: nodes[n] for n in leaves if n in nodes}
     origin = {"words": words, "older": older, "dtypes": _collect_dtypes(plan, tensors, leaves)}
     return paths.nest(jax.tree.map(jnp.asarray, nodes)), _make_config(words, plan, leaves, origin)
+
+
+def list_trained(directory: str | Path, params: PyTree, *, names: Sequence[Name]) -> list[str]:
+    """Lists the leaves that a PEFT directory trains in full.
+
+    Args:
+      directory: as for :func:`load_peft`.
+      params: base parameters, or ``jax.ShapeDtypeStruct`` in their places.
+      names: table of names of the model family.
+
+    Raises:
+      FileNotFoundError, ValueError: there is no adapter in ``directory``, or it is damaged.
+    """
+    leaves = base_leaves(params)
+    _, plan, _ = _read_plan(directory, read_words(directory), names, leaves)
+    full = {p.weight.leaf for p in plan.parts.values() if p.role == adapter_tensors.TRAINED}
+    return [n for n in leaves if n in full]
+
+
+def _read_plan(
+    directory: str | Path,
+    words: Mapping[str, Any],
+    table: Sequence[Name],
+    leaves: Mapping[str, Any],
+) -> tuple[bool, Plan, dict[str, np.ndarray]]:
+    """Reads the tensors, and finds the plan that the file fits, with its generation of names."""
+    tensors = weights_file.read(Path(directory), _max_bytes(leaves))
+    try:
+        older, plan = _best_plan(words, table, leaves, tensors)
+    except ValueError as error:
+        raise ValueError(f"{Path(directory) / CONFIG} can't be used: {error}.") from error
+    renamed = adapter_tensors.rename_others(plan, tensors)
+    tensors = {renamed.get(n, n): value for n, value in tensors.items()}
+    return older, _fit_plan(plan, tensors, leaves), tensors
 
 
 def _shorten(problems: list[str]) -> list[str]:

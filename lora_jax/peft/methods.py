@@ -16,8 +16,10 @@ from lora_jax import names
 from lora_jax.factors import BATCH
 from lora_jax.lowrank import LowRank
 from lora_jax.methods.dora import DoRA, compute_norms
+from lora_jax.methods.offset import Offset
 from lora_jax.names import Weight
 from lora_jax.nodes import Adapted
+from lora_jax.peft import initial_values
 
 
 class Tensor(NamedTuple):
@@ -91,6 +93,7 @@ class Method:
       config: fields of ``LoRAConfig`` for such an adapter.
       make_node: function that makes a node of what was read. It raises ``ValueError``, with a
         message that goes on from the name of the kernel, where it can't.
+      spares: kinds of weights that PEFT adapts as plain LoRA in spite of the words.
     """
 
     node: type[Adapted]
@@ -98,6 +101,7 @@ class Method:
     tensors: tuple[Tensor, ...]
     config: Mapping[str, Any]
     make_node: Callable[[Reading], Adapted] = _make_node
+    spares: tuple[str, ...] = ()
 
     def field_axes(self, field: str) -> str:
         """Returns the letters of the axes that a field has for one layer."""
@@ -115,6 +119,26 @@ _MAGNITUDE = Tensor(
     ".lora_magnitude_vector",
     others=(".lora_magnitude_vector.weight",),
 )
+
+
+def _make_computed(init: str) -> Method:
+    """Makes the row of first values that are computed from the base."""
+
+    def make_node(reading: Reading) -> Adapted:
+        first = {"a0": reading.values["a"], "b0": reading.values["b"]}
+        node = Offset(**reading.values, **first, scale=reading.scale, axes=reading.axes)
+        return initial_values.rebuild(node, reading.kernel, init)
+
+    return Method(
+        node=Offset,
+        words={"init_lora_weights": init},
+        tensors=_FACTORS,
+        config={"method": "lora", "init": init},
+        make_node=make_node,
+        spares=(names.EMBEDDING,),
+    )
+
+
 # The first has no words of its own: it is what PEFT does if nothing else is asked for.
 METHODS: tuple[Method, ...] = (
     Method(node=LowRank, words={}, tensors=_FACTORS, config={"method": "lora"}),
@@ -125,6 +149,7 @@ METHODS: tuple[Method, ...] = (
         config={"method": "dora"},
         make_node=_make_dora,
     ),
+    *map(_make_computed, initial_values.COMPUTED),
 )
 
 
@@ -142,9 +167,21 @@ def find_method(words: Mapping[str, Any]) -> Method:
     return wanted[0] if wanted else plain
 
 
-def find_method_of(node: Adapted) -> Method | None:
-    """Returns the method of a node; None if it has no form in PEFT's files."""
-    return next((m for m in METHODS if m.node is type(node)), None)
+def find_method_for(words: Mapping[str, Any], weight: Weight) -> Method:
+    """Returns the method with which words adapt a weight; see :func:`find_method`."""
+    method = find_method(words)
+    return METHODS[0] if names.kind(weight) in method.spares else method
+
+
+def find_method_of(node: Adapted, init: str = "") -> Method | None:
+    """Returns the method of a node; None if it has no form in PEFT's files.
+
+    Args:
+      node: the node.
+      init: word of its first values, where several go with its class.
+    """
+    fits = lambda m: m.node is type(node) and init in ("", m.config.get("init", init))
+    return next((m for m in METHODS if fits(m)), None)
 
 
 def describe_words(method: Method) -> str:

@@ -1,11 +1,12 @@
 """``save_peft`` writes an adapter of this library as a PEFT directory."""
 
 import collections
+import dataclasses
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,11 +21,20 @@ from lora_jax.methods.bias import AdaptedBias
 from lora_jax.methods.tokens import Tokens
 from lora_jax.names import Name, Weight
 from lora_jax.nodes import Adapted, is_adapted, scale_array
-from lora_jax.peft import adapter_tensors, biases, layouts, target_modules, tokens
+from lora_jax.peft import (
+    adapter_tensors,
+    biases,
+    initial_values,
+    layouts,
+    saved_modules,
+    target_modules,
+    tokens,
+)
 from lora_jax.peft.adapter_tensors import Part, Plan
 from lora_jax.peft.config import CONFIG, DEFAULTS, HEADS, METADATA, TASKS, find_problems, to_bytes
 from lora_jax.peft.methods import Method, describe_words, find_method_of, find_mixture
 from lora_jax.peft.misfits import base_tensor, is_exact
+from lora_jax.peft.saved_modules import make_error
 from lora_jax.peft.target_modules import Model
 from lora_jax.peft.weights_file import WEIGHTS
 
@@ -32,7 +42,8 @@ PyTree = Any
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 
-class _Content(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Content:
     """An adapter in the terms of the torch model.
 
     Attributes:
@@ -41,6 +52,7 @@ class _Content(NamedTuple):
       trained: weights that are trained in full, by tensor name.
       ranks: ranks by module.
       alphas: alphas by module, with which PEFT computes exactly the scales of the adapter.
+      init: word of the first values that PEFT is to compute again; "" for none.
     """
 
     nodes: dict[str, Any]
@@ -48,6 +60,7 @@ class _Content(NamedTuple):
     trained: dict[str, Weight]
     ranks: dict[str, int]
     alphas: dict[str, float]
+    init: str
 
 
 def save_peft(
@@ -57,6 +70,7 @@ def save_peft(
     config: LoRAConfig,
     *,
     names: Sequence[Name],
+    init: str = "",
     **metadata: Any,
 ) -> None:
     """Writes an adapter as a directory for PEFT, and for all programs that read its format.
@@ -72,6 +86,9 @@ def save_peft(
       adapter: adapter of these parameters.
       config: config, of which dropout, ``rank_stabilized`` and ``origin`` are used.
       names: table of names of the model family.
+      init: "pissa" or "olora" to write kernels that started from these values of this base under
+        that word, with the trained factors alone: PEFT then reads them on the original base. By
+        default they are plain LoRA of twice the rank, which any program reads.
       **metadata: PEFT's words about the adapter as a whole: ``task_type`` ("SEQ_CLS", ...),
         ``base_model_name_or_path``, ``revision``, ``auto_mapping``.
 
@@ -82,13 +99,16 @@ def save_peft(
     """
     leaves, nodes = adapters.base_leaves(params), adapters.nodes(adapter)
     problems = adapters.misfits(leaves, nodes) + _check_metadata(metadata)
+    if init and not problems:
+        problems = initial_values.find_others(nodes, leaves, init)
     if problems:
-        raise _make_error(problems)
+        raise make_error(problems)
+    nodes = nodes if init else initial_values.make_plain(nodes)
     older = bool(config.origin.get("older", False))
     model = target_modules.make_model(_weights(names, leaves, older=older))
-    content, problems = _collect_content(nodes, model, config)
+    content, problems = _collect_content(nodes, model, config, init)
     if problems:
-        raise _make_error(problems)
+        raise make_error(problems)
     words, plan = _choose_words(content, model, config, metadata)
     dtypes = config.origin.get("dtypes")
     dtypes = dtypes if isinstance(dtypes, dict) else {}
@@ -103,10 +123,6 @@ def save_peft(
     write_atomically(directory / CONFIG, to_bytes(words))
 
 
-def _make_error(problems: Sequence[str]) -> ValueError:
-    return ValueError(f"The adapter can't be saved in PEFT's format: {'; '.join(problems)}.")
-
-
 def _weights(table: Sequence[Name], leaves: Mapping[str, Any], *, older: bool) -> list[Weight]:
     return names.weights(table, leaves, older=older)
 
@@ -119,12 +135,13 @@ def _check_metadata(metadata: Mapping[str, Any]) -> list[str]:
 
 
 def _collect_content(
-    nodes: Mapping[str, Any], model: Model, config: LoRAConfig
+    nodes: Mapping[str, Any], model: Model, config: LoRAConfig, init: str
 ) -> tuple[_Content, list[str]]:
     by_leaf: dict[str, list[Weight]] = {}
     for weight in model.weights.values():
         by_leaf.setdefault(weight.leaf, []).append(weight)
-    content, problems = _Content(dict(nodes), {}, {}, {}, {}), []
+    content = _Content(nodes=dict(nodes), kernels={}, trained={}, ranks={}, alphas={}, init=init)
+    problems = []
     for leaf, node in nodes.items():
         rows = by_leaf.get(leaf, [])
         problem = _find_obstacle(leaf, node, rows)
@@ -149,7 +166,7 @@ def _collect_content(
 
 def _find_methods(content: _Content) -> list[Method]:
     """Returns the methods of the adapted kernels, in their order."""
-    return [find_method_of(content.nodes[w.leaf]) for w in content.kernels.values()]
+    return [find_method_of(content.nodes[w.leaf], content.init) for w in content.kernels.values()]
 
 
 def _find_obstacle(leaf: str, node: Any, rows: Sequence[Weight]) -> str:
@@ -221,7 +238,7 @@ def _choose_words(
     plan = adapter_tensors.make_plan(words, model)
     differences = _find_differences(content, plan, config.rank_stabilized)
     if differences:
-        raise _make_error(differences)
+        raise make_error(differences)
     return words, plan
 
 
@@ -243,17 +260,17 @@ def _make_words(
     content: _Content, model: Model, words: Mapping[str, Any], config: LoRAConfig
 ) -> dict[str, Any]:
     """Makes the shortest words for the adapter."""
-    saved, rest = _find_whole_modules(content, model)
+    saved, rest = saved_modules.find_whole(content.trained, model)
     heads = HEADS.get(words["task_type"], ())
-    untrained = _find_untrained_heads(heads, saved, model)
+    untrained = saved_modules.find_untrained_heads(heads, saved, model)
     if untrained:
-        raise _make_error(
+        raise make_error(
             [
                 f"task_type {words['task_type']} means that {', '.join(untrained)} is trained in "
                 "full, and it is not"
             ]
         )
-    entries = [e for e in _find_saved_entries(saved, model) if e not in heads]
+    entries = [e for e in saved_modules.find_entries(saved, model) if e not in heads]
     inside = [m for m in model.modules if any(f"{m}.".startswith(f"{s}.") for s in saved)]
     targets = target_modules.shortest_entries(content.kernels, model, inside)
     rank = _most_frequent(content.ranks, config.rank)
@@ -264,7 +281,7 @@ def _make_words(
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
-        "bias": _choose_bias(rest, content, model),
+        "bias": saved_modules.choose_bias(rest, content.trained, content.kernels, model),
         "ensure_weight_tying": any(w.row.tied for w in content.trained.values()),
         "r": rank,
         "lora_alpha": alpha,
@@ -287,61 +304,6 @@ def _most_frequent(values: Mapping[str, Any], configured: float) -> Any:
     return min(counts, key=lambda v: (v != configured, -counts[v], v))
 
 
-def _find_whole_modules(content: _Content, model: Model) -> tuple[list[str], dict[str, Weight]]:
-    """Finds the largest modules all of whose weights are trained, and the weights left over."""
-    whole: list[str] = []
-    for m in model.modules:  # parents first
-        weights_inside = adapter_tensors.module_weights(m, model)
-        is_covered = any(m.startswith(f"{other}.") for other in whole)
-        is_trained = all(w.hf in content.trained for w in weights_inside)
-        if weights_inside and is_trained and not is_covered:
-            whole.append(m)
-    prefixes = tuple(f"{m}." for m in whole)
-    rest = {n: w for n, w in content.trained.items() if not (prefixes and n.startswith(prefixes))}
-    return whole, rest
-
-
-def _find_untrained_heads(heads: Iterable[str], saved: Sequence[str], model: Model) -> list[str]:
-    is_inside = lambda m: any(f"{m}.".startswith(f"{other}.") for other in saved)
-    return [m for m in target_modules.select_saved(heads, model) if not is_inside(m)]
-
-
-def _find_saved_entries(saved: Sequence[str], model: Model) -> list[str]:
-    """Finds entries for modules_to_save, where a name selects all names that end in it."""
-    entries = {}
-    for m in saved:
-        fits = lambda e: set(target_modules.select_saved([e], model)) <= set(saved)
-        entry = next((e for e in target_modules.suffixes(m) if fits(e)), None)
-        if entry is None:
-            also = [x for x in target_modules.select_saved([m], model) if x not in saved]
-            raise _make_error(
-                [
-                    f"{m} is trained in full, and PEFT would train {', '.join(also)} with it, "
-                    "whose name ends in the same letters; train that as well"
-                ]
-            )
-        entries[entry] = m
-    return sorted(entries)
-
-
-def _choose_bias(rest: Mapping[str, Weight], content: _Content, model: Model) -> str:
-    """Chooses the setting of bias that stands for the weights outside whole modules."""
-    if not rest:
-        return "none"
-    biases = {n for n in model.weights if n.rpartition(".")[2] == "bias"}
-    if biases <= set(content.trained) and set(rest) <= biases:
-        return "all"
-    if set(rest) == {n for n in biases if names.module(n) in content.kernels}:
-        return "lora_only"
-    raise _make_error(
-        [
-            f"{paths.listing(w.leaf for w in rest.values())} is trained in full, and PEFT trains "
-            "whole modules, all biases, or the biases of the adapted modules; train the whole "
-            "module, or leave it out"
-        ]
-    )
-
-
 def _find_differences(content: _Content, plan: Plan, root: bool) -> list[str]:
     """Says where words do not stand for exactly the adapter."""
     problems = list(plan.problems)
@@ -361,7 +323,8 @@ def _find_differences(content: _Content, plan: Plan, root: bool) -> list[str]:
         problems.append(f"PEFT would train tokens {plan.tokens}, and it has {ids}")
     for m in sorted(modules_of_words & modules_of_adapter):
         node = content.nodes[content.kernels[m].leaf]
-        method, method_of_words = find_method_of(node), plan.methods[content.kernels[m].leaf]
+        method = find_method_of(node, content.init)
+        method_of_words = plan.methods[content.kernels[m].leaf]
         scale = adapter_tensors.peft_scale(plan.alphas[m], plan.ranks[m], root=root)
         exact = scale_array(node)
         if method is not method_of_words:

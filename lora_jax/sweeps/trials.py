@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from lora_jax.methods.initial_values import PLAIN
 from lora_jax.training import config_fields, config_files, workdirs
 from lora_jax.training.config_fields import field_names
 from lora_jax.training.task import Recipe
@@ -210,7 +211,10 @@ def group(trials: Sequence[Trial]) -> list[list[Trial]]:
 def group_key(config: ConfigDict) -> str:
     """Returns a text that is the same for the configs of one group."""
     names = [field for field in field_names(config) if field not in DATA_FIELDS]
-    return json.dumps({name: _plain_value(config, name) for name in names}, sort_keys=True)
+    values = {name: _plain_value(config, name) for name in names}
+    if "lora.init" in values:  # of which the class of nodes alone is more than data
+        values["lora.init"] = values["lora.init"] in PLAIN
+    return json.dumps(values, sort_keys=True)
 
 
 def select(trials: Sequence[Trial], filters: Iterable[str]) -> list[Trial]:

@@ -49,8 +49,7 @@ def load(
     if any(map(_is_narrow, paths.named_leaves(params).values())):
         # The file may have more digits than the base: find out of which leaves.
         shapes = jax.eval_shape(_widen_params, params)
-        trained = _list_trained(peft.load_peft(directory, shapes, names=table)[0])
-        params = _widen_params(params, trained)
+        params = _widen_params(params, peft.list_trained(directory, shapes, names=table))
     adapter, config = peft.load_peft(directory, params, names=table)
     missing = missing_leaves(adapter, loaded)
     if missing:
@@ -73,11 +72,6 @@ def _check_head(directory: str | Path, loaded: checkpoints.Loaded) -> None:
             f"{loaded.checkpoint.name} is used here with the head {loaded.head!r}: use a program "
             "for the adapter's task (predict classifies, chat replies)."
         )
-
-
-def _list_trained(adapter: PyTree) -> list[str]:
-    """Lists the leaves that are trained in full."""
-    return [n for n, x in adapters.nodes(adapter).items() if not is_adapted(x)]
 
 
 def _is_narrow(x: Any) -> bool:
@@ -231,6 +225,7 @@ def save_peft(
     config: lora.LoRAConfig,
     *,
     base: str | None,
+    init: str = "",
 ) -> None:
     """Writes an adapter in PEFT's format.
 
@@ -241,6 +236,7 @@ def save_peft(
       config: settings of the adapter.
       base: name of the base for the file, with its revision if it has one; None keeps the one that
         came with the adapter. A path is written as an absolute one.
+      init: as in :func:`lora_jax.peft.save_peft`.
 
     Raises:
       ValueError: as :func:`lora_jax.peft.save_peft`; or leaves were freshly drawn for the base and
@@ -260,7 +256,7 @@ def save_peft(
     if not config.origin and loaded.head in _TASK_TYPES:
         about |= {"task_type": _TASK_TYPES[loaded.head]}
     table = checkpoints.names(loaded)
-    peft.save_peft(directory, loaded.params, adapter, config, names=table, **about)
+    peft.save_peft(directory, loaded.params, adapter, config, names=table, init=init, **about)
 
 
 def _describe_base_words(base: str | None, config: lora.LoRAConfig) -> dict[str, Any]:

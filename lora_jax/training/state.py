@@ -9,8 +9,9 @@ from ml_collections import ConfigDict
 
 import lora_jax as lora
 from lora_jax import adapter as adapters
+from lora_jax.methods.initial_values import FROM_GRADIENTS
 from lora_jax.training import durations, nan_guard, optimizer
-from lora_jax.training.task import Task
+from lora_jax.training.task import Batch, Task
 
 PyTree = Any
 
@@ -55,7 +56,7 @@ def initial_state(
     key = jax.random.key(config.seed)
     init_key, run_key = jax.random.split(key)
     if task.adapter is None:
-        adapter = lora.init(init_key, task.apply, task.base, lora_config, task.train_batch(0), None)
+        adapter = _make_adapter(init_key, task, lora_config, config)
     else:  # a copy, since the step donates its state
         adapter = jax.tree.map(lambda x: jnp.array(x, copy=True), task.adapter)
     # So runs with other alphas and rates have states of one structure, that of checkpoints; the
@@ -73,6 +74,26 @@ def initial_state(
         nan_guard.initial_health(),
     )
     return state._replace(key=jax.random.wrap_key_data(state.key)), tx
+
+
+def _make_adapter(
+    key: jax.Array, task: Task, lora_config: lora.LoRAConfig, config: ConfigDict
+) -> PyTree:
+    if lora_config.init != FROM_GRADIENTS:
+        return lora.init(key, task.apply, task.base, lora_config, task.train_batch(0), None)
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"lora.init={FROM_GRADIENTS!r} is for one process, and there are "
+            f"{jax.process_count()}: each has other rows of a batch. Make the adapter in a run of "
+            "one process, and go on from it with --adapter."
+        )
+
+    def compute_loss(params: PyTree, batch: Batch) -> jax.Array:
+        sums = task.metrics(task.apply(params, batch, None), batch)
+        return sums[0] / sums[-1]
+
+    batches = map(task.train_batch, range(config.init_batches))
+    return lora.init_from_gradients(key, compute_loss, task.base, lora_config, *batches)
 
 
 def unwrap_key(state: TrainState) -> TrainState:

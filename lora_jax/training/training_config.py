@@ -19,6 +19,7 @@ ACTIONS = ("stop", "skip")
 LEAST = {
     "batch_size": 1,
     "eval_batch_size": 1,
+    "init_batches": 1,
     "accumulate": 1,
     "epochs": 1,
     "log_every": 1,

@@ -23,6 +23,7 @@ RANK = 2
 METHODS = {
     "lora": dict(rank=RANK, alpha=3.0),
     "dora": dict(rank=RANK, alpha=3.0, method="dora"),
+    "offset": dict(rank=RANK, alpha=3.0, init="pissa"),
     "lora_head": dict(rank=RANK, alpha=3.0, train=("head",)),
     "bitfit": dict(targets=(), train=("re:.*bias",)),
     "probe": dict(targets=(), train=("head",)),
@@ -108,7 +109,12 @@ def pairs(*, slow):
     return pytest.mark.parametrize(("model", "method"), cases)
 
 
-both = pairs(slow=lambda model, method: model != "mlp" and (model, method) != ("scanned", "lora"))
+# Offsets are of the class that test_initial_values.py has by default.
+both = pairs(
+    slow=lambda model, method: (
+        (model != "mlp" or method == "offset") and (model, method) != ("scanned", "lora")
+    )
+)
 SOME = (*FEW, "attention", "conv", "experts", "tied", "nnx", "lstm_optimized", "remat")
 widely = pairs(
     slow=lambda model, method: model not in FEW and (model not in SOME or method != "lora_head")
@@ -284,7 +290,7 @@ def test_saved_and_loaded_exactly(model, method, tmp_path):
 
 @pytest.mark.parametrize(
     ("model", "method"),
-    [grouped(m, x, slow=x != "lora") for x in ("lora", "dora") for m in zoo.ZOO],
+    [grouped(m, x, slow=x != "lora") for x in ("lora", "dora", "offset") for m in zoo.ZOO],
 )
 def test_every_use_is_factored(model, method):
     c = case(model, method)

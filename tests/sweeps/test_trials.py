@@ -162,3 +162,10 @@ def test_rungs(halving, runs):
     for total in (halving**rungs, 1000):
         steps = [scheduler.rung_step(total, halving, rungs, r) for r in range(1, rungs + 1)]
         assert [0, *steps, total] == sorted({0, *steps, total})
+
+
+def test_initial_values_of_one_class_of_nodes_share_a_program():
+    """Offsets have two arrays more than plain LoRA, and so another program."""
+    runs = made(*({"lora.init": x} for x in ("uniform", "pissa", "gaussian", "olora", "lora_ga")))
+    found = [[trial.config.lora.init for trial in group] for group in trials.group(runs)]
+    assert found == [["uniform", "gaussian"], ["pissa", "olora", "lora_ga"]]
