@@ -8,6 +8,7 @@ import pytest
 import lora_jax as lora
 from lora_jax import adapter as adapters
 from lora_jax.methods.tokens import Tokens
+from lora_jax.models import added_tokens, checkpoints
 from lora_jax.peft import load_peft, save_peft
 from tests.helpers import family_parity
 
@@ -112,3 +113,38 @@ def test_an_adapter_made_here_is_opened_by_peft(tied, tmp_path):
     family_parity.assert_same_logits(
         np.asarray(logits), family_parity.torch_logits(opened, given), given
     )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_added_tokens_in_transformers(tied, tmp_path):
+    """The lines that an export prints: the base is resized, and PEFT puts the rows into it."""
+    this = case("llama", tied)
+    model = family_parity.torch_model(this, 0)
+    size = model.config.vocab_size
+    model.save_pretrained(tmp_path / "base")
+    loaded = checkpoints.load(tmp_path / "base", head="causal-lm")
+    loaded = added_tokens.resize(loaded, size + 2)
+    ids = dict.fromkeys(added_tokens.find_leaves(loaded), (size, 5, size + 1))
+    config = lora.LoRAConfig(rank=2, targets=("q_proj",), train_tokens=ids)
+    given = {"input_ids": np.array([[3, size, 5, size + 1, 7]])}
+    adapter = lora.init(
+        jax.random.key(0), loaded.model.apply, loaded.params, config, given["input_ids"]
+    )
+    noise = lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape)
+    adapter = jax.tree.map(noise, adapter)
+    names = checkpoints.names(loaded)
+    save_peft(tmp_path / "a", loaded.params, adapter, config, names=names, task_type="CAUSAL_LM")
+    merged = lora.merge(loaded.params, adapter)
+    ours = np.asarray(loaded.model.apply(merged, given["input_ids"]))
+
+    family_parity.quiet(model.resize_token_embeddings, size + 2)
+    opened = family_parity.opened_by_peft(model, tmp_path / "a").eval()
+    theirs = family_parity.torch_logits(opened, given)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+
+    checkpoints.save_hf(
+        tmp_path / "merged", loaded.params, loaded.checkpoint, head="causal-lm", adapter=adapter
+    )
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    theirs = family_parity.torch_logits(again, given)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
