@@ -11,8 +11,8 @@ import pytest
 
 import lora_jax as lora
 from lora_jax import adapter as adapters
-from lora_jax import fields
 from lora_jax.lowrank import LowRank
+from lora_jax.methods.bias import AdaptedBias
 from lora_jax.methods.tokens import Tokens
 from lora_jax.nodes import is_adapted
 from tests.helpers import zoo
@@ -28,9 +28,11 @@ METHODS = {
     "bitfit": dict(targets=(), train=("re:.*bias",)),
     "probe": dict(targets=(), train=("head",)),
     "full": dict(targets=(), train=("re:.*",)),
+    "biases": dict(rank=RANK, alpha=3.0, adapt_bias=True),
     "tokens": dict(rank=RANK, alpha=3.0, train_tokens={"embed": (9, 2, 3)}),
 }
-HAVE_TOKENS = ("tied",)
+# What not every model of the zoo has: a table of tokens, a bias beside each kernel.
+ONLY = {"tokens": ("tied",), "biases": ("mlp", "scanned")}
 
 
 class Case:
@@ -104,7 +106,7 @@ def pairs(*, slow):
         grouped(model, method, slow=slow(model, method))
         for model in zoo.ZOO
         for method in METHODS
-        if method != "tokens" or model in HAVE_TOKENS
+        if model in ONLY.get(method, (model,))
     ]
     return pytest.mark.parametrize(("model", "method"), cases)
 
@@ -224,7 +226,7 @@ def test_count_of_trainable_parameters(model, method):
     leaves = adapters.nodes(c.model.params)
     want = 0
     for name, x in adapters.nodes(c.adapter).items():
-        if is_adapted(x) and not isinstance(x, Tokens):
+        if is_adapted(x) and not isinstance(x, Tokens | AdaptedBias):
             size = lambda role, name=name, x=x: int(
                 np.prod(
                     [n for n, axis in zip(leaves[name].shape, x.axes, strict=True) if axis == role]
@@ -232,9 +234,10 @@ def test_count_of_trainable_parameters(model, method):
             )
             want += size("b") * RANK * (size("i") + size("o"))
             want += size("b") * size("o") * (method == "dora")  # a magnitude for each output
-        else:  # of a table some rows may be trained
-            want += sum(x.size for x in jax.tree.leaves(x))
-            assert fields.count(x)[0] == leaves[name].size or isinstance(x, Tokens)
+        elif isinstance(x, Tokens):
+            want += x.values.size
+        else:
+            want += leaves[name].size
     assert lora.summary(c.model.params, c.adapter).startswith(f"trainable params: {want:,d} ||")
 
 
