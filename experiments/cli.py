@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 from absl import app, flags, logging
 
-from experiments import processes
+from experiments import environment, processes
 from lora_jax.training import preemption, workdirs
 
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
@@ -32,6 +32,7 @@ def run(main: Callable[[list[str]], None]) -> None:
             logging.set_verbosity(logging.FATAL)  # Orbax logs every file it reads or writes
         try:
             check_adapter(flags.FLAGS["adapter"].value if "adapter" in flags.FLAGS else None)
+            environment.start_cache()
             processes.start()
             main(list(argv[1:]))
         except preemption.Stopped as stopped:
@@ -54,6 +55,12 @@ def run(main: Callable[[list[str]], None]) -> None:
 def say(text: str) -> None:
     """Prints a line of a report at once, also into a file or a pipe."""
     print(text, flush=True)
+
+
+def say_all(*texts: str) -> None:
+    """Prints the texts that are not empty, each as a line of a report."""
+    for text in filter(None, texts):
+        say(text)
 
 
 def check_adapter(directory: str | None) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import cli, config_flag, evaluation, next_commands, recipes
+from experiments import cli, config_flag, environment, evaluation, next_commands, recipes
 from lora_jax.tasks import from_config
 from lora_jax.tasks.glue import find
 from lora_jax.training import mesh, metric_writer, train, workdirs
@@ -57,6 +57,8 @@ def prepare(argv: list[str], recipe: Recipe) -> tuple[ConfigDict, Path, mesh.Dev
     config, workdir = command_line(argv, recipe.resolve, recipe.base_config)
     logging.getLogger("lora_jax").setLevel(logging.ERROR)  # the report names fresh leaves
     recipe.check(config)
+    choice = from_config.settle_dtype(config, workdir / workdirs.CONFIG)
+    cli.say_all(choice, environment.describe_pages())
     return config, workdir, mesh.find(config)
 
 

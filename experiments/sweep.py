@@ -12,10 +12,10 @@ import time
 
 from absl import flags
 
-from experiments import cli, config_flag, next_commands, recipes
+from experiments import cli, config_flag, environment, next_commands, recipes
 from experiments.config_flag import Command
 from lora_jax.sweeps import scheduler, sweep_dirs, trials
-from lora_jax.tasks import own_texts
+from lora_jax.tasks import from_config, own_texts
 from lora_jax.training import config_files, metric_writer, workdirs
 from lora_jax.training.task import Recipe
 
@@ -45,6 +45,8 @@ def main(argv: list[str]) -> None:
     recipe = recipes.RECIPES[_PROGRAM.value]
     command = _read_command(argv, recipe)
     base = command.config
+    choice = from_config.settle_dtype(base, command.workdir / workdirs.SWEEP)
+    cli.say_all(choice, environment.describe_pages())
     sweep = _make_sweep(command, recipe)
     sweep_dirs.check(command.workdir, base, sweep.halving)
     print(_list_runs(sweep), flush=True)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lora_jax import paths
 from lora_jax.adapter import bind, nodes
 from lora_jax.nodes import is_adapted_kernel
 from lora_jax.transform import interpreter
@@ -25,19 +26,30 @@ class KernelUse:
     fallbacks: tuple[str, ...]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Explanation:
-    """The uses of each adapted kernel; prints as a table."""
+    """The uses of each adapted kernel; prints as a table, where layers that are alike are one row.
+
+    Attributes:
+      kernels: uses by name of the kernel.
+    """
 
     kernels: Mapping[str, KernelUse]
 
     def __str__(self) -> str:
-        rows = [f"{len(self.kernels)} adapted kernels"]
+        alike: dict[tuple[str, KernelUse], list[str]] = {}
         for name, use in self.kernels.items():
+            alike.setdefault((paths.fold_layers(name), use), []).append(name)
+        rows = [f"{len(self.kernels)} adapted kernels"]
+        for (folded, use), names in alike.items():
+            name, times = (folded, f" ({len(names)} times)") if names[1:] else (names[0], "")
             unused = "" if use.factored or use.fallbacks else " (never used)"
-            rows.append(f"{name}: factored {use.factored}, formed {len(use.fallbacks)}{unused}")
+            counts = f"factored {use.factored}, formed {len(use.fallbacks)}"
+            rows.append(f"{name}{times}: {counts}{unused}")
             rows += [f"    formed by {reason}" for reason in use.fallbacks]
         return "\n".join(rows)
+
+    __repr__ = __str__  # so that a notebook shows the table
 
 
 def explain(

@@ -192,10 +192,13 @@ def contract(
       out_sharding: explicit sharding of the result, a ``NamedSharding``; both products get theirs
         from it.
       **options: ``precision`` and ``preferred_element_type`` of the second product.
+
+    Returns:
+      The product, in the preferred dtype; of bfloat16 operands on a CPU in float32.
     """
     (x_in, k_in), (x_batch, k_batch) = dims
     n_lead = next((d for d in range(x.ndim) if d in x_in), x.ndim)
-    by_rows = n_lead > 1 and not x_batch and jax.default_backend() == "cpu"
+    by_rows = n_lead > 1 and not x_batch and _is_on_cpu()
     if by_rows and out_sharding is None and not _is_sharded(x, range(n_lead)):
         return _contract_rows(x, a, b, axes, dims=dims, x_first=x_first, n_lead=n_lead, **options)
     a_axes, b_axes = positions(axes, BATCH + IN), positions(axes, BATCH)
@@ -214,21 +217,37 @@ def contract(
     sharding = _sharding_by_axis(out_sharding, axes_of_result)
 
     a_dims = ([a_axes.index(k) for k in k_in], [a_axes.index(k) for k in k_batch])
+    sums = _sums_in_float32(x, a, b)
     t = lax.dot_general(
         x,
         a,
         ((x_in, a_dims[0]), (x_batch, a_dims[1])),
         precision=options.get("precision"),
+        **sums,
         **sharding([*batch, *rows, *stacked, "rank"]),
-    )
+    ).astype(x.dtype)
     shared, first_free = len(k_batch), len(k_batch) + len(x_free)
     t_batch = [*range(shared), *range(first_free, t.ndim - 1)]
     b_batch = [b_axes.index(k) for k in (*k_batch, *free_batch)]
     dims = (((t.ndim - 1,), (len(b_axes),)), (t_batch, b_batch))
-    y = lax.dot_general(t, b, dims, **options, **sharding(axes_of_y))
+    y = lax.dot_general(t, b, dims, **options | sums, **sharding(axes_of_y))
     if axes_of_y == axes_of_result:
         return y
     return lax.transpose(y, [axes_of_y.index(axis) for axis in axes_of_result])
+
+
+def _sums_in_float32(*arrays: Array) -> dict[str, Any]:
+    """Returns the option that makes XLA for CPU fast at bfloat16; see :mod:`lora_jax.products`.
+
+    Elsewhere sums are in float32 anyway. The gradients are those of JAX, so that there is one in
+    forward mode too: the factors are narrow, and cost little in any form.
+    """
+    is_narrow = all(x.dtype == jnp.bfloat16 for x in arrays)
+    return {"preferred_element_type": jnp.float32} if is_narrow and _is_on_cpu() else {}
+
+
+def _is_on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
 
 
 def _sharding_by_axis(out_sharding: Any, result_axes: list) -> Callable[[list], dict[str, Any]]:

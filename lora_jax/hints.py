@@ -1,7 +1,8 @@
-"""Other libraries' names for the fields of :class:`~lora_jax.config.LoRAConfig`, for its errors."""
+"""Hints for errors: other libraries' words for a config's fields, and arguments of a wrong kind."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 _OTHER_NAMES = {
     "adapt_bias": ("lora_bias",),
@@ -31,6 +32,47 @@ _ALTERNATIVES = {
     "weight_qtype": "quantized training is not supported",
     "base_model_name_or_path": "lora_jax.save takes the id of the base",
 }
+
+
+# What a module of each library is given as, in place of itself.
+_MODULES = {
+    "flax.linen": "give module.apply, whose first argument are the variables",
+    "flax.nnx": "lora_jax.from_nnx(module) makes a function and its parameters of it",
+    "keras": "lora_jax.from_keras(model) makes a function and its parameters of it",
+}
+
+
+def check_function(fn: Any) -> None:
+    """Checks that ``fn`` is a function of parameters, and not a module that holds its own.
+
+    Raises:
+      TypeError: it is none; the message says what to give.
+    """
+    homes = [x.__module__ for x in type(fn).__mro__ if x.__name__ in ("Module", "Layer")]
+    fits = lambda library: any(home == library or home.startswith(f"{library}.") for home in homes)
+    if hint := next((text for library, text in _MODULES.items() if fits(library)), ""):
+        raise TypeError(
+            f"A function fn(params, ...) is wanted, and {type(fn).__name__} is a module: {hint}."
+        )
+    if not callable(fn):
+        raise TypeError(f"A function fn(params, ...) is wanted, got {_describe(fn)}.")
+
+
+def check_config(config: Any, cls: type) -> None:
+    """Checks that ``config`` is one of this library.
+
+    Raises:
+      TypeError: it is none; the message says how to make one.
+    """
+    if not isinstance(config, cls):
+        how = ": LoRAConfig(**config) makes one" if isinstance(config, Mapping) else ""
+        raise TypeError(f"A LoRAConfig is wanted, got {_describe(config)}{how}.")
+
+
+def _describe(x: Any) -> str:
+    """Describes an argument by its type, and by its value if that is short."""
+    text = repr(x)
+    return type(x).__name__ + (f" {text}" if len(text) <= 60 else "")
 
 
 def unknown_fields(unknown: Iterable[str], fields: Iterable[str]) -> str:

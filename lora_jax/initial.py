@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax import paths
+from lora_jax import hints, paths
 from lora_jax.adapted_biases import find_biases, init_biases
 from lora_jax.adapter import base_leaves
 from lora_jax.config import ALL_LINEAR, LoRAConfig
@@ -203,6 +203,8 @@ def choose(
       kwargs: example keyword arguments.
       leaves: leaves of ``params`` by name.
     """
+    hints.check_config(config, LoRAConfig)
+    hints.check_function(fn)
     real = [n for n, x in leaves.items() if is_real(x)]
     train_hits = paths.select(config.train, real, what="train")
     trained = frozenset(n for hits in train_hits.values() for n in hits)

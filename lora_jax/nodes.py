@@ -13,6 +13,7 @@ parameters. :func:`as_node` turns such an array into a node with a table, too.
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -86,6 +87,39 @@ class Node:
     def describe_misfit(self, shape: tuple[int, ...]) -> str:
         """Says why the node is not for a leaf of a shape that its arrays fit; "" if it is."""
         return ""
+
+    def __repr__(self) -> str:
+        """Describes arrays by dtype and shape, as in ``LowRank(a=f32[768,8], ..., axes='io')``."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        is_left_out = lambda x: x is None or (isinstance(x, str | float) and not x)
+        shown = {name: x for name, x in fields.items() if not is_left_out(x)}
+        return (
+            f"{type(self).__name__}({', '.join(f'{n}={_describe(x)}' for n, x in shown.items())})"
+        )
+
+    def __jax_array__(self) -> Array:
+        """Refuses to be an array, for functions that take a bound tree for plain parameters.
+
+        Raises:
+          TypeError: always.
+        """
+        name = getattr(self, "name", "")
+        raise TypeError(
+            f"The leaf {name!r} of the parameters is bound to an adapter, and is no array. Call "
+            "lift(fn)(bound, ...) in place of fn(bound, ...), or give fn the plain arrays of "
+            "merge(params, adapter)."
+            if is_bound(self)
+            else "An entry of an adapter is no array: bind(params, adapter) puts it onto the "
+            "parameters, for lift(fn), and merge(params, adapter) makes plain arrays."
+        )
+
+
+def _describe(x: Any) -> str:
+    """Describes a field of a node in a few characters."""
+    if is_node(x) or not (hasattr(x, "shape") and hasattr(x, "dtype")):
+        return repr(x)
+    short = re.sub("(float|uint|int|complex)", lambda match: match[0][0], jnp.dtype(x.dtype).name)
+    return f"{short}[{','.join(map(str, x.shape))}]"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -86,9 +86,12 @@ def matches(pattern: str, name: str) -> bool:
 
     A plain pattern is a module or leaf name, or several joined by ``/``; it selects every leaf at
     or below a path that ends in it. Only whole components count: ``"query"`` does not select
-    ``query_norm``. ``"re:..."`` is a regular expression that must match the whole name.
+    ``query_norm``. A ``*`` stands for any characters within a component, as in what
+    :func:`listing` shows. ``"re:..."`` is a regular expression that must match the whole name.
 
     >>> matches("query", "layer_0/attention/query/kernel")
+    True
+    >>> matches("layer_*/attention", "layer_0/attention/query/kernel")
     True
     >>> matches("attention/query", "layer_0/attention/query/kernel")
     True
@@ -99,6 +102,9 @@ def matches(pattern: str, name: str) -> bool:
     """
     if pattern.startswith(REGEX):
         return re.fullmatch(pattern.removeprefix(REGEX), name) is not None
+    if "*" in pattern:
+        within = re.escape(pattern.strip("/")).replace(r"\*", "[^/]*")
+        return re.search(f"(?:^|/){within}(?:/|$)", name) is not None
     # Bounded by separators on both sides, a substring is a run of whole components.
     return f"/{pattern.strip('/')}/" in f"/{name}/"
 
@@ -139,7 +145,8 @@ def describe_misses(missing: Iterable[str], names: Iterable[str], *, what: str) 
 def _expression_hint(pattern: str, names: Iterable[str]) -> str:
     """Says what to write instead of a regular expression in another library's convention."""
     is_expression, path = pattern.startswith(REGEX), pattern.replace(".", "/")
-    if path != pattern and any(matches(path, name) for name in names):
+    is_dotted = path != pattern and "*" not in path
+    if is_dotted and any(matches(path, name) for name in names):
         return f"the parts of a path are joined by '/': {path!r}"
     text = pattern.removeprefix(REGEX)
     if not is_expression and not re.search(r"[\\*+?\[\](){}|^$]|\.", text):
@@ -169,9 +176,18 @@ def listing(names: Iterable[str], most: int = 40) -> str:
     >>> listing(["layer_0/kernel", "layer_1/kernel", "head"])
     'layer_*/kernel, head'
     """
-    short = list(dict.fromkeys(re.sub(r"(^|[/_])\d+(?=/|$)", r"\1*", name) for name in names))
+    short = list(dict.fromkeys(map(fold_layers, names)))
     tail = f", ... ({len(short) - most} more)" if len(short) > most else ""
     return (", ".join(short[:most]) + tail) or "none"
+
+
+def fold_layers(name: str) -> str:
+    """Puts ``*`` in place of the numbers of layers in a name.
+
+    >>> fold_layers("layer_0/mlp/1/kernel")
+    'layer_*/mlp/*/kernel'
+    """
+    return re.sub(r"(^|[/_])\d+(?=/|$)", r"\1*", name)
 
 
 def nest(named: Mapping[str, Any]) -> dict[str, Any]:

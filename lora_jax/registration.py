@@ -37,6 +37,7 @@ def register(cls: N) -> N:
             f"{nodes.KINDS[cls.kind].__name__}; choose another."
         )
     nodes.KINDS[cls.kind] = cls
+    cls.__repr__ = Node.__repr__  # in place of that of the dataclass
     jax.tree_util.register_pytree_with_keys(
         cls, _flatten_with_keys, lambda rest, children: _unflatten(cls, rest, children), _flatten
     )

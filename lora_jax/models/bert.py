@@ -18,7 +18,7 @@ from lora_jax.models.encoder import (
     EncoderModel,
 )
 from lora_jax.models.families import CLASSIFIER, ENCODER, Family
-from lora_jax.models.layers import Dropout
+from lora_jax.models.layers import Dropout, dense
 from lora_jax.names import Name
 
 Array = jax.Array
@@ -67,7 +67,7 @@ class BertForSequenceClassification(EncoderForSequenceClassification):
         c = self.config
         x = Dropout(c.head_dropout)(x, deterministic=deterministic)
         init = nn.initializers.normal(c.initializer_range)
-        return nn.Dense(self.num_labels, kernel_init=init, dtype=self.dtype, name="classifier")(x)
+        return dense(self.num_labels, kernel_init=init, dtype=self.dtype, name="classifier")(x)
 
 
 def names(config: BertConfig, *, head: str = CLASSIFIER, scan_layers: bool = False) -> list[Name]:

@@ -23,6 +23,7 @@ from lora_jax.models.layers import (
     Layers,
     apply_layers,
     check_inputs,
+    dense,
     layer_norm,
     make_layers,
 )
@@ -106,7 +107,7 @@ class _Part(nn.Module):
 
     def _dense(self, features: int, name: str) -> nn.Dense:
         init = nn.initializers.normal(self.config.initializer_range)
-        return nn.Dense(features, kernel_init=init, dtype=self.dtype, name=name)
+        return dense(features, kernel_init=init, dtype=self.dtype, name=name)
 
     def _norm(self, name: str) -> nn.LayerNorm:
         return layer_norm(_NORM_EPSILON, self.dtype, name)

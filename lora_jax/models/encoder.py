@@ -23,6 +23,7 @@ from lora_jax.models.layers import (
     Layers,
     apply_layers,
     check_inputs,
+    dense,
     layer_norm,
     make_layers,
 )
@@ -126,7 +127,7 @@ class Part(nn.Module):
 
     def _dense(self, features: int, name: str = "dense") -> nn.Dense:
         init = nn.initializers.normal(self.config.initializer_range)
-        return nn.Dense(features, kernel_init=init, dtype=self.dtype, name=name)
+        return dense(features, kernel_init=init, dtype=self.dtype, name=name)
 
     def _norm(self) -> nn.LayerNorm:
         return layer_norm(self.config.layer_norm_eps, self.dtype, "LayerNorm")
@@ -391,10 +392,8 @@ def names(config: EncoderConfig, *, pooler: bool, scan_layers: bool) -> list[Nam
     rows += tables.norm("embeddings/LayerNorm", "embeddings.LayerNorm")
     layer = [row for flax, hf in _DENSE.items() for row in tables.linear(flax, hf)]
     layer += [row for flax, hf in _NORMS.items() for row in tables.norm(flax, hf)]
-    count = config.num_hidden_layers
-    rows += tables.repeat_layers(
-        "encoder/layer", "encoder.layer", layer, count=count, scan=scan_layers
-    )
+    stack = {"count": config.num_hidden_layers, "scan": scan_layers}
+    rows += tables.repeat_layers("encoder/layer", "encoder.layer", layer, **stack)
     if pooler:
         rows += tables.linear("pooler/dense", "pooler.dense")
     return rows

@@ -21,8 +21,10 @@ from lora_jax.models.kv_cache import Cache
 from lora_jax.models.layers import (
     ACTIVATIONS,
     Dropout,
+    Embed,
     Layers,
     apply_layers,
+    dense,
     layer_norm,
     make_layers,
 )
@@ -61,7 +63,7 @@ class _Part(nn.Module):
         # Projections into the residual stream start smaller, by the root of their number.
         scale = (2 * c.n_layer) ** -0.5 if name == "c_proj" else 1.0
         init = nn.initializers.normal(scale * c.initializer_range)
-        return nn.Dense(features, kernel_init=init, dtype=self.dtype, name=name)
+        return dense(features, kernel_init=init, dtype=self.dtype, name=name)
 
     def _norm(self, name: str | None = None) -> nn.LayerNorm:
         return layer_norm(self.config.layer_norm_epsilon, self.dtype, name)
@@ -155,7 +157,7 @@ class GPT2Model(_Part):
         """Makes the submodules."""
         c = self.config
         init = nn.initializers.normal(c.initializer_range)
-        embed = lambda n: nn.Embed(n, c.n_embd, embedding_init=init, dtype=self.dtype)
+        embed = lambda n: Embed(n, c.n_embd, embedding_init=init, dtype=self.dtype)
         self.wte, self.wpe = embed(c.vocab_size), embed(c.n_positions)
         layers = Layers(c.n_layer, self.scan_layers, self.remat)
         self.h = make_layers(GPT2Block, layers, config=c, dtype=self.dtype)
@@ -222,9 +224,7 @@ class GPT2LMHeadModel(nn.Module):
         self.transformer = GPT2Model(c, dtype=self.dtype, **stack)
         if not c.tie_word_embeddings:
             init = nn.initializers.normal(c.initializer_range)
-            self.lm_head = nn.Dense(
-                c.vocab_size, use_bias=False, kernel_init=init, dtype=self.dtype
-            )
+            self.lm_head = dense(c.vocab_size, use_bias=False, kernel_init=init, dtype=self.dtype)
 
     def __call__(
         self,

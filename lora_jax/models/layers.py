@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
 from jax import lax
 from jax.typing import DTypeLike
 
+from lora_jax import products
 from lora_jax.dropout import dropout
 from lora_jax.models.attention import WeightDropout
 
@@ -43,6 +45,25 @@ def layer_norm(epsilon: float, dtype: DTypeLike, name: str | None = None) -> nn.
     """Makes a LayerNorm (Ba et al. 2016) that computes as torch's does."""
     # It makes two passes over the features, since E[x²] - E[x]² loses digits in float32.
     return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
+
+
+def dense(features: int, **fields: Any) -> nn.Dense:
+    """Makes an ``nn.Dense`` that sums bfloat16 products in float32; see :mod:`lora_jax.products`.
+
+    Args:
+      features: size of the last axis of the result.
+      **fields: further fields of ``nn.Dense``.
+    """
+    return nn.Dense(features, dot_general=products.dot_general, **fields)
+
+
+class Embed(nn.Embed):
+    """An ``nn.Embed`` whose ``attend`` sums bfloat16 products in float32."""
+
+    def attend(self, query: Array) -> Array:
+        """Multiplies ``query (..., features)`` by the rows of the table: ``(..., entries)``."""
+        query, table = promote_dtype(query, self.embedding, dtype=self.dtype)
+        return products.dot_general(query, table, (((query.ndim - 1,), (1,)), ((), ())))
 
 
 class Dropout(nn.Module):

@@ -22,9 +22,11 @@ from lora_jax.models.kv_cache import Cache
 from lora_jax.models.layers import (
     ACTIVATIONS,
     Dropout,
+    Embed,
     Layers,
     RMSNorm,
     apply_layers,
+    dense,
     make_layers,
 )
 from lora_jax.models.llama_config import FULL, SLIDING, VARIANTS, LlamaConfig, names
@@ -74,7 +76,7 @@ class _Part(nn.Module):
 
     def _dense(self, features: int, name: str, *, bias: bool = False) -> nn.Dense:
         init = nn.initializers.normal(self.config.initializer_range)
-        return nn.Dense(features, use_bias=bias, kernel_init=init, dtype=self.dtype, name=name)
+        return dense(features, use_bias=bias, kernel_init=init, dtype=self.dtype, name=name)
 
     def _norm(self, name: str | None = None) -> RMSNorm:
         offset = self.config.variant.norm_offset
@@ -180,7 +182,7 @@ class LlamaModel(_Part):
         """Makes the submodules."""
         c = self.config
         init = nn.initializers.normal(c.initializer_range)
-        self.embed_tokens = nn.Embed(
+        self.embed_tokens = Embed(
             c.vocab_size, c.hidden_size, embedding_init=init, dtype=self.dtype
         )
         layers = Layers(c.num_hidden_layers, self.scan_layers, self.remat)
@@ -231,9 +233,7 @@ class LlamaForCausalLM(nn.Module):
         self.model = LlamaModel(c, dtype=self.dtype, **stack)
         if not c.tie_word_embeddings:
             init = nn.initializers.normal(c.initializer_range)
-            self.lm_head = nn.Dense(
-                c.vocab_size, use_bias=False, kernel_init=init, dtype=self.dtype
-            )
+            self.lm_head = dense(c.vocab_size, use_bias=False, kernel_init=init, dtype=self.dtype)
 
     def __call__(
         self,

@@ -1,11 +1,14 @@
 """Attention as one program of XLA's, which writes the scores of all queries and keys to memory."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from lora_jax import products
 
 Array = jax.Array
 
@@ -77,7 +80,9 @@ def attend_ungrouped(
     heads_first = lambda x: x.swapaxes(1, 2)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     query, key, value = map(heads_first, (query * scale, key, value))
-    scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=high)
+    heads = (0, 1), (0, 1)
+    product = functools.partial(products.dot_general, preferred_element_type=high)
+    scores = product(query, key, (((3,), (3,)), heads))
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = scores + bias
@@ -87,5 +92,5 @@ def attend_ungrouped(
         # The two terms of the scores' gradient cancel, so they must be rounded in the same place.
         weights, total = weights / total, 1.0
     weights = drop(weights.astype(value.dtype))
-    y = jnp.einsum("bhqk,bhkd->bhqd", weights, value, preferred_element_type=high)
+    y = product(weights, value, (((3,), (2,)), heads))
     return heads_first(y / total).astype(value.dtype)

@@ -22,9 +22,11 @@ from lora_jax.models.families import OTHER_HEADS, SEQ2SEQ_LM, TOKENS, Family, co
 from lora_jax.models.layers import (
     ACTIVATIONS,
     Dropout,
+    Embed,
     Layers,
     RMSNorm,
     apply_layers,
+    dense,
     make_layers,
 )
 from lora_jax.models.relative_positions import RelativeBias, relative_buckets
@@ -75,7 +77,7 @@ class _Part(nn.Module):
 
     def _dense(self, features: int, stddev: float, name: str | None = None) -> nn.Dense:
         init = nn.initializers.normal(self.config.initializer_factor * stddev)
-        return nn.Dense(features, use_bias=False, kernel_init=init, dtype=self.dtype, name=name)
+        return dense(features, use_bias=False, kernel_init=init, dtype=self.dtype, name=name)
 
     def _norm(self) -> RMSNorm:
         return RMSNorm(self.config.layer_norm_epsilon, self.dtype)
@@ -191,7 +193,7 @@ class T5Stack(_Part):
     def setup(self) -> None:
         """Makes the submodules."""
         c = self.config
-        self.relative_attention_bias = nn.Embed(
+        self.relative_attention_bias = Embed(
             c.relative_attention_num_buckets,
             c.num_heads,
             embedding_init=nn.initializers.normal(c.initializer_factor * c.d_model**-0.5),
@@ -292,12 +294,10 @@ class T5ForConditionalGeneration(nn.Module):
         init = nn.initializers.normal(c.initializer_factor)
         fields = {n: getattr(self, n) for n in ("dtype", "scan_layers", "remat", "attention")}
         stack = functools.partial(T5Stack, c, **fields)
-        self.shared = nn.Embed(c.vocab_size, c.d_model, embedding_init=init, dtype=self.dtype)
+        self.shared = Embed(c.vocab_size, c.d_model, embedding_init=init, dtype=self.dtype)
         self.encoder, self.decoder = stack(decoder=False), stack(decoder=True)
         if not c.tie_word_embeddings:
-            self.lm_head = nn.Dense(
-                c.vocab_size, use_bias=False, kernel_init=init, dtype=self.dtype
-            )
+            self.lm_head = dense(c.vocab_size, use_bias=False, kernel_init=init, dtype=self.dtype)
 
     def __call__(
         self,

@@ -1,6 +1,8 @@
 """The parts of a config that every task has: the adapter's settings, dtypes, options of loading."""
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -9,7 +11,7 @@ from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 import lora_jax as lora
-from lora_jax.models import attention
+from lora_jax.models import attention, fast_dtype
 from lora_jax.models.read_leaves import DECODED
 from lora_jax.schemes import SCHEMES
 from lora_jax.training import mesh, training_config
@@ -55,12 +57,47 @@ def to_config(config: lora.LoRAConfig) -> ConfigDict:
 def dtype(name: str, field: str = "dtype") -> DTypeLike:
     """Returns the dtype called ``name``, the value of a field of the section ``model``.
 
+    The field ``dtype`` may be "auto": see :mod:`lora_jax.models.fast_dtype`.
+
     Raises:
       ValueError: there is no such dtype; the message names the field.
     """
+    if field == "dtype" and name == fast_dtype.AUTO:
+        name = fast_dtype.choose().dtype
     if name not in DTYPES:
-        raise ValueError(f"model.{field} must be one of {sorted(DTYPES)}, got {name!r}.")
+        names = [*sorted(DTYPES), *([fast_dtype.AUTO] if field == "dtype" else [])]
+        raise ValueError(f"model.{field} must be one of {names}, got {name!r}.")
     return DTYPES[name]
+
+
+def settle_dtype(config: ConfigDict, file: Path) -> str:
+    """Replaces the dtype "auto" in a config, so that a run goes on as it began.
+
+    Args:
+      config: config of a run, or the base config of a sweep; it is changed.
+      file: file in which an earlier start of the same run, or sweep, has left its config.
+
+    Returns:
+      What was chosen and why; "" if there was nothing to choose.
+    """
+    model = config.get("model") or {}
+    if model.get("dtype") != fast_dtype.AUTO:
+        return ""
+    stored = _read_stored_dtype(file)
+    choice = fast_dtype.choose() if stored is None else None
+    with config.unlocked():
+        config.model.dtype = stored if choice is None else choice.dtype
+    return f"activations in {stored}, as before" if choice is None else choice.describe()
+
+
+def _read_stored_dtype(file: Path) -> str | None:
+    """Reads the dtype of a run or of a sweep; None if there is none, or the file is damaged."""
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        name = stored.get("config", stored)["model"]["dtype"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # whoever reads the file next says what is wrong with it
+    return name if name in DTYPES else None
 
 
 def dtypes(model: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,10 @@ SWEEP = "sweep.json"  # in the directory of a sweep, whose runs are in directori
 # Fields, or sections, of a config that may differ between a run and its continuation.
 MAY_CHANGE = ("checkpoint_keep", "guard", "mesh", "pmap", "replies")
 # Fields that the configs of older runs lack, with the values that stand for what was done then.
-ADDED = {"eval_at_start": False, "model.quantize": "", "model.attention": "auto"}
+ADDED = {
+    "eval_at_start": False, "model.quantize": "", "model.attention": "auto", "lora.method": "lora",
+    "lora.init": "uniform",
+}  # fmt: skip
 
 
 def check(workdir: Path, config: ConfigDict) -> None:

@@ -16,6 +16,7 @@ from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
+from lora_jax import products
 from lora_jax.transform.kernel import Unfactored
 
 
@@ -193,6 +194,27 @@ def call(eqn: JaxprEqn) -> Body:
     if jaxpr is None:
         _require(eqn, "jaxpr")
     return _check_arity(eqn, body_of(jaxpr), len(eqn.invars), len(eqn.outvars))
+
+
+def view_product(eqn: JaxprEqn) -> JaxprEqn:
+    """Returns the ``dot_general`` that a call of :mod:`lora_jax.products` makes of its operands.
+
+    The result has the operands and results of the call, and says which axes are summed over; it is
+    not for evaluation, since the dtype of the result and the gradient are those of the call. Any
+    other equation is returned as it is.
+    """
+    if eqn.params.get("name") != products.NAME or eqn.primitive.name not in ("jit", "pjit"):
+        return eqn
+    jaxpr, outer = call(eqn).jaxpr, list(eqn.invars)
+    if len(jaxpr.eqns) == 1 and (inner := bodies(jaxpr.eqns[0])):
+        outer = [outer[jaxpr.invars.index(x)] for x in jaxpr.eqns[0].invars]
+        jaxpr = inner[0].jaxpr
+    dot, *rest = jaxpr.eqns
+    is_plain = dot.primitive.name == "dot_general" and set(dot.invars) == set(jaxpr.invars)
+    if not is_plain or any(x.primitive.name != "convert_element_type" for x in rest):
+        return eqn
+    operands = [outer[jaxpr.invars.index(x)] for x in dot.invars]
+    return dot.replace(invars=operands, outvars=eqn.outvars, source_info=eqn.source_info)
 
 
 def scan(eqn: JaxprEqn) -> Scan:

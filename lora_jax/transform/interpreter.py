@@ -183,7 +183,8 @@ def vary_alike(eqn: JaxprEqn, vals: Sequence[Any]) -> list:
 def _evaluate_factored(
     scope: Scope, eqn: JaxprEqn, vals: Sequence, demand: Demand, control: Mapping[str, Control]
 ) -> list:
-    name = forms.name_of(eqn)
+    view = forms.view_product(eqn)
+    name = forms.name_of(view)
     rule = control.get(name)
     try:
         if rule:
@@ -194,7 +195,8 @@ def _evaluate_factored(
             if name in moves.MOVES:
                 return _apply_move(eqn, vals, demand)
             if name in uses.USES:
-                return _apply_use(scope, eqn, vals, demand)
+                run = functools.partial(_evaluate_use, scope, eqn)
+                return _apply_use(scope, view, vals, demand, run)
         raise Unfactored("no rule keeps a low-rank sum factored here")
     except Unfactored as why:
         reason = str(why)
@@ -211,7 +213,7 @@ def _evaluate_quantized(scope: Scope, eqn: JaxprEqn, vals: Sequence, demand: Dem
     """Evaluates an equation that has quantized operands, none of which is adapted."""
     if (moved := deferred.move(eqn, vals)) is not None:
         return moved
-    if eqn.primitive.name in uses.USES:
+    if forms.view_product(eqn).primitive.name in uses.USES:
         return _evaluate_use(scope, eqn, vals, demand.used)
     return evaluate_plain(eqn, [deferred.materialize(v) for v in vals], demand.used)
 
@@ -236,7 +238,14 @@ def _apply_move(eqn: JaxprEqn, vals: Sequence, demand: Demand) -> list:
     return moves.MOVES[forms.name_of(eqn)](eqn, vals, w)
 
 
-def _apply_use(scope: Scope, eqn: JaxprEqn, vals: Sequence, demand: Demand) -> list:
+def _apply_use(
+    scope: Scope,
+    eqn: JaxprEqn,
+    vals: Sequence,
+    demand: Demand,
+    run: Callable[[Sequence], list],
+) -> list:
+    """Applies the rule of a use; ``run`` evaluates the equation with plain operands."""
     use = uses.USES[eqn.primitive.name]
     vals = [deferred.materialize(v) for v in vals]  # of what is not adapted
     if scope.varies:
@@ -248,30 +257,42 @@ def _apply_use(scope: Scope, eqn: JaxprEqn, vals: Sequence, demand: Demand) -> l
     has_gain = any(vals[k].gain is not None for k in kernels)
     if is_product and not has_gain and set(eqn.outvars) <= demand.kernels_only:
         vals = [with_numbers(v) for v in vals]
-        return combinations.product(eqn, vals, evaluate_plain(eqn, _frozen_parts(vals)))
+        return combinations.product(eqn, vals, run(_frozen_parts(vals)))
     if len(kernels) > 1:
         # The smaller of them is formed: it is more often an input.
         first = min(kernels, key=lambda k: vals[k].w.size)
         reason = "the other operand is a low-rank sum too"
         array = fall_back(scope, vals[first], eqn.primitive.name, reason, eqn)
         operands = [array if k == first else v for k, v in enumerate(vals)]
-        return _apply_use(scope, eqn, operands, demand)
+        return _apply_use(scope, eqn, operands, demand, run)
     if kernels[0] not in use.operands:
         raise Unfactored(f"it is operand {kernels[0]}; the rule wants one of {use.operands}")
     operands = gains.scale_operand(eqn, vals, kernels[0]) if has_gain else _frozen_parts(vals)
     kernel = vals[kernels[0]]
     sides = use.sides(eqn.params, kernels[0], kernel.w.shape)
     if eqn.primitive.name == "gather" and {kernel.axes[k] for k in sides.inputs} == {BATCH}:
-        (base,) = deferred.move(eqn, operands) or _evaluate_use(scope, eqn, operands)
+        (base,) = deferred.move(eqn, operands) or run(operands)
         return rearrangements.pick_entries(eqn, kernel, vals[1], base, sides.inputs)
-    (base,) = _evaluate_use(scope, eqn, operands)
+    (base,) = run(operands)
     factors = uses.orient(kernel, sides)
     if has_gain:
         base = gains.scale_result(eqn, vals, factors, base)
     drop = functools.partial(_drop_inputs, scope, kernel)
     branch = use.branch(eqn.params, vals, factors, base, drop)
     scope.record(Event(kernel.names, eqn.primitive.name, source=forms.source(eqn)))
-    return [base + branch.astype(base.dtype)]
+    return [_add(base, branch)]
+
+
+def _add(base: Array, branch: Array) -> Array:
+    """Adds in the wider precision of the two, and rounds once to that of ``base``."""
+    is_wider = jnp.issubdtype(branch.dtype, jnp.floating) and (
+        jnp.promote_types(base.dtype, branch.dtype) == branch.dtype
+    )
+    return (
+        (base.astype(branch.dtype) + branch).astype(base.dtype)
+        if is_wider
+        else base + branch.astype(base.dtype)
+    )
 
 
 def _vary_kernels_alike(eqn: JaxprEqn, vals: Sequence) -> list:

@@ -14,6 +14,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr
 from jax.tree_util import PyTreeDef
 
+from lora_jax import hints
 from lora_jax.nodes import Adapted, Node, Trained, is_adapted, is_adapted_kernel, is_node, terms
 from lora_jax.quantized import is_quantized
 from lora_jax.transform import origins, roles
@@ -60,6 +61,7 @@ def lift(
     >>> lora.lift(fn)(lora.bind(params, adapter), x)
     Array([[3., 3.]], dtype=float32)
     """
+    hints.check_function(fn)
     rate = _check_dropout(dropout, dropout_key)
 
     @functools.wraps(fn)

@@ -78,6 +78,7 @@ def find_kernel_outputs(jaxpr: Jaxpr, kernels: tuple[bool, ...]) -> tuple[bool, 
 
 
 def _results(eqn: JaxprEqn, kernels: tuple[bool, ...]) -> Sequence[bool]:
+    eqn = forms.view_product(eqn)
     name = forms.name_of(eqn)
     if name in ("jit", "pjit"):
         return find_kernel_outputs(forms.call(eqn).jaxpr, kernels)
@@ -89,6 +90,7 @@ def _results(eqn: JaxprEqn, kernels: tuple[bool, ...]) -> Sequence[bool]:
 
 def _operands(eqn: JaxprEqn, results: tuple[bool, ...]) -> Sequence[bool]:
     """Tells for each operand whether it may stay a kernel, given that of each result."""
+    eqn = forms.view_product(eqn)
     name = forms.name_of(eqn)
     if name in _CONTROL:
         try:

@@ -74,8 +74,9 @@ def _walk_equation(walk: Walk, eqn: JaxprEqn, values: list[Value]) -> list[Value
     level = max((v.level for v in values), default=FIXED)
     if all(v.axes is None for v in values):
         return [Value(level=level)] * len(eqn.outvars)
-    name = forms.name_of(eqn)
     try:
+        eqn = forms.view_product(eqn)
+        name = forms.name_of(eqn)
         if name in CONTROL:
             return CONTROL[name](walk, eqn, values)
         if name in uses.USES and (name != LOOKUP or values[1].level == DATA):

@@ -130,7 +130,6 @@ NAMES = [
         (r".*layers\.\d+.*", "begins with 're:'"),
         (r"layers\.\d+", "joined by '/'"),
         ("^.*query$", "'re:.*query/[^/]*' does"),
-        ("*query*", "'re:.*query.*' does"),
         ("layers.0.attn.query", "joined by '/': 'layers/0/attn/query'"),
         ("re:.*nothing", "must match the whole path of a leaf"),
         ("qury", "did you mean 'query'?"),

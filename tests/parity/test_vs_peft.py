@@ -16,13 +16,16 @@ pytest.importorskip("peft")
 @pytest.mark.skipif(sys.platform != "linux", reason="reads a process's memory from /proc")
 def test_rows():
     options = ["--cases=tiny:2x8,tiny:3x4", "--steps=3", "--warmup=1", "--dropout=0.1"]
+    options += ["--dtypes=float32,bfloat16"]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.vs_peft", *options, "--threads=1"],
         cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""},
         check=True, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [(row["size"], row["length"]) for row in rows] == [(2, 8), (3, 4)]
+    cases = [(row["size"], row["length"], row["dtype"]) for row in rows]
+    assert cases == [(n, k, x) for n, k in ((2, 8), (3, 4)) for x in ("float32", "bfloat16")]
+    assert all(row["processor"] for row in rows)
     for row in rows:
         assert row["threads"] == 1 and row["dropout"] == 0.1
         for side in ("ours", "eager"):
