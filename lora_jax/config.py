@@ -248,7 +248,9 @@ def _check_ids(name: str, value: Any) -> tuple[int, ...]:
     entries = () if isinstance(value, str | Mapping) or not hasattr(value, "__iter__") else [*value]
     is_whole = lambda k: not isinstance(k, bool) and hasattr(k, "__index__")
     if not entries or not all(map(is_whole, entries)) or min(entries) < 0:
-        raise ValueError(f"{name} must hold numbers of rows, from 0 on, got {value!r}.")
+        raise ValueError(
+            f"{name} must hold numbers of rows, from 0 on, such as (2, 17) or (2,); got {value!r}."
+        )
     ids = tuple(map(int, entries))
     if twice := sorted({k for k, n in Counter(ids).items() if n > 1}):
         raise ValueError(f"{name} has {twice} more than once: a row is trained once.")

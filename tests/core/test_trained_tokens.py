@@ -249,8 +249,11 @@ def test_saved_and_loaded_exactly(tmp_path):
     [
         ((2, 17), "must map patterns of tables to numbers of rows"),
         ("embed", "must map patterns"),
-        ({"table": ()}, r"train_tokens\['table'\] must hold numbers of rows, from 0 on, got \(\)"),
-        ({"table": 3}, "from 0 on, got 3"),
+        (
+            {"table": ()},
+            r"train_tokens\['table'\] must hold numbers of rows, from 0 on, .*got \(\)",
+        ),
+        ({"table": 3}, "from 0 on, .*got 3"),
         ({"table": (1.5,)}, "from 0 on"),
         ({"table": (True,)}, "from 0 on"),
         ({"table": (-1, 2)}, "from 0 on"),
