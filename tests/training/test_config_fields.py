@@ -92,7 +92,9 @@ def test_what_is_said_of_other_unknown_fields():
         "lora", KNOWN
     )
     assert "did you mean the section optimizer?" in config_fields.unknown("optimiser", KNOWN)
-    assert "the fields of lora are lora.adapt_bias, lora.alpha" in config_fields.unknown("lora.zzz", KNOWN)
+    assert "the fields of lora are lora.adapt_bias, lora.alpha" in config_fields.unknown(
+        "lora.zzz", KNOWN
+    )
     assert config_fields.suggest("data.train_file", INSTRUCT) == ["data.train"]
     assert config_fields.unknown("zzz", KNOWN).count(",") > 8
 
