@@ -62,6 +62,8 @@ def base_config() -> ConfigDict:
     c.lora.rank_stabilized = False
     c.lora.rank_pattern = ConfigDict()
     c.lora.alpha_pattern = ConfigDict()
+    c.lora.adapt_bias = False  # a trained term for the biases of adapted kernels, too
+    c.lora.train_tokens = ConfigDict()  # rows of an embedding to train, as embed_tokens=(2, 17)
 
     c.data = ConfigDict()
     # tfds:NAME, "reviews", or a directory in the GLUE layout; empty for the task's own in TFDS

@@ -39,6 +39,9 @@ def get_config() -> ConfigDict:
     c.data.holdout = common.duration("")
     c.data.format = "auto"  # or messages, sharegpt, alpaca, prompt_completion
     c.data.ignore = ()  # keys of rows that are left out; others that nothing reads are errors
+    # Texts that become one token each, such as ("<tool>", "</tool>"): the embedding gets rows for
+    # them, which are trained, and saved with the adapter.
+    c.data.add_tokens = ()
     c.data.chat_template = ""  # file with a template of one's own; "" for the model's
     c.data.max_length = 1024  # tokens of a row; longer conversations are cut
     c.data.packing = True  # several conversations share a row, without seeing each other

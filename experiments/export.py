@@ -119,6 +119,7 @@ def _export_peft(out: Path, model: Classifier | LanguageModel) -> None:
     if isinstance(model, Classifier):
         task_file.write(out, classifier.describe_task(model))
     text_files.copy(_ADAPTER.value, out)
+    text_files.write_tokenizer(out, text_files.find(_ADAPTER.value, model.loaded.checkpoint))
     templates.copy(_ADAPTER.value, out)
     lines = loading_code.write_peft_lines(out, model.loaded)
     print(f"Wrote {out}. Open it with PEFT, in Python:\n\n{lines}\n")

@@ -197,11 +197,14 @@ def _misfit(name: str, leaf: Any, x: Any, stacked: tuple[int, ...]) -> str:
         return (
             f"{name} has shape {shape}, but its adapter is for {len(node.axes)} axes {node.axes!r}"
         )
-    expected = {n: (*stacked, *sizes) for n, sizes in fields.shapes(node, shape).items()}
-    actual = {n: jnp.shape(getattr(node, n)) for n in expected}
+    # Numbers of the structure are the same for every adapter of a stack.
+    leading = lambda n: () if node.table[n].is_index else stacked
+    expected = {n: (*leading(n), *sizes) for n, sizes in fields.shapes(node, shape).items()}
+    actual = {n: np.shape(getattr(node, n)) for n in expected}
     is_number = lambda n: actual[n] == () and node.table[n].scales
     if all(actual[n] == expected[n] or is_number(n) for n in expected):
-        return ""
+        problem = node.describe_misfit(shape)
+        return f"{name} of shape {shape} can't have this adapter: {problem}" if problem else ""
     if not is_adapted(node):
         return f"{name} has shape {expected['value']}, not {actual['value']}"
     *names, last = expected

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Self
 
@@ -45,6 +46,11 @@ class LoRAConfig:
         regular expression matched in full ("re:.*/(query|value)/kernel"), or "all-linear": every
         kernel that the function contracts or convolves, except what ``train`` names.
       train: leaves to train (and save) in full, named in the same way: a new head, all biases.
+      train_tokens: rows to train of the tables matching a pattern, by their numbers, such as
+        ``{"embed_tokens": (2, 17)}``; of a head that no table is tied to, its outputs of these
+        numbers.
+      adapt_bias: whether the bias beside each adapted kernel gets a trained term, too:
+        ``bias + s·β``, with the scale of the kernel.
       method: what becomes of a kernel: one of :data:`lora_jax.methods.METHODS`.
       init: first values of the factors: one of :data:`lora_jax.methods.initial_values.INITS`, such
         as "pissa"; "lora_ga" is for :func:`lora_jax.init_from_gradients`.
@@ -85,10 +91,14 @@ class LoRAConfig:
     projection_seed: int = 0
     dropout: float = 0.0
     rank_stabilized: bool = False
+    adapt_bias: bool = False
     # Hashed without the dictionaries: equal configs still have equal hashes.
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict, hash=False)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
     roles: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
+    train_tokens: Mapping[str, tuple[int, ...]] = dataclasses.field(
+        default_factory=dict, hash=False
+    )
     origin: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -106,15 +116,23 @@ class LoRAConfig:
             "alpha_pattern", _check_by_pattern("alpha_pattern", self.alpha_pattern, _check_positive)
         )
         put("roles", _check_by_pattern("roles", self.roles, _check_roles))
+        put("train_tokens", _check_tokens(self.train_tokens))
         put("origin", _copy_json_object("origin", self.origin))
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}.")
-        for name in ("rank_stabilized", "train_a"):
+        for name in ("rank_stabilized", "train_a", "adapt_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         self._check_method()
-        if not self.targets and not self.train:
-            raise ValueError("targets and train are both empty: there would be nothing to train.")
+        if self.adapt_bias and not (self.targets and self.method == "lora"):
+            raise ValueError(
+                "adapt_bias is for kernels with method 'lora', and this config has "
+                f"method {self.method!r} and targets {self.targets}: leave it out."
+            )
+        if not (self.targets or self.train or self.train_tokens):
+            raise ValueError(
+                "targets, train and train_tokens are all empty: there would be nothing to train."
+            )
         both = sorted(set(self.targets) & set(self.train))
         if both:
             raise ValueError(
@@ -152,7 +170,7 @@ class LoRAConfig:
         """Returns the fields as JSON types."""
         fields = dataclasses.asdict(self)
         defaults = {"origin": {}, "roles": {}, "method": "lora", "init": "uniform", "train_a": True}
-        defaults |= {"projection_seed": 0}
+        defaults |= {"projection_seed": 0, "train_tokens": {}, "adapt_bias": False}
         for name, default in defaults.items():  # files without them stay as they were
             if fields[name] == default:
                 del fields[name]
@@ -244,6 +262,28 @@ def _check_by_pattern(name: str, values: Any, check: Callable[[str, Any], Any]) 
     for pattern in values:
         _check_pattern(name, pattern)
     return {pattern: check(f"{name}[{pattern!r}]", v) for pattern, v in values.items()}
+
+
+def _check_tokens(value: Any) -> dict[str, tuple[int, ...]]:
+    if not isinstance(value, Mapping):
+        raise ValueError(
+            "train_tokens must map patterns of tables to numbers of rows, such as "
+            f'{{"embed_tokens": (2, 17)}}; got {value!r}.'
+        )
+    return _check_by_pattern("train_tokens", value, _check_ids)
+
+
+def _check_ids(name: str, value: Any) -> tuple[int, ...]:
+    entries = () if isinstance(value, str | Mapping) or not hasattr(value, "__iter__") else [*value]
+    is_whole = lambda k: not isinstance(k, bool) and hasattr(k, "__index__")
+    if not entries or not all(map(is_whole, entries)) or min(entries) < 0:
+        raise ValueError(
+            f"{name} must hold numbers of rows, from 0 on, such as (2, 17) or (2,); got {value!r}."
+        )
+    ids = tuple(map(int, entries))
+    if twice := sorted({k for k, n in Counter(ids).items() if n > 1}):
+        raise ValueError(f"{name} has {twice} more than once: a row is trained once.")
+    return ids
 
 
 def _copy_json_object(name: str, value: Any) -> dict[str, Any]:

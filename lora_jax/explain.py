@@ -6,7 +6,7 @@ from typing import Any
 
 from lora_jax import paths
 from lora_jax.adapter import bind, nodes
-from lora_jax.nodes import is_adapted
+from lora_jax.nodes import is_adapted_kernel
 from lora_jax.transform import interpreter
 from lora_jax.transform.lift import trace
 
@@ -63,7 +63,7 @@ def explain(
     Raises:
       ValueError: as :func:`lora_jax.bind`.
     """
-    names = [n for n, node in nodes(adapter).items() if is_adapted(node)]
+    names = [n for n, node in nodes(adapter).items() if is_adapted_kernel(node)]
     events = trace(fn, (bind(params, adapter), *args), kwargs)
     uses = {name: [e for e in events if name in e.names] for name in names}
     return Explanation({name: _kernel_use(uses[name]) for name in names})

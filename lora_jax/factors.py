@@ -117,11 +117,11 @@ def max_rank(shape: Sequence[int], axes: str) -> int:
     return min(size_of(IN), size_of(OUT))
 
 
-def delta(a: Array, b: Array, axes: str) -> Array:
+def delta(a: Array, b: Array, axes: str, *, precision: lax.Precision | None = None) -> Array:
     """Computes ``a·b`` with its axes in the kernel's order; the paper's ``(BA)ᵀ``."""
     n = axes.count(BATCH)
     batch = tuple(range(n))
-    product = lax.dot_general(a, b, (((a.ndim - 1,), (n,)), (batch, batch)))
+    product = lax.dot_general(a, b, (((a.ndim - 1,), (n,)), (batch, batch)), precision=precision)
     order = positions(axes, BATCH + IN + OUT)
     return lax.transpose(product, [order.index(k) for k in range(len(axes))])
 
@@ -148,7 +148,9 @@ def materialize(w: Array, a: Array, b: Array, axes: str, gain: Array | None = No
       gain: array that broadcasts to the kernel's shape; see :func:`spread`.
     """
     wide = wide_dtype(a.dtype, b.dtype)
-    change = delta(a.astype(wide), b.astype(wide), axes)
+    # Where a gain is 0, the product is the whole kernel, which must come with all of its digits.
+    precision = None if gain is None else lax.Precision.HIGHEST
+    change = delta(a.astype(wide), b.astype(wide), axes, precision=precision)
     dtype = wide_dtype(w.dtype, wide)
     frozen = w.astype(dtype)
     if gain is not None:

@@ -20,7 +20,7 @@ from lora_jax.nodes import (
     is_adapted,
     is_node,
     is_static,
-    scale_array,
+    saved_array,
 )
 
 
@@ -43,8 +43,7 @@ def tensors(path: str, x: Any) -> dict[str, Any]:
     ['head/bias']
     """
     node = as_node(x)
-    value = lambda name: scale_array(node, name) if node.table[name].scales else getattr(node, name)
-    return {tensor_name(path, type(node), name): value(name) for name in node.table}
+    return {tensor_name(path, type(node), name): saved_array(node, name) for name in node.table}
 
 
 def tensor_name(path: str, cls: type[Node], name: str) -> str:
@@ -93,6 +92,8 @@ def is_consistent(node: Adapted, stacked: tuple[int, ...]) -> bool:
         shape, axes = np.shape(getattr(node, name)), places(field.axes, node.axes)
         if field.scales and shape == ():
             continue
+        if field.is_index:  # it is the same for every adapter of a stack
+            shape = (*stacked, *shape)
         leading, rest = shape[: len(stacked)], shape[len(stacked) :]
         if leading != stacked or len(rest) != len(axes):
             return False
@@ -110,17 +111,21 @@ def specs(x: Any, spec: PartitionSpec) -> Any:
 def widen(node: Adapted) -> Adapted:
     """Casts the factors of a node to one precision, float32 at least."""
     is_real = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
-    arrays = [getattr(node, name) for name, field in node.table.items() if not field.scales]
+    arrays = [getattr(node, name) for name, field in node.table.items() if _is_array(field)]
     dtype = wide_dtype(*(x.dtype for x in arrays if is_real(x)))
     cast = lambda name, field, x: x.astype(dtype) if is_real(x) and not field.scales else x
     return map_fields(cast, node)
+
+
+def _is_array(field: Field) -> bool:
+    return not (field.scales or field.is_index)
 
 
 def count(x: Any) -> tuple[int, int]:
     """Counts the numbers of an entry that are trained, and those that the base does not have."""
     node = as_node(x)
     size = lambda name: int(np.prod(np.shape(getattr(node, name)), dtype=np.int64))
-    arrays = {name: field for name, field in node.table.items() if not field.scales}
+    arrays = {name: field for name, field in node.table.items() if _is_array(field)}
     trained = sum(size(name) for name, field in arrays.items() if field.is_trained)
     added = sum(size(name) for name, field in arrays.items() if field.axes != WHOLE)
     return trained, added

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 _OTHER_NAMES = {
+    "adapt_bias": ("lora_bias",),
     "alpha": ("lora_alpha",),
     "dropout": ("lora_dropout", "dropout_rate"),
     "init": ("init_lora_weights",),
@@ -16,6 +17,7 @@ _OTHER_NAMES = {
         "modules", "include",
     ),
     "train": ("modules_to_save", "trainable", "trainable_modules"),
+    "train_tokens": ("trainable_token_indices", "trainable_tokens", "token_indices"),
 }  # fmt: skip
 _FIELDS = {word: field for field, words in _OTHER_NAMES.items() for word in words}
 _ALTERNATIVES = {

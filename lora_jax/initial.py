@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import hints, paths
+from lora_jax.adapted_biases import find_biases, init_biases
 from lora_jax.adapter import base_leaves
 from lora_jax.config import ALL_LINEAR, LoRAConfig
 from lora_jax.factors import IN, OUT, factor_shapes, positions, wide_dtype
@@ -28,6 +29,7 @@ from lora_jax.methods import ANY_RANK, METHODS
 from lora_jax.methods.start import Start
 from lora_jax.nodes import Adapted
 from lora_jax.quantized import as_array
+from lora_jax.trained_tokens import choose_tokens, init_tokens
 
 PyTree = Any
 Array = jax.Array
@@ -97,17 +99,19 @@ def make_adapter(
       make_node: function that makes the node of a kernel.
     """
     trained = choice.trained
-    abstract = [n for n in trained if isinstance(leaves[n], jax.ShapeDtypeStruct)]
-    if abstract:
-        raise ValueError(
-            f"train needs the values of {paths.listing(abstract)}, and got shapes only."
-        )
+    for what, chosen in (("train", trained), ("train_tokens", choice.tokens)):
+        if abstract := [n for n in chosen if isinstance(leaves[n], jax.ShapeDtypeStruct)]:
+            raise ValueError(
+                f"{what} needs the values of {paths.listing(abstract)}, and got shapes only."
+            )
     _warn(choice, config)
     # Copies, so that a step that donates the adapter spares the base.
     full = {n: jnp.array(as_array(leaves[n]), copy=True) for n in leaves if n in trained}
     sides = _find_largest_sides(choice)
     starts = {n: _make_start(key, n, choice, config, leaves[n], sides) for n in choice.ranks}
     nodes = {n: make_node(start) for n, start in starts.items()}
+    nodes |= init_biases(nodes, choice.biases)
+    nodes |= init_tokens(choice.kernels, choice.tokens, leaves)
     return paths.nest({n: (nodes | full)[n] for n in leaves if n in nodes or n in full})
 
 
@@ -137,7 +141,7 @@ def tabulate(fn: Callable, params: PyTree, config: LoRAConfig, *args: Any, **kwa
     leaves = base_leaves(params)
     choice = choose(fn, params, config, args, kwargs, leaves=leaves)
     kernels = choice.kernels
-    if not config.targets:  # where nothing is to be adapted, `choose` does not look for kernels
+    if not kernels.leaves:  # where nothing is to be adapted, `choose` does not look for kernels
         kernels = find_kernels(fn, params, args, kwargs, config, leaves=leaves)
     rows = {n: _make_row(n, leaf, choice, config) for n, leaf in kernels.leaves.items()}
     return Table(rows=rows, unknown=kernels.unknown)
@@ -146,6 +150,10 @@ def tabulate(fn: Callable, params: PyTree, config: LoRAConfig, *args: Any, **kwa
 def _make_row(name: str, leaf: Leaf, choice: "Choice", config: LoRAConfig) -> Row:
     if name in choice.trained:
         return Row(leaf=leaf, action="trained", note="in full")
+    if name in choice.biases.values():
+        return Row(leaf=leaf, action="adapted", note="as the kernel beside it")
+    if name in choice.tokens:
+        return Row(leaf=leaf, action="tokens", note=f"{len(choice.tokens[name])} of them")
     if name not in choice.ranks:
         skipped = "" if leaf.reason or not leaf.axes else "not among the targets"
         return Row(leaf=leaf, action="frozen", note=leaf.reason or skipped)
@@ -163,6 +171,8 @@ class Choice:
       kernels: all leaves, with what each is to the function.
       ranks: rank of each kernel to adapt, in the order of the leaves.
       trained: names of the leaves to train in full.
+      tokens: ids of the rows, or outputs, to train of each leaf that has some.
+      biases: leaf of the bias that is adapted beside each kernel; empty if none is to be.
       omissions: reasons why leaves are not adapted: those that were asked for and can't be, and
         those that "all-linear" leaves out since they can't be, or since their use can't be seen.
     """
@@ -170,6 +180,8 @@ class Choice:
     kernels: Kernels
     ranks: Mapping[str, int]
     trained: frozenset[str]
+    tokens: Mapping[str, tuple[int, ...]]
+    biases: Mapping[str, str]
     omissions: Mapping[str, str]
 
 
@@ -200,23 +212,31 @@ def choose(
     explicit = [entry for entry in config.targets if entry != ALL_LINEAR]
     hits = paths.select(explicit, leaves, what="targets")
     _check_overlap(hits, trained)
-    if not config.targets:
+    if not config.targets and not config.train_tokens:
         _check_patterns(config, [])
         none = Kernels(leaves={})
-        return Choice(kernels=none, ranks={}, trained=trained, omissions={})
+        return Choice(kernels=none, ranks={}, trained=trained, tokens={}, biases={}, omissions={})
     kernels = find_kernels(fn, params, args, kwargs, config, leaves=leaves)
     named = {n for names in hits.values() for n in names}
     kernels = _assume_usual_roles(kernels, named)
     usable = kernels.adaptable()
     _check_explicit(hits, kernels)
+    tokens = choose_tokens(config, kernels, others=named | trained)
     chosen = set(named)
     if ALL_LINEAR in config.targets:
-        chosen |= _select_all_linear(kernels, trained)
+        chosen |= _select_all_linear(kernels, trained | set(tokens))
     _check_patterns(config, [n for n in usable if n in chosen])
     ranks = {n: _choose_rank(n, usable[n], config, n in named) for n in usable if n in chosen}
     missed = [n for n in leaves if _is_missed(kernels, n, named, config)]
     omissions = {n: kernels.leaves[n].reason for n in missed}
-    return Choice(kernels=kernels, ranks=ranks, trained=trained, omissions=omissions)
+    return Choice(
+        kernels=kernels,
+        ranks=ranks,
+        trained=trained,
+        tokens=tokens,
+        biases=find_biases(kernels, ranks, trained) if config.adapt_bias else {},
+        omissions=omissions,
+    )
 
 
 def _assume_usual_roles(kernels: Kernels, named: set[str]) -> Kernels:

@@ -240,7 +240,7 @@ class Row:
 
     Attributes:
       leaf: leaf of the parameters.
-      action: "adapted", "trained", or "frozen".
+      action: "adapted", "trained", "tokens" (some rows of it are trained), or "frozen".
       rank: rank of its adapter; 0 if it has none.
       note: remark for the reader: a rank that was lowered, a reason.
     """

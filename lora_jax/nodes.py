@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lora_jax.factors import GAIN_AXES, WHOLE, materialize, positions, spread, wide_dtype
+from lora_jax.factors import BATCH, OUT, WHOLE, materialize, positions, spread, wide_dtype
 from lora_jax.quantized import as_array
 
 Array = jax.Array
@@ -40,12 +40,16 @@ class Field(NamedTuple):
         structure of the tree while it is a Python float, and is a leaf if it is an array.
       has_b_rate: whether it is trained at the learning rate of the factor ``b``, which LoRA+ sets
         apart from that of ``a``.
+      is_index: whether the array holds places along an axis. It is a tuple of Python integers,
+        which belongs to the structure of the tree: nothing can train it, and no gradient of the
+        tree meets integers.
     """
 
     axes: str
     is_trained: bool = True
     scales: str = ""
     has_b_rate: bool = False
+    is_index: bool = False
 
 
 class Terms(NamedTuple):
@@ -54,12 +58,14 @@ class Terms(NamedTuple):
     Attributes:
       a: ``(*batch, *in, rank)``.
       b: ``(*batch, rank, *out)``, with the scale.
-      gain: ``(*batch, *out)``; None if the frozen kernel stays as it is.
+      gain: ``(*batch, *out)``, or ``(*batch, *in)``; None if the frozen kernel stays as it is.
+      gain_side: role of the axes along which the gain varies.
     """
 
     a: Array
     b: Array
     gain: Array | None = None
+    gain_side: str = OUT
 
 
 class Node:
@@ -80,6 +86,10 @@ class Node:
     def merge(self, w: Array) -> Array:
         """Returns the plain array that the node makes of the leaf ``w``."""
         raise NotImplementedError
+
+    def describe_misfit(self, shape: tuple[int, ...]) -> str:
+        """Says why the node is not for a leaf of a shape that its arrays fit; "" if it is."""
+        return ""
 
     def __repr__(self) -> str:
         """Describes arrays by dtype and shape, as in ``LowRank(a=f32[768,8], ..., axes='io')``."""
@@ -142,6 +152,8 @@ class Adapted(Node):
     Attributes:
       reads_kernel: whether ``terms`` makes use of the frozen kernel, which may be quantized.
       has_penalty: whether ``penalties`` are added to the loss in training.
+      is_kernel: whether it has two sides; one that has not, as a bias, is formed before use.
+      has_dropout: whether a lifted function may drop inputs of ``a·b``.
       w: frozen kernel in a bound tree; None in an adapter.
       axes: role of each kernel axis, for example "io"; see :mod:`lora_jax.factors`.
       name: path of the kernel in a bound tree, for messages.
@@ -153,6 +165,8 @@ class Adapted(Node):
 
     reads_kernel: ClassVar[bool] = True
     has_penalty: ClassVar[bool] = False
+    is_kernel: ClassVar[bool] = True
+    has_dropout: ClassVar[bool] = True
 
     w: Array | None
     axes: str
@@ -163,6 +177,8 @@ class Adapted(Node):
         notify_observers()
         for name in scales(type(self)):
             object.__setattr__(self, name, _check_scale(name, getattr(self, name)))
+        for name in indices(type(self)):
+            object.__setattr__(self, name, _check_index(name, getattr(self, name)))
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(
                 f"The dropout of a low-rank term must be a number in [0, 1), got {self.dropout!r}; "
@@ -187,9 +203,9 @@ class Adapted(Node):
 
     def merge(self, w: Array) -> Array:
         """Computes ``gain ⊙ W + a·b``, with the shape and dtype of ``w``."""
-        a, b, gain = terms(self, w)
+        a, b, gain, side = terms(self, w)
         if gain is not None:
-            gain = spread(gain, positions(self.axes, GAIN_AXES), w.ndim)
+            gain = spread(gain, positions(self.axes, BATCH + side), w.ndim)
         return materialize(w, a, b, self.axes, gain)
 
 
@@ -214,7 +230,8 @@ def notify_observers() -> None:
 
 def terms(node: Adapted, w: Array) -> Terms:
     """Computes the terms of an adapted kernel, with no gradient to fields that are not trained."""
-    frozen = [n for n, field in node.table.items() if not field.is_trained and not field.scales]
+    is_frozen = lambda name: not (node.table[name].is_trained or is_static(node, name))
+    frozen = [n for n, field in node.table.items() if is_frozen(n) and not field.scales]
     if frozen:
         node = dataclasses.replace(node, **{n: lax.stop_gradient(getattr(node, n)) for n in frozen})
     return node.terms(as_array(w) if node.reads_kernel else w)
@@ -230,6 +247,11 @@ def is_adapted(x: Any) -> bool:
     return isinstance(x, Adapted)
 
 
+def is_adapted_kernel(x: Any) -> bool:
+    """Tells whether ``x`` is the node of a method for a kernel."""
+    return is_adapted(x) and x.is_kernel
+
+
 def is_bound(x: Any) -> bool:
     """Tells whether ``x`` is a node that :func:`lora_jax.bind` has put into a tree."""
     return isinstance(x, Trained) or (is_adapted(x) and x.w is not None)
@@ -240,7 +262,7 @@ def as_node(x: Any) -> Node:
     return x if is_node(x) else Trained(x)
 
 
-# ---- Scales --------------------------------------------------------------------------------------
+# ---- Scales, and other numbers of the structure --------------------------------------------------
 
 LEAF_SCALES = "_leaf_scales"  # names of scales that are leaves of a node made by a tree map
 
@@ -264,13 +286,32 @@ def scales(cls: type[Node]) -> list[str]:
     return [name for name, field in cls.table.items() if field.scales]
 
 
+def indices(cls: type[Node]) -> list[str]:
+    """Returns the names of the fields that hold places along an axis."""
+    return [name for name, field in cls.table.items() if field.is_index]
+
+
+def _check_index(name: str, value: Any) -> tuple[int, ...]:
+    array = np.asarray(value)
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"The {name} of a node must be a row of whole numbers, got {value!r}.")
+    return tuple(map(int, array))
+
+
 def is_static(node: Node, name: str) -> bool:
-    """Tells whether a field is a number of the structure, not a leaf."""
-    return (
+    """Tells whether a field is a number of the structure, or a row of them, not a leaf."""
+    return node.table[name].is_index or (
         bool(node.table[name].scales)
         and isinstance(getattr(node, name), float)
         and name not in node.__dict__.get(LEAF_SCALES, ())
     )
+
+
+def saved_array(node: Node, name: str) -> Any:
+    """Returns a field as it is saved; see :func:`scale_array` for scales."""
+    if node.table[name].is_index:
+        return np.asarray(getattr(node, name), np.int32)
+    return scale_array(node, name) if node.table[name].scales else getattr(node, name)
 
 
 def scale_array(node: Node, name: str = "scale") -> np.ndarray:

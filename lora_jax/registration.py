@@ -77,18 +77,23 @@ def _flatten_with_keys(node: Node) -> tuple[tuple, tuple]:
 
 def _parts(node: Node) -> tuple[list[str], tuple]:
     """Returns names of leaves and values of the structure, None for a scale that is a leaf."""
-    cls, scales = type(node), nodes.scales(type(node))
-    numbers = {name: getattr(node, name) for name in scales if nodes.is_static(node, name)}
+    cls, names = type(node), _number_fields(type(node))
+    numbers = {name: getattr(node, name) for name in names if nodes.is_static(node, name)}
     structure = [getattr(node, name) for name in _structure_fields(cls)]
-    return _leaf_fields(cls, numbers), (*map(numbers.get, scales), *structure)
+    return _leaf_fields(cls, numbers), (*map(numbers.get, names), *structure)
+
+
+def _number_fields(cls: type[Node]) -> list[str]:
+    """Returns the fields that may be numbers of the structure."""
+    return [*nodes.scales(cls), *nodes.indices(cls)]
 
 
 def _unflatten(cls: type[Node], rest: tuple, children: Sequence[Any]) -> Node:
     """Puts any objects into the places of the leaves: no check, no conversion."""
     nodes.notify_observers()
-    values = dict(zip([*nodes.scales(cls), *_structure_fields(cls)], rest, strict=True))
+    values = dict(zip([*_number_fields(cls), *_structure_fields(cls)], rest, strict=True))
     leaf_scales = tuple(name for name in nodes.scales(cls) if values[name] is None)
-    numbers = set(nodes.scales(cls)).difference(leaf_scales)
+    numbers = set(_number_fields(cls)).difference(leaf_scales)
     node = object.__new__(cls)
     node.__dict__.update(values)  # the dataclass is frozen
     node.__dict__.update(zip(_leaf_fields(cls, numbers), children, strict=True))
@@ -102,7 +107,7 @@ def _aux_to_bytes(aux: tuple) -> bytes:
 
 
 def _aux_from_bytes(data: bytes) -> tuple:
-    return tuple(json.loads(data))
+    return tuple(tuple(x) if isinstance(x, list) else x for x in json.loads(data))
 
 
 # ---- Flax ----------------------------------------------------------------------------------------
@@ -125,7 +130,9 @@ def _state_names(node: Node) -> list[str]:
 def _to_state_dict(node: Node) -> dict[str, Any]:
     from flax import serialization
 
-    return {name: serialization.to_state_dict(getattr(node, name)) for name in _state_names(node)}
+    value = lambda name: nodes.saved_array(node, name) if is_index(name) else getattr(node, name)
+    is_index = lambda name: name in nodes.indices(type(node))
+    return {name: serialization.to_state_dict(value(name)) for name in _state_names(node)}
 
 
 def _from_state_dict(node: Node, state: dict[str, Any]) -> Node:
@@ -142,9 +149,11 @@ def _from_state_dict(node: Node, state: dict[str, Any]) -> Node:
             f"The state of a node of the kind {node.kind!r} has the entries {sorted(wanted)}, and "
             f"this one has {sorted(state)}."
         )
-    values = {
+    indices = {name: state[name] for name in nodes.indices(type(node))}
+    values = indices | {
         name: serialization.from_state_dict(getattr(node, name), state[name], name=name)
         for name in wanted
+        if name not in indices
     }
     static = [name for name in nodes.scales(type(node)) if nodes.is_static(node, name)]
     return dataclasses.replace(node, **values | {name: float(values[name]) for name in static})

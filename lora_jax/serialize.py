@@ -28,7 +28,15 @@ from lora_jax.config import LoRAConfig
 from lora_jax.factors import BATCH, IN, OUT, RANK, WHOLE
 from lora_jax.files import read_safetensors, write_atomically
 from lora_jax.manifest import JSON_NAME
-from lora_jax.nodes import Field, Node, Trained, as_node, is_adapted
+from lora_jax.nodes import (
+    Field,
+    Node,
+    Trained,
+    as_node,
+    is_adapted,
+    is_adapted_kernel,
+    scale_array,
+)
 from lora_jax.version import __version__
 
 PyTree = Any
@@ -264,7 +272,7 @@ def _make_nodes(
         if expected.intersection(keys.values()) <= set(tensors):
             values = {field: tensors[key] for field, key in keys.items()}
             nodes[name] = _make_node(name, *known[name], values, config)
-    return nodes, problems
+    return _restore_shared_scales(nodes), problems
 
 
 def _make_node(
@@ -279,6 +287,21 @@ def _make_node(
         n: _restore_scale(values[n], wanted) for n, field in cls.table.items() if field.scales
     }
     return dataclasses.replace(node, **numbers)
+
+
+def _restore_shared_scales(nodes: dict[str, Any]) -> dict[str, Any]:
+    """Restores the scales of nodes without a rank, which are those of kernels beside them."""
+    known = [getattr(node, "scale", None) for node in nodes.values() if is_adapted_kernel(node)]
+    numbers = {s for s in known if isinstance(s, float)}
+
+    def restore(node: Any) -> Any:
+        if is_adapted_kernel(node) or not is_adapted(node) or not isinstance(node.scale, float):
+            return node
+        stored = scale_array(node)
+        scale = next((s for s in numbers if stored.dtype.type(s) == stored), node.scale)
+        return dataclasses.replace(node, scale=scale)
+
+    return {name: restore(node) for name, node in nodes.items()}
 
 
 def _restore_scale(stored: np.ndarray, wanted: float) -> Any:

@@ -23,7 +23,7 @@ from lora_jax.models.quantized_tensors import read_settings
 from lora_jax.models.read_leaves import DECODED
 from lora_jax.models.save_checkpoint import SaveOptions, save_hf, stated_dtype
 from lora_jax.models.token_ids import Table
-from lora_jax.models.tokenizer import load_tokenizer
+from lora_jax.models.tokenizer import load_tokenizer, tokenizer_files
 from lora_jax.names import Name
 from lora_jax.schemes import find_scheme
 
@@ -41,6 +41,7 @@ __all__ = [
     "resolve",
     "save_hf",
     "stated_dtype",
+    "tokenizer_files",
 ]
 
 PyTree = Any
@@ -58,6 +59,7 @@ class Loaded:
       fresh: paths of the leaves that the checkpoint lacks, which are freshly initialized.
       family: the model's family.
       head: "classifier", "causal-lm", "seq2seq-lm" or "encoder".
+      is_resized: whether it has rows for more tokens than the checkpoint.
     """
 
     model: nn.Module
@@ -67,6 +69,7 @@ class Loaded:
     fresh: tuple[str, ...]
     family: Family
     head: str
+    is_resized: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

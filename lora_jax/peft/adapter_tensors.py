@@ -10,10 +10,10 @@ from typing import Any
 from lora_jax import names
 from lora_jax.factors import IN, OUT, RANK
 from lora_jax.names import Weight
-from lora_jax.peft import layouts, target_modules
+from lora_jax.peft import biases, layouts, target_modules, tokens
 from lora_jax.peft.config import HEADS
 from lora_jax.peft.methods import Method, describe_words, find_method, find_method_for
-from lora_jax.peft.parts import BASE, PREFIX, TRAINED, Part
+from lora_jax.peft.parts import BASE, BETA, PREFIX, TOKENS, TRAINED, Part
 from lora_jax.peft.target_modules import OUTPUTS, Model
 
 # For targets with these names PEFT's file holds the module's frozen weight beside its factors.
@@ -34,6 +34,8 @@ class Plan:
       ranks: rank of each adapted module.
       alphas: alpha of each adapted module.
       trained: names of the modules trained in full.
+      tokens: ids of the trained tokens, by path of the leaf.
+      biases: path of the kernel beside each adapted bias, by path of the bias.
       problems: descriptions of words that do not fit the model.
     """
 
@@ -44,6 +46,8 @@ class Plan:
     ranks: dict[str, int]
     alphas: dict[str, float]
     trained: list[str]
+    tokens: dict[str, tuple[int, ...]]
+    biases: dict[str, str]
     problems: list[str]
 
 
@@ -69,7 +73,15 @@ def make_plan(words: Mapping[str, Any], model: Model) -> Plan:
         _bias_parts(words["bias"], kernels, trained, model)
     )
     parts |= dict(_copy_parts(words, kernels, model))
+    taken = dict.fromkeys(chosen, "adapted") | _inside(trained, model)
+    with_tokens = tokens.select(words, model, taken)
+    parts |= dict(_token_parts(with_tokens, model))
+    adapted_biases, lacking = biases.find(kernels if words[biases.WORD] else (), model)
+    for m, weight in adapted_biases.items():
+        parts[f"{m}{biases.BETA}"] = Part(BETA, weight, names.tensor_shape(weight))
     optional = dict(_optional_parts(kernels, trained, model))
+    frozen = tokens.frozen_names(with_tokens, model)
+    optional |= {n: Part(BASE, w, names.tensor_shape(w)) for n, w in frozen}
     return Plan(
         parts=_add_prefix(parts),
         optional=_add_prefix({n: part for n, part in optional.items() if n not in parts}),
@@ -78,7 +90,9 @@ def make_plan(words: Mapping[str, Any], model: Model) -> Plan:
         ranks=ranks,
         alphas=alphas,
         trained=trained,
-        problems=problems,
+        tokens={model.kernels[m].leaf: ids for m, ids in with_tokens.ids.items()},
+        biases={w.leaf: model.kernels[m].leaf for m, w in adapted_biases.items()},
+        problems=problems + with_tokens.problems + lacking,
     )
 
 
@@ -191,6 +205,20 @@ def _node_parts(
             others = tuple(f"{m}{ending}" for ending in tensor.others)
             part = Part(tensor.field, weight, shape, tensor.letters, others)
             yield f"{m}{tensor.find_ending(weight)}", part
+
+
+def _inside(trained: list[str], model: Model) -> dict[str, str]:
+    """Returns the modules that are trained in full, with those within them."""
+    inside = lambda m: any(f"{m}.".startswith(f"{other}.") for other in trained)
+    return {m: "trained in full" for m in model.modules if inside(m)}
+
+
+def _token_parts(with_tokens: tokens.Chosen, model: Model) -> Iterator[tuple]:
+    for m, ids in with_tokens.ids.items():
+        weight = model.kernels[m]
+        letters = tokens.find_letters(weight)
+        shape = layouts.tensor_shape(weight, letters, {"k": len(ids)})
+        yield f"{m}{tokens.ROWS}", Part(TOKENS, weight, shape, letters)
 
 
 def _trained_parts(trained: list[str], model: Model) -> Iterator[tuple]:

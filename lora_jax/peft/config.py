@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_jax.peft import biases, tokens
 from lora_jax.peft.initial_values import COMPUTED
 from lora_jax.peft.producers import describe_files, describe_keys
 
@@ -101,11 +102,9 @@ REFUSED: dict[str, str] = {
     "enable_lora": "factors for parts of a fused kernel (PEFT before 0.3)",
     "kasa_config": "a base without its smallest singular values (KaSA)",
     "layer_replication": "a base with layers repeated",
-    "lora_bias": "a bias of the factors",
     "megatron_config": "layers of Megatron",
     "monteclora_config": "factors that are drawn (MonteCLoRA)",
     "target_parameters": "factors of bare parameters, such as experts",
-    "trainable_token_indices": "trained rows of an embedding",
     "use_bdlora": "factors of blocks (BD-LoRA)",
     "use_qalora": "inputs that are averaged in groups (QA-LoRA)",
     "velora_config": "compressed activations (VeLoRA)",
@@ -343,6 +342,7 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "use_dora": _BOOL,
     "use_rslora": _BOOL,
     "fan_in_fan_out": _BOOL,
+    biases.WORD: _BOOL,
     "ensure_weight_tying": _BOOL,
     "bias": ("none, all or lora_only", lambda x: x in ("none", "all", "lora_only")),
     "target_modules": _CHOICE,
@@ -360,6 +360,10 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "these PEFT makes plain LoRA: save_pretrained(..., path_initial_model_for_weight_conversion"
         "=the adapter before its first step)",
         lambda x: isinstance(x, bool | str) and x in _INITS,
+    ),
+    tokens.WORD: (
+        "null, a list of ids from 0 on, each once, or an object with such a list for each module",
+        tokens.is_word,
     ),
     "projection_prng_key": (f"a whole number below {_MAX_SEED}", _is_seed),
     "save_projection": _BOOL,

@@ -17,7 +17,15 @@ from lora_jax.config import LoRAConfig
 from lora_jax.factors import BATCH
 from lora_jax.names import Name
 from lora_jax.nodes import Adapted, scales
-from lora_jax.peft import adapter_tensors, directory_files, layouts, target_modules, weights_file
+from lora_jax.peft import (
+    adapter_tensors,
+    biases,
+    directory_files,
+    layouts,
+    target_modules,
+    tokens,
+    weights_file,
+)
 from lora_jax.peft.adapter_tensors import Plan
 from lora_jax.peft.config import CONFIG, HEADS, complete, read_words
 from lora_jax.peft.initial_values import COMPUTED
@@ -197,7 +205,7 @@ def _make_nodes(
     nodes = {}
     for leaf, roles in by_leaf.items():
         roles.pop(adapter_tensors.BASE, None)
-        numbers_of_leaf = numbers.get(leaf, set())
+        numbers_of_leaf = numbers.get(plan.biases.get(leaf, leaf), set())
         problem = _describe_uneven(leaf, roles, leaves[leaf], numbers_of_leaf, weight[leaf])
         if problem:
             problems.append(problem)
@@ -210,6 +218,14 @@ def _make_nodes(
                 )
             except ValueError as error:
                 problems.append(f"{leaf} {error}")
+        elif adapter_tensors.BETA in roles:
+            ((rank, alpha),) = numbers[plan.biases[leaf]]
+            of_layers = {k: names.from_tensor(weight[leaf], x) for k, x in roles["beta"].items()}
+            scale = adapter_tensors.peft_scale(alpha, rank, root=root)
+            nodes[leaf] = biases.make_node(_stack(of_layers), weight[leaf], scale)
+        elif adapter_tensors.TOKENS in roles:
+            (rows,) = roles[adapter_tensors.TOKENS].values()
+            nodes[leaf] = tokens.make_node(weight[leaf], rows, plan.tokens[leaf])
         elif adapter_tensors.TRAINED in roles:
             whole = {
                 k: names.from_tensor(weight[leaf], x)
@@ -306,7 +322,9 @@ def _make_config(
         rank=words["r"],
         targets=_find_patterns(set(numbers), others),
         train=_find_patterns(full, leaves),
+        train_tokens={_find_pattern(n, {n}, others): ids for n, ids in plan.tokens.items()},
         dropout=words["lora_dropout"],
+        adapt_bias=words[biases.WORD],
         rank_pattern={n: rank for n, (rank, _) in numbers.items() if rank != words["r"]},
         origin=origin,
     )

@@ -60,9 +60,11 @@ def _hint(name: str) -> str:
         return f" (all names start with {PREFIX!r})"
     if "lora_magnitude_vector" in name:
         return " (of DoRA, which the words do not ask for: use_dora is not true, or not the module)"
-    for word, what in (("lora_diag", "KaSA"), ("token_adapter", "tokens")):
+    for word, what in (("lora_diag", "KaSA"),):
         if word in name:
             return f" (of {what}, which is not supported)"
+    if "token_adapter" in name:
+        return " (of trained tokens, which trainable_token_indices does not name)"
     return ""
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from lora_jax.names import Weight
 
 PREFIX = "base_model.model."
-TRAINED, BASE = "trained", "base"
+TRAINED, BASE, TOKENS, BETA = "trained", "base", "tokens", "beta"
 
 
 class Part(NamedTuple):
@@ -13,7 +13,8 @@ class Part(NamedTuple):
 
     Attributes:
       role: what it holds of the weight: a field of its node by name, ``TRAINED`` for a weight that
-        is trained in full, or ``BASE`` for that of the base.
+        is trained in full, ``TOKENS`` for trained rows of it, ``BETA`` for the trained term of a
+        bias, or ``BASE`` for that of the base.
       weight: weight of the model.
       shape: shape in the file.
       letters: letters of the axes of a field; see :mod:`lora_jax.peft.layouts`.

@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,20 @@ from lora_jax import fields, names, paths
 from lora_jax.config import LoRAConfig
 from lora_jax.factors import BATCH, RANK
 from lora_jax.files import write_atomically
+from lora_jax.methods.bias import AdaptedBias
+from lora_jax.methods.tokens import Tokens
 from lora_jax.names import Name, Weight
 from lora_jax.nodes import Adapted, is_adapted, scale_array, scales
-from lora_jax.peft import adapter_tensors, initial_values, layouts, methods, target_modules
+from lora_jax.peft import (
+    adapter_tensors,
+    biases,
+    initial_values,
+    layouts,
+    methods,
+    saved_modules,
+    target_modules,
+    tokens,
+)
 from lora_jax.peft.adapter_tensors import Part, Plan
 from lora_jax.peft.config import (
     CONFIG,
@@ -33,6 +44,7 @@ from lora_jax.peft.config import (
     to_bytes,
 )  # fmt: skip
 from lora_jax.peft.misfits import base_tensor, is_exact
+from lora_jax.peft.saved_modules import make_error
 from lora_jax.peft.target_modules import Model
 from lora_jax.peft.weights_file import WEIGHTS
 
@@ -100,13 +112,13 @@ def save_peft(
     if init and not problems:
         problems = initial_values.find_others(nodes, leaves, init)
     if problems:
-        raise _make_error(problems)
+        raise make_error(problems)
     nodes = nodes if init else initial_values.make_plain(nodes)
     older = bool(config.origin.get("older", False))
     model = target_modules.make_model(_weights(names, leaves, older=older))
     content, problems = _collect_content(nodes, model, config, init)
     if problems:
-        raise _make_error(problems)
+        raise make_error(problems)
     words, plan = _choose_words(content, model, config, metadata)
     dtypes = config.origin.get("dtypes")
     dtypes = dtypes if isinstance(dtypes, dict) else {}
@@ -123,10 +135,6 @@ def save_peft(
     data = safetensors.numpy.save(tensors, metadata={"format": "pt"})
     write_atomically(directory / WEIGHTS, data)
     write_atomically(directory / CONFIG, to_bytes(restrict(words)))
-
-
-def _make_error(problems: Sequence[str]) -> ValueError:
-    return ValueError(f"The adapter can't be saved in PEFT's format: {'; '.join(problems)}.")
 
 
 def _weights(table: Sequence[Name], leaves: Mapping[str, Any], *, older: bool) -> list[Weight]:
@@ -146,6 +154,8 @@ def _collect_content(
         problem = _find_obstacle(leaf, node, rows)
         if problem:
             problems.append(problem)
+        elif isinstance(node, AdaptedBias | Tokens):
+            continue  # words of their own say where they are
         elif is_adapted(node):
             modules = {names.module(w.hf): w for w in rows}
             content.kernels.update(modules)
@@ -155,6 +165,7 @@ def _collect_content(
             content.trained.update({w.hf: w for w in rows})
     if not content.kernels and not problems:
         problems.append("no kernel is adapted, and PEFT has no adapter without one")
+    problems += [] if problems else biases.find_obstacles(nodes, content.kernels, model)
     if content.kernels and (mixture := methods.find_mixture(_find_methods(content))):
         problems.append(mixture)
     return content, problems
@@ -169,6 +180,10 @@ def _find_methods(content: _Content) -> list[methods.Method]:
 def _find_obstacle(leaf: str, node: Any, rows: Sequence[Weight]) -> str:
     if not rows:
         return f"the table of names has no row for {leaf}"
+    if isinstance(node, AdaptedBias):
+        return ""  # said when the kernels are known
+    if isinstance(node, Tokens):
+        return tokens.find_obstacle(leaf, node, rows[0])
     if rows[0].row.tied and is_adapted(node):
         return (
             f"{leaf} is one weight with several uses here ({', '.join(w.hf for w in rows)}), and "
@@ -240,7 +255,7 @@ def _choose_words(
     plan = adapter_tensors.make_plan(words, model)
     differences = _find_differences(content, plan, config.rank_stabilized)
     if differences:
-        raise _make_error(differences)
+        raise make_error(differences)
     return words, plan
 
 
@@ -256,17 +271,17 @@ def _make_words(
     content: _Content, model: Model, words: Mapping[str, Any], config: LoRAConfig
 ) -> dict[str, Any]:
     """Makes the shortest words for the adapter."""
-    saved, rest = _find_whole_modules(content, model)
+    saved, rest = saved_modules.find_whole(content.trained, model)
     heads = HEADS.get(words["task_type"], ())
-    untrained = _find_untrained_heads(heads, saved, model)
+    untrained = saved_modules.find_untrained_heads(heads, saved, model)
     if untrained:
-        raise _make_error(
+        raise make_error(
             [
                 f"task_type {words['task_type']} means that {', '.join(untrained)} is trained in "
                 "full, and it is not"
             ]
         )
-    entries = [e for e in _find_saved_entries(saved, model) if e not in heads]
+    entries = [e for e in saved_modules.find_entries(saved, model) if e not in heads]
     inside = [m for m in model.modules if any(f"{m}.".startswith(f"{s}.") for s in saved)]
     targets = target_modules.shortest_entries(content.kernels, model, inside)
     rank = _most_frequent(content.ranks, config.rank)
@@ -277,13 +292,15 @@ def _make_words(
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
-        "bias": _choose_bias(rest, content, model),
+        "bias": saved_modules.choose_bias(rest, content.trained, content.kernels, model),
         "ensure_weight_tying": any(w.row.tied for w in content.trained.values()),
         "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": target_modules.shortest_patterns(content.ranks, model, rank),
         "alpha_pattern": target_modules.shortest_patterns(content.alphas, model, alpha),
         "fan_in_fan_out": any(names.is_conv1d(w) for w in content.kernels.values()),
+        biases.WORD: bool(biases.select(content.nodes)),
+        tokens.WORD: tokens.make_word(content.nodes, model),
         **_find_methods(content)[0].words,
     }
     if set(target_modules.select_adapted(dict(words) | new, model)) != set(content.kernels):
@@ -296,61 +313,6 @@ def _most_frequent(values: Mapping[str, Any], configured: float) -> Any:
     """Returns the config's value if it is in use, else the smallest of the most frequent."""
     counts = collections.Counter(values.values())
     return min(counts, key=lambda v: (v != configured, -counts[v], v))
-
-
-def _find_whole_modules(content: _Content, model: Model) -> tuple[list[str], dict[str, Weight]]:
-    """Finds the largest modules all of whose weights are trained, and the weights left over."""
-    whole: list[str] = []
-    for m in model.modules:  # parents first
-        weights_inside = adapter_tensors.module_weights(m, model)
-        is_covered = any(m.startswith(f"{other}.") for other in whole)
-        is_trained = all(w.hf in content.trained for w in weights_inside)
-        if weights_inside and is_trained and not is_covered:
-            whole.append(m)
-    prefixes = tuple(f"{m}." for m in whole)
-    rest = {n: w for n, w in content.trained.items() if not (prefixes and n.startswith(prefixes))}
-    return whole, rest
-
-
-def _find_untrained_heads(heads: Iterable[str], saved: Sequence[str], model: Model) -> list[str]:
-    is_inside = lambda m: any(f"{m}.".startswith(f"{other}.") for other in saved)
-    return [m for m in target_modules.select_saved(heads, model) if not is_inside(m)]
-
-
-def _find_saved_entries(saved: Sequence[str], model: Model) -> list[str]:
-    """Finds entries for modules_to_save, where a name selects all names that end in it."""
-    entries = {}
-    for m in saved:
-        fits = lambda e: set(target_modules.select_saved([e], model)) <= set(saved)
-        entry = next((e for e in target_modules.suffixes(m) if fits(e)), None)
-        if entry is None:
-            also = [x for x in target_modules.select_saved([m], model) if x not in saved]
-            raise _make_error(
-                [
-                    f"{m} is trained in full, and PEFT would train {', '.join(also)} with it, "
-                    "whose name ends in the same letters; train that as well"
-                ]
-            )
-        entries[entry] = m
-    return sorted(entries)
-
-
-def _choose_bias(rest: Mapping[str, Weight], content: _Content, model: Model) -> str:
-    """Chooses the setting of bias that stands for the weights outside whole modules."""
-    if not rest:
-        return "none"
-    biases = {n for n in model.weights if n.rpartition(".")[2] == "bias"}
-    if biases <= set(content.trained) and set(rest) <= biases:
-        return "all"
-    if set(rest) == {n for n in biases if names.module(n) in content.kernels}:
-        return "lora_only"
-    raise _make_error(
-        [
-            f"{paths.listing(w.leaf for w in rest.values())} is trained in full, and PEFT trains "
-            "whole modules, all biases, or the biases of the adapted modules; train the whole "
-            "module, or leave it out"
-        ]
-    )
 
 
 def _find_differences(content: _Content, plan: Plan, root: bool) -> list[str]:
@@ -366,6 +328,10 @@ def _find_differences(content: _Content, plan: Plan, root: bool) -> list[str]:
     ):
         if more:
             problems.append(f"PEFT {what} {paths.listing(sorted(more))}")
+    if set(plan.biases) != set(biases.select(content.nodes)):
+        problems.append("PEFT would adapt other biases than the adapter does")
+    if plan.tokens != (ids := tokens.select_ids(content.nodes)):
+        problems.append(f"PEFT would train tokens {plan.tokens}, and it has {ids}")
     for m in sorted(modules_of_words & modules_of_adapter):
         node = content.nodes[content.kernels[m].leaf]
         method_of_words = plan.methods[content.kernels[m].leaf]
@@ -387,6 +353,10 @@ def _make_tensor(part: Part, nodes: Mapping[str, Any], leaves: Mapping[str, Any]
     pick = lambda x: np.asarray(x) if layer is None else np.asarray(x)[layer]
     if part.role == adapter_tensors.TRAINED:
         return names.to_tensor(part.weight, pick(node))
+    if part.role == adapter_tensors.BETA:
+        return names.to_tensor(part.weight, pick(node.beta))
+    if part.role == adapter_tensors.TOKENS:
+        return tokens.make_tensor(node, part.weight)
     axes = methods.find_method_of(node).field_axes(part.role)
     if BATCH not in node.table[part.role].axes:
         pick = np.asarray

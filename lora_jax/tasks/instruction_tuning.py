@@ -17,7 +17,7 @@ from lora_jax.data.conversations import Conversation
 from lora_jax.data.packing import Packed
 from lora_jax.models import checkpoints, token_ids
 from lora_jax.models.families import CAUSAL_LM
-from lora_jax.tasks import adapter_files, from_config, language_modeling, templates
+from lora_jax.tasks import adapter_files, added_tokens, from_config, language_modeling, templates
 from lora_jax.training import mesh, training_config
 from lora_jax.training.task import Score, Task
 
@@ -56,6 +56,7 @@ def check(config: ConfigDict) -> None:
             f"data.format must be one of {', '.join(formats)}, got {config.data.format!r}"
         )
     problems += training_config.validation_problems(config)
+    problems += added_tokens.check(config.data.add_tokens)
     try:
         datetime.date.fromisoformat(config.data.date)
     except ValueError:
@@ -93,6 +94,9 @@ def make_task(
     template = templates.find(
         loaded.checkpoint, file=config.data.chat_template, adapter=config.adapter
     )
+    tokens = added_tokens.choose(config, template)
+    extended = added_tokens.extend(loaded, tokenizer, tokens)
+    loaded = extended.loaded
     training, evaluation = (
         pack(config, part, template, tokenizer) for part in load_conversations(config)
     )
@@ -100,6 +104,8 @@ def make_task(
     for rows, _ in (training, evaluation):
         token_ids.check(rows.texts.ids, table, tokenizer)
     initial = adapter_files.load_initial(config, loaded)
+    if initial.adapter is None:
+        initial = initial._replace(config=added_tokens.train(initial.config, extended))
     task = Task(
         apply=functools.partial(language_modeling.apply, loaded.model),
         metrics=language_modeling.token_loss,
@@ -112,11 +118,12 @@ def make_task(
         steps_per_epoch=batches.steps_per_epoch(len(training[0].rows), config.batch_size),
         base=loaded.params,
         base_id=loaded.base_id,
-        metadata=_metadata(config, template),
+        metadata=_metadata(config, template, tokens),
         notes=adapter_files.add_notes(
             initial,
             (
                 *_notes(config, loaded, template, training, evaluation),
+                *extended.notes,
                 *token_ids.describe(tokenizer, table),
             ),
         ),
@@ -143,10 +150,13 @@ def _check_model(config: ConfigDict, loaded: checkpoints.Loaded) -> None:
         )
 
 
-def _metadata(config: ConfigDict, template: ChatTemplate) -> dict[str, Any]:
+def _metadata(
+    config: ConfigDict, template: ChatTemplate, tokens: dict[str, bool]
+) -> dict[str, Any]:
     """Returns what is needed, besides the adapter, to use it: a template of its own, too."""
     has_own = config.data.chat_template or (config.adapter and templates.read(config.adapter))
     own = {templates.METADATA: template.source} if has_own else {}
+    own |= {added_tokens.METADATA: tokens} if tokens else {}
     return language_modeling.metadata(config) | own
 
 

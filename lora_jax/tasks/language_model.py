@@ -7,7 +7,13 @@ import lora_jax as lora
 from lora_jax import peft, serialize
 from lora_jax.models import checkpoints
 from lora_jax.models.families import CAUSAL_LM
-from lora_jax.tasks import adapter_bases, adapter_files, from_config, text_files
+from lora_jax.tasks import (
+    adapter_bases,
+    adapter_files,
+    added_tokens,
+    from_config,
+    text_files,
+)
 
 PyTree = Any
 TASK = "language-modelling"
@@ -77,6 +83,7 @@ def load(directory: str | Path, *, model: str | None = None, wide: bool = True) 
         )
     options = options if wide else adapter_files.narrow(name, options)
     loaded = checkpoints.load(name, head=CAUSAL_LM, **options)
+    loaded = added_tokens.fit(loaded, directory)
     loaded = adapter_files.widen(loaded) if wide else loaded
     files = text_files.find(directory, loaded.checkpoint)
     notes = (*adapter_bases.describe(directory, loaded), *files.notes)

@@ -36,9 +36,16 @@ def write_peft_lines(directory: str | Path, loaded: Loaded) -> str:
             "from peft import PeftModel",
             f"from transformers import {name}",
             f"base = {name}.from_pretrained({arguments})",
+            *_resizing(loaded),
             f"model = PeftModel.from_pretrained(base, {str(directory)!r})",
         ]
     )
+
+
+def _resizing(loaded: Loaded) -> list[str]:
+    """Returns the line that gives the base rows for added tokens, which the adapter brings."""
+    rows = loaded.checkpoint.config.get("vocab_size")
+    return [f"base.resize_token_embeddings({rows})"] if loaded.is_resized else []
 
 
 def _locate_base(loaded: Loaded) -> tuple[str, dict[str, Any]]:

@@ -4,7 +4,9 @@ Trainers save them beside the adapter, since a run may add tokens or a template.
 is the adapter's if its directory has it, and the base's otherwise.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import tokenizers
@@ -12,9 +14,11 @@ import tokenizers
 from lora_jax.data import chat_template
 from lora_jax.data.chat_template import ChatTemplate
 from lora_jax.files import read_object, write_atomically
+from lora_jax.models import added_tokens as tokens_of_models
 from lora_jax.models import checkpoints
 from lora_jax.models.checkpoints import Checkpoint
 from lora_jax.models.hub import TOKENIZER_FILES
+from lora_jax.tasks import added_tokens
 
 # Each of them makes a tokenizer.
 _READABLE = (
@@ -35,12 +39,14 @@ class TextFiles(NamedTuple):
       template: that of the chat template.
       generation: that of the tokens that end a reply.
       notes: lines that say which of them are the adapter's own.
+      added: tokens that the tokenizer gets beyond its own, with whether they are special.
     """
 
     tokenizer: Checkpoint
     template: Checkpoint
     generation: Checkpoint
     notes: tuple[str, ...] = ()
+    added: Mapping[str, bool] = MappingProxyType({})
 
 
 def find(directory: str | Path | None, checkpoint: Checkpoint) -> TextFiles:
@@ -70,12 +76,29 @@ def find(directory: str | Path | None, checkpoint: Checkpoint) -> TextFiles:
             f"tokenizer: that of the base, since the adapter's files ({', '.join(files)}) make "
             f"none here without one of {', '.join(_READABLE)}"
         )
-    return TextFiles(*(own if there else checkpoint for there in has.values()), tuple(notes))
+    found = (own if there else checkpoint for there in has.values())
+    return TextFiles(*found, tuple(notes), added_tokens.read(directory))
 
 
 def load_tokenizer(files: TextFiles) -> tokenizers.Tokenizer:
-    """Reads the tokenizer."""
-    return checkpoints.load_tokenizer(files.tokenizer)
+    """Reads the tokenizer, and adds the adapter's tokens to it."""
+    tokenizer = checkpoints.load_tokenizer(files.tokenizer)
+    tokens_of_models.add(tokenizer, files.added)
+    return tokenizer
+
+
+def write_tokenizer(out: Path, files: TextFiles) -> None:
+    """Writes a tokenizer that an adapter has added tokens to; nothing if it has added none.
+
+    Raises:
+      OSError: a file can't be written.
+    """
+    if not files.added:
+        return
+    for name, content in checkpoints.tokenizer_files(files.tokenizer).items():
+        write_atomically(out / name, content)
+    text = load_tokenizer(files).to_str(pretty=True)
+    write_atomically(out / "tokenizer.json", text.encode())
 
 
 def find_template(files: TextFiles, base: Checkpoint) -> ChatTemplate:
@@ -111,6 +134,7 @@ def replace(out: Path, files: TextFiles, base: Checkpoint) -> None:
         for name in _GROUP:
             (out / name).unlink(missing_ok=True)
         _copy(files.tokenizer.directory, out, _GROUP)
+    write_tokenizer(out, files)
     if template is not None:
         write_atomically(out / _TEMPLATE, template.source.encode())
     if files.generation is not base:

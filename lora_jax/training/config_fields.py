@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict, config_dict
 
 # Sections with keys of the user's own: each counts as one field.
-OPEN_SECTIONS = ("rank_pattern", "alpha_pattern", "roles")
+OPEN_SECTIONS = ("rank_pattern", "alpha_pattern", "roles", "train_tokens")
 # Fields that a base config lacks: a run that starts from an adapter has them from there.
 OPTIONAL = ("lora.roles",)
 # Words of other libraries, and of habit, for fields here.

@@ -16,6 +16,7 @@ import lora_jax as lora
 from lora_jax import adapter as adapters
 from lora_jax import fields, paths
 from lora_jax.factors import RANK
+from lora_jax.methods.tokens import Tokens
 from lora_jax.nodes import is_adapted
 from lora_jax.training import (
     checkpointing,
@@ -131,7 +132,10 @@ def _describe_end(progress: Progress, step: int, total: int) -> str:
 def report(base: PyTree, adapter: PyTree) -> list[str]:
     """Returns lines that say what is trained."""
     nodes = adapters.nodes(adapter)
-    kernels = {name: node for name, node in nodes.items() if is_adapted(node)}
+    adapted = {name: node for name, node in nodes.items() if is_adapted(node)}
+    tokens = {name: node for name, node in adapted.items() if isinstance(node, Tokens)}
+    biases = [name for name, node in adapted.items() if not node.is_kernel]
+    kernels = {n: node for n, node in adapted.items() if n not in (*tokens, *biases)}
     lines = []
     if kernels:
         ranks = sorted({fields.sizes(node).get(RANK, 0) for node in kernels.values()})
@@ -139,7 +143,11 @@ def report(base: PyTree, adapter: PyTree) -> list[str]:
             f"adapted with rank {', '.join(map(str, ranks))}, {len(kernels)} kernels: "
             f"{paths.listing(kernels)}"
         )
-    if full := [name for name in nodes if name not in kernels]:
+    if biases:
+        lines.append(f"adapted biases, {len(biases)}: {paths.listing(biases)}")
+    for name, node in tokens.items():
+        lines.append(f"trained tokens, {len(node.ids)} of {name}")
+    if full := [name for name in nodes if name not in adapted]:
         lines.append(f"trained in full, {len(full)} leaves: {paths.listing(full)}")
     return [*lines, lora.summary(base, adapter)]
 

@@ -312,7 +312,7 @@ def _vary_kernels_alike(eqn: JaxprEqn, vals: Sequence) -> list:
 def _drop_inputs(
     scope: Scope, kernel: Kernel, x: Array, shape: Sequence[int] | None = None
 ) -> Array:
-    rate = kernel.rate or None if scope.rate is None else scope.rate
+    rate = _choose_rate(scope, kernel)
     if rate is None:
         return x
     key = scope.key
@@ -325,6 +325,13 @@ def _drop_inputs(
     return dropout(x, rate, key, shape)
 
 
+def _choose_rate(scope: Scope, kernel: Kernel) -> Any:
+    """Returns the rate of dropout on the input of a kernel's branch; None if there is none."""
+    if kernel.rate is None:
+        return None
+    return kernel.rate or None if scope.rate is None else scope.rate
+
+
 def fall_back(scope: Scope, value: Any, primitive: str, reason: str, eqn: JaxprEqn = None) -> Any:
     """Falls back to ``W + s·BA`` if ``value`` is a kernel; makes numbers of one that is frozen."""
     if not isinstance(value, Kernel):
@@ -332,7 +339,7 @@ def fall_back(scope: Scope, value: Any, primitive: str, reason: str, eqn: JaxprE
     source = "" if eqn is None else forms.source(eqn)
     scope.record(Event(value.names, primitive, reason=reason, source=source))
     # A kernel that the function returns has no input, of which dropout could drop entries.
-    drops = (scope.rate is not None or value.rate) and primitive != OUTPUT
+    drops = _choose_rate(scope, value) is not None and primitive != OUTPUT
     if drops or scope.strict:
         why = "dropout needs it factored" if drops else "strict=True forbids it"
         raise FallbackError(Event(value.names, primitive, reason, source), why)

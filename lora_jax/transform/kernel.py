@@ -34,7 +34,7 @@ class Kernel:
       axes: role of each axis of ``w``: "i", "o", "b", or "=" for one that was added.
       gain_side: role of the axes along which the gain varies, beside the batch axes.
       names: paths of the parameters that it is made of; in a nested call their numbers.
-      rate: rate of dropout on the input of its branch.
+      rate: rate of dropout on the input of its branch; None if it never has any.
     """
 
     w: Array | Deferred
@@ -44,7 +44,7 @@ class Kernel:
     axes: str
     gain_side: str = OUT
     names: tuple
-    rate: float = 0.0
+    rate: float | None = 0.0
 
 
 jax.tree_util.register_dataclass(

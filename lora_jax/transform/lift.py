@@ -15,7 +15,7 @@ from jax.extend.core import ClosedJaxpr
 from jax.tree_util import PyTreeDef
 
 from lora_jax import hints
-from lora_jax.nodes import Adapted, Trained, is_adapted, is_node, terms
+from lora_jax.nodes import Adapted, Node, Trained, is_adapted, is_adapted_kernel, is_node, terms
 from lora_jax.quantized import is_quantized
 from lora_jax.transform import origins, roles
 from lora_jax.transform.control import evaluate
@@ -172,7 +172,7 @@ def _run(
 ) -> Any:
     is_leaf = lambda x: is_node(x) or is_quantized(x)
     leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_leaf)
-    leaves = [leaf.value if isinstance(leaf, Trained) else leaf for leaf in leaves]
+    leaves = [_form(leaf) if is_node(leaf) else leaf for leaf in leaves]
     nodes = {k: leaf for k, leaf in enumerate(leaves) if is_adapted(leaf) or is_quantized(leaf)}
 
     def call(*kernels: Array) -> Any:
@@ -192,6 +192,13 @@ def _run(
     outs = evaluate(scope, body_of(closed), values)
     outs = [fall_back(scope, x, OUTPUT, "is returned by the function") for x in outs]
     return jax.tree.unflatten(jax.tree.structure(shapes), outs)
+
+
+def _form(node: Node) -> Any:
+    """Forms what a node stands for where that is no kernel; returns the node itself otherwise."""
+    if isinstance(node, Trained):
+        return node.value
+    return node if is_adapted_kernel(node) or node.w is None else node.merge(node.w)
 
 
 def _make_value(leaf: Any, *, use_node_rates: bool) -> Kernel | Deferred | Array:
@@ -243,7 +250,14 @@ def _make_kernel(node: Adapted, rate: float) -> Kernel:
             "Got an adapter where a bound tree is expected; "
             "call lift(fn)(bind(params, adapter), ...)."
         )
-    a, b, gain = terms(node, node.w)
+    a, b, gain, side = terms(node, node.w)
     return Kernel(
-        w=_defer(node.w), a=a, b=b, gain=gain, axes=node.axes, names=(node.name,), rate=rate
+        w=_defer(node.w),
+        a=a,
+        b=b,
+        gain=gain,
+        axes=node.axes,
+        gain_side=side,
+        names=(node.name,),
+        rate=rate if node.has_dropout else None,
     )

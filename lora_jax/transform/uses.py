@@ -145,7 +145,10 @@ def _gather(params: dict, vals: Sequence[Any], f: Factors, base: Array, drop: Ca
     looked_up = look_up_rows(params, vals[1], f.a, f.axes).astype(base.dtype)
     # The input is one-hot, so that there is one draw for each row.
     looked_up = drop(looked_up, (*looked_up.shape[:-1], 1))
-    y = lax.dot_general(looked_up, f.b.astype(base.dtype), (((n_ids,), (0,)), ((), ())))
+    # With a gain of 0 the branch is the whole row, which must come with all of its digits.
+    precision = None if f.gain is None else lax.Precision.HIGHEST
+    dims_of_product = (((n_ids,), (0,)), ((), ()))
+    y = lax.dot_general(looked_up, f.b.astype(base.dtype), dims_of_product, precision=precision)
     return arrange_as_gathered(y, dims, f.axes, n_ids)
 
 

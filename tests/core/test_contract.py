@@ -12,6 +12,8 @@ import pytest
 import lora_jax as lora
 from lora_jax import adapter as adapters
 from lora_jax.lowrank import LowRank
+from lora_jax.methods.bias import AdaptedBias
+from lora_jax.methods.tokens import Tokens
 from lora_jax.nodes import is_adapted
 from tests.helpers import zoo
 from tests.helpers.comparisons import assert_close, perturbed
@@ -29,7 +31,11 @@ METHODS = {
     "bitfit": dict(targets=(), train=("re:.*bias",)),
     "probe": dict(targets=(), train=("head",)),
     "full": dict(targets=(), train=("re:.*",)),
+    "biases": dict(rank=RANK, alpha=3.0, adapt_bias=True),
+    "tokens": dict(rank=RANK, alpha=3.0, train_tokens={"embed": (9, 2, 3)}),
 }
+# What not every model of the zoo has: a table of tokens, a bias beside each kernel.
+ONLY = {"tokens": ("tied",), "biases": ("mlp", "scanned")}
 
 RARE = ("lora_fa", "vera", "adalora")  # these are slow but for one model and the value of lift
 # Numbers that are trained for a kernel of so many kernels along its batch axes, inputs and outputs.
@@ -109,7 +115,10 @@ FEW = ("mlp", "scanned")
 def pairs(*, slow):
     """Every model with every method, some of which are slow."""
     cases = [
-        grouped(model, method, slow=slow(model, method)) for model in zoo.ZOO for method in METHODS
+        grouped(model, method, slow=slow(model, method))
+        for model in zoo.ZOO
+        for method in METHODS
+        if model in ONLY.get(method, (model,))
     ]
     return pytest.mark.parametrize(("model", "method"), cases)
 
@@ -238,7 +247,7 @@ def test_count_of_trainable_parameters(model, method):
     leaves = adapters.nodes(c.model.params)
     want = 0
     for name, x in adapters.nodes(c.adapter).items():
-        if is_adapted(x):
+        if is_adapted(x) and not isinstance(x, Tokens | AdaptedBias):
             size = lambda role, name=name, x=x: int(
                 np.prod(
                     [n for n, axis in zip(leaves[name].shape, x.axes, strict=True) if axis == role]
@@ -246,6 +255,8 @@ def test_count_of_trainable_parameters(model, method):
             )
             count = COUNTS.get(method, lambda b, i, o: b * RANK * (i + o))
             want += count(*map(size, "bio"))
+        elif isinstance(x, Tokens):
+            want += x.values.size
         else:
             want += leaves[name].size
     assert lora.summary(c.model.params, c.adapter).startswith(f"trainable params: {want:,d} ||")

@@ -50,7 +50,7 @@ def test_is_frozen_and_keyword_only():
         (dict(dropout=1.0), r"dropout must be in \[0, 1\), got 1.0"),
         (dict(dropout=-0.1), "dropout must be in"),
         (dict(targets=("query",), train=("query",)), "targets and train overlap in \\['query'\\]"),
-        (dict(targets=(), train=()), "both empty"),
+        (dict(targets=(), train=()), "all empty"),
         (dict(train_a=0), "train_a must be True or False, got 0"),
         (dict(targets=("",)), "non-empty strings"),
         (dict(targets=(3,)), "non-empty strings"),

@@ -19,6 +19,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
+from lora_jax import sharding
 from lora_jax.lowrank import LowRank
 from tests.helpers import toy_method
 
@@ -262,6 +263,34 @@ def explicit(fn, specs, x_spec, shapes, x):
         return {**compare(lifted, merged, adapter), "eager": gap(lifted(adapter), merged(adapter))}
 
 
+# ---- Trained tokens ------------------------------------------------------------------------------
+
+
+def trained_tokens(kind):
+    """A table and a head whose tokens are split over devices."""
+    mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), axis_types=(kind,) * 2)
+    specs = {"table": P("tensor", "fsdp"), "head": P("fsdp", "tensor")}
+    base, ids = {"table": array(16, 8), "head": array(8, 16)}, jnp.array([[0, 3, 9], [2, 10, 1]])
+    config = lora.LoRAConfig(targets=(), train_tokens={"table": (9, 2, 3), "head": (1, 5)})
+    plain = lambda p, ids: jnp.tanh(p["table"][ids]) @ p["head"]
+    adapter = stirred(lora.init(KEY, plain, base, config, ids))
+    want = jax.grad(total(lambda a: plain(lora.merge(base, a), ids)))(adapter)
+
+    def fn(p, ids):
+        x = jnp.tanh(p["table"].at[ids].get(out_sharding=P()))
+        return jnp.einsum("bti,io->bto", x, p["head"], out_sharding=P())
+
+    with jax.set_mesh(mesh):
+        put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+        split = jax.tree.map(put, base, specs)
+        placed = jax.tree.map(put, adapter, sharding.adapter_specs(specs, adapter))
+        used = fn if kind == AxisType.Explicit else plain
+        run = lambda a, p: lora.lift(used, strict=True)(lora.bind(p, a), put(ids, P()))
+        got = jax.jit(run)(placed, split)
+        grads = jax.jit(jax.grad(total(run)))(placed, split)
+    return {"value": gap(got, plain(lora.merge(base, adapter), ids)), "gradient": gap(grads, want)}
+
+
 def main():
     found = {"masks": masks_differ_by_device()}
     for name, fn in REPLICATED.items():
@@ -281,6 +310,8 @@ def main():
         found[f"shard_map in lift, {name}"] = shard_map_inside(call, PARAMS, X)
     for name, case in EXPLICIT.items():
         found[f"explicit, {name}"] = explicit(*case)
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        found[f"trained tokens, {kind.name}"] = trained_tokens(kind)
     print(json.dumps(found))
 
 

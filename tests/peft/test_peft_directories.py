@@ -294,10 +294,10 @@ def test_dtypes_survive(bert, dtype, tmp_path, key):
     "words, message",
     [
         ({"use_qalora": True}, "use_qalora is True, which is not supported"),
-        ({"lora_bias": True}, "lora_bias is True"),
+        ({"lora_bias": True}, "lora_B.bias is missing"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights: must be one of"),
         ({"init_lora_weights": "mica"}, "init_lora_weights"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"trainable_token_indices": [1]}, "word_embeddings.token_adapter.* is missing"),
         ({"target_parameters": ["w"]}, "target_parameters"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),

@@ -88,9 +88,13 @@ def test_the_field_that_is_meant(field):
 
 
 def test_what_is_said_of_other_unknown_fields():
-    assert "it is a section, with lora.alpha" in config_fields.unknown("lora", KNOWN)
+    assert "it is a section, with lora.adapt_bias, lora.alpha" in config_fields.unknown(
+        "lora", KNOWN
+    )
     assert "did you mean the section optimizer?" in config_fields.unknown("optimiser", KNOWN)
-    assert "the fields of lora are lora.alpha" in config_fields.unknown("lora.zzz", KNOWN)
+    assert "the fields of lora are lora.adapt_bias, lora.alpha" in config_fields.unknown(
+        "lora.zzz", KNOWN
+    )
     assert config_fields.suggest("data.train_file", INSTRUCT) == ["data.train"]
     assert config_fields.unknown("zzz", KNOWN).count(",") > 8
 
