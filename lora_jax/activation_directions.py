@@ -16,9 +16,10 @@ import numpy as np
 
 from lora_jax import paths
 from lora_jax.adapter import base_leaves, bind
+from lora_jax.choice import Choice, choose
 from lora_jax.config import LoRAConfig
 from lora_jax.factors import BATCH, IN, factor_shapes, positions, wide_dtype
-from lora_jax.initial import Choice, choose, make_adapter
+from lora_jax.initial import make_adapter
 from lora_jax.kernels import Leaf, max_rank
 from lora_jax.lowrank import LowRank
 from lora_jax.methods.initial_values import FROM_ACTIVATIONS

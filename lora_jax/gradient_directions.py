@@ -16,9 +16,10 @@ import jax.numpy as jnp
 
 from lora_jax import paths
 from lora_jax.adapter import base_leaves, bind
+from lora_jax.choice import Choice, choose
 from lora_jax.config import LoRAConfig
 from lora_jax.factors import BATCH, factor_shapes, wide_dtype
-from lora_jax.initial import Choice, choose, make_adapter
+from lora_jax.initial import make_adapter
 from lora_jax.kernels import Leaf, max_rank
 from lora_jax.lowrank import LowRank
 from lora_jax.methods.initial_values import FROM_GRADIENTS, make_offset

@@ -219,9 +219,10 @@ def _make_nodes(
             except ValueError as error:
                 problems.append(f"{leaf} {error}")
         elif adapter_tensors.BETA in roles:
-            ((rank, alpha),) = numbers[plan.biases[leaf]]
+            kernel = plan.biases[leaf]
+            ((rank, alpha),) = numbers[kernel]
             of_layers = {k: names.from_tensor(weight[leaf], x) for k, x in roles["beta"].items()}
-            scale = adapter_tensors.peft_scale(alpha, rank, root=root)
+            scale = alpha / plan.methods[kernel].compute_divisor(rank, root=root)
             nodes[leaf] = biases.make_node(_stack(of_layers), weight[leaf], scale)
         elif adapter_tensors.TOKENS in roles:
             (rows,) = roles[adapter_tensors.TOKENS].values()

@@ -129,7 +129,7 @@ def save_peft(
     try:
         words, tensors = methods.find_method(words).collapse(words, plan.parts, tensors)
     except ValueError as error:
-        raise _make_error([str(error)]) from error
+        raise make_error([str(error)]) from error
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     data = safetensors.numpy.save(tensors, metadata={"format": "pt"})
