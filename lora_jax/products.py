@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
 Array = jax.Array
@@ -84,22 +85,30 @@ def bfloat16_dot_general(x: Array, y: Array, dims: Dims, precision: Any, result:
 
 
 def _save(
-    x: Array, y: Array, dims: Dims, precision: Any, result: Any
+    x: Any, y: Any, dims: Dims, precision: Any, result: Any
 ) -> tuple[Array, tuple[Array, Array]]:
-    return _multiply(x, y, dims, precision, result), (x, y)
+    """Keeps of each operand what the gradient by the other needs: nothing if nobody asks for it."""
+    # Not None: the trees of what is kept must be alike, since JAX has one for all calls of a jaxpr.
+    nothing = jnp.zeros((), bool)
+    kept = x.value if y.perturbed else nothing, y.value if x.perturbed else nothing
+    return _multiply(x.value, y.value, dims, precision, result), kept
 
 
 def _backward(
-    dims: Dims, precision: Any, result: Any, saved: tuple[Array, Array], g: Array
-) -> tuple[Array, Array]:
-    x, y = saved
+    dims: Dims, precision: Any, result: Any, kept: tuple[Array, Array], g: Any
+) -> tuple[Array | None, Array | None]:
+    x, y = kept
+    if isinstance(g, SymbolicZero):
+        return None, None
     g = g.astype(jnp.bfloat16)
     swapped = tuple((right, left) for left, right in dims)
-    by_x = _differentiate(g, y, dims, precision, is_left=True)
-    return by_x, _differentiate(g, x, swapped, precision, is_left=False)
+    differentiate = functools.partial(_differentiate, g, precision=precision)
+    by_x = None if y.dtype == bool else differentiate(y, dims, is_left=True)
+    by_y = None if x.dtype == bool else differentiate(x, swapped, is_left=False)
+    return by_x, by_y
 
 
-def _differentiate(g: Array, other: Array, dims: Dims, precision: Any, *, is_left: bool) -> Array:
+def _differentiate(g: Array, other: Array, dims: Dims, *, precision: Any, is_left: bool) -> Array:
     """Computes the gradient by an operand, of whose axes ``dims`` speaks first.
 
     Args:
@@ -124,4 +133,4 @@ def _differentiate(g: Array, other: Array, dims: Dims, precision: Any, *, is_lef
     return lax.transpose(y, [axes_of_y.index(k) for k in range(y.ndim)])
 
 
-bfloat16_dot_general.__wrapped__.defvjp(_save, _backward)
+bfloat16_dot_general.__wrapped__.defvjp(_save, _backward, symbolic_zeros=True)
