@@ -84,6 +84,8 @@ def settle_dtype(config: ConfigDict, file: Path) -> str:
     if model.get("dtype") != fast_dtype.AUTO:
         return ""
     stored = _read_stored_dtype(file)
+    if stored == fast_dtype.AUTO:  # whoever wrote the file left it open, and the two must be equal
+        return fast_dtype.choose().describe()
     choice = fast_dtype.choose() if stored is None else None
     with config.unlocked():
         config.model.dtype = stored if choice is None else choice.dtype
@@ -97,7 +99,7 @@ def _read_stored_dtype(file: Path) -> str | None:
         name = stored.get("config", stored)["model"]["dtype"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # whoever reads the file next says what is wrong with it
-    return name if name in DTYPES else None
+    return name if name in (*DTYPES, fast_dtype.AUTO) else None
 
 
 def dtypes(model: Mapping[str, Any]) -> dict[str, Any]:

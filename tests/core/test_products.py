@@ -62,7 +62,8 @@ def test_values_and_gradients(layout, result):
 
 def test_every_product_of_the_gradient_has_narrow_operands_and_float32_sums():
     x, w = jnp.ones((4, 3), jnp.bfloat16), jnp.ones((3, 2), jnp.bfloat16)
-    loss = lambda x, w: products.dot_general(x, w, MATRIX).astype(jnp.float32).sum()
+    multiply = lambda x, w: products.bfloat16_dot_general(x, w, MATRIX, None, jnp.dtype(x.dtype))
+    loss = lambda x, w: multiply(x, w).astype(jnp.float32).sum()
     text = jax.jit(jax.grad(loss, (0, 1))).lower(x, w).as_text()
     lines = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
     types = [re.findall(r"tensor<[\dx]*(\w+)>", line) for line in lines]

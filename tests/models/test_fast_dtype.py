@@ -63,6 +63,15 @@ def test_a_run_goes_on_as_it_began(measured, tmp_path, stored):
     assert settled.model.dtype == "float32"
 
 
+def test_what_a_file_leaves_open_stays_open(measured, tmp_path):
+    """The configs of a run and of its continuation must be equal."""
+    measured(2.0, 1.0)
+    (tmp_path / "config.json").write_text('{"model": {"dtype": "auto"}}')
+    settled = config("auto")
+    assert "2.0 times as fast" in from_config.settle_dtype(settled, tmp_path / "config.json")
+    assert settled.model.dtype == "auto"
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"model": 3}', '{"model": {"dtype": "float8"}}'])
 def test_a_damaged_file_is_for_others_to_tell(measured, tmp_path, text):
     measured(1.0, 1.0)
