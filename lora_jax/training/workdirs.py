@@ -19,8 +19,13 @@ SWEEP = "sweep.json"  # in the directory of a sweep, whose runs are in directori
 MAY_CHANGE = ("checkpoint_keep", "guard", "mesh", "pmap", "replies")
 # Fields that the configs of older runs lack, with the values that stand for what was done then.
 ADDED = {
-    "eval_at_start": False, "model.quantize": "", "model.attention": "auto", "lora.method": "lora",
-    "lora.init": "uniform",
+    "eval_at_start": False, "init_batches": 8, "model.quantize": "", "model.attention": "auto",
+    "lora.method": "lora", "lora.init": "uniform", "lora.train_a": True, "lora.projection_seed": 0,
+    "lora.train_tokens": {}, "lora.adapt_bias": False, "data.add_tokens": [],
+    "optimizer.b_rate": 1.0, "optimizer.embedding_rate": 1.0, "optimizer.orthogonality": 0.5,
+    "optimizer.budget": {}, "optimizer.budget.target_rank": 0, "optimizer.budget.begin": 0.1,
+    "optimizer.budget.end": 0.3, "optimizer.budget.every": 1, "optimizer.budget.beta1": 0.85,
+    "optimizer.budget.beta2": 0.85,
 }  # fmt: skip
 
 

@@ -54,6 +54,30 @@ def test_the_config_of_an_older_run_gets_what_was_done_then(tmp_path):
     workdirs.check(tmp_path, config)
 
 
+@pytest.mark.parametrize("get", [common.base_config, instruct_llama.get_config])
+def test_a_run_goes_on_whose_config_lacks_what_was_added_since(get, tmp_path):
+    """Each field alone, and all of them: the values are those of the base config."""
+    config = get().unlock()
+    config.eval_at_start = False  # the one that stands for something else
+    whole = workdirs.to_json_types(config)
+    present = [name for name in workdirs.ADDED if _remove(json.loads(json.dumps(whole)), name)]
+    assert len(present) >= len(workdirs.ADDED) - 1
+    for names in ([name] for name in present), [present]:
+        for chosen in names:
+            stored = json.loads(json.dumps(whole))
+            for name in chosen:
+                _remove(stored, name)
+            assert not [*workdirs.differences(stored, whole)], chosen
+
+
+def _remove(tree, name):
+    """Removes a field of JSON types; tells whether it was there."""
+    *sections, last = name.split(".")
+    for section in sections:
+        tree = tree.get(section, {})
+    return tree.pop(last, None) is not None
+
+
 MEANT = {
     "optimizer.lr": "optimizer.learning_rate",
     "lr": "optimizer.learning_rate",
