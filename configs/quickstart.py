@@ -2,8 +2,8 @@
 
     python -m experiments.sst2 --config=configs/quickstart.py --workdir=runs/quickstart
 
-expected: validation accuracy 0.9167 (180 sentences; seed 1: 0.9111 or more); two CPU cores, 2 to 5
-minutes
+expected: validation accuracy 0.9111, 0.9278, 0.9167 (180 sentences; seeds 0 to 2) where bfloat16 is
+chosen, 0.9056, 0.9222, 0.9333 in float32; two CPU cores, 2 to 5 minutes
 """
 
 from ml_collections import ConfigDict
