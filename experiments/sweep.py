@@ -46,10 +46,10 @@ def main(argv: list[str]) -> None:
     command = _read_command(argv, recipe)
     base = command.config
     choice = from_config.settle_dtype(base, command.workdir / workdirs.SWEEP)
-    cli.say_all(choice, environment.describe_pages())
     sweep = _make_sweep(command, recipe)
     sweep_dirs.check(command.workdir, base, sweep.halving)
     print(_list_runs(sweep), flush=True)
+    cli.say_all(choice, environment.describe_pages())
     if _DRY_RUN.value:
         return
     begin = time.perf_counter()

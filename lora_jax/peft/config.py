@@ -259,7 +259,7 @@ def _abbreviate(value: Any) -> str:
 
 
 def _describe_ill_formed(name: str, words: Mapping[str, Any]) -> str:
-    check = _CHECKS_OF_TYPES.get((words.get("peft_type"), name), _CHECKS.get(name))
+    check = _CHECKS_OF_TYPES.get((str(words.get("peft_type")), name), _CHECKS.get(name))
     if check is None or name not in words:
         return ""
     wanted, fits = check

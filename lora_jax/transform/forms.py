@@ -209,6 +209,8 @@ def view_product(eqn: JaxprEqn) -> JaxprEqn:
     if len(jaxpr.eqns) == 1 and (inner := bodies(jaxpr.eqns[0])):
         outer = [outer[jaxpr.invars.index(x)] for x in jaxpr.eqns[0].invars]
         jaxpr = inner[0].jaxpr
+    if not jaxpr.eqns:  # nobody uses the result
+        return eqn
     dot, *rest = jaxpr.eqns
     is_plain = dot.primitive.name == "dot_general" and set(dot.invars) == set(jaxpr.invars)
     if not is_plain or any(x.primitive.name != "convert_element_type" for x in rest):

@@ -145,6 +145,15 @@ def test_a_quantized_kernel_is_decoded_at_the_product():
     assert [eqn.primitive.name for eqn in jaxpr.eqns][-1] in ("checkpoint", "remat", "remat2")
 
 
+def test_a_product_that_nobody_uses():
+    """JAX leaves a call with nothing in it where only another result is wanted."""
+    x, params = jnp.ones((3, 4), jnp.bfloat16), {"w": jnp.ones((4, 4), jnp.bfloat16)}
+    fn = jax.jit(lambda p, x: (apply(p, x), x.sum()))
+    adapter = lora.init(jax.random.key(0), fn, params, lora.LoRAConfig(rank=1), x)
+    count = jax.jit(lambda x: lora.lift(fn)(lora.bind(params, adapter), x)[1])
+    assert count(x) == lora.lift(lambda p, x: fn(p, x)[1])(params, x) == 12
+
+
 def test_dropout_and_a_call_of_the_same_name():
     """A user's function that has the name of the product, and is none, is looked into."""
 

@@ -39,7 +39,8 @@ def stirred(adapter):
     rng = np.random.default_rng(0)
     if "toy" in sys.argv:
         is_plain = lambda x: isinstance(x, LowRank)
-        adapter = jax.tree.map(toy_method.make_like, adapter, is_leaf=is_plain)
+        change = lambda x: toy_method.make_like(x) if is_plain(x) else x
+        adapter = jax.tree.map(change, adapter, is_leaf=is_plain)
         adapter = jax.tree.map(lambda x: x / 3, adapter)  # as small as plain LoRA's
     new = lambda x: jnp.asarray(x + 0.3 * rng.normal(size=x.shape), x.dtype)
     return jax.tree.map(lambda x, trains: new(x) if trains else x, adapter, lora.mask(adapter))

@@ -4,7 +4,13 @@ import itertools
 
 import pytest
 
-from configs import common, quickstart_sweep, sst2_alpha_lr_sweep, sst2_rank_sweep
+from configs import (
+    common,
+    quickstart_sweep,
+    sst2_alpha_lr_sweep,
+    sst2_methods_sweep,
+    sst2_rank_sweep,
+)
 from experiments import recipes
 from lora_jax.sweeps import scheduler, sweep_dirs, trials
 from lora_jax.training import workdirs
@@ -35,7 +41,12 @@ def test_the_id_is_that_of_the_whole_config():
 @pytest.mark.parametrize(
     "config, runs",
     # Ranks 1, 2, 4, 64 have three alphas each; 8 and 16 have two, as 2·8 = 16 = 1·16.
-    [(quickstart_sweep, 12), (sst2_rank_sweep, (4 * 3 + 2 + 2) * 3), (sst2_alpha_lr_sweep, 75)],
+    [
+        (quickstart_sweep, 12),
+        (sst2_rank_sweep, (4 * 3 + 2 + 2) * 3),
+        (sst2_alpha_lr_sweep, 75),
+        (sst2_methods_sweep, 156),
+    ],
 )
 def test_sweeps_of_this_project(config, runs):
     found = trials.make_trials(config.get_config(), config.sweep, recipes.GLUE)

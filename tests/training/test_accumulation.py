@@ -319,7 +319,7 @@ def test_in_a_sweep_a_run_accumulates_as_it_does_alone(tmp_path):
     group = trial_loop.Group(
         task=task, plan=None, make_member=None, shapes=None, has_dropout=True, options=opts
     )
-    assert opts == group.options == ("cosine", 4)
+    assert opts == group.options and (opts.decay, opts.accumulate) == ("cosine", 4)
     program = vmapped_step.make_program(task, 2, has_dropout=True, options=opts)
     losses, *_ = runs_together.together(task, [p.config for p in found], 8, program)
     for point, loss in zip(found, losses, strict=True):
