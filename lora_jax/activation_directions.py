@@ -7,7 +7,7 @@ formed, and no activation leaves the pass.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import paths
-from lora_jax.adapter import base_leaves, bind
+from lora_jax.adapter import base_leaves
 from lora_jax.choice import Choice, choose
 from lora_jax.config import LoRAConfig
-from lora_jax.factors import BATCH, IN, factor_shapes, positions, wide_dtype
+from lora_jax.data_passes import Loss, make_gradient_sum, orthonormalize, to_columns
+from lora_jax.factors import IN, factor_shapes, positions, wide_dtype
 from lora_jax.initial import make_adapter
 from lora_jax.kernels import Leaf, max_rank
 from lora_jax.lowrank import LowRank
@@ -29,7 +30,6 @@ from lora_jax.transform.lift import measure_inputs
 
 PyTree = Any
 Array = jax.Array
-Loss = Callable[[PyTree, Any], Array]
 _N_ITER = 3  # of the subspace iteration
 _OVERSAMPLING = 8
 
@@ -151,14 +151,14 @@ def _find_components(
     nodes = {n: _make_node(leaves[n], widths[n] + N_SUMS) for n in leaves}
     keys = dict(zip(nodes, jax.random.split(key, len(nodes)), strict=True))
     draw = lambda n, x: jax.random.normal(keys[n], (*x.a.shape[:-1], widths[n]), x.a.dtype)
-    basis = {n: _orthonormalize(_to_matrices(draw(n, x), x)) for n, x in nodes.items()}
-    measure = _make_measure(loss_fn, params, batches)
+    basis = {n: orthonormalize(to_columns(draw(n, x), x)) for n, x in nodes.items()}
+    measure = make_gradient_sum(measure_inputs, loss_fn, params, batches)
     for step in range(_N_ITER + 1):
         measured = measure({n: _put(x, basis[n]) for n, x in nodes.items()})
-        moments = {n: _to_matrices(x.a, x) for n, x in measured.items()}
+        moments = {n: to_columns(x.a, x) for n, x in measured.items()}
         _check_rows(moments)
         if step < _N_ITER:
-            basis = {n: _orthonormalize(_center(basis[n], m)[0]) for n, m in moments.items()}
+            basis = {n: orthonormalize(_center(basis[n], m)[0]) for n, m in moments.items()}
     return {n: _decompose(basis[n], m, counts[n]) for n, m in moments.items()}
 
 
@@ -176,30 +176,6 @@ def _put(node: LowRank, basis: Array) -> LowRank:
     """Puts a basis into the first columns of ``a``."""
     shape = (*node.a.shape[:-1], basis.shape[-1])
     return dataclasses.replace(node, a=node.a.at[..., : shape[-1]].set(basis.reshape(shape)))
-
-
-def _to_matrices(a: Array, node: LowRank) -> Array:
-    n = math.prod(a.shape[: node.axes.count(BATCH)])
-    return a.reshape(n, -1, a.shape[-1])
-
-
-def _make_measure(
-    loss_fn: Loss, params: PyTree, batches: Sequence[Any]
-) -> Callable[[dict[str, LowRank]], dict[str, LowRank]]:
-    """Returns the function from factors to what they measure, summed over the batches."""
-
-    @jax.jit
-    def of_batch(nodes: dict[str, LowRank], params: PyTree, batch: Any) -> dict[str, LowRank]:
-        loss = lambda nodes: measure_inputs(loss_fn)(bind(params, paths.nest(nodes)), batch)
-        return jax.grad(loss)(nodes)
-
-    def of_all(nodes: dict[str, LowRank]) -> dict[str, LowRank]:
-        sums = of_batch(nodes, params, batches[0])
-        for batch in batches[1:]:
-            sums = jax.tree.map(jnp.add, sums, of_batch(nodes, params, batch))
-        return sums
-
-    return of_all
 
 
 def _check_rows(moments: Mapping[str, Array]) -> None:
@@ -224,11 +200,6 @@ def _center(basis: Array, moments: Array) -> tuple[Array, Array]:
     of_mean = mean.mT @ basis  # (n, 1, width)
     trace = jnp.sum(squares, axis=1) - jnp.sum(mean * sums, axis=(1, 2))
     return products - sums * of_mean, trace
-
-
-@jax.jit
-def _orthonormalize(x: Array) -> Array:
-    return jnp.linalg.qr(x)[0]
 
 
 def _decompose(basis: Array, moments: Array, count: int) -> Components:

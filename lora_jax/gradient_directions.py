@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import paths
-from lora_jax.adapter import base_leaves, bind
+from lora_jax.adapter import base_leaves
 from lora_jax.choice import Choice, choose
 from lora_jax.config import LoRAConfig
+from lora_jax.data_passes import Loss, make_gradient_sum, orthonormalize, to_columns
 from lora_jax.factors import BATCH, factor_shapes, wide_dtype
 from lora_jax.initial import make_adapter
 from lora_jax.kernels import Leaf, max_rank
@@ -29,7 +30,6 @@ from lora_jax.transform.lift import lift
 
 PyTree = Any
 Array = jax.Array
-Loss = Callable[[PyTree, Any], Array]
 _GAMMA = 16.0  # γ of the paper, section 4.1: a larger one makes both factors smaller
 _N_ITER = 2  # of the subspace iteration; there are twice as many columns as are used
 
@@ -126,12 +126,12 @@ def _find_directions(
     b = {n: start(n, x) for n, x in zeros.items()}
     for step in range(_N_ITER + 1):
         gradient = by_factors({n: _replace(x, b=b[n]) for n, x in zeros.items()})
-        a = {n: _orthonormalize(_to_columns(x.a, x)) for n, x in gradient.items()}
+        a = {n: orthonormalize(to_columns(x.a, x)) for n, x in gradient.items()}
         nodes = {n: _replace(x, a=a[n].reshape(x.a.shape)) for n, x in zeros.items()}
         gradient = by_factors(nodes)
         if step < _N_ITER:
             rows = {n: _to_rows(x.b, x) for n, x in gradient.items()}
-            new = {n: _orthonormalize(rows[n].mT).mT for n in rows}
+            new = {n: orthonormalize(rows[n].mT).mT for n in rows}
             b = {n: new[n].reshape(x.b.shape) for n, x in zeros.items()}
     return {n: _decompose(a[n], _to_rows(x.b, x)) for n, x in gradient.items()}
 
@@ -148,12 +148,6 @@ def _replace(node: LowRank, a: Array | None = None, b: Array | None = None) -> L
     )
 
 
-def _to_columns(x: Array, node: LowRank) -> Array:
-    """Returns ``a`` as ``(n, in, rank)``."""
-    n = math.prod(x.shape[: node.axes.count(BATCH)])
-    return x.reshape(n, -1, x.shape[-1])
-
-
 def _to_rows(x: Array, node: LowRank) -> Array:
     """Returns ``b`` as ``(n, rank, out)``."""
     k = node.axes.count(BATCH)
@@ -164,20 +158,14 @@ def _make_gradient(
     loss_fn: Loss, params: PyTree, batches: Sequence[Any]
 ) -> Callable[[Mapping[str, LowRank]], dict[str, LowRank]]:
     """Returns the function from factors to the gradient by them, the mean over batches."""
+    compute_sum = make_gradient_sum(lift, loss_fn, params, batches)
 
-    @jax.jit
-    def of_batch(nodes: dict[str, LowRank], params: PyTree, batch: Any) -> dict[str, LowRank]:
-        loss = lambda nodes: lift(loss_fn)(bind(params, paths.nest(nodes)), batch)
-        return jax.grad(loss)(nodes)
-
-    def of_all(nodes: Mapping[str, LowRank]) -> dict[str, LowRank]:
-        sums = of_batch(dict(nodes), params, batches[0])
-        for batch in batches[1:]:
-            sums = jax.tree.map(jnp.add, sums, of_batch(dict(nodes), params, batch))
+    def compute_mean(nodes: Mapping[str, LowRank]) -> dict[str, LowRank]:
+        sums = compute_sum(nodes)
         _check_finite(sums)
         return jax.tree.map(lambda x: x / len(batches), sums)
 
-    return of_all
+    return compute_mean
 
 
 def _check_finite(gradient: Mapping[str, LowRank]) -> None:
@@ -187,11 +175,6 @@ def _check_finite(gradient: Mapping[str, LowRank]) -> None:
             f"The gradient of the loss is not finite at the base, by {paths.listing(bad)}: there "
             f"is nothing for init={FROM_GRADIENTS!r} to start from."
         )
-
-
-@jax.jit
-def _orthonormalize(x: Array) -> Array:
-    return jnp.linalg.qr(x)[0]
 
 
 @jax.jit
