@@ -230,7 +230,9 @@ def contract(
     t_batch = [*range(shared), *range(first_free, t.ndim - 1)]
     b_batch = [b_axes.index(k) for k in (*k_batch, *free_batch)]
     dims = (((t.ndim - 1,), (len(b_axes),)), (t_batch, b_batch))
-    y = lax.dot_general(t, b, dims, **options | sums, **sharding(axes_of_y))
+    wanted = jnp.dtype(options.get("preferred_element_type") or t.dtype)
+    options |= sums if wanted.itemsize < 4 else {}
+    y = lax.dot_general(t, b, dims, **options, **sharding(axes_of_y))
     if axes_of_y == axes_of_result:
         return y
     return lax.transpose(y, [axes_of_y.index(axis) for axis in axes_of_result])

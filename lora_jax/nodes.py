@@ -107,8 +107,9 @@ class Node:
           TypeError: always.
         """
         name = getattr(self, "name", "")
+        leaf = f"The leaf {name!r}" if name else "A leaf"
         raise TypeError(
-            f"The leaf {name!r} of the parameters is bound to an adapter, and is no array. Call "
+            f"{leaf} of the parameters is bound to an adapter, and is no array. Call "
             "lift(fn)(bound, ...) in place of fn(bound, ...), or give fn the plain arrays of "
             "merge(params, adapter)."
             if is_bound(self)

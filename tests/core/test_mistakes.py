@@ -102,6 +102,12 @@ def test_a_bound_tree_without_lift(stack, use):
         use(adapter["params"]["layer_0"]["kernel"])
 
 
+def test_a_leaf_that_is_trained_in_full_has_no_name_of_its_own():
+    bound = lora.bind({"b": jnp.ones(2)}, {"b": jnp.zeros(2)})["b"]
+    with pytest.raises(TypeError, match=r"^A leaf of the parameters is bound"):
+        jnp.sum(bound)
+
+
 def init(fn, config, params=None):
     return lora.init(jax.random.key(0), fn, params or {"w": jnp.eye(6)}, config, X)
 

@@ -145,6 +145,18 @@ def test_a_quantized_kernel_is_decoded_at_the_product():
     assert [eqn.primitive.name for eqn in jaxpr.eqns][-1] in ("checkpoint", "remat", "remat2")
 
 
+def test_the_branch_asks_for_no_less_than_the_function():
+    """For float64 of bfloat16 operands, too, where there are such numbers."""
+    x, params = jnp.ones((3, 4), jnp.bfloat16), {"w": jnp.ones((4, 4), jnp.bfloat16)}
+    wide = lambda p, x: lax.dot_general(x, p["w"], MATRIX, preferred_element_type=jnp.float64)
+    with jax.enable_x64(True):
+        adapter = lora.init(jax.random.key(0), wide, params, lora.LoRAConfig(rank=1), x)
+        closed = jax.make_jaxpr(lambda a: lora.lift(wide)(lora.bind(params, a), x))(adapter)
+        products_of = [e for e in closed.eqns if e.primitive.name == "dot_general"]
+        types = [e.outvars[0].aval.dtype.name for e in products_of]
+    assert types == ["float64", "float32", "float64"]
+
+
 def test_a_product_that_nobody_uses():
     """JAX leaves a call with nothing in it where only another result is wanted."""
     x, params = jnp.ones((3, 4), jnp.bfloat16), {"w": jnp.ones((4, 4), jnp.bfloat16)}
