@@ -1,5 +1,6 @@
 """The parts of a config that every task has: the adapter's settings, dtypes, options of loading."""
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,10 +12,11 @@ from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 import lora_jax as lora
+from lora_jax.methods.initial_values import FROM_ACTIVATIONS, FROM_GRADIENTS
 from lora_jax.models import attention, fast_dtype
 from lora_jax.models.read_leaves import DECODED
 from lora_jax.schemes import SCHEMES
-from lora_jax.training import mesh, training_config
+from lora_jax.training import mesh, training_config, workdirs
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -31,6 +33,37 @@ def check(config: ConfigDict, least: Mapping[str, int]) -> None:
     """
     check_adapter_and_dtypes(config)
     training_config.check(config, least)
+    _check_idle(config)
+
+
+# Fields that act with some values of a field of `lora` alone; `workdirs.ADDED` has their defaults.
+_ACTING = {
+    "optimizer.orthogonality": ("method", ("adalora",)),
+    "optimizer.budget": ("method", ("adalora",)),
+    "init_batches": ("init", (FROM_GRADIENTS, FROM_ACTIVATIONS)),
+}
+
+
+def _check_idle(config: ConfigDict) -> None:
+    """Refuses fields that would change nothing.
+
+    Raises:
+      ValueError: such a field has another value than its default.
+    """
+    read = lambda field: functools.reduce(
+        lambda c, name: c and c.get(name), field.split("."), config
+    )
+    for field, default in workdirs.ADDED.items():
+        acting = next((x for start, x in _ACTING.items() if field.startswith(start)), None)
+        if acting is None or isinstance(default, dict) or read(field) in (None, default):
+            continue
+        name, values = acting
+        if config.lora.get(name) not in values:
+            raise ValueError(
+                f"{field} is {read(field)!r}, and acts with lora.{name}="
+                f"{' or '.join(map(repr, values))} alone; this run has {config.lora.get(name)!r}. "
+                f"Leave it at {default!r}."
+            )
 
 
 def check_adapter_and_dtypes(config: ConfigDict) -> None:

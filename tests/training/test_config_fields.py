@@ -78,6 +78,31 @@ def _remove(tree, name):
     return tree.pop(last, None) is not None
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        (
+            "optimizer.orthogonality",
+            0.9,
+            r"orthogonality is 0.9, and acts with lora.method='adalora'",
+        ),
+        ("optimizer.budget.target_rank", 4, r"target_rank is 4, and acts with .*Leave it at 0\."),
+        ("optimizer.budget.begin", "9 steps", r"begin is '9 steps', and acts with lora.method"),
+        ("init_batches", 3, r"init_batches is 3, and acts with lora.init='lora_ga' or 'eva' alone"),
+    ],
+)
+def test_a_field_that_would_change_nothing_is_refused(field, value, message):
+    recipe = recipes.RECIPES["glue"]
+    config = common.base_config()
+    recipe.check(recipe.resolve(config))
+    section, name = config_fields.get_section(config, field)
+    section[name] = value
+    with pytest.raises(ValueError, match=message):
+        recipe.check(recipe.resolve(config))
+    config.lora.update({"init": "eva"} if field == "init_batches" else {"method": "adalora"})
+    recipe.check(recipe.resolve(config))
+
+
 MEANT = {
     "optimizer.lr": "optimizer.learning_rate",
     "lr": "optimizer.learning_rate",
