@@ -32,8 +32,8 @@ def run(main: Callable[[list[str]], None]) -> None:
             logging.set_verbosity(logging.FATAL)  # Orbax logs every file it reads or writes
         try:
             check_adapter(flags.FLAGS["adapter"].value if "adapter" in flags.FLAGS else None)
-            environment.start_cache()
             processes.start()
+            environment.start_cache()
             main(list(argv[1:]))
         except preemption.Stopped as stopped:
             print(stopped, flush=True)
