@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart sweep-quickstart chat-quickstart test test-newest lint clean
+.PHONY: quickstart sweep-quickstart chat-quickstart test test-newest notebooks lint clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
@@ -46,6 +46,15 @@ chat-quickstart: $(VENV)/.chat
 
 test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -q -n 2 --dist loadgroup
+
+$(VENV)/.notebooks: $(VENV)/.test $(VENV)/.chat
+	$(PIP) -e '.[notebooks]'
+	$(PIP) --no-deps egnn-jax
+	touch $@
+
+# Runs each notebook of docs/notebooks from its first cell to its last.
+notebooks: $(VENV)/.notebooks
+	$(VENV)/bin/python -m pytest -q -m notebooks tests/docs/test_notebooks.py
 
 # The same tests with the newest Python, JAX and Flax, in a root file system of their own; ARGS are pytest's.
 test-newest:
