@@ -29,7 +29,7 @@ def cells(text):
         elif line == CLOSING and inside is not None:
             found.append("\n".join(inside))
             inside = None
-        elif inside is not None:
+        elif inside is not None and not line.startswith(":tags: "):
             inside.append(line)
     assert inside is None, "the last cell has no end"
     return found
