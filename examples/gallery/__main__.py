@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
             options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(json.dumps([dataclasses.asdict(r) for r in rows], indent=1))
     if options.write:
-        page.write(options.write, page.merge(rows))
+        page.write(options.write, rows)
     bad = [row for row in rows if row.problems]
     print(f"{len(rows)} models, {len(bad)} with problems")
     return 1 if bad or not rows else 0

@@ -6,6 +6,7 @@ import datetime
 import inspect
 import re
 import tempfile
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -106,9 +107,9 @@ def measure(entry: Entry, version: str, *, depth: str = "all") -> Row:
 def _describe(entry: Entry, model: Model, row: Row) -> None:
     row.about = (entry.build.__doc__ or "").strip()
     lines = inspect.getsource(entry.build).splitlines()
-    start = next(k for k, line in enumerate(lines) if line.lstrip().startswith("def "))
+    start = next((k for k, line in enumerate(lines) if line.lstrip().startswith("def ")), 0)
     body = [x for x in lines[start:] if not x.lstrip().startswith('"""')]
-    row.code = inspect.cleandoc("\n".join(body))
+    row.code = textwrap.dedent("\n".join(body))
     row.inputs = [
         f"{x.dtype}[{', '.join(map(str, x.shape))}]"
         for x in map(_abstract, jax.tree.leaves(model.args))

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import re
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -53,11 +54,22 @@ The name of a library leads to its page, which says of each model how it is made
 adapted, and what `explain` tells.
 """
 
+MODELS = Path(__file__).parent / "models"
+CODE = "The code of these models"
+
 BRIDGES = """
 ## How a model becomes a function
 
 `lora_jax` adapts a function of a parameter tree. Each kind of library has its own way to one, which
 the pages of the models call by these names:
+"""
+
+PAGES = """
+```{{toctree}}
+:hidden:
+
+{pages}
+```
 """
 
 # Of a fallback, as `explain` words it: what is behind it, and what to do.
@@ -126,12 +138,16 @@ def page(rows: list[Row]) -> str:
     bad = [row for row in rows if row.problems]
     text += f"\n\nTogether: {total}, {sum(len(r.fallbacks) for r in rows)} fallbacks; "
     text += f"{len(bad)} models with problems; {sum(r.seconds for r in rows) / 60:.0f} minutes.\n"
-    text += BRIDGES + "\n".join(map(_bridge, ("linen", "nnx", "equinox", "haiku", "keras")))
+    text += BRIDGES + "".join(map(_bridge, ("linen", "nnx", "equinox", "haiku", "keras")))
     text += _section("Problems", "What should not be.", rows, "problems")
     text += _section("Fallbacks", "Where a full kernel is formed, and why.", rows, "fallbacks")
     text += _reasons(rows)
-    return text + _section(
+    text += _section(
         "Not adapted", "Leaves of two axes or more that are no tables, and why.", rows, "left_out"
+    )
+    pages = sorted({file_name(row).removesuffix(".md") for row in rows if row.code})
+    return text + (
+        PAGES.format(pages="\n".join(f"gallery/{name}" for name in pages)) if pages else ""
     )
 
 
@@ -165,14 +181,26 @@ def file_name(row: Row) -> str:
 def library_page(rows: list[Row]) -> str:
     """The page of one library in Markdown: how each model is called, and what is adapted."""
     head = f"# {rows[0].library}\n\n"
-    head += "Models of [the gallery](../gallery.md), made by a program as it is.\n"
-    return head + "".join(f"\n## {row.name}\n\n{describe(row)}\n" for row in rows)
+    head += "Models of [the gallery](../gallery.md); this page is made by the same program.\n"
+    sections = "".join(f"\n## {row.name}\n\n{describe(row)}\n" for row in rows)
+    return head + sections + _sources(rows[0].library.split()[0])
+
+
+def _sources(library: str) -> str:
+    """The files of a library's models, in full; "" if there are none."""
+    texts = {path: path.read_text(encoding="utf-8") for path in sorted(MODELS.glob("*.py"))}
+    found = {path: text for path, text in texts.items() if f'Library("{library}")' in text}
+    head = f"\n## {CODE}\n" if found else ""
+    return head + "".join(
+        f"\n`examples/gallery/models/{path.name}`:\n\n```python\n{text.strip()}\n```\n"
+        for path, text in found.items()
+    )
 
 
 def describe(row: Row) -> str:
     """The section of a model: how it is made and called, what is adapted, what `explain` says."""
     parts = [
-        row.about,
+        *filter(None, [row.about]),
         f"```python\n{row.code}\n```",
         f"Called with {', '.join(f'`{x}`' for x in row.inputs)}. At rank {RANK}: `{row.summary}`.",
         "What `explain` says:",
@@ -209,7 +237,7 @@ def _bridge(name: str) -> str:
     function = getattr(bridges, name)
     lines = inspect.getsource(function).splitlines()
     end = next(k for k, line in enumerate(lines) if '"""' in line)
-    body = inspect.cleandoc("\n".join(lines[end + 1 :]))
+    body = textwrap.dedent("\n".join(lines[end + 1 :])).strip()
     return f"\n`bridges.{name}`: {function.__doc__}\n\n```python\n{body}\n```\n"
 
 
@@ -240,7 +268,7 @@ def write(file: Path, rows: list[Row]) -> None:
             libraries.setdefault(file_name(row), []).append(row)
     folder = file.with_suffix("")
     folder.mkdir(exist_ok=True)
-    for name, models in libraries.items():
+    for name, models in sorted(libraries.items()):
         (folder / name).write_text(library_page(models), encoding="utf-8")
 
 
