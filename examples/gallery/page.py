@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import re
-import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -61,7 +60,7 @@ BRIDGES = """
 ## How a model becomes a function
 
 `lora_jax` adapts a function of a parameter tree. Each kind of library has its own way to one, which
-the pages of the models call by these names:
+the pages of the models call by these names (`examples/gallery/bridges.py`):
 """
 
 PAGES = """
@@ -233,12 +232,10 @@ def _reasons(rows: list[Row]) -> str:
 
 
 def _bridge(name: str) -> str:
-    """A function of ``bridges``, without its docstring and signature."""
+    """A function of ``bridges``, as it stands there."""
     function = getattr(bridges, name)
-    lines = inspect.getsource(function).splitlines()
-    end = next(k for k, line in enumerate(lines) if '"""' in line)
-    body = textwrap.dedent("\n".join(lines[end + 1 :])).strip()
-    return f"\n`bridges.{name}`: {function.__doc__}\n\n```python\n{body}\n```\n"
+    code = inspect.getsource(function).strip()
+    return f"\n```python\n{code}\n```\n"
 
 
 def merge(rows: Iterable[Row]) -> list[Row]:
