@@ -173,7 +173,7 @@ def _count(
         row.problems.append(f"takes for kernels: {paths.listing(taken)}")
     explanation = lora.explain(model.fn, model.params, adapter, *model.args)
     row.summary = lora.summary(model.params, adapter)
-    row.explanation = _without_place(str(explanation))
+    row.explanation = "\n".join(map(_without_place, str(explanation).splitlines()))
     row.factored = sum(use.factored for use in explanation.kernels.values())
     for name, use in explanation.kernels.items():
         row.fallbacks += [f"{name}: {_without_place(reason)}" for reason in use.fallbacks]
