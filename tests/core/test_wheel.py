@@ -61,9 +61,7 @@ def test_the_readmes_example_beside_folders_of_the_users_own(python, tmp_path):
     for name in ("configs", "experiments"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(f"mine = {name!r}\n")
-    (example,) = re.findall(
-        r"## The library in twenty lines\n\n```python\n(.*?)```", README, flags=re.DOTALL
-    )
+    (example,) = re.findall(r"## In code\n\n```python\n(.*?)```", README, flags=re.DOTALL)
     check = "\nimport configs, experiments\nprint(configs.mine, experiments.mine)\n"
     out = run(python, "-W", "error", "-c", example + check, cwd=tmp_path)
     assert out.startswith("trainable params:") and out.endswith("configs experiments\n")
