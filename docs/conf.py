@@ -115,6 +115,11 @@ def _read_included(app: Sphinx, path: Path, name: str, content: list[str]) -> No
 
 
 def setup(app: Sphinx) -> None:
-    """Connects the translation of links."""
+    """Connects the translation of links, and calls a dataclass's fields by their name."""
+    from sphinx.domains.python import PyObject  # here, so that tests need no Sphinx
+
+    for field in PyObject.doc_field_types:
+        if field.name == "variable":
+            field.label = "Fields"
     app.connect("source-read", _read_page)
     app.connect("include-read", _read_included)

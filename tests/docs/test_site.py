@@ -20,7 +20,7 @@ FILES = [
     *PAGES, *ROOT.glob("*.md"), ROOT / "examples/README.md", ROOT / "examples/gallery/README.md",
 ]  # fmt: skip
 # Pages whose snippets are run one after the other, in one name space. Others have tests of their own.
-RUN = ("concepts", "flax_code", "getting_started", "peft", "targets")
+RUN = ("concepts", "flax_code", "getting_started", "index", "peft", "targets")
 RUN_SLOWLY = ("coming_from", "models")
 
 
@@ -151,7 +151,7 @@ def message_beginnings():
 @functools.cache
 def quoted_messages():
     text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
-    return [block.strip() for block in re.findall(r"```text\n(.*?)```", text, flags=re.DOTALL)]
+    return [block.strip() for block in re.findall(r"```output\n(.*?)```", text, flags=re.DOTALL)]
 
 
 @pytest.mark.parametrize("message", quoted_messages(), ids=lambda m: m[:40])
