@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import jax
+
 from lora_jax.version import __version__
 
 if TYPE_CHECKING:
@@ -60,6 +62,7 @@ nb_execution_raise_on_error = True
 nb_execution_timeout = 600
 nb_merge_streams = True
 
+jax.Array.__qualname__ = jax.Array.__name__ = "Array"  # by which people know it
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"

@@ -28,7 +28,7 @@ def wheel(tmp_path_factory):
     skip = shutil.ignore_patterns("__pycache__")
     for folder in ("lora_jax", "experiments", "configs"):
         shutil.copytree(ROOT / folder, source / folder, ignore=skip)
-    for file in ("pyproject.toml", "README.md", "LICENSE"):
+    for file in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, source)
     run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", out, source, cwd=out)
     (found,) = out.glob("*.whl")
@@ -54,6 +54,15 @@ def test_it_holds_one_package(wheel):
     assert {f"lora_jax/{name}" for name in wanted} <= set(names)
     here = {str(p.relative_to(ROOT)) for p in (ROOT / "lora_jax").rglob("*.py")}
     assert here == {name for name in names if name.endswith(".py")}
+
+
+def test_links_of_its_description_lead_from_everywhere(wheel):
+    archive = zipfile.ZipFile(wheel)
+    (name,) = [n for n in archive.namelist() if n.endswith(".dist-info/METADATA")]
+    text = archive.read(name).decode()
+    links = re.findall(r"\]\(([^)]*)\)", text)
+    assert len(links) > 10 and all(link.startswith("https://") for link in links)
+    assert "Description-Content-Type: text/markdown" in text
 
 
 def test_the_readmes_example_beside_folders_of_the_users_own(python, tmp_path):
