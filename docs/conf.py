@@ -61,6 +61,7 @@ nb_execution_mode = "cache"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600
 nb_merge_streams = True
+nb_output_stderr = "remove"  # progress bars
 
 jax.Array.__qualname__ = jax.Array.__name__ = "Array"  # by which people know it
 autodoc_member_order = "bysource"

@@ -20,7 +20,7 @@ FILES = [
     *PAGES, *ROOT.glob("*.md"), ROOT / "examples/README.md", ROOT / "examples/gallery/README.md",
 ]  # fmt: skip
 # Pages whose snippets are run one after the other, in one name space. Others have tests of their own.
-RUN = ("concepts", "flax_code", "getting_started", "index", "peft", "targets")
+RUN = ("api/sharding", "concepts", "flax_code", "getting_started", "index", "peft", "targets")
 RUN_SLOWLY = ("coming_from", "models")
 
 
