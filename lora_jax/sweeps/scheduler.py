@@ -23,7 +23,7 @@ from lora_jax.sweeps.trial_loop import Group, Stop
 from lora_jax.sweeps.trials import Trial
 from lora_jax.sweeps.vmapped_step import Member
 from lora_jax.tasks import from_config
-from lora_jax.training import durations, preemption
+from lora_jax.training import durations, preemption, trackers
 from lora_jax.training.task import Recipe, Task
 
 _LOGGER = logging.getLogger("lora_jax.sweeps")
@@ -55,13 +55,19 @@ class Sweep:
     say: Callable[[str], None] = _LOGGER.info
 
 
-def prepare(recipe: Recipe, members: Sequence[Trial], pending: Sequence[Trial]) -> Group:
+def prepare(
+    recipe: Recipe,
+    members: Sequence[Trial],
+    pending: Sequence[Trial],
+    say: Callable[[str], None] = _LOGGER.info,
+) -> Group:
     """Loads what the runs of a group share, and checks that each pending run can start.
 
     Args:
       recipe: makes the task.
       members: all runs of the group, whose ranks decide its shapes whether or not they are pending.
       pending: runs of the group that are to be trained.
+      say: takes a line about a tracker that has failed.
 
     Raises:
       ValueError: runs and model do not fit; the message has all such runs.
@@ -79,6 +85,7 @@ def prepare(recipe: Recipe, members: Sequence[Trial], pending: Sequence[Trial]) 
         shapes=vmapped_step.common_shapes(_check_members(make_member, needed)),
         has_dropout=any(trial.config.lora.dropout > 0 for trial in members),
         options=vmapped_step.make_options(pending[0].config, *(x.config for x in members)),
+        outlets=trackers.make_outlets(pending[0].config, say),
     )
 
 
@@ -176,7 +183,7 @@ def unfinished(sweep: Sweep, members: Sequence[Trial]) -> list[Trial]:
 def _load_group(sweep: Sweep, groups: list[list[Trial]], number: int) -> Group:
     members = groups[number]
     pending = unfinished(sweep, members)
-    group = prepare(sweep.recipe, members, pending)
+    group = prepare(sweep.recipe, members, pending, sweep.say)
     ranks = [trial.config.lora.rank for trial in members]
     sweep.say(
         f"group {number + 1} of {len(groups)}: {len(pending)} runs of {len(members)} to do, "

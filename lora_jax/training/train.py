@@ -26,6 +26,7 @@ from lora_jax.training import (
     metric_writer,
     partitioning,
     preemption,
+    trackers,
     workdirs,
 )
 from lora_jax.training.evaluation import make_eval_step
@@ -100,10 +101,12 @@ def train(
         make_writer = metric_writer.NullWriter
         if distributed.is_first():
             make_writer = metric_writer.MetricWriter
+        info, outlets = trackers.make_info(config, workdir), trackers.make_outlets(config, say)
+        settings = trackers.make_settings(config, info, outlets, task.score, is_announced=True)
+        log = make_writer(workdir, start, progress.evaluated, settings)
         run = Run(
             task=task, config=config, lora_config=lora_config, workdir=workdir, plan=plan,
-            log=stack.enter_context(make_writer(workdir, start, progress.evaluated)),
-            devices=devices,
+            log=stack.enter_context(log), devices=devices,
         )  # fmt: skip
         try:
             step, progress = loop(run, steps, checkpoints, state, progress)
