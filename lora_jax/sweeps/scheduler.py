@@ -132,15 +132,20 @@ def _without_data(x: np.ndarray) -> np.ndarray:
     return np.broadcast_to(np.zeros((), x.dtype), x.shape)
 
 
-def run(sweep: Sweep, base: ConfigDict) -> dict[str, int]:
+def run(sweep: Sweep, base: ConfigDict, programs: Programs | None = None) -> dict[str, int]:
     """Does all that is left to do, and returns how often each step was compiled.
+
+    Args:
+      sweep: the sweep.
+      base: base config.
+      programs: compiled steps of an earlier part of the sweep; by default there are none yet.
 
     Raises:
       ValueError: runs and model do not fit; or the directory is another sweep's, or in use.
       OSError: the directory can't be written; earlier checkpoints are intact.
       Stopped: SIGTERM came; each run has a checkpoint to go on from.
     """
-    programs = Programs(sweep.parallel)
+    programs = programs or Programs(sweep.parallel)
     groups = trials.group(sweep.trials)
     # A sweep of one group, the usual kind, keeps it through all rungs.
     load = functools.lru_cache(maxsize=1)(functools.partial(_load_group, sweep, groups))
