@@ -23,7 +23,7 @@ from lora_jax.sweeps.trial_loop import Group, Stop
 from lora_jax.sweeps.trials import Trial
 from lora_jax.sweeps.vmapped_step import Member
 from lora_jax.tasks import from_config
-from lora_jax.training import durations, preemption, trackers
+from lora_jax.training import about, durations, preemption, trackers
 from lora_jax.training.task import Recipe, Task
 
 _LOGGER = logging.getLogger("lora_jax.sweeps")
@@ -154,6 +154,8 @@ def run(sweep: Sweep, base: ConfigDict, programs: Programs | None = None) -> dic
         return {}
     _find_stop(sweep, load(first), 0)  # before the claim, so that a mistake claims nothing
     sweep_dirs.claim(sweep.workdir, base, sweep.halving)
+    task = load(first).task
+    about.write(sweep.workdir, base=task.base_id, notes=list(task.notes))
     varied = trials.varied_fields([trial.config for trial in sweep.trials])
     lock = sweep_dirs.lock(sweep.workdir, sweep.shard)
     with lock, preemption.handle_sigterm(), ProgressBar(sweep.local_trials, varied) as bar:

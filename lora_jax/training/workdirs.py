@@ -14,7 +14,7 @@ from lora_jax.files import write_atomically
 
 CONFIG, METRICS, CURVES, ADAPTER = "config.json", "metrics.jsonl", "curves.png", "adapter"
 CHECKPOINTS, EVENTS = "checkpoints", "tensorboard"
-TRACKERS = "trackers.json"
+TRACKERS, ABOUT = "trackers.json", "about.json"
 LOG = "log"  # section of a config that says where metrics go
 SWEEP = "sweep.json"  # in the directory of a sweep, whose runs are in directories below it
 # Fields, or sections, of a config that may differ between a run and its continuation.
