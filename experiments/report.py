@@ -23,7 +23,7 @@ _OUT = flags.DEFINE_string("out", None, "Directory for the page of several direc
 
 
 def main(argv: list[str]) -> None:
-    """Writes the report, and prints its tables."""
+    """Writes the report, and prints the table of a sweep."""
     if not argv:
         raise ValueError(
             "Give the directory of a sweep or a run, or several: "
@@ -52,8 +52,6 @@ def _compare(directories: list[Path]) -> None:
     shared = os.path.commonpath([path.resolve() for path in directories])
     folder = Path(_OUT.value) if _OUT.value else Path(shared) / report.FOLDER
     written = report.write_comparison(folder, groups)
-    for group in groups:
-        print(f"{results.to_markdown(group)}\n{report.summarize(group)}\n")
     print(f"Wrote {written}")
 
 

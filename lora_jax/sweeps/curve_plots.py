@@ -24,28 +24,25 @@ def draw_curves(sweep: Results) -> Picture | None:
         return None
     field = find_separating_field(sweep)
     color_of, colors = _choose_colors(sweep, field) if field else (lambda row: "C0", {})
-    figure, (left, right) = figures.make_figure(2, height=3.7)
+    # One above the other, so that both can be read on a telephone.
+    figure, (top, bottom) = figures.make_figure(rows=2, width=5.6, height=2.8)
     key = f"eval_{sweep.score_name}"
     for row in sweep.rows:
-        _draw_run(left, row, "loss", color_of(row))
-        _draw_run(right, row, key, color_of(row))
-    left.set(xlabel="epoch", ylabel="training loss", xlim=(0, None), ylim=(0, None))
-    right.set(xlabel="epoch", ylabel=f"validation {sweep.score_name}", xlim=(0, None))
-    figures.keep_in_range(right, sweep.score_name)
+        _draw_run(top, row, "loss", color_of(row))
+        _draw_run(bottom, row, key, color_of(row))
+    top.set(ylabel="training loss", xlim=(0, None), ylim=(0, None))
+    bottom.set(xlabel="epoch", ylabel=f"validation {sweep.score_name}", xlim=(0, None))
+    figures.keep_in_range(bottom, sweep.score_name)
     for value, color in colors.items():
-        right.plot([], [], color=color, label=value)
+        bottom.plot([], [], color=color, label=value)
     caption = "One line for each run."
     if colors:
         title = results.format_name(field)
         figure.legend(
             title=title, frameon=False, fontsize=8, title_fontsize=9, loc="outside right upper"
         )
-        caption = f"One line for each run; the colors are {_article(title)} {title}."
+        caption = f"One line for each run, in the color of its {title}."
     return figures.save(figure, "curves", "Learning curves", caption)
-
-
-def _article(name: str) -> str:
-    return "those of" if name.endswith("s") else "those of the"
 
 
 def _draw_run(panel: Axes, row: Row, key: str, color: Any) -> None:
@@ -73,7 +70,7 @@ def find_separating_field(sweep: Results) -> str:
 def _values(sweep: Results, field: str) -> list[str]:
     """Returns the values of a field as texts, numbers by size."""
     values = {results.format_value(row.values[field]): row.values[field] for row in sweep.rows}
-    is_number = all(isinstance(x, int | float) for x in values.values())
+    is_number = all(map(results.is_number, values.values()))
     return sorted(values, key=lambda text: values[text] if is_number else text)
 
 
@@ -90,7 +87,7 @@ def _spread_within(sweep: Results, field: str) -> float:
 def _choose_colors(sweep: Results, field: str) -> tuple[Callable[[Row], Any], dict[str, Any]]:
     """Chooses shades for numbers, and colors that differ clearly for anything else."""
     values = _values(sweep, field)
-    if all(isinstance(row.values[field], int | float) for row in sweep.rows):
+    if all(results.is_number(row.values[field]) for row in sweep.rows):
         shades = colormaps["viridis"](np.linspace(0, 0.9, len(values)))
     else:
         shades = [f"C{k % 10}" for k in range(len(values))]

@@ -27,17 +27,17 @@ def score_range(name: str) -> tuple[float, float]:
 
 
 def make_figure(
-    columns: int, *, width: float = 4.2, height: float = 3.4
+    columns: int = 1, rows: int = 1, *, width: float = 4.2, height: float = 3.4
 ) -> tuple[Figure, list[Axes]]:
-    """Makes a figure with panels in a row."""
+    """Makes a figure with panels of a width and a height, in inches."""
     # Not by pyplot, which would choose a window system for the whole process.
-    figure = Figure(figsize=(width * columns, height), layout="constrained")
-    panels = figure.subplots(1, columns, squeeze=False)
-    for panel in panels[0]:
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for panel in panels:
         panel.grid(alpha=0.25)
         panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
-    return figure, list(panels[0])
+    return figure, list(panels)
 
 
 def save(figure: Figure, name: str, title: str, caption: str) -> Picture:

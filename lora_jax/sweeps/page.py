@@ -18,7 +18,7 @@ th, td { padding: 0.3rem 1rem 0.3rem 0; text-align: left; border-bottom: 1px sol
 th { border-bottom: 2px solid #888; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.2rem 1rem; margin: 1rem 0; }
 dt { color: #555; } dd { margin: 0; min-width: 0; }
-img { max-width: 100%; height: auto; } figure { margin: 0; }
+img { max-width: min(100%, 44rem); height: auto; } figure { margin: 0; }
 figcaption, .note { color: #555; font-size: 0.9rem; }
 pre { overflow-x: auto; background: #f5f5f5; padding: 0.7rem; font-size: 0.85rem; }
 details { margin: 1rem 0; } summary { cursor: pointer; color: #06c; } a { color: #06c; }

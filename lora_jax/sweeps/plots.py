@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from lora_jax import analysis
 from lora_jax.files import read_safetensors
-from lora_jax.sweeps import figures, results
+from lora_jax.sweeps import figures, results, sweep_dirs
 from lora_jax.sweeps.curve_plots import draw_curves
 from lora_jax.sweeps.page import Picture
 from lora_jax.sweeps.results import ALPHA, RANK, SEED, Cell, Results, Row
@@ -32,17 +32,39 @@ def draw_all(sweep: Results) -> list[Picture]:
 
 def draw_comparison(runs: Results) -> list[Picture]:
     """Draws what runs that no sweep has chosen have in common: scores and curves."""
-    return [picture for picture in (draw_scores(runs), draw_curves(runs)) if picture is not None]
+    return [picture for picture in (draw_bars(runs), draw_curves(runs)) if picture is not None]
+
+
+def draw_bars(runs: Results) -> Picture | None:
+    """Draws the best score of each run as a bar, the best on top."""
+    best = [(row, sweep_dirs.best_score(row.result)[1]) for row in runs.rows]
+    scored = [(row, value) for row, value in best if value is not None]
+    if not scored:
+        return None
+    scored.sort(key=lambda entry: runs.score.merit(entry[1]))
+    figure, (panel,) = figures.make_figure(width=5.2, height=0.9 + 0.32 * len(scored))
+    bars = panel.barh([row.directory.name for row, _ in scored], [value for _, value in scored])
+    panel.bar_label(bars, fmt="%.4f", padding=3, fontsize=8)
+    panel.set(xlabel=f"best validation {runs.score_name}")
+    low, high = figures.score_range(runs.score_name)
+    panel.set_xlim(max(low, panel.get_xlim()[0]), min(high, panel.get_xlim()[1] * 1.12))
+    return figures.save(
+        figure, "bars", f"Best validation {runs.score_name}", "One bar for each run."
+    )
 
 
 def _numeric_fields(sweep: Results) -> list[str]:
-    """Returns the fields that vary and have numbers as values, rank first, without the seed."""
+    """Returns the fields that vary and have numbers as values, without the seed.
+
+    Rank and alpha come first, then those with the most values.
+    """
     fields = [
         field
         for field in results.without_seed(sweep)
-        if all(isinstance(row.values[field], int | float) for row in sweep.rows)
+        if all(results.is_number(row.values[field]) for row in sweep.rows)
     ]
-    return sorted(fields, key=lambda field: (field != RANK, field != ALPHA))
+    count = lambda field: len({row.values[field] for row in sweep.rows})
+    return sorted(fields, key=lambda field: (field != RANK, field != ALPHA, -count(field)))
 
 
 def _set_ticks(panel: Axes, values: Sequence[float]) -> None:
@@ -63,7 +85,7 @@ def draw_scores(sweep: Results) -> Picture | None:
         return None
     x = fields[0]
     lines = _lines(sweep, x)
-    figure, (panel,) = figures.make_figure(1, width=6.4, height=3.8)
+    figure, (panel,) = figures.make_figure(width=5.6, height=4.2)
     _set_ticks(panel, sorted({row.values[x] for row in sweep.rows}))
     for k, (label, cells) in enumerate(lines):
         # Shifted a little, so that no bar hides another.
@@ -73,13 +95,18 @@ def draw_scores(sweep: Results) -> Picture | None:
     figures.keep_in_range(panel, sweep.score_name)
     panel.set(xlabel=results.format_name(x), ylabel=f"validation {sweep.score_name}")
     if len(lines) > 1:
-        panel.legend(frameon=False, fontsize=9)
+        figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=_columns(lines))
     return figures.save(
         figure,
         "against",
         f"{sweep.score_name.capitalize()} against {results.format_name(x)}",
-        "Means over seeds. A bar is one standard deviation, cut at the score's ends; a dot is one run.",
+        "Means over seeds. Bars are standard deviations, cut at the score's ends; dots are runs.",
     )
+
+
+def _columns(lines: Sequence[tuple[str, list[Cell]]]) -> int:
+    """Returns the number of columns of a legend, which is below the panel."""
+    return 3 if max(len(label) for label, _ in lines) < 20 else 1
 
 
 def _shift(panel: Axes, x: float, places: float) -> float:
@@ -153,7 +180,7 @@ def draw_heat_map(sweep: Results) -> Picture | None:
         if cell.mean is not None:
             means[rows.index(cell.values[y]), columns.index(cell.values[x])] = cell.mean
     figure, (panel,) = figures.make_figure(
-        1, width=max(3.6, 0.75 * len(columns) + 1.8), height=max(2.6, 0.5 * len(rows) + 1.2)
+        width=max(3.6, 0.75 * len(columns) + 1.8), height=max(2.6, 0.5 * len(rows) + 1.2)
     )
     _draw_map(figure, panel, means, f"validation {sweep.score_name}")
     panel.set_xticks(range(len(columns)), [results.format_value(v) for v in columns])

@@ -87,13 +87,21 @@ def write_comparison(folder: Path, groups: Sequence[Results]) -> Path:
     for group in groups:
         first = runs.read_config(group.rows[0].directory)
         title = f"{describe_task(first)}: validation {group.score_name}"
-        parts += [page.heading(title), page.paragraph(summarize(group)), _table(group)]
+        parts += [page.heading(title), page.paragraph(_name_best(group))]
         parts += [_runs_table(group, folder), *map(page.figure, plots.draw_comparison(group))]
         for row in group.rows:
             write_run(row.directory)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / PAGE, page.make_page("Comparison of runs", parts).encode())
     return folder / PAGE
+
+
+def _name_best(group: Results) -> str:
+    best = min(group.rows, key=_order)
+    if best.score is None:
+        return "None of these runs has ended with a score."
+    name = name_run(best.directory, runs.read_config(best.directory))
+    return f"{len(group.rows)} runs. Best validation {group.score_name} {best.score:.4f}: {name}."
 
 
 def summarize(sweep: Results) -> str:

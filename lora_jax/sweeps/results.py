@@ -120,6 +120,11 @@ def _sort_key(value: Any) -> tuple[int, float, str]:
     return (0, value, "") if isinstance(value, int | float) else (1, 0, str(value))
 
 
+def is_number(value: Any) -> bool:
+    """Returns whether a value is a number; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def without_seed(results: Results) -> list[str]:
     """Returns the fields that the sweep varies, but for the seed."""
     return [field for field in results.varied if field != SEED]

@@ -14,6 +14,8 @@ from lora_jax.training import about, config_fields, metric_writer, workdirs
 from lora_jax.training.task import Score
 
 _EVAL = "eval_"
+# Fields that change nothing of what is learned.
+_SILENT = ("log_every", "checkpoint_every", "eval_batch_size", *workdirs.MAY_CHANGE)
 RUNNING = "running"  # status of a single run that has not ended
 
 
@@ -88,7 +90,7 @@ def _make_results(directories: Sequence[Path]) -> Results:
 def _flatten(config: ConfigDict) -> dict[str, Any]:
     values = {}
     for name in config_fields.field_names(config):
-        if not name.startswith(f"{workdirs.LOG}."):
+        if name.partition(".")[0] not in _SILENT:
             section, last = config_fields.get_section(config, name)
             value = section[last]
             values[name] = value.to_dict() if isinstance(value, ConfigDict) else value

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from lora_jax.config import LoRAConfig
 from lora_jax.extras import require
-from lora_jax.sweeps import scheduler, sweep_dirs, trials
+from lora_jax.sweeps import results, scheduler, sweep_dirs, trials
 from lora_jax.sweeps.parallelism import Programs
 from lora_jax.sweeps.trials import Trial
 from lora_jax.training import config_files, mesh, run_names, workdirs
@@ -247,7 +247,7 @@ def _make_widest(study: "optuna.Study", base: ConfigDict, recipe: Recipe) -> lis
         wide = {
             field: max(values[field], _find_largest(distribution, values[field]))
             for field, distribution in trial.distributions.items()
-            if field in trials.DATA_FIELDS and field in values and _is_number(values[field])
+            if field in trials.DATA_FIELDS and field in values and results.is_number(values[field])
         }
         runs.append(_make_run(values | wide, base, recipe))
     return list({run.id: run for run in runs}.values())
@@ -256,12 +256,8 @@ def _make_widest(study: "optuna.Study", base: ConfigDict, recipe: Recipe) -> lis
 def _find_largest(distribution: Any, value: float) -> float:
     """Returns the largest number of a distribution, as a number of the value's type."""
     choices = getattr(distribution, "choices", None)
-    high = max(filter(_is_number, choices), default=value) if choices else distribution.high
+    high = max(filter(results.is_number, choices), default=value) if choices else distribution.high
     return type(value)(high)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _tell(study: "optuna.Study", runs: Sequence[Trial], sweep: scheduler.Sweep) -> None:
