@@ -75,7 +75,7 @@ def write_comparison(folder: Path, groups: Sequence[Results]) -> Path:
     Returns:
       The path of the page.
     """
-    parts = [page.paragraph(f"{sum(len(group.rows) for group in groups)} runs.")]
+    parts = []
     if len(groups) > 1:
         parts.append(
             page.paragraph(
@@ -100,8 +100,8 @@ def _name_best(group: Results) -> str:
     best = min(group.rows, key=_order)
     if best.score is None:
         return "None of these runs has ended with a score."
-    name = name_run(best.directory, runs.read_config(best.directory))
-    return f"{len(group.rows)} runs. Best validation {group.score_name} {best.score:.4f}: {name}."
+    score = f"best validation {group.score_name} {best.score:.4f}"
+    return f"{len(group.rows)} runs; {score}: {best.directory.name}."
 
 
 def summarize(sweep: Results) -> str:

@@ -23,7 +23,7 @@ def start(workdir, names, kill_at="", **env):
     )  # fmt: skip
 
 
-def main(workdir, names, kill_at):
+def main(workdir, names, kill_at=""):
     from tests.helpers import tiny_task
 
     made = tiny_task.task()
