@@ -155,7 +155,7 @@ def _read_scheme(model: Mapping[str, Any]) -> dict[str, str]:
 
 
 def load_options(config: ConfigDict, devices: mesh.Devices | None = None) -> dict[str, Any]:
-    """Returns options of loading a model to train: dtypes, memory of the step, and its mesh.
+    """Returns options of loading a model to train: dtypes, memory of the step, layers, mesh.
 
     Args:
       config: config of the run.
@@ -163,8 +163,8 @@ def load_options(config: ConfigDict, devices: mesh.Devices | None = None) -> dic
     """
     devices = mesh.find(config) if devices is None else devices
     model = config.model
-    options = {"remat": model.remat, "attention": model.attention, "mesh": mesh.base_mesh(devices)}
-    return dtypes(model) | options
+    options = {name: model[name] for name in ("scan_layers", "remat", "attention")}
+    return dtypes(model) | options | {"mesh": mesh.base_mesh(devices)}
 
 
 def describe_attention(

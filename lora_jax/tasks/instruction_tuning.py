@@ -86,7 +86,6 @@ def make_task(
     loaded = checkpoints.load(
         config.model.name,
         head=CAUSAL_LM,
-        scan_layers=config.model.scan_layers,
         **from_config.load_options(config, devices),
     )
     _check_model(config, loaded)
