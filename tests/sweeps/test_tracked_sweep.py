@@ -36,13 +36,10 @@ def test_runs_that_share_a_program_are_runs_of_their_own(tmp_path):
     )  # fmt: skip
     found, rows = {}, {}
     for path in workdir.glob("wandb/offline-run-*/run-*.wandb"):
-        for content in wandb_files._read_records(path.read_bytes()):
-            record = Record.FromString(content)
-            if record.WhichOneof("record_type") == "run":
-                found[record.run.display_name] = record.run.run_group
-                rows.setdefault(record.run.display_name, 0)
-                name = record.run.display_name
-            rows[name] = rows.get(name, 0) + (record.WhichOneof("record_type") == "history")
+        records = [Record.FromString(x) for x in wandb_files._read_records(path.read_bytes())]
+        (run,) = (x.run for x in records if x.WhichOneof("record_type") == "run")
+        found[run.display_name] = run.run_group
+        rows[run.display_name] = sum(x.WhichOneof("record_type") == "history" for x in records)
     assert found == dict.fromkeys(NAMES, "ranks")
     (count,) = {len(tiny_task.lines(path)) for path in (workdir / "runs").iterdir()}
     assert rows == dict.fromkeys(NAMES, count)

@@ -31,7 +31,7 @@ class MlflowWriter:
         self._is_new = run is None
         self._run_id = run or self._create(experiment, info)
         if not self._is_new:
-            self._client.set_terminated(self._run_id, status="RUNNING")
+            self._client.update_run(self._run_id, status="RUNNING")
         self.place = f"{uri}, experiment {info.project}, run {info.name}"
 
     def count_lines(self) -> None:
