@@ -244,6 +244,7 @@ def test_wandb_has_each_line_once_after_kills(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # MLflow's own, of what SQLAlchemy is to remove
 def test_mlflow_has_each_line_once_after_kills(tmp_path):
     mlflow = pytest.importorskip("mlflow", reason="pip install 'lora_jax[mlflow]'")
     wanted = killed_twice(tmp_path / "run", "mlflow")
