@@ -189,7 +189,7 @@ def test_runs_side_by_side(tmp_path, workdir):
     assert 'href="../one/report/report.html"' in page
     assert (tmp_path / "one" / "report" / "report.html").exists()
     with pytest.raises(ValueError, match="neither a run nor a sweep"):
-        runs.find(tmp_path)
+        runs.find(tmp_path / "report")
 
 
 def test_runs_of_different_tasks_have_sections_of_their_own(tmp_path):
@@ -199,7 +199,7 @@ def test_runs_of_different_tasks_have_sections_of_their_own(tmp_path):
     assert [group.score_name for group in groups] == ["accuracy", "pearson"]
     page = report.write_comparison(tmp_path / "report", groups).read_text()
     assert "They are of 2 tasks or scores" in page
-    assert "stsb" in page and "best validation pearson -0.2500: other." in page
+    assert "stsb" in page and "best validation pearson 0.5000: other." in page
 
 
 def test_bars_and_axes_stay_within_the_score(tmp_path):
