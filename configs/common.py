@@ -56,7 +56,7 @@ def base_config() -> ConfigDict:
     c.lora.method = "lora"
     # First values of the factors: "uniform", "gaussian", "orthogonal"; "pissa", "pissa_niter_4",
     # "pissa_niter_16", "olora" or "milora", from the base; "lora_ga", from gradients; "eva", from
-    # activations.
+    # activations; "loftq", from what model.quantize takes away.
     c.lora.init = "uniform"
     c.lora.train_a = True  # False freezes the factor a (LoRA-FA)
     c.lora.projection_seed = 0  # of what all kernels of VeRA share

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 import lora_jax as lora
-from lora_jax.methods.initial_values import FROM_ACTIVATIONS, FROM_GRADIENTS
+from lora_jax.methods.initial_values import FROM_ACTIVATIONS, FROM_GRADIENTS, FROM_RESIDUALS
 from lora_jax.models import attention, fast_dtype
 from lora_jax.models.read_leaves import DECODED
 from lora_jax.schemes import SCHEMES
@@ -34,6 +34,11 @@ def check(config: ConfigDict, least: Mapping[str, int]) -> None:
     check_adapter_and_dtypes(config)
     training_config.check(config, least)
     _check_idle(config)
+    if config.lora.get("init") == FROM_RESIDUALS and config.model.quantize in ("", DECODED):
+        raise ValueError(
+            f"lora.init={FROM_RESIDUALS!r} makes up for what model.quantize takes away, and that "
+            f"is {config.model.quantize!r}: give it a scheme such as 'nf4', or choose another init."
+        )
 
 
 # Fields that act with some values of a field of `lora` alone; `workdirs.ADDED` has their defaults.
