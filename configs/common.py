@@ -96,6 +96,13 @@ def base_config() -> ConfigDict:
     c.checkpoint_every = duration(0)  # steps between checkpoints, besides one with each evaluation
     c.checkpoint_keep = 2  # number of checkpoints to keep; an older one helps if one is damaged
 
+    c.log = ConfigDict()  # where metrics go beside metrics.jsonl; docs/logging.md
+    c.log.to = ("tensorboard",)  # of tensorboard, wandb, mlflow, trackio; () for the file alone
+    c.log.project = "lora_jax"  # of the tracker; MLflow calls it an experiment
+    c.log.group = ""  # that runs share; empty for the name of the sweep
+    c.log.name = ""  # of the run; empty for one that says what it is, as mini-rank8-lr5e-4-seed0
+    c.log.dir = ""  # of what trackers keep on this machine; empty for their variables, or workdir
+
     c.early_stopping = ConfigDict()
     c.early_stopping.patience = 0  # evaluations without improvement that end the run; 0: never
     c.early_stopping.min_delta = 0.0  # improvement of the score that is needed to count

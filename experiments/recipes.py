@@ -13,12 +13,13 @@ CLASSIFY = Recipe(
     functools.partial(classification.make_task, load_texts=own_texts.load),
     common.classify_config,
 )
-E2E = Recipe(e2e.resolve, e2e.check, e2e.make_task, common.e2e_config)
+E2E = Recipe(e2e.resolve, e2e.check, e2e.make_task, common.e2e_config, higher_is_better=False)
 INSTRUCT = Recipe(
     instruction_tuning.resolve,
     instruction_tuning.check,
     instruction_tuning.make_task,
     instruct_llama.get_config,
+    higher_is_better=False,
 )
 
 RECIPES = {"glue": GLUE, "classify": CLASSIFY, "e2e_nlg": E2E, "instruct": INSTRUCT}

@@ -3,8 +3,8 @@ r"""Fine-tunes a whole sweep: many ranks, alphas, rates and seeds through one co
     python -m experiments.sweep --config=configs/quickstart_sweep.py --workdir=runs/sweep
 
 The config file defines ``sweep(add)`` beside ``get_config()``. Run again, with or without more
-runs in the file, it trains the runs that are left. The next command is
-``python -m experiments.report runs/sweep``.
+runs in the file, it trains the runs that are left. With ``--points=24`` Optuna proposes as many, by
+the file's ``search(trial)``. The next command is ``python -m experiments.report runs/sweep``.
 """
 
 import logging
@@ -14,7 +14,7 @@ from absl import flags
 
 from experiments import cli, config_flag, environment, next_commands, recipes
 from experiments.config_flag import Command
-from lora_jax.sweeps import scheduler, sweep_dirs, trials
+from lora_jax.sweeps import scheduler, search, sweep_dirs, trials
 from lora_jax.tasks import from_config, own_texts
 from lora_jax.training import config_files, metric_writer, workdirs
 from lora_jax.training.task import Recipe
@@ -28,6 +28,11 @@ _PROGRAM = flags.DEFINE_enum(
 _HALVING = flags.DEFINE_integer(
     "halving", 0, "Number of runs of which one goes on at each rung; 0 to train all to the end."
 )
+_POINTS = flags.DEFINE_integer(
+    "points", 0, "Points that Optuna proposes by the file's search(trial); 0: those of sweep(add)."
+)
+_BATCH = flags.DEFINE_integer("batch", 8, "Points that Optuna proposes at a time.")
+_SAMPLER = flags.DEFINE_enum("sampler", "tpe", search.SAMPLERS, "How Optuna proposes points.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Say what would be run, and stop.")
 
 # The next command for the best adapter of each program.
@@ -46,6 +51,11 @@ def main(argv: list[str]) -> None:
     command = _read_command(argv, recipe)
     base = command.config
     choice = from_config.settle_dtype(base, command.workdir / workdirs.SWEEP)
+    if _POINTS.value:
+        sweep_dirs.check(command.workdir, base, 0)
+        cli.say_all(choice, environment.describe_pages())
+        _search(command, recipe)
+        return
     sweep = _make_sweep(command, recipe)
     sweep_dirs.check(command.workdir, base, sweep.halving)
     print(_list_runs(sweep), flush=True)
@@ -54,8 +64,37 @@ def main(argv: list[str]) -> None:
         return
     begin = time.perf_counter()
     compiled = scheduler.run(sweep, base)
+    print(_describe_end(begin, compiled, sweep))
+
+
+def _search(command: Command, recipe: Recipe) -> None:
+    """Trains the points that Optuna proposes, and says what to do next.
+
+    Raises:
+      ValueError: flags are given that go with the points of a file alone; or as :func:`search.run`.
+    """
+    if _HALVING.value or _ONLY.value or _SHARD.value != "1/1" or _DRY_RUN.value:
+        raise ValueError(
+            "--points goes without --halving, --only, --shard and --dry_run: what Optuna proposes "
+            "depends on the scores of all points before."
+        )
+    file, _ = config_files.split_argument(command.path)
+    points = search.Search(
+        propose=search.load_search(file), count=_POINTS.value, batch=_BATCH.value,
+        sampler=_SAMPLER.value, seed=command.config.seed,
+    )  # fmt: skip
+    sweep = scheduler.Sweep(
+        trials=[], local_trials=[], recipe=recipe, workdir=command.workdir,
+        parallel=_parallel(_PARALLEL.value), say=cli.say,
+    )  # fmt: skip
+    begin = time.perf_counter()
+    sweep, compiled = search.run(points, sweep, command.config)
+    print(_describe_end(begin, compiled, sweep))
+
+
+def _describe_end(begin: float, compiled: dict[str, int], sweep: scheduler.Sweep) -> str:
     times = ", ".join(f"{name} {count}" for name, count in compiled.items()) or "nothing"
-    print(f"{time.perf_counter() - begin:.1f} s; compiled: {times}\n{_outcome(sweep)}")
+    return f"{time.perf_counter() - begin:.1f} s; compiled: {times}\n{_outcome(sweep)}"
 
 
 def _read_command(argv: list[str], recipe: Recipe) -> Command:
