@@ -151,7 +151,7 @@ def overlay(params: PyTree, adapter: PyTree) -> tuple[dict[str, Any], dict[str, 
 def _overlay(params: PyTree, adapter: PyTree, put: Callable) -> PyTree:
     leaves, entries = overlay(params, adapter)
     merged = [put(n, x, entries[n]) if n in entries else x for n, x in leaves.items()]
-    return jax.tree.structure(params, is_leaf=is_quantized).unflatten(merged)
+    return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_quantized), merged)
 
 
 def misfits(

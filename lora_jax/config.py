@@ -8,18 +8,22 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from lora_jax import hints, paths
 from lora_jax.methods import METHODS, RANK_OFFSETS, unused_fields
 from lora_jax.methods.initial_values import INITS
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 ALL_LINEAR = "all-linear"
+C = TypeVar("C", bound="DataclassInstance")
 
 
-def _refuse_unknown_fields(cls: type) -> type:
+def _refuse_unknown_fields(cls: type[C]) -> type[C]:
     """Makes the error for an unknown keyword name the field that is meant."""
-    init, known = cls.__init__, [f.name for f in dataclasses.fields(cls)]
+    init, known = vars(cls)["__init__"], [f.name for f in dataclasses.fields(cls)]
 
     @functools.wraps(init)
     def check_and_init(self: Any, *args: Any, **fields: Any) -> None:
@@ -27,7 +31,7 @@ def _refuse_unknown_fields(cls: type) -> type:
             raise TypeError(hints.unknown_fields(unknown, known))
         init(self, *args, **fields)
 
-    cls.__init__ = check_and_init
+    setattr(cls, "__init__", check_and_init)  # noqa: B010  type checkers know the fields
     return cls
 
 
@@ -163,8 +167,8 @@ class LoRAConfig:
         """Returns the scale ``s`` for the kernel called ``name``, at its own or the given rank."""
         rank = self.kernel_rank(name) if rank is None else rank
         alpha = _first_match(self.alpha_pattern, name, self.alpha)
-        rank = rank + RANK_OFFSETS.get(self.method, 0)
-        return alpha / math.sqrt(rank) if self.rank_stabilized else alpha / rank
+        divisor = rank + RANK_OFFSETS.get(self.method, 0)
+        return alpha / math.sqrt(divisor) if self.rank_stabilized else alpha / divisor
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as JSON types."""

@@ -259,7 +259,7 @@ class Table:
     unknown: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        lines = [("leaf", "shape", "kind", "axes", "action", "rank", "")]
+        lines: list[tuple[str, ...]] = [("leaf", "shape", "kind", "axes", "action", "rank", "")]
         lines += [_make_line(name, row) for name, row in self.rows.items()]
         widths = [max(len(line[k]) for line in lines) for k in range(6)]
         pad = lambda line: [cell.ljust(n) for cell, n in zip(line, widths, strict=False)]
@@ -272,6 +272,13 @@ def _make_line(name: str, row: Row) -> tuple[str, ...]:
     shape = "" if leaf.shape is None else "×".join(map(str, leaf.shape))
     rank = str(row.rank) if row.rank else ""
     return name, shape, leaf.kind, leaf.axes, row.action, rank, row.note
+
+
+def adapted_shape(leaf: Leaf) -> tuple[int, ...]:
+    """Returns the shape of a leaf that has roles."""
+    if leaf.shape is None:
+        raise ValueError("A leaf that is no array has no shape.")
+    return leaf.shape
 
 
 def max_rank(leaf: Leaf) -> int:

@@ -69,7 +69,7 @@ def init_tokens(
     return made
 
 
-def _choose_class(leaf: Leaf) -> type[Tokens]:
+def _choose_class(leaf: Leaf) -> type[TrainedRows | TrainedOutputs]:
     """Chooses by the use: tokens are looked up along the inputs, and a head has them as outputs."""
     if leaf.kind == TABLE:
         return TrainedRows

@@ -117,7 +117,7 @@ def _tie(context: Context, query: Array) -> Context:
     *tied, _ = lax.optimization_barrier([*(leaves[k] for k in plain), first])
     for k, x in zip(plain, tied, strict=True):
         leaves[k] = x
-    return treedef.unflatten(leaves)
+    return jax.tree.unflatten(treedef, leaves)
 
 
 def default_block() -> int:

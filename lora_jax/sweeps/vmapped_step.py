@@ -224,7 +224,7 @@ def member_eval_step(task: Task) -> Callable:
 def _put_own(base: PyTree, own_leaves: dict[str, Array]) -> PyTree:
     leaves = paths.named_leaves(base)
     treedef = jax.tree.structure(base, is_leaf=is_quantized)
-    return treedef.unflatten([own_leaves.get(n, x) for n, x in leaves.items()])
+    return jax.tree.unflatten(treedef, [own_leaves.get(n, x) for n, x in leaves.items()])
 
 
 class Program(NamedTuple):
