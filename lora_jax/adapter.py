@@ -9,7 +9,7 @@ all values of this one type.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ from lora_jax.nodes import (
 from lora_jax.quantized import as_array, is_quantized, numbers
 
 PyTree = Any
+Tree = TypeVar("Tree")
 TRAINABLE, FROZEN = "trainable", "frozen"
 
 
@@ -90,7 +91,7 @@ def bind(params: PyTree, adapter: PyTree) -> PyTree:
     return _overlay(params, adapter, lambda name, leaf, x: as_node(x).bind(leaf, name))
 
 
-def merge(params: PyTree, adapter: PyTree) -> PyTree:
+def merge(params: Tree, adapter: PyTree) -> Tree:
     """Rewrites the tree to plain arrays, each adapted kernel being ``W + s·BA``.
 
     This is the definition of what an adapter means. The result has the structure, shapes and

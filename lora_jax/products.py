@@ -105,8 +105,8 @@ def _backward(
     if isinstance(g, SymbolicZero):
         return None, None
     g = g.astype(jnp.bfloat16)
-    summed, batch = dims
-    swapped = summed[::-1], batch[::-1]
+    (x_in, y_in), (x_batch, y_batch) = dims
+    swapped = (y_in, x_in), (y_batch, x_batch)
     differentiate = functools.partial(_differentiate, g, precision=precision)
     by_x = None if y.dtype == bool else differentiate(y, dims, is_left=True)
     by_y = None if x.dtype == bool else differentiate(x, swapped, is_left=False)

@@ -76,7 +76,7 @@ def kernel_spec(leaf: Quantized) -> PartitionSpec:
     """Returns the spec of a kernel by where its parts lie: the inverse of :func:`part_specs`."""
     spec: Any = getattr(leaf.codes.sharding, "spec", None)
     batch = iter(spec[: leaf.codes.ndim - 2])
-    sides = dict(zip((IN, OUT), spec[-2:], strict=True))
+    sides: dict[str, Any] = dict(zip((IN, OUT), spec[-2:], strict=True))
     # Only the first axis of a side is split.
     return PartitionSpec(
         *(next(batch) if role == BATCH else sides.pop(role, None) for role in leaf.roles)

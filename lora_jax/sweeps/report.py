@@ -27,7 +27,7 @@ def write(workdir: Path, sweep: Results) -> Path:
     folder = workdir / FOLDER
     folder.mkdir(exist_ok=True)
     pictures = plots.draw_all(sweep)
-    files = {f"{picture.name}.png": picture.png for picture in pictures}
+    files: dict[str, str | bytes] = {f"{picture.name}.png": picture.png for picture in pictures}
     files |= {"results.csv": results.to_csv(sweep), "table.md": results.to_markdown(sweep)}
     # The page is the last, since it stands for the whole.
     files |= {"report.html": make_page(workdir.name, sweep, pictures)}

@@ -7,7 +7,7 @@ the array that it stands for, and :mod:`lora_jax.transform.interpreter` evaluate
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import numpy as np
@@ -27,11 +27,17 @@ from lora_jax.transform.kernel import Kernel
 Array = jax.Array
 PyTree = Any
 Rate = Array | float | None
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def lift(
-    fn: Callable, *, strict: bool = False, dropout: Rate = None, dropout_key: Array | None = None
-) -> Callable:
+    fn: Callable[P, R],
+    *,
+    strict: bool = False,
+    dropout: Rate = None,
+    dropout_key: Array | None = None,
+) -> Callable[P, R]:
     """Transforms ``fn`` into a function that takes low-rank sums in place of arrays.
 
     ``lift(fn)(bind(params, adapter), *args)`` equals ``fn(merge(params, adapter), *args)`` up to
@@ -64,7 +70,7 @@ def lift(
     rate = _check_dropout(dropout, dropout_key)
 
     @functools.wraps(fn)
-    def lifted(*args: Any, **kwargs: Any) -> Any:
+    def lifted(*args: P.args, **kwargs: P.kwargs) -> R:
         scope = Scope(strict=strict, rate=rate, key=dropout_key)
         return _run(scope, fn, args, kwargs, use_node_rates=dropout is None)
 
