@@ -80,8 +80,8 @@ def find_classes(names: Sequence[str], column: str) -> tuple[str, ...]:
         classes = tuple(sorted(found))
     if len(classes) < 2:
         raise ValueError(
-            f"all {len(names)} rows have the label {', '.join(map(repr, classes))} in {column!r}: a classifier "
-            "needs rows of at least two classes"
+            f"all {len(names)} rows have the label {', '.join(map(repr, classes))} in {column!r}: "
+            "a classifier needs rows of at least two classes"
         )
     if 2 * len(classes) > len(names) and len(classes) > 2:
         raise ValueError(
