@@ -8,7 +8,7 @@ all values of this one type.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -70,6 +70,11 @@ def base_leaves(params: PyTree) -> dict[str, Any]:
     """
     leaves = paths.named_leaves(params, is_leaf=is_node)
     if bound := [name for name, node in leaves.items() if is_node(node)]:
+        if not any(is_bound(leaves[name]) for name in bound):
+            raise ValueError(
+                f"Got an adapter where the parameters are expected, with nodes at "
+                f"{paths.listing(bound)}: the parameters come first, as in bind(params, adapter)."
+            )
         raise ValueError(
             f"The parameters are already bound to an adapter, at {paths.listing(bound)}, and a "
             "tree takes one. Pass the parameters themselves; for a second adapter on top of the "
@@ -166,10 +171,12 @@ def misfits(
       stacked: leading axes of each array of the adapter, with one entry for each adapter.
     """
     unknown = [name for name in entries if name not in leaves]
+    hint = _describe_level(unknown, leaves)
     problems = [_misfit(n, leaves[n], x, stacked) for n, x in entries.items() if n in leaves]
     if unknown:
         problems.append(
             f"no parameter at {paths.listing(unknown)}; parameters here: {paths.listing(leaves)}"
+            f"{hint}"
         )
     problems = [p for p in problems if p]
     if problems and not stacked and (axes := leading_axes(entries)):
@@ -178,6 +185,19 @@ def misfits(
             "one of it with jax.tree.map(lambda x: x[0], adapter)"
         )
     return problems
+
+
+def _describe_level(unknown: Sequence[str], leaves: Mapping[str, Any]) -> str:
+    """Says by which component all paths of two trees differ; "" if it is not one."""
+    if not unknown:
+        return ""
+    first = unknown[0].split("/")[0]
+    if all(name.partition("/")[2] in leaves for name in unknown):
+        return f". These are the adapter's without {first!r}: pass {{{first!r}: params}}"
+    for top in dict.fromkeys(name.split("/")[0] for name in leaves):
+        if all(f"{top}/{name}" in leaves for name in unknown):
+            return f". These are the adapter's below {top!r}: pass params[{top!r}]"
+    return ""
 
 
 def leading_axes(entries: Mapping[str, Any]) -> tuple[int, ...]:

@@ -251,7 +251,7 @@ class Row:
     note: str = ""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Table:
     """Every leaf of a parameter tree, and what becomes of it; prints as a table."""
 
@@ -265,6 +265,8 @@ class Table:
         pad = lambda line: [cell.ljust(n) for cell, n in zip(line, widths, strict=False)]
         text = [" ".join([*pad(line), line[-1]]).rstrip() for line in lines]
         return "\n".join([*text, *(f"not understood: {u}" for u in self.unknown)])
+
+    __repr__ = __str__  # so that the prompt and a notebook show the table
 
 
 def _make_line(name: str, row: Row) -> tuple[str, ...]:

@@ -45,6 +45,11 @@ def from_nnx(module: Any, *, method: str = "__call__") -> tuple[Callable, dict[s
     """
     from flax import nnx
 
+    if not isinstance(module, nnx.Module):
+        raise TypeError(
+            f"An nnx.Module is wanted, got {type(module).__name__}. A function of parameters, as "
+            "the apply of a Linen module is, needs no conversion; from_keras is for Keras."
+        )
     graph, state, *rest = nnx.split(module, nnx.Param, ...)
     named = _named_params(state, f"The module {type(module).__name__} has no nnx.Param")
     names, structure = list(named), jax.tree.structure(state)
