@@ -45,10 +45,10 @@ def from_nnx(module: Any, *, method: str = "__call__") -> tuple[Callable, dict[s
     """
     from flax import nnx
 
-    if not isinstance(module, nnx.Module):
+    if any(x.__module__.startswith("flax.linen") for x in type(module).__mro__):
         raise TypeError(
-            f"An nnx.Module is wanted, got {type(module).__name__}. A function of parameters, as "
-            "the apply of a Linen module is, needs no conversion; from_keras is for Keras."
+            f"{type(module).__name__} is a Linen module, whose apply is a function of parameters "
+            "already: give module.apply in place of from_nnx(module)."
         )
     graph, state, *rest = nnx.split(module, nnx.Param, ...)
     named = _named_params(state, f"The module {type(module).__name__} has no nnx.Param")
