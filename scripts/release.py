@@ -30,7 +30,7 @@ _HEADING = re.compile(r"^## \[(\d[^\]]*)\] - (.*)$", re.MULTILINE)
 # no programs. They are in the repository, at the tag.
 SDIST_FILES = {
     "CHANGELOG.md", "CITATION.cff", "LICENSE", "MANIFEST.in", "PKG-INFO", "README.md",
-    "constraints.txt", "pyproject.toml", "setup.cfg",
+    "constraints.txt", "pyproject.toml", "setup.cfg", "setup.py",
 }  # fmt: skip
 DATA = (".tsv", ".jsonl", "README.md", "py.typed")  # of the package, beside Python
 LARGEST = 2**20  # bytes of a file
