@@ -3,7 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
+<<<<<<< HEAD
 .PHONY: quickstart sweep-quickstart chat-quickstart test test-newest notebooks lint docs clean
+=======
+.PHONY: quickstart sweep-quickstart chat-quickstart test test-newest lint types docs clean
+>>>>>>> main
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
@@ -63,6 +67,15 @@ test-newest:
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+$(VENV)/.types: $(VENV)/.base
+	$(PIP) -e '.[types]'
+	touch $@
+
+# Both type checkers, on the package, the programs and a user's script; pyproject.toml has their settings.
+types: $(VENV)/.types
+	$(VENV)/bin/mypy
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 # The site, in docs/_build/html. Its environment has the programs as well, for pages that are notebooks.
 .venv-docs/.docs: pyproject.toml constraints.txt

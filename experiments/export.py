@@ -96,7 +96,7 @@ def main(argv: list[str]) -> None:
         model.loaded.params,
         model.loaded.checkpoint,
         head=head,
-        labels=model.labels if head == CLASSIFIER else (),
+        labels=getattr(model, "labels", ()) if head == CLASSIFIER else (),
         adapter=model.adapter,
         dtype=_DTYPE.value or "",
         shard_size=shard_size,

@@ -178,7 +178,7 @@ def _describe_run(sweep: scheduler.Sweep, trial: trials.Trial, varied: list[str]
 
 def _outcome(sweep: scheduler.Sweep) -> str:
     """Says which run is the best, and which commands come next."""
-    results = [(sweep_dirs.read_result(sweep.workdir, t), t) for t in sweep.local_trials]
+    results = [(sweep_dirs.read_result(sweep.workdir, t) or {}, t) for t in sweep.local_trials]
     statuses = [result["status"] for result, _ in results]
     counts = {status: statuses.count(status) for status in sorted(set(statuses))}
     lines = [", ".join(f"{count} runs {status}" for status, count in counts.items())]
