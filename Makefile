@@ -3,11 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-<<<<<<< HEAD
-.PHONY: quickstart sweep-quickstart chat-quickstart test test-newest notebooks lint docs clean
-=======
-.PHONY: quickstart sweep-quickstart chat-quickstart test test-newest lint types docs clean
->>>>>>> main
+.PHONY: quickstart sweep-quickstart chat-quickstart test test-newest notebooks lint types docs clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
