@@ -16,7 +16,10 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict
 
-from lora_jax.training import config_fields, config_files, workdirs
+from experiments import lazy
+
+with lazy.imports():
+    from lora_jax.training import config_fields, config_files, workdirs
 
 _CONFIG = flags.DEFINE_string(
     "config",
@@ -70,6 +73,54 @@ def read(arguments: Sequence[str], base_config: Callable[[], ConfigDict] | None)
     _check_others(others, config_fields.field_names(base))
     overrides = _override(config, texts, base)
     return Command(config.lock(), workdir, path, overrides)
+
+
+def read_for_help(
+    arguments: Sequence[str], base_config: Callable[[], ConfigDict]
+) -> ConfigDict | None:
+    """Reads the config that a command line names, whose other arguments may be missing.
+
+    Returns:
+      The config, with all fields that the program has; None if the command line names none.
+
+    Raises:
+      FileNotFoundError, ValueError: as :func:`read`.
+    """
+    path = describe_path()
+    if not path:
+        return None
+    config, base = config_files.load(path), base_config()
+    config_files.check(config, base, path, added=workdirs.ADDED if path.endswith(".json") else {})
+    texts, _ = _split(arguments, base)
+    _override(config, texts, base)
+    return config
+
+
+def describe_path() -> str:
+    """Returns the path of the config that the flags name; "" if they name none."""
+    if _CONFIG.value:
+        return _CONFIG.value
+    stored = Path(_WORKDIR.value) / workdirs.CONFIG if _WORKDIR.value else None
+    return str(stored) if stored and stored.is_file() else ""
+
+
+def is_open_section(name: str) -> bool:
+    """Returns whether a section has keys of the user's own, so that it is set as one field."""
+    return name in config_fields.OPEN_SECTIONS
+
+
+def format_value(value: Any) -> str:
+    """Formats a value as the command line takes it.
+
+    >>> format_value(("query", "value")), format_value(5e-4), format_value(True), format_value(())
+    ('query,value', '0.0005', 'True', '')
+    """
+    if isinstance(value, ConfigDict):
+        return str(value.to_dict())
+    if not isinstance(value, tuple):
+        return str(value)
+    plain = ",".join(map(str, value))
+    return plain if parse_list(plain) == value else str(value)
 
 
 def _find_config(workdir: Path, arguments: Sequence[str]) -> str:

@@ -4,8 +4,12 @@ import os
 import sys
 from pathlib import Path
 
-import jax
 from absl import flags
+
+from experiments import lazy
+
+with lazy.imports():
+    import jax
 
 _CACHE = flags.DEFINE_string(
     "compilation_cache",

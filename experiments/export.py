@@ -11,29 +11,36 @@ rank, which opens anywhere; with --init they keep their rank, and PEFT computes 
 The adapter may be in this library's format or in PEFT's.
 """
 
+from __future__ import annotations
+
 import functools
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
-from experiments import cli
-from lora_jax.models import checkpoints
-from lora_jax.models.families import CLASSIFIER
-from lora_jax.models.hub import TOKENIZER_FILES
-from lora_jax.models.shards import DTYPES, SHARD_SIZE, parse_size
-from lora_jax.peft import COMPUTED
-from lora_jax.tasks import (
-    adapter_files,
-    classifier,
-    language_model,
-    loading_code,
-    task_file,
-    templates,
-    text_files,
-)
-from lora_jax.tasks.classifier import Classifier
-from lora_jax.tasks.language_model import LanguageModel
+from experiments import cli, lazy
+
+with lazy.imports():
+    from lora_jax.models import checkpoints, families, hub, shards
+    from lora_jax.tasks import (
+        adapter_files,
+        classifier,
+        language_model,
+        loading_code,
+        task_file,
+        templates,
+        text_files,
+    )
+
+if TYPE_CHECKING:
+    from lora_jax.tasks.classifier import Classifier
+    from lora_jax.tasks.language_model import LanguageModel
+
+# As the library has them; a test compares them.
+INITS = ("pissa", "olora")
+DTYPES = ("bfloat16", "float16", "float32")
 
 _ADAPTER = flags.DEFINE_string("adapter", None, "Directory of the adapter.", required=True)
 _MODEL = flags.DEFINE_string("model", None, "The base model, if it moved since training.")
@@ -43,7 +50,7 @@ _PEFT = flags.DEFINE_bool("peft", False, "Write the adapter in PEFT's format.")
 _INIT = flags.DEFINE_enum(
     "init",
     None,
-    [*COMPUTED],
+    INITS,
     "With --peft: write the trained factors alone, for PEFT to compute from the original base what "
     "they started from. By default they become plain LoRA of twice the rank.",
 )
@@ -51,13 +58,13 @@ _INIT = flags.DEFINE_enum(
 _DTYPE = flags.DEFINE_enum(
     "dtype",
     None,
-    [*DTYPES],
+    DTYPES,
     "Dtype of the merged weights, to which the sum in float32 is rounded once. By default the one "
     "that the config of the base states (of a quantized base, that of its numbers); float32 if it "
     "states none, as a GGUF file.",
 )
 _SHARD_SIZE = flags.DEFINE_string(
-    "shard_size", None, f"Largest size of a file of merged weights; {SHARD_SIZE} by default."
+    "shard_size", None, "Largest size of a file of merged weights; 5GB by default."
 )
 
 
@@ -74,7 +81,7 @@ def main(argv: list[str]) -> None:
         raise ValueError("--dtype and --shard_size are for --merged; an adapter keeps its dtype.")
     if _INIT.value and not _PEFT.value:
         raise ValueError("--init is for --peft; merged weights do not say where they started.")
-    shard_size = parse_size(_SHARD_SIZE.value or SHARD_SIZE)
+    shard_size = shards.parse_size(_SHARD_SIZE.value or shards.SHARD_SIZE)
     out = Path(_OUT.value)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty directory; choose another --out.")
@@ -96,7 +103,7 @@ def main(argv: list[str]) -> None:
         model.loaded.params,
         model.loaded.checkpoint,
         head=head,
-        labels=model.labels if head == CLASSIFIER else (),
+        labels=model.labels if head == families.CLASSIFIER else (),
         adapter=model.adapter,
         dtype=_DTYPE.value or "",
         shard_size=shard_size,
@@ -105,7 +112,7 @@ def main(argv: list[str]) -> None:
     files = text_files.find(_ADAPTER.value, model.loaded.checkpoint)
     text_files.replace(out, files, model.loaded.checkpoint)
     templates.copy(_ADAPTER.value, out)
-    if not any((out / name).is_file() for name in TOKENIZER_FILES):
+    if not any((out / name).is_file() for name in hub.TOKENIZER_FILES):
         print("note: the base has no tokenizer, so that none was written", file=sys.stderr)
     print(f"Wrote {out}: open it with transformers, AutoModelFor{loading_code.AUTO[head]}.")
 
@@ -116,7 +123,7 @@ def _export_peft(out: Path, model: Classifier | LanguageModel) -> None:
     adapter_files.save_peft(
         out, model.loaded, model.adapter, model.config, base=base, init=_INIT.value or ""
     )
-    if isinstance(model, Classifier):
+    if isinstance(model, classifier.Classifier):
         task_file.write(out, classifier.describe_task(model))
     text_files.copy(_ADAPTER.value, out)
     text_files.write_tokenizer(out, text_files.find(_ADAPTER.value, model.loaded.checkpoint))

@@ -7,8 +7,10 @@ It has the runs that are finished: those of all shards, or those that have been 
 
 from pathlib import Path
 
-from experiments import cli
-from lora_jax.sweeps import report, results
+from experiments import cli, lazy
+
+with lazy.imports():
+    from lora_jax.sweeps import report, results
 
 
 def main(argv: list[str]) -> None:

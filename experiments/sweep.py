@@ -7,23 +7,34 @@ runs in the file, it trains the runs that are left. The next command is
 ``python -m experiments.report runs/sweep``.
 """
 
+from __future__ import annotations
+
 import logging
 import time
+from typing import TYPE_CHECKING
 
 from absl import flags
 
-from experiments import cli, config_flag, environment, next_commands, recipes
+from experiments import base_configs, cli, config_flag, environment, lazy, next_commands
 from experiments.config_flag import Command
-from lora_jax.sweeps import scheduler, sweep_dirs, trials
-from lora_jax.tasks import from_config, own_texts
-from lora_jax.training import config_files, metric_writer, workdirs
-from lora_jax.training.task import Recipe
+
+with lazy.imports():
+    from experiments import recipes
+    from lora_jax.sweeps import scheduler, sweep_dirs, trials
+    from lora_jax.tasks import from_config, own_texts
+    from lora_jax.training import config_files, metric_writer, workdirs
+
+if TYPE_CHECKING:
+    from lora_jax.training.task import Recipe
 
 _PARALLEL = flags.DEFINE_string("parallel", "auto", "Runs at a time, or auto to find out.")
 _SHARD = flags.DEFINE_string("shard", "1/1", "i/n: only the i-th of n parts, for n machines.")
 _ONLY = flags.DEFINE_multi_string("only", [], "FIELD=V1,V2: only runs with these values.")
 _PROGRAM = flags.DEFINE_enum(
-    "program", "glue", sorted(recipes.RECIPES), "Whose runs these are: glue stands for sst2 too."
+    "program",
+    "glue",
+    sorted(base_configs.BY_PROGRAM),
+    "Whose runs these are: glue stands for sst2 too.",
 )
 _HALVING = flags.DEFINE_integer(
     "halving", 0, "Number of runs of which one goes on at each rung; 0 to train all to the end."
@@ -164,4 +175,4 @@ def _outcome(sweep: scheduler.Sweep) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, lambda: base_configs.BY_PROGRAM[_PROGRAM.value])
