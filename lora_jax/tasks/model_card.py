@@ -256,10 +256,13 @@ def _list_scores(export: Export) -> Iterator[str]:
     has_run = bool(read_run(export.adapter_directory))
     before = metric_writer.read_evaluation(run / workdirs.METRICS, 0) if has_run else {}
     step = serialize.read_metadata(export.adapter_directory).get("step")
-    format_score = lambda x: f"{x:.4f}" if x is not None else ""
-    rows = [(name, format_score(before.get(name)), f"{x:.4f}") for name, x in scores.items()]
+    rows = [(name, before.get(name), x) for name, x in scores.items()]
+    cells = [(n, "" if old is None else f"{old:.4f}", f"{x:.4f}") for n, old, x in rows]
+    head = ["", "before training", f"step {step}"]
+    if not before:
+        head, cells = [head[0], head[2]], [(name, x) for name, _, x in cells]
     yield "## Scores\n\nOf the evaluation by which the best adapter of the run was chosen."
-    yield _make_table(["", "before training", f"step {step}"], rows)
+    yield _make_table(head, cells)
 
 
 def _describe_training(export: Export) -> Iterator[str]:

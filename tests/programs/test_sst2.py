@@ -395,23 +395,17 @@ def test_an_export_is_pushed_to_the_hub(finished, exported, tmp_path):
 
 @pytest.mark.parametrize("flags, says", [
     (["--push=sst2"], "sst2 is no repository of the Hub: give USER/NAME."),
-    (["--push=someone/sst2"], "There is no token for someone/sst2: log in with `hf auth login`"),
     (["--private"], "--private and --revision are for --push"),
     (["--license=MIT License"], "give the Hub's name of a license"),
 ])  # fmt: skip
 def test_mistakes_of_a_push_cost_no_export(finished, tmp_path, flags, says):
-    home = {
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_TOKEN_PATH": str(tmp_path / "token"),
-        "HF_TOKEN": "",
-    }
     arguments = [
         "export",
         f"--adapter={finished[0]}/adapter",
         f"--out={tmp_path / 'out'}",
         "--peft",
     ]
-    done = run(*arguments, *flags, env=home)
+    done = run(*arguments, *flags)
     assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 

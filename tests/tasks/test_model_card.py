@@ -126,9 +126,7 @@ def test_what_is_not_known_is_left_out(export, loaded):
     assert "/home" not in text and str(loaded.checkpoint.directory.parent) not in text
     (export.adapter_directory.parent / "config.json").unlink()
     text = model_card.make_text(export)
-    assert (
-        "## Training" not in text and "| data |" not in text and "| accuracy |  | 0.9167 |" in text
-    )
+    assert "## Training" not in text and "| data |" not in text and "| accuracy | 0.9167 |" in text
 
 
 @pytest.mark.parametrize("source, dataset, told", [
