@@ -192,14 +192,23 @@ def _override(config: ConfigDict, texts: dict[str, list[str]], base: ConfigDict)
                 values[field.rpartition(".")[0]] = section
                 continue
             like, _ = config_fields.get_section(base, field)
-            values[field] = section[name] = _parse(field, given, like)
+            values[field] = section[name] = parse(field, given, like)
         except ValueError as error:
             raise ValueError(f"--config.{field}={given[-1]}: {error}") from error
     return values
 
 
-def _parse(field: str, texts: Sequence[str], like: ConfigDict) -> Any:
-    """Parses the texts of a field, of which a tuple takes all, and other fields the last one."""
+def parse(field: str, texts: Sequence[str], like: ConfigDict) -> Any:
+    """Parses the texts of a field, of which a tuple takes all, and other fields the last one.
+
+    Args:
+      field: dotted name of the field.
+      texts: texts of the command line.
+      like: section of the base config that the field is in.
+
+    Raises:
+      ValueError: it is of another type than the field.
+    """
     name, text = field.rpartition(".")[2], texts[-1]
     type_, default = like.get_type(name), like[name]
     if isinstance(default, ConfigDict):
@@ -258,14 +267,23 @@ def parse_list(text: str) -> tuple:
         return (value,)
     if text.strip()[:1] in ("(", "[", "'", '"') and value == text:
         raise ValueError("this is no tuple of Python; leave out brackets and quotes, as in a,b")
+    return tuple(part for part in split_list(value) if part)
+
+
+def split_list(text: str) -> list[str]:
+    """Splits a text at its commas, but for those in brackets.
+
+    >>> split_list("re:.{1,3}/kernel, dense,")
+    ['re:.{1,3}/kernel', 'dense', '']
+    """
     parts, depth = [""], 0
-    for character in value:
+    for character in text:
         depth += _BRACKETS.get(character, 0)
         if character == "," and depth <= 0:
             parts.append("")
         else:
             parts[-1] += character
-    return tuple(x for part in parts if (x := part.strip()))
+    return [part.strip() for part in parts]
 
 
 def _check_others(arguments: Sequence[str], known: Sequence[str]) -> None:

@@ -2,8 +2,13 @@ r"""Fine-tunes a whole sweep: many ranks, alphas, rates and seeds through one co
 
     python -m experiments.sweep --config=configs/quickstart_sweep.py --workdir=runs/sweep
 
-The config file defines ``sweep(add)`` beside ``get_config()``. Run again, with or without more
-runs in the file, it trains the runs that are left. The next command is
+The config file defines ``sweep(add)`` beside ``get_config()``; or the command line has a grid:
+
+    python -m experiments.sweep --config=configs/quickstart.py --workdir=runs/ranks \
+        --sweep lora.rank=1,4,16 --sweep seed=0,1
+
+Run again, with or without more runs in the file, or more values on the command line, it trains the
+runs that are left. The next command is
 ``python -m experiments.report runs/sweep``.
 """
 
@@ -11,14 +16,16 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from experiments import base_configs, cli, config_flag, environment, lazy, next_commands
+from experiments import base_configs, cli, config_flag, environment, lazy, next_commands, sweep_flag
 from experiments.config_flag import Command
 
 with lazy.imports():
+    from configs import common
     from experiments import recipes
     from lora_jax.sweeps import scheduler, sweep_dirs, trials
     from lora_jax.tasks import from_config, own_texts
@@ -28,6 +35,12 @@ if TYPE_CHECKING:
     from lora_jax.training.task import Recipe
 
 _PARALLEL = flags.DEFINE_string("parallel", "auto", "Runs at a time, or auto to find out.")
+_SWEEP = flags.DEFINE_multi_string(
+    "sweep",
+    [],
+    "FIELD=V1,V2,...: a sweep over these values of a field of the config, without a sweep(add) in "
+    "its file; several fields make a grid. A value that is a list stands in brackets.",
+)
 _SHARD = flags.DEFINE_string("shard", "1/1", "i/n: only the i-th of n parts, for n machines.")
 _ONLY = flags.DEFINE_multi_string("only", [], "FIELD=V1,V2: only runs with these values.")
 _PROGRAM = flags.DEFINE_enum(
@@ -58,7 +71,7 @@ def main(argv: list[str]) -> None:
     base = command.config
     choice = from_config.settle_dtype(base, command.workdir / workdirs.SWEEP)
     sweep = _make_sweep(command, recipe)
-    sweep_dirs.check(command.workdir, base, sweep.halving)
+    sweep_dirs.check(command.workdir, base, sweep.halving, sweep.axes)
     print(_list_runs(sweep), flush=True)
     cli.say_all(choice, environment.describe_pages())
     if _DRY_RUN.value:
@@ -91,8 +104,8 @@ def _read_command(argv: list[str], recipe: Recipe) -> Command:
 
 
 def _make_sweep(command: Command, recipe: Recipe) -> scheduler.Sweep:
-    file, _ = config_files.split_argument(command.path)
-    runs = trials.make_trials(command.config, trials.load_sweep(file), recipe)
+    axes = sweep_flag.read(_SWEEP.value, recipe.base_config())
+    runs = trials.make_trials(command.config, _find_sweep(command, axes), recipe)
     _check_overrides(command, runs)
     runs = trials.select(runs, _ONLY.value)
     if _HALVING.value and (_HALVING.value < 2 or _SHARD.value != "1/1"):
@@ -107,16 +120,36 @@ def _make_sweep(command: Command, recipe: Recipe) -> scheduler.Sweep:
         workdir=command.workdir,
         parallel=_parallel(_PARALLEL.value),
         halving=_HALVING.value,
+        axes=axes,
         shard=_SHARD.value,
         say=cli.say,
     )
+
+
+def _find_sweep(
+    command: Command, axes: Mapping[str, Sequence[Any]]
+) -> Callable[[Callable[..., None]], None]:
+    """Returns the sweep of the command line, or else that of the config's file.
+
+    Raises:
+      ValueError: there is none, or there are both.
+    """
+    file, _ = config_files.split_argument(command.path)
+    if not axes:
+        return trials.load_sweep(file)
+    if trials.has_sweep(file):
+        raise ValueError(
+            f"{file} has a sweep(add) of its own, and --sweep is another: leave out --sweep, or "
+            "give a config without one. --only=FIELD=V1,V2 chooses among the runs of the file."
+        )
+    return lambda add: [add(**point) for point in common.product(axes)]
 
 
 def _check_overrides(command: Command, runs: list[trials.Trial]) -> None:
     if replaced := trials.find_replaced(runs, command.overrides):
         options = [f"--config.{field}={command.overrides[field]}" for field in replaced]
         raise ValueError(
-            f"{', '.join(options)} would change nothing: each run of the sweep in {command.path} "
+            f"{', '.join(options)} would change nothing: each run of the sweep "
             f"sets {', '.join(replaced)} itself. Leave it out; --only={replaced[0]}=VALUE chooses "
             "among the runs."
         )
@@ -133,7 +166,7 @@ def _parallel(text: str) -> int | None:
 def _list_runs(sweep: scheduler.Sweep) -> str:
     """Lists the runs of this process, by group."""
     varied = trials.varied_fields([t.config for t in sweep.trials])
-    lines = []
+    lines = [sweep_flag.describe(sweep.axes)] if sweep.axes else []
     for number, members in enumerate(trials.group(sweep.local_trials), 1):
         left = scheduler.unfinished(sweep, members)
         lines.append(f"group {number}: {len(members)} runs, {len(left)} to do")

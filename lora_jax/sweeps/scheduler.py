@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Sweep:
       parallel: number of runs at a time; None to measure which number is fastest.
       halving: number of runs of which one goes on after a rung; 0 for no halving.
       shard: part of the sweep that this process does, i/n.
+      axes: fields and their values, of a sweep that is a grid of the command line's; {} if not.
       say: takes each message; by default the logger ``lora_jax.sweeps``.
     """
 
@@ -52,6 +53,7 @@ class Sweep:
     parallel: int | None = None
     halving: int = 0
     shard: str = "1/1"
+    axes: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
     say: Callable[[str], None] = _LOGGER.info
 
 
@@ -141,7 +143,7 @@ def run(sweep: Sweep, base: ConfigDict) -> dict[str, int]:
     if first is None:
         return {}
     _find_stop(sweep, load(first), 0)  # before the claim, so that a mistake claims nothing
-    sweep_dirs.claim(sweep.workdir, base, sweep.halving)
+    sweep_dirs.claim(sweep.workdir, base, sweep.halving, sweep.axes)
     varied = trials.varied_fields([trial.config for trial in sweep.trials])
     lock = sweep_dirs.lock(sweep.workdir, sweep.shard)
     with lock, preemption.handle_sigterm(), ProgressBar(sweep.local_trials, varied) as bar:
