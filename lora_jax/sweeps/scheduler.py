@@ -148,6 +148,7 @@ def run(sweep: Sweep, base: ConfigDict) -> dict[str, int]:
     lock = sweep_dirs.lock(sweep.workdir, sweep.shard)
     with lock, preemption.handle_sigterm(), ProgressBar(sweep.local_trials, varied) as bar:
         _show_finished(sweep, bar)
+        programs.show_compilation(bar.compiling)
         for rung in [*range(1, rung_count(sweep) + 1), 0]:
             for number, members in enumerate(groups):
                 if pending := unfinished(sweep, members):
@@ -161,7 +162,7 @@ def run(sweep: Sweep, base: ConfigDict) -> dict[str, int]:
 def _show_finished(sweep: Sweep, bar: ProgressBar) -> None:
     for trial in sweep.local_trials:
         if result := sweep_dirs.read_result(sweep.workdir, trial):
-            bar.set_progress(trial, 1.0)
+            bar.set_progress(trial, 1.0, is_work=False)
             bar.set_best(trial, *sweep_dirs.best_score(result))
 
 
@@ -292,6 +293,6 @@ def _drop(sweep: Sweep, rung: int, bar: ProgressBar) -> None:
         entry = entries[trial.id]
         values = {"status": sweep_dirs.DROPPED, "steps": entry["step"], **entry["summary"]}
         sweep_dirs.finish(sweep.workdir, trial, values)
-        bar.set_progress(trial, 1.0)
+        bar.set_progress(trial, 1.0, is_work=False)
     if losers:
         sweep.say(f"rung {rung}: {len(losers)} runs dropped, {min(keep, len(ranked))} go on")

@@ -140,7 +140,8 @@ def loop(
             _stop(run, checkpoints, start)
         for step in range(start + 1, plan.total + 1):
             batch = run.task.train_batch(step - 1)
-            state, metrics = steps.train(state, run.task.base, batch)
+            with meter.compiling(batch):
+                state, metrics = steps.train(state, run.task.base, batch)
             meter.add(step, *metrics)
             stop = preemption.is_requested(step)
             is_due = durations.is_evaluation_due(plan, step)
@@ -181,7 +182,8 @@ def _evaluate(
     batches = lambda: preemption.until_requested(run.task.eval_batches())
     task = dataclasses.replace(run.task, eval_batches=batches)
     try:
-        values = evaluate(steps.evaluate, adapter, task)
+        with meter.evaluating():
+            values = evaluate(steps.evaluate, adapter, task)
     except preemption.Interrupted:
         return progress, True
     return _report(run, adapter, Evaluation(step, values), progress, meter), False
