@@ -133,6 +133,7 @@ def command_line(
         no adapter.
     """
     command = config_flag.read(argv, base_config)
+    environment.place_fonts()
     config = resolve(command.config)
     if _ADAPTER.value:
         config.adapter = _ADAPTER.value

@@ -7,7 +7,7 @@ It has the runs that are finished: those of all shards, or those that have been 
 
 from pathlib import Path
 
-from experiments import cli, lazy
+from experiments import cli, environment, lazy
 
 with lazy.imports():
     from lora_jax.sweeps import report, results
@@ -17,6 +17,7 @@ def main(argv: list[str]) -> None:
     """Writes the report into the sweep's directory, and prints the table."""
     if len(argv) != 1:
         raise ValueError("Give the directory of one sweep: python -m experiments.report DIRECTORY")
+    environment.place_fonts()
     workdir = Path(argv[0])
     sweep = results.load(workdir)
     folder = report.write(workdir, sweep)

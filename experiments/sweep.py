@@ -68,6 +68,7 @@ def main(argv: list[str]) -> None:
     logging.getLogger("lora_jax").setLevel(logging.ERROR)  # the notes say what is fresh
     recipe = recipes.RECIPES[_PROGRAM.value]
     command = _read_command(argv, recipe)
+    environment.place_fonts()
     base = command.config
     choice = from_config.settle_dtype(base, command.workdir / workdirs.SWEEP)
     sweep = _make_sweep(command, recipe)
