@@ -42,6 +42,8 @@ def base_config() -> ConfigDict:
     # Activations that the backward pass computes again, layer by layer, in place of keeping them:
     # "none", "full" (all), or the name of a policy in jax.checkpoint_policies.
     c.model.remat = "none"
+    # Whether the layers are one array a parameter: one layer is then compiled for all.
+    c.model.scan_layers = False
     # How attention is computed: "auto", or "xla" (writes its scores to memory), "blockwise" (memory
     # linear in the length) or "cudnn" (fused, on NVIDIA GPUs); docs/scaling.md says what is chosen.
     c.model.attention = "auto"
@@ -56,7 +58,7 @@ def base_config() -> ConfigDict:
     c.lora.method = "lora"  # "lora", "dora", "vera" or "adalora"; docs/methods.md
     # First values of the factors: "uniform", "gaussian", "orthogonal"; "pissa", "pissa_niter_4",
     # "pissa_niter_16", "olora" or "milora", from the base; "lora_ga", from gradients; "eva", from
-    # activations.
+    # activations; "loftq", from what model.quantize takes away.
     c.lora.init = "uniform"
     c.lora.train_a = True  # False freezes the factor a (LoRA-FA)
     c.lora.projection_seed = 0  # seed of what all kernels of VeRA share
@@ -178,7 +180,6 @@ def language_config() -> ConfigDict:
     c = base_config()
     del c.task, c.model.num_labels, c.model.labels
     c.model.name = "gpt2"
-    c.model.scan_layers = False  # whether the layers are one array a parameter, compiled once
     c.model.tokenizer = ""  # directory of the tokenizer; empty for that of the model
     c.lora.targets = ("c_attn",)
     c.lora.train = ()

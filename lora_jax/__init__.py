@@ -16,6 +16,7 @@ from lora_jax.initial import init, tabulate
 from lora_jax.lowrank import LowRank
 from lora_jax.modules import from_keras, from_nnx, update_keras, update_nnx
 from lora_jax.quantization import quantize
+from lora_jax.quantization_residuals import init_from_residuals
 from lora_jax.serialize import load, save
 from lora_jax.transform.lift import lift
 from lora_jax.version import __version__
@@ -32,6 +33,7 @@ __all__ = [
     "init",
     "init_from_activations",
     "init_from_gradients",
+    "init_from_residuals",
     "labels",
     "lift",
     "load",

@@ -1,10 +1,11 @@
 """The first values of factors, by the names that ``LoRAConfig(init=...)`` takes.
 
-With each of them an adapted kernel starts as the frozen one, bit for bit. Those whose factors have
-a product from the start give an :class:`~lora_jax.methods.offset.Offset`, which takes it off again;
-the base is never changed.
+With each of them but "loftq" an adapted kernel starts as the frozen one, bit for bit. Those whose
+factors have a product from the start give an :class:`~lora_jax.methods.offset.Offset`, which takes
+it off again; the base is never changed.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -20,8 +21,9 @@ from lora_jax.nodes import Adapted
 Array = jax.Array
 Pair = tuple[Array, Array]
 FROM_GRADIENTS, FROM_ACTIVATIONS = "lora_ga", "eva"  # these need data
+FROM_RESIDUALS = "loftq"  # this needs the kernels as they were before they were quantized
 # Those that give nodes of plain LoRA; the others give offsets.
-PLAIN = ("uniform", "gaussian", "orthogonal", FROM_ACTIVATIONS)
+PLAIN = ("uniform", "gaussian", "orthogonal", FROM_ACTIVATIONS, FROM_RESIDUALS)
 _OVERSAMPLING = 8  # further columns of a randomized SVD (Halko et al. 2011, section 4.2: 5 or 10)
 
 
@@ -83,13 +85,19 @@ def make_offset(start: Start, pairs: list[Pair]) -> Offset:
       pairs: ``(in, rank)`` and ``(rank, out)`` of each of its matrices; see
         :meth:`Start.matrices <lora_jax.methods.start.Start.matrices>`.
     """
+    a, b = _join(start, pairs)
+    # The frozen arrays are others than the trained ones, so that a step may donate them all.
+    a0, b0 = jnp.array(a, copy=True), jnp.array(b, copy=True)
+    return Offset(a, b, a0, b0, start.scale, axes=start.axes, dropout=start.dropout)
+
+
+def _join(start: Start, pairs: list[Pair]) -> Pair:
+    """Joins the factors of each matrix to those of the kernel."""
     shapes = factor_shapes(start.shape, start.axes, start.rank)
     sides = zip(*pairs, strict=True)
     join = lambda side, shape: jnp.stack(side).reshape(shape).astype(start.dtype)
     a, b = (join(side, shape) for side, shape in zip(sides, shapes, strict=True))
-    # The frozen arrays are others than the trained ones, so that a step may donate them all.
-    a0, b0 = jnp.array(a, copy=True), jnp.array(b, copy=True)
-    return Offset(a, b, a0, b0, start.scale, axes=start.axes, dropout=start.dropout)
+    return a, b
 
 
 def _factorize_each(
@@ -172,14 +180,41 @@ def _start_olora(start: Start) -> Offset:
     return _factorize_each(start, _take_columns)
 
 
-def _refuse_without_data(start: Start) -> Adapted:
-    function, data = {
-        FROM_GRADIENTS: ("init_from_gradients", "gradients"),
-        FROM_ACTIVATIONS: ("init_from_activations", "activations"),
-    }[start.init]
+def make_best_approximation(start: Start, original: Array) -> LowRank:
+    """Makes plain factors whose term is the best approximation to what quantization took away.
+
+    Args:
+      start: the kernel, quantized.
+      original: the kernel as it was before.
+
+    Raises:
+      ValueError: the two are the same.
+    """
+    before = dataclasses.replace(start, kernel=original)
+    matrices = zip(before.matrices(_RESIDUALS), start.matrices(_RESIDUALS), strict=True)
+    pairs = [_take_principal(w - q, start.rank, start.scale) for w, q in matrices]
+    if not any(jnp.any(a) for a, _ in pairs):  # no gradient would ever reach such factors
+        raise ValueError(
+            f"{_RESIDUALS} makes up for what quantization took away, and {start.name!r} is what it "
+            "was before: choose another init."
+        )
+    return _make_plain(start, *_join(start, pairs))
+
+
+_RESIDUALS = f"init={FROM_RESIDUALS!r}"
+_FUNCTIONS = {
+    FROM_GRADIENTS: "gradients: make the adapter with "
+    "lora.init_from_gradients(key, loss_fn, params, config, *batches)",
+    FROM_ACTIVATIONS: "activations: make the adapter with "
+    "lora.init_from_activations(key, loss_fn, params, config, *batches)",
+    FROM_RESIDUALS: "what quantization took away: make the adapter with "
+    "lora.init_from_residuals(key, fn, params, config, original, *args)",
+}
+
+
+def _refuse_alone(start: Start) -> Adapted:
     raise ValueError(
-        f"init={start.init!r} takes its values from {data}: make the adapter with "
-        f"lora.{function}(key, loss_fn, params, config, *batches) in place of lora.init."
+        f"init={start.init!r} takes its values from {_FUNCTIONS[start.init]} in place of lora.init."
     )
 
 
@@ -193,6 +228,7 @@ INITS: dict[str, Callable[[Start], Adapted]] = {
     "pissa_niter_16": functools.partial(_start_randomized_pissa, n_iter=16),
     "olora": _start_olora,
     "milora": _start_milora,
-    FROM_GRADIENTS: _refuse_without_data,
-    FROM_ACTIVATIONS: _refuse_without_data,
+    FROM_GRADIENTS: _refuse_alone,
+    FROM_ACTIVATIONS: _refuse_alone,
+    FROM_RESIDUALS: _refuse_alone,
 }

@@ -20,7 +20,7 @@ from lora_jax.data.batches import Batch
 from lora_jax.data.examples import Examples, concatenate, subset, take
 from lora_jax.models import checkpoints, registry, token_ids
 from lora_jax.models.families import CLASSIFIER, SEQ2SEQ_LM
-from lora_jax.tasks import adapter_bases, adapter_files, text_to_text
+from lora_jax.tasks import adapter_bases, adapter_files, originals, text_to_text
 from lora_jax.tasks.class_report import macro_f1
 from lora_jax.tasks.from_config import describe_attention, load_options
 from lora_jax.tasks.glue import GlueTask, find
@@ -192,6 +192,7 @@ def make_task(
         ),
         adapter=initial.adapter,
         fresh_head=initial.fresh_head,
+        load_original=originals.make_loader(config, loaded),
         redraw_base=lambda seed: checkpoints.redraw(loaded, head_key(seed)),
         score=Score(texts.task.score),
         scores=_make_scores(texts.task, [part.labels for part in texts.evaluations]),

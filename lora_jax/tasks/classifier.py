@@ -87,6 +87,7 @@ def load(
     _check_metadata(directory, metadata)
     about_model, own = metadata["model"], metadata.get("classify", {})
     name, options = model or about_model["name"], from_config.dtypes(about_model)
+    options["scan_layers"] = about_model.get("scan_layers", False)
     loaded = classification.load_model(
         name,
         num_labels=len(about_model["labels"]),

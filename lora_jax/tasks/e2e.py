@@ -78,12 +78,7 @@ def load(config: ConfigDict, devices: mesh.Devices | None = None) -> Writer:
       FileNotFoundError, ValueError: model or tokenizer is missing or damaged.
     """
     c = config.model
-    loaded = checkpoints.load(
-        c.name,
-        head=CAUSAL_LM,
-        scan_layers=c.scan_layers,
-        **from_config.load_options(config, devices),
-    )
+    loaded = checkpoints.load(c.name, head=CAUSAL_LM, **from_config.load_options(config, devices))
     if c.tokenizer:
         tokenizer = read_tokenizer(c.tokenizer)
     else:

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 import lora_jax as lora
-from lora_jax.methods.initial_values import FROM_ACTIVATIONS, FROM_GRADIENTS
+from lora_jax.methods.initial_values import FROM_ACTIVATIONS, FROM_GRADIENTS, FROM_RESIDUALS
 from lora_jax.models import attention, fast_dtype
 from lora_jax.models.read_leaves import DECODED
 from lora_jax.schemes import SCHEMES
@@ -34,6 +34,11 @@ def check(config: ConfigDict, least: Mapping[str, int]) -> None:
     check_adapter_and_dtypes(config)
     training_config.check(config, least)
     _check_idle(config)
+    if config.lora.get("init") == FROM_RESIDUALS and config.model.quantize in ("", DECODED):
+        raise ValueError(
+            f"lora.init={FROM_RESIDUALS!r} makes up for what model.quantize takes away, and that "
+            f"is {config.model.quantize!r}: give it a scheme such as 'nf4', or choose another init."
+        )
 
 
 # Fields that act with some values of a field of `lora` alone; `workdirs.ADDED` has their defaults.
@@ -155,7 +160,7 @@ def _read_scheme(model: Mapping[str, Any]) -> dict[str, str]:
 
 
 def load_options(config: ConfigDict, devices: mesh.Devices | None = None) -> dict[str, Any]:
-    """Returns options of loading a model to train: dtypes, memory of the step, and its mesh.
+    """Returns options of loading a model to train: dtypes, memory of the step, layers, mesh.
 
     Args:
       config: config of the run.
@@ -163,8 +168,8 @@ def load_options(config: ConfigDict, devices: mesh.Devices | None = None) -> dic
     """
     devices = mesh.find(config) if devices is None else devices
     model = config.model
-    options = {"remat": model.remat, "attention": model.attention, "mesh": mesh.base_mesh(devices)}
-    return dtypes(model) | options
+    options = {name: model[name] for name in ("scan_layers", "remat", "attention")}
+    return dtypes(model) | options | {"mesh": mesh.base_mesh(devices)}
 
 
 def describe_attention(

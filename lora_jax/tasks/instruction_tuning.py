@@ -17,7 +17,14 @@ from lora_jax.data.conversations import Conversation
 from lora_jax.data.packing import Packed
 from lora_jax.models import checkpoints, token_ids
 from lora_jax.models.families import CAUSAL_LM
-from lora_jax.tasks import adapter_files, added_tokens, from_config, language_modeling, templates
+from lora_jax.tasks import (
+    adapter_files,
+    added_tokens,
+    from_config,
+    language_modeling,
+    originals,
+    templates,
+)
 from lora_jax.training import mesh, training_config
 from lora_jax.training.task import Score, Task
 
@@ -86,7 +93,6 @@ def make_task(
     loaded = checkpoints.load(
         config.model.name,
         head=CAUSAL_LM,
-        scan_layers=config.model.scan_layers,
         **from_config.load_options(config, devices),
     )
     _check_model(config, loaded)
@@ -129,6 +135,7 @@ def make_task(
         ),
         adapter=initial.adapter,
         fresh_head=initial.fresh_head,
+        load_original=originals.make_loader(config, loaded),
         score=Score("loss", higher_is_better=False),
     )
     return task, initial.config

@@ -19,7 +19,7 @@ from lora_jax.data.batches import Batch, steps_per_epoch
 from lora_jax.data.texts import Texts, eval_batches, train_batch
 from lora_jax.models import checkpoints, token_ids
 from lora_jax.models.token_losses import TokenLosses, compute_token_losses
-from lora_jax.tasks import adapter_bases, adapter_files, from_config
+from lora_jax.tasks import adapter_bases, adapter_files, from_config, originals
 from lora_jax.tasks.language_model import TASK
 from lora_jax.training import metrics
 from lora_jax.training.task import Score, Task
@@ -142,6 +142,7 @@ def make_task(
         notes=adapter_files.add_notes(initial, notes),
         adapter=initial.adapter,
         fresh_head=initial.fresh_head,
+        load_original=originals.make_loader(config, loaded),
         score=Score("loss", higher_is_better=False),
     )
     return task, initial.config

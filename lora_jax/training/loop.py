@@ -1,5 +1,6 @@
 """The loop of a run: its steps, and what happens between them."""
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -25,6 +26,7 @@ from lora_jax.training import (
     preemption,
     workdirs,
 )
+from lora_jax.training.compile_ahead import compile_ahead
 from lora_jax.training.evaluation import evaluate
 from lora_jax.training.metric_logger import Meter
 from lora_jax.training.state import TrainState, unwrap_key
@@ -133,7 +135,8 @@ def loop(
         stop = preemption.is_requested(start)
         is_due = durations.is_evaluation_due(plan, start) and start > progress.evaluated
         if is_due and not stop:
-            progress, stop = _evaluate(run, steps, state.adapter, start, progress, meter)
+            with _compile_ahead(run, steps, state, start):
+                progress, stop = _evaluate(run, steps, state.adapter, start, progress, meter)
         if progress.ended:
             return start, progress
         if stop and (is_due or start < plan.total):
@@ -158,6 +161,15 @@ def loop(
             if stop and (is_due or step < plan.total):
                 _stop(run, checkpoints, step)
     return plan.total, progress
+
+
+def _compile_ahead(
+    run: Run, steps: Steps, state: TrainState, step: int
+) -> contextlib.AbstractContextManager:
+    """Compiles the step for its first batch beside a block, on a single device."""
+    if run.devices.mesh is not None or step >= run.plan.total:
+        return contextlib.nullcontext()
+    return compile_ahead(steps.train, state, run.task.base, run.task.train_batch(step))
 
 
 def _meter(run: Run, adapter: PyTree, start: int, progress: Progress) -> Meter:
@@ -197,7 +209,7 @@ def _report(
     progress = record(run, partitioning.on_host(run.devices, adapter), evaluation, progress)
     value = evaluation.values[score.name]
     progress = early_stopping.update(progress, score, value, run.config.early_stopping)
-    if distributed.is_first():
+    if distributed.is_first() and evaluation.step:  # there is no curve before the first step
         curves.plot_curves(run.workdir, score.name)
     meter.show_best(score.name, progress.best_score)
     return progress

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 import lora_jax as lora
 from lora_jax import adapter as adapters
-from lora_jax.methods.initial_values import FROM_ACTIVATIONS, FROM_GRADIENTS
+from lora_jax.methods.initial_values import FROM_ACTIVATIONS, FROM_GRADIENTS, FROM_RESIDUALS
 from lora_jax.training import durations, nan_guard, optimizer
 from lora_jax.training.gradients import deal
 from lora_jax.training.task import Batch, Task
@@ -87,6 +87,8 @@ def _make_adapter(
     key: jax.Array, task: Task, lora_config: lora.LoRAConfig, config: ConfigDict
 ) -> PyTree:
     make = _FROM_DATA.get(lora_config.init)
+    if lora_config.init == FROM_RESIDUALS:
+        return _make_from_residuals(key, task, lora_config)
     if make is None:
         return lora.init(key, task.apply, task.base, lora_config, task.train_batch(0), None)
     if jax.process_count() > 1:
@@ -106,6 +108,16 @@ def _make_adapter(
         for part in _split(task.train_batch(k), config.accumulate)
     ]
     return make(key, compute_loss, task.base, lora_config, *batches)
+
+
+def _make_from_residuals(key: jax.Array, task: Task, lora_config: lora.LoRAConfig) -> PyTree:
+    if task.load_original is None:
+        raise ValueError(
+            f"lora.init={FROM_RESIDUALS!r} makes up for what model.quantize takes away, and here "
+            "nothing was quantized."
+        )
+    original, batch = task.load_original(), task.train_batch(0)
+    return lora.init_from_residuals(key, task.apply, task.base, lora_config, original, batch, None)
 
 
 def _split(batch: Batch, parts: int) -> list[Batch]:

@@ -53,6 +53,7 @@ class Task:
       redraw_base: ``seed -> base``, for tasks that draw some frozen parameters by the run's seed:
         the base of a run with another seed, with other arrays for those leaves alone. None if no
         parameters are drawn.
+      load_original: ``() -> base`` as it was before it was quantized; None where it was not.
       score: score that selects the best adapter.
       scores: ``logits -> numbers by name``, where the outputs are logits: from those of all
         evaluation examples in their order, for scores that are no means over examples. None if
@@ -71,6 +72,7 @@ class Task:
     adapter: PyTree | None = None
     fresh_head: str = ""
     redraw_base: Callable[[int], PyTree] | None = None
+    load_original: Callable[[], PyTree] | None = None
     score: Score = Score()
     scores: Callable[[np.ndarray], dict[str, float]] | None = None
 

@@ -20,6 +20,7 @@ MAY_CHANGE = ("checkpoint_keep", "guard", "mesh", "pmap", "replies")
 # Fields that the configs of older runs lack, with the values that stand for what was done then.
 ADDED = {
     "eval_at_start": False, "init_batches": 8, "model.quantize": "", "model.attention": "auto",
+    "model.scan_layers": False,
     "lora.method": "lora", "lora.init": "uniform", "lora.train_a": True, "lora.projection_seed": 0,
     "lora.train_tokens": {}, "lora.adapt_bias": False, "data.add_tokens": [],
     "optimizer.b_rate": 1.0, "optimizer.embedding_rate": 1.0, "optimizer.orthogonality": 0.5,

@@ -9,7 +9,7 @@ import pytest
 from tests.helpers.places import ROOT
 
 
-@pytest.mark.parametrize("method", ["lora", "toy", "dora", "offset"])
+@pytest.mark.parametrize("method", ["lora", "toy", "dora", "offset", "vera", "adalora", "lora_fa"])
 @pytest.mark.slow
 def test_lift_equals_merge_on_several_devices(method):
     """Staying factored (the cases are strict), in values and gradients, with types that agree."""

@@ -24,8 +24,14 @@ from tests.helpers.comparisons import assert_close, perturbed
 
 DRAWN = ("uniform", "gaussian", "orthogonal")
 OF_THE_KERNEL = ("pissa", "pissa_niter_4", "pissa_niter_16", "olora", "milora")
-RNG = np.random.default_rng(0)
 is_offset = lambda x: isinstance(x, Offset)
+
+
+@pytest.fixture(autouse=True)
+def numbers():
+    """The same numbers for a test whatever ran before it: how exact singular vectors are depends on them."""
+    global RNG
+    RNG = np.random.default_rng(0)
 
 
 def start(kernel, axes="io", *, init, rank=3, scale=2.0, key=0):
@@ -177,9 +183,9 @@ def test_an_init_that_needs_data_is_refused_with_what_to_do():
 def test_those_of_plain_lora_are_listed():
     """By it a sweep knows which runs share a program."""
     kernel = normal(6, 6)
-    of_kernel = [n for n in INITS if n not in ("lora_ga", "eva")]
+    of_kernel = [n for n in INITS if n not in ("lora_ga", "eva", "loftq")]
     plain = {n for n in of_kernel if type(make(kernel, init=n, rank=2)) is LowRank}
-    assert plain | {"eva"} == set(PLAIN)
+    assert plain | {"eva", "loftq"} == set(PLAIN)
 
 
 def test_an_unknown_init_is_refused_by_name():
@@ -220,7 +226,7 @@ def test_starts_as_the_base_bit_for_bit(init, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("init", [n for n in INITS if n not in ("lora_ga", "eva")])
+@pytest.mark.parametrize("init", [n for n in INITS if n not in ("lora_ga", "eva", "loftq")])
 @pytest.mark.parametrize("name", zoo.ZOO)
 def test_every_model_starts_as_itself(name, init):
     model = zoo.ZOO[name]()
@@ -342,7 +348,8 @@ def test_a_rank_that_the_kernel_does_not_have_is_refused():
 
 def test_a_bfloat16_base_keeps_the_sum_to_its_own_precision():
     """PEFT rounds the base without its part: the two together are off by 2e-3."""
-    w = normal(30, 20).astype(jnp.bfloat16)
+    u, _, vh = np.linalg.svd(RNG.normal(size=(30, 20)), full_matrices=False)
+    w = jnp.asarray(u * 2.0 ** (2 - np.arange(20)) @ vh, jnp.bfloat16)  # values far apart
     node = make(w, init="pissa")
     assert node.a.dtype == jnp.float32
     np.testing.assert_array_equal(node.merge(w), w)

@@ -148,7 +148,7 @@ def test_import_is_light():
 
 def test_public_names():
     assert sorted(set(lora_jax.__all__) - {"__version__"}) == sorted(
-        "LoRAConfig init init_from_activations init_from_gradients bind lift merge labels mask summary "
+        "LoRAConfig init init_from_activations init_from_gradients init_from_residuals bind lift merge labels mask summary "
         "explain save load quantize tabulate from_nnx update_nnx from_keras update_keras Explanation "
         "LowRank peft sharding".split()
     )

@@ -1,6 +1,6 @@
 """Runs the cases of test_devices.py on 4 virtual devices, in a process of its own.
 
-    python tests/helpers/cases_on_4_devices.py [toy | dora | offset]
+    python tests/helpers/cases_on_4_devices.py [toy | dora | offset | vera | adalora | lora_fa]
 
 prints a JSON object: for each case how far `lift` is from `merge`, in values and in gradients.
 """
@@ -25,9 +25,10 @@ from tests.helpers import toy_method
 
 RNG = np.random.default_rng(0)
 KEY = jax.random.key(0)
-METHOD = "dora" if "dora" in sys.argv else "lora"
+METHOD = next((x for x in ("dora", "vera", "adalora") if x in sys.argv), "lora")
 INIT = "pissa" if "offset" in sys.argv else "uniform"
-CONFIG = lora.LoRAConfig(rank=2, method=METHOD, init=INIT)
+FIELDS = {"rank": 2, "method": METHOD, "init": INIT, "train_a": "lora_fa" not in sys.argv}
+CONFIG = lora.LoRAConfig(**FIELDS)
 
 
 def array(*shape):
@@ -250,7 +251,7 @@ def explicit(fn, specs, x_spec, shapes, x):
     """`lift` and `merge` on a mesh with explicit axes, the factors placed by `adapter_specs`."""
     put = lambda y, spec: jax.device_put(y, NamedSharding(MESH, spec))
     params = {name: array(*shape) for name, shape in shapes.items()}
-    config = lora.LoRAConfig(rank=2, targets=tuple(params), method=METHOD, init=INIT)
+    config = lora.LoRAConfig(targets=tuple(params), **FIELDS)
     adapter = stirred(lora.init(KEY, fn, params, config, x))
     with jax.set_mesh(MESH):
         base, x = {name: put(w, specs[name]) for name, w in params.items()}, put(x, x_spec)

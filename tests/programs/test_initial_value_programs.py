@@ -92,3 +92,18 @@ def test_a_mistake_is_told_before_anything_is_loaded(inputs, tmp_path):
     assert done.returncode and "init must be one of uniform" in done.stderr
     done = train(inputs, tmp_path / "run", lora__init="lora_ga", init_batches=0)
     assert done.returncode and "init_batches must be at least 1" in done.stderr
+
+
+def test_what_quantization_took_away(inputs, tmp_path):
+    done = train(inputs, tmp_path / "none", lora__init="loftq")
+    assert done.returncode and "model.quantize takes away, and that is ''" in done.stderr
+    changes = {"lora__init": "loftq", "model__quantize": "int8", "model__scan_layers": True}
+    done = train(inputs, tmp_path / "run", **changes)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert max(x["eval_accuracy"] for x in lines if "eval_accuracy" in x) >= 0.9
+    adapter = f"--adapter={tmp_path}/run/adapter"
+    done = programs.run("export", adapter, f"--out={tmp_path}/plain", "--peft")
+    assert done.returncode == 0, done.stderr
+    words = json.loads((tmp_path / "plain" / "adapter_config.json").read_text())
+    assert words["r"] == 2 and words["init_lora_weights"] is True

@@ -500,3 +500,30 @@ def test_mistakes_with_peft_directories(inputs, exported, tmp_path):
         refused(run("predict", f"--adapter={exported}", "x"), "adapter_model.safetensors")
     finally:
         weights.write_bytes(whole)
+
+
+@pytest.mark.slow
+def test_stacked_layers(inputs, finished, tmp_path):
+    """What is trained on stacked layers is used as it was trained, and opens where layers are not."""
+    fields = {"model__scan_layers": True, "epochs": 1}
+    done = run(*training(inputs, tmp_path / "run", **fields))
+    assert done.returncode == 0 and "params/bert/encoder/layer/attention" in done.stdout, (
+        done.stderr
+    )
+    logged = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    adapter = tmp_path / "run" / "adapter"
+    again = run("sst2", f"--workdir={tmp_path}/run", "--eval_only")
+    assert f"accuracy {logged['eval_accuracy']:.4f}" in again.stdout, again.stderr
+    out = tmp_path / "peft"
+    done = run("export", f"--adapter={adapter}", f"--out={out}", "--peft")
+    assert done.returncode == 0, done.stderr
+    sentences = ["the film was great", "the film was awful"]
+    ours, theirs = (
+        [json.loads(line)["probability"] for line in run("predict", f"--adapter={x}", "--json", *sentences).stdout.splitlines()]
+        for x in (adapter, out)
+    )  # fmt: skip
+    assert len(ours) == 2
+    np.testing.assert_allclose(theirs, ours, rtol=1e-5)
+    fields |= {"lora__rank": 2}
+    arguments = [a for a in training(inputs, tmp_path / "on", **fields) if "config.lora" not in a]
+    assert run(*arguments, f"--adapter={adapter}").returncode == 0

@@ -1,0 +1,46 @@
+"""The compilation of a step in a thread, while the main one does something else."""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+PyTree = Any
+
+
+@contextlib.contextmanager
+def compile_ahead(step: Callable, *args: PyTree) -> Iterator[None]:
+    """Compiles a function while the block runs; a call after it finds the program in JAX's caches.
+
+    At the end of the block the compilation is waited for, since the call would start another. What
+    fails here fails at the call once more, and is told there. The function and its arguments are
+    for a single device; nothing is computed, and arguments may be donated in the block.
+
+    Args:
+      step: a function that ``jax.jit`` has returned.
+      args: arguments of the call, or others of their shapes and dtypes.
+    """
+    shapes = jax.tree.map(_describe, args)
+
+    def compile_step() -> None:
+        with contextlib.suppress(Exception):
+            step.lower(*shapes).compile()
+
+    thread = threading.Thread(target=compile_step, name="compile ahead")
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
+def _describe(x: jax.typing.ArrayLike) -> jax.ShapeDtypeStruct:
+    """Returns what a program is compiled for, of an argument.
+
+    Without its sharding: JAX compiles for an array that is on its device by default as for one that
+    says nothing of devices.
+    """
+    array = jax.typeof(x)
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, weak_type=array.weak_type)
