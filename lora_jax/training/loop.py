@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -135,7 +135,7 @@ def loop(
         stop = preemption.is_requested(start)
         is_due = durations.is_evaluation_due(plan, start) and start > progress.evaluated
         if is_due and not stop:
-            with _compile_ahead(run, steps, state, start):
+            with _compile_ahead(run, steps, state, start, meter):
                 progress, stop = _evaluate(run, steps, state.adapter, start, progress, meter)
         if progress.ended:
             return start, progress
@@ -163,13 +163,17 @@ def loop(
     return plan.total, progress
 
 
+@contextlib.contextmanager
 def _compile_ahead(
-    run: Run, steps: Steps, state: TrainState, step: int
-) -> contextlib.AbstractContextManager:
+    run: Run, steps: Steps, state: TrainState, step: int, meter: Meter
+) -> Iterator[None]:
     """Compiles the step for its first batch beside a block, on a single device."""
     if run.devices.mesh is not None or step >= run.plan.total:
-        return contextlib.nullcontext()
-    return compile_ahead(steps.train, state, run.task.base, run.task.train_batch(step))
+        yield
+        return
+    batch = run.task.train_batch(step)
+    with meter.compiling(batch), compile_ahead(steps.train, state, run.task.base, batch):
+        yield
 
 
 def _meter(run: Run, adapter: PyTree, start: int, progress: Progress) -> Meter:

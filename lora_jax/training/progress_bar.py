@@ -75,14 +75,16 @@ class ProgressBar:
     @contextlib.contextmanager
     def during(self, activity: str, *, is_work: bool = False) -> Iterator[None]:
         """Shows what goes on in the block, whose time is that of steps only if it is work."""
-        begin, self._activity = self._now(), activity
+        begin, before, self._activity = self._now(), self._activity, activity
         wait = _IN_FILE if is_work else _ACTIVITY
         self._draw_if_due(0.0 if self._is_terminal else wait)
         try:
             yield
         finally:
-            self._activity = ""
+            self._activity = before
             self._paused += 0.0 if is_work else self._now() - begin
+            if before and self._is_terminal:
+                self._draw_if_due(0.0)
 
     def describe(self, text: str) -> None:
         """Sets the text before the bar, which the next update shows."""

@@ -10,6 +10,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from experiments import base_configs, field_comments, lazy
+from lora_jax import peft
+from lora_jax.models.shards import DTYPES
 from tests.helpers import programs
 from tests.helpers.places import ROOT
 
@@ -35,6 +37,14 @@ def test_every_program_shows_its_own_flags(module):
     assert "compilation_cache" in shown and "verbosity" not in shown and "pdb" not in shown
     assert OWN.get(module, "") in done.stdout
     assert f"python -m experiments.{module}" in done.stdout
+
+
+def test_choices_are_those_of_the_library():
+    """Which a flag's definition names, since it does not import the library."""
+    shown = programs.run("export", "--help").stdout
+    assert (
+        f"--dtype={'|'.join(DTYPES)}\n" in shown and f"--init={'|'.join(peft.COMPUTED)} " in shown
+    )
 
 
 def test_absl_s_list_of_all_flags():

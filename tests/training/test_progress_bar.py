@@ -115,6 +115,17 @@ def test_a_terminal_gets_a_bar_in_place(clock, monkeypatch):
     assert "step 5: its update is left out\n" in parts and "100%|" in parts[-1]
 
 
+def test_an_evaluation_beside_a_compilation(clock):
+    file = Terminal()
+    bar = ProgressBar(10, file=file, now=clock)
+    with bar.during("compiling"):
+        with bar.during("evaluating", is_work=True):
+            clock.seconds += 30
+        clock.seconds += 30
+    bar.close()
+    assert re.findall("[a-z]+ing", file.getvalue()) == ["compiling", "evaluating", "compiling"]
+
+
 def test_a_hidden_bar_writes_nothing(clock):
     for file in (io.StringIO(), Terminal()):
         with ProgressBar(10, file=file, now=clock, is_hidden=True) as bar, bar.during("compiling"):
