@@ -98,13 +98,13 @@ class ProgressBar:
         """Writes a line above the bar."""
         if not self._is_hidden:
             self._clear()
-            print(text, file=self._file, flush=True)
+            self._put(f"{text}\n")
 
     def close(self) -> None:
         """Shows how far it came, and ends the line."""
         self._draw_if_due(0.0)
         if self._is_terminal and not self._is_hidden:
-            print(file=self._file, flush=True)
+            self._put("\n")
         self._is_hidden = True
 
     def _draw_if_due(self, seconds: float) -> None:
@@ -115,11 +115,15 @@ class ProgressBar:
         if self._is_terminal:
             self._clear()
             self._width = len(line)
-        print(line, end="" if self._is_terminal else "\n", file=self._file, flush=True)
+        self._put(line if self._is_terminal else f"{line}\n")
 
     def _clear(self) -> None:
         if self._is_terminal:
-            print("\r" + " " * self._width + "\r", end="", file=self._file)
+            self._put("\r" + " " * self._width + "\r")
+
+    def _put(self, text: str) -> None:
+        self._file.write(text)
+        self._file.flush()
 
     def _format(self) -> str:
         return tqdm.format_meter(
