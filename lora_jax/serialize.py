@@ -57,8 +57,8 @@ def save(
       adapter: adapter from :func:`lora_jax.init`, or a stack of them from ``jax.vmap`` of it, whose
         arrays have the same leading axes; it is saved exactly, in its own dtypes.
       config: config to save with the adapter.
-      base: id of the base model, for :func:`load` to compare: any string, such as a content hash.
-      metadata: further values of JSON types to keep, for :func:`read_metadata`.
+      base: id of the base model, for ``load`` to compare: any string, such as a content hash.
+      metadata: further values of JSON types to keep, for :func:`lora_jax.serialize.read_metadata`.
 
     Raises:
       ValueError: a value is NaN or infinite, or no array of numbers; factors have shapes that do
@@ -116,7 +116,7 @@ def load(
     ``lift(fn, dropout=config.dropout, dropout_key=key)``.
 
     Args:
-      directory: directory that :func:`save` has written.
+      directory: directory that :func:`lora_jax.save` has written.
       params: base parameters (arrays or ``jax.ShapeDtypeStruct``) that the adapter must fit.
       base: id of the base model at hand; None leaves it unchecked.
 
@@ -147,10 +147,10 @@ def load(
 
 
 def read_metadata(directory: str | Path) -> dict[str, Any]:
-    """Reads the ``metadata`` given to :func:`save`, with ``"base"`` added if that was given.
+    """Reads the ``metadata`` given to ``save``, with ``"base"`` added if that was given.
 
     Raises:
-      FileNotFoundError, ValueError: as :func:`load`.
+      FileNotFoundError, ValueError: as :func:`lora_jax.load`.
     """
     content = manifest.read(Path(directory))
     base = {} if content.get("base") is None else {"base": content["base"]}

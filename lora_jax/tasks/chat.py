@@ -57,7 +57,7 @@ def load(directory: str | Path | None, *, model: str | None = None, **options: A
       directory: directory of the adapter, in either format; None for the model as it is.
       model: name or directory of the model; needed with an adapter only if the base is no longer
         found under its old name.
-      **options: fields of :class:`Decoding`.
+      **options: fields of :class:`~lora_jax.models.decoding.Decoding`.
 
     Raises:
       FileNotFoundError, ValueError: adapter, base or chat template is missing or damaged, or they
@@ -92,7 +92,7 @@ def load_pair(
       directory: directory of the adapter, in either format.
       model: name or directory of the base, if it is no longer found under its old name.
       template: file with another chat template; "" for that of the adapter, or of the base.
-      **options: fields of :class:`Decoding`.
+      **options: fields of :class:`~lora_jax.models.decoding.Decoding`.
 
     Raises:
       FileNotFoundError, ValueError: as :func:`load`.

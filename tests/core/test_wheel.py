@@ -28,7 +28,7 @@ def wheel(tmp_path_factory):
     skip = shutil.ignore_patterns("__pycache__")
     for folder in ("lora_jax", "experiments", "configs"):
         shutil.copytree(ROOT / folder, source / folder, ignore=skip)
-    for file in ("pyproject.toml", "README.md", "LICENSE"):
+    for file in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, source)
     run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", out, source, cwd=out)
     (found,) = out.glob("*.whl")
@@ -56,14 +56,21 @@ def test_it_holds_one_package(wheel):
     assert here == {name for name in names if name.endswith(".py")}
 
 
+def test_links_of_its_description_lead_from_everywhere(wheel):
+    archive = zipfile.ZipFile(wheel)
+    (name,) = [n for n in archive.namelist() if n.endswith(".dist-info/METADATA")]
+    text = archive.read(name).decode()
+    links = re.findall(r"\]\(([^)]*)\)", text)
+    assert len(links) > 10 and all(link.startswith("https://") for link in links)
+    assert "Description-Content-Type: text/markdown" in text
+
+
 def test_the_readmes_example_beside_folders_of_the_users_own(python, tmp_path):
     """Whatever a user calls ``configs`` or ``experiments``, neither meets the other."""
     for name in ("configs", "experiments"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(f"mine = {name!r}\n")
-    (example,) = re.findall(
-        r"## The library in twenty lines\n\n```python\n(.*?)```", README, flags=re.DOTALL
-    )
+    (example,) = re.findall(r"## In code\n\n```python\n(.*?)```", README, flags=re.DOTALL)
     check = "\nimport configs, experiments\nprint(configs.mine, experiments.mine)\n"
     out = run(python, "-W", "error", "-c", example + check, cwd=tmp_path)
     assert out.startswith("trainable params:") and out.endswith("configs experiments\n")

@@ -11,6 +11,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import configs
@@ -20,6 +21,7 @@ from lora_jax.tasks import glue_config
 from tests.helpers.places import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+INSTALLATION = (ROOT / "docs" / "installation.md").read_text(encoding="utf-8")
 
 
 def _modules(*packages):
@@ -47,11 +49,14 @@ def test_docstrings_of_programs():
 def test_readme_snippets(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(snippets) >= 6
+    assert len(snippets) == 1
     space = {}
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), space)
     assert "trainable params: 355 || all params: 1,443" in capsys.readouterr().out
+    assert space["value"] < 1.1 and Path("runs/readme").is_dir()
+    merged = space["model"].apply(space["merged"], space["x"])
+    np.testing.assert_allclose(space["logits"], merged, rtol=1e-5, atol=1e-6)
 
 
 def test_snippets_of_any_function(capsys):
@@ -79,17 +84,29 @@ def test_snippets_of_methods():
         exec(compile(snippet, "methods.md", "exec"), {})
 
 
-def test_readme_commands_name_what_exists():
-    commands = re.findall(r"^\$ (.*?)(?:  +#.*)?$", README, flags=re.MULTILINE)
-    assert commands[:2] == ["make quickstart", "make test"]
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *(ROOT / "docs").glob("*.md")], ids=lambda p: p.stem
+)
+def test_commands_name_what_exists(page):
+    text = page.read_text(encoding="utf-8")
+    commands = re.findall(r"^\$ (.*?)(?:  +#.*)?$", text, flags=re.MULTILINE)
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for command in commands:
         for target in re.findall(r"^make ([\w-]+)", command):
-            assert f"\n{target}:" in makefile
-        for module in re.findall(r"-m (experiments[\w.]*)", command):
-            assert (ROOT / f"{module.replace('.', '/')}.py").is_file()
-        for config in re.findall(r"--config=(\S+)", command):
+            assert f"\n{target}:" in makefile or f" {target}" in makefile.partition(".PHONY")[2]
+        for module in re.findall(
+            r"-m ((?:experiments|benchmarks|examples|scripts)[\w.]*)", command
+        ):
+            place = ROOT / module.replace(".", "/")
+            assert place.with_suffix(".py").is_file() or place.is_dir(), module
+        for config in re.findall(r"--config=(configs/\S+)", command):
             assert (ROOT / config).is_file()
+
+
+def test_the_readme_names_the_commands_to_begin_with():
+    commands = re.findall(r"^\$ (.*?)(?:  +#.*)?$", README, flags=re.MULTILINE)
+    assert commands[:3] == ["pip install .", "make quickstart", "make sweep-quickstart"]
+    assert "`make test`" in README and "`make docs`" in README
 
 
 def _tested_versions():
@@ -110,14 +127,16 @@ def _table_of_versions(names):
     return "\n".join([*head, f"| Python | `{project['requires-python']}` | |", *rows]) + "\n"
 
 
-def test_readme_names_the_versions_that_ci_tests():
+def test_versions_are_those_that_ci_tests():
     begin, end = (
         "<!-- versions, from pyproject.toml and constraints.txt -->\n",
         "<!-- end of the versions -->",
     )
     names = ("jax", "flax", "numpy", "optax", "orbax-checkpoint", "safetensors")
-    assert README.partition(begin)[2].partition(end)[0] == _table_of_versions(names)
-    named = re.findall(r"\b(jax|flax|numpy|optax|torch|transformers|PEFT) (\d+(?:\.\d+)+)", README)
+    assert INSTALLATION.partition(begin)[2].partition(end)[0] == _table_of_versions(names)
+    pages = ("results", "flax_code", "installation")
+    text = README + "".join((ROOT / "docs" / f"{p}.md").read_text(encoding="utf-8") for p in pages)
+    named = re.findall(r"\b(jax|flax|numpy|optax|torch|transformers|PEFT) (\d+(?:\.\d+)+)", text)
     assert len(named) > 3
     for name, version in named:
         tested = [v for n, v in _tested_versions() if n == name.lower()]
@@ -128,7 +147,7 @@ def test_readme_names_the_versions_that_ci_tests():
     newest = re.search(
         r"^release=.*Python ([\d.]+)$", (ROOT / "scripts/test_newest.sh").read_text(), re.MULTILINE
     )
-    assert set(re.findall(r"Python (\d[\d.]*\d)", README)) == {floor[1], newest[1]}
+    assert set(re.findall(r"Python (\d[\d.]*\d)", README + INSTALLATION)) == {floor[1], newest[1]}
 
 
 def test_import_is_light():

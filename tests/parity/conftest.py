@@ -1,4 +1,4 @@
-"""README's support table: made of the outcomes of the tests that are marked ``supports``.
+"""The support table of docs/models.md: made of the outcomes of tests marked ``supports``.
 
 A run of all parity tests fails if the table there is another. To write it anew:
 
@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parent.parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent.parent / "docs" / "models.md"
 BEGIN, END = "<!-- support table, from the tests -->\n", "<!-- end of the support table -->\n"
 COLUMNS = ("logits", "training", "PEFT round trip", "merged export", "generation")
 _OUTCOMES = pytest.StashKey[dict]()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--write-support-table", action="store_true", help="write it into README.md")
+    parser.addoption("--write-support-table", action="store_true", help="write it into the page")
 
 
 def pytest_configure(config):
@@ -37,14 +37,14 @@ def pytest_runtest_makereport(item, call):
 
 def pytest_sessionfinish(session, exitstatus):
     outcomes = session.config.stash[_OUTCOMES]
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
     old, _, after = rest.partition(END)
     new = table(outcomes)
     if session.config.getoption("--write-support-table", default=False):
-        README.write_text(f"{before}{BEGIN}{new}{END}{after}", encoding="utf-8")
+        PAGE.write_text(f"{before}{BEGIN}{new}{END}{after}", encoding="utf-8")
     elif rows_of(old) <= {row for row, _ in outcomes} and old != new:
-        print(f"\nREADME.md's support table is not what the tests say:\n{new}{__doc__}")
+        print(f"\nThe support table of docs/models.md is not what the tests say:\n{new}{__doc__}")
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
