@@ -99,6 +99,13 @@ def base_config() -> ConfigDict:
     c.checkpoint_every = duration(0)  # steps between checkpoints, besides one with each evaluation
     c.checkpoint_keep = 2  # number of checkpoints to keep; an older one helps if one is damaged
 
+    c.log = ConfigDict()  # where metrics go beside metrics.jsonl; docs/logging.md
+    c.log.to = ("tensorboard",)  # or wandb, mlflow, trackio; () for the file alone
+    c.log.project = "lora_jax"  # project of the tracker; MLflow calls it an experiment
+    c.log.group = ""  # name that runs share; empty for that of the sweep
+    c.log.name = ""  # name of the run; empty for one such as mini-rank8-lr5e-4-seed0
+    c.log.dir = ""  # where trackers keep files; empty for their variables, or workdir
+
     c.early_stopping = ConfigDict()  # ends a run that no longer improves
     c.early_stopping.patience = 0  # evaluations without improvement that end the run; 0: never
     c.early_stopping.min_delta = 0.0  # improvement of the score that is needed to count

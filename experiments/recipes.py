@@ -13,12 +13,13 @@ CLASSIFY = Recipe(
     functools.partial(classification.make_task, load_texts=own_texts.load),
     base_configs.CLASSIFY,
 )
-E2E = Recipe(e2e.resolve, e2e.check, e2e.make_task, base_configs.E2E)
+E2E = Recipe(e2e.resolve, e2e.check, e2e.make_task, base_configs.E2E, higher_is_better=False)
 INSTRUCT = Recipe(
     instruction_tuning.resolve,
     instruction_tuning.check,
     instruction_tuning.make_task,
     base_configs.INSTRUCT,
+    higher_is_better=False,
 )
 
 RECIPES = {"glue": GLUE, "classify": CLASSIFY, "e2e_nlg": E2E, "instruct": INSTRUCT}

@@ -8,8 +8,8 @@ The config file defines ``sweep(add)`` beside ``get_config()``; or the command l
         --sweep lora.rank=1,4,16 --sweep seed=0,1
 
 Run again, with or without more runs in the file, or more values on the command line, it trains the
-runs that are left. The next command is
-``python -m experiments.report runs/sweep``.
+runs that are left. With ``--points=24`` Optuna proposes as many, by the file's ``search(trial)``.
+The next command is ``python -m experiments.report runs/sweep``.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ from experiments.config_flag import Command
 with lazy.imports():
     from configs import common
     from experiments import recipes
-    from lora_jax.sweeps import scheduler, sweep_dirs, trials
+    from lora_jax.sweeps import scheduler, search, sweep_dirs, trials
     from lora_jax.tasks import from_config, own_texts
     from lora_jax.training import config_files, metric_writer, workdirs
 
 if TYPE_CHECKING:
     from lora_jax.training.task import Recipe
+
+SAMPLERS = ("tpe", "random")  # as in lora_jax.sweeps.search
 
 _PARALLEL = flags.DEFINE_string("parallel", "auto", "Runs at a time, or auto to find out.")
 _SWEEP = flags.DEFINE_multi_string(
@@ -52,6 +54,11 @@ _PROGRAM = flags.DEFINE_enum(
 _HALVING = flags.DEFINE_integer(
     "halving", 0, "Number of runs of which one goes on at each rung; 0 to train all to the end."
 )
+_POINTS = flags.DEFINE_integer(
+    "points", 0, "Points that Optuna proposes by the file's search(trial); 0: those of sweep(add)."
+)
+_BATCH = flags.DEFINE_integer("batch", 8, "Points that Optuna proposes at a time.")
+_SAMPLER = flags.DEFINE_enum("sampler", "tpe", SAMPLERS, "How Optuna proposes points.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Say what would be run, and stop.")
 
 # The next command for the best adapter of each program.
@@ -71,6 +78,11 @@ def main(argv: list[str]) -> None:
     environment.place_fonts()
     base = command.config
     choice = from_config.settle_dtype(base, command.workdir / workdirs.SWEEP)
+    if _POINTS.value:
+        sweep_dirs.check(command.workdir, base, 0)
+        cli.say_all(choice, environment.describe_pages())
+        _search(command, recipe)
+        return
     sweep = _make_sweep(command, recipe)
     sweep_dirs.check(command.workdir, base, sweep.halving, sweep.axes)
     print(_list_runs(sweep), flush=True)
@@ -79,8 +91,37 @@ def main(argv: list[str]) -> None:
         return
     begin = time.perf_counter()
     compiled = scheduler.run(sweep, base)
+    print(_describe_end(begin, compiled, sweep))
+
+
+def _search(command: Command, recipe: Recipe) -> None:
+    """Trains the points that Optuna proposes, and says what to do next.
+
+    Raises:
+      ValueError: flags are given that go with the points of a file alone; or as :func:`search.run`.
+    """
+    if _HALVING.value or _ONLY.value or _SWEEP.value or _SHARD.value != "1/1" or _DRY_RUN.value:
+        raise ValueError(
+            "--points goes without --halving, --only, --sweep, --shard and --dry_run: what Optuna "
+            "proposes depends on the scores of all points before."
+        )
+    file, _ = config_files.split_argument(command.path)
+    points = search.Search(
+        propose=search.load_search(file), count=_POINTS.value, batch=_BATCH.value,
+        sampler=_SAMPLER.value, seed=command.config.seed,
+    )  # fmt: skip
+    sweep = scheduler.Sweep(
+        trials=[], local_trials=[], recipe=recipe, workdir=command.workdir,
+        parallel=_parallel(_PARALLEL.value), say=cli.say,
+    )  # fmt: skip
+    begin = time.perf_counter()
+    sweep, compiled = search.run(points, sweep, command.config)
+    print(_describe_end(begin, compiled, sweep))
+
+
+def _describe_end(begin: float, compiled: dict[str, int], sweep: scheduler.Sweep) -> str:
     times = ", ".join(f"{name} {count}" for name, count in compiled.items()) or "nothing"
-    print(f"{time.perf_counter() - begin:.1f} s; compiled: {times}\n{_outcome(sweep)}")
+    return f"{time.perf_counter() - begin:.1f} s; compiled: {times}\n{_outcome(sweep)}"
 
 
 def _read_command(argv: list[str], recipe: Recipe) -> Command:

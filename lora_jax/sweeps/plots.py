@@ -1,39 +1,22 @@
 """The figures of a sweep's report."""
 
 import functools
-import io
 import json
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lora_jax import analysis
 from lora_jax.files import read_safetensors
-from lora_jax.sweeps import results
+from lora_jax.sweeps import figures, results, sweep_dirs
+from lora_jax.sweeps.curve_plots import draw_curves
+from lora_jax.sweeps.page import Picture
 from lora_jax.sweeps.results import ALPHA, RANK, SEED, Cell, Results, Row
 from lora_jax.training import workdirs
 
 _MAX_LINES = 8
-
-
-class Picture(NamedTuple):
-    """A figure as a PNG.
-
-    Attributes:
-      name: name of the file, without its suffix.
-      title: title above the figure.
-      caption: sentences below the figure.
-      png: content of the file.
-    """
-
-    name: str
-    title: str
-    caption: str
-    png: bytes
 
 
 def draw_all(sweep: Results) -> list[Picture]:
@@ -47,34 +30,41 @@ def draw_all(sweep: Results) -> list[Picture]:
     return [picture for picture in pictures if picture is not None]
 
 
-def _make_figure(
-    columns: int, *, width: float = 4.2, height: float = 3.4
-) -> tuple[Figure, list[Axes]]:
-    # Not by pyplot, which would choose a window system for the whole process.
-    figure = Figure(figsize=(width * columns, height), layout="constrained")
-    panels = figure.subplots(1, columns, squeeze=False)
-    for panel in panels[0]:
-        panel.grid(alpha=0.25)
-        panel.set_axisbelow(True)
-        panel.spines[["top", "right"]].set_visible(False)
-    return figure, list(panels[0])
+def draw_comparison(runs: Results) -> list[Picture]:
+    """Draws what runs that no sweep has chosen have in common: scores and curves."""
+    return [picture for picture in (draw_bars(runs), draw_curves(runs)) if picture is not None]
 
 
-def _save(figure: Figure, name: str, title: str, caption: str) -> Picture:
-    image = io.BytesIO()
-    figure.savefig(image, dpi=150)
-    figure.clear()  # its parts refer to each other, and would wait for the garbage collector
-    return Picture(name, title, caption, image.getvalue())
+def draw_bars(runs: Results) -> Picture | None:
+    """Draws the best score of each run as a bar, the best on top."""
+    best = [(row, sweep_dirs.best_score(row.result)[1]) for row in runs.rows]
+    scored = [(row, value) for row, value in best if value is not None]
+    if not scored:
+        return None
+    scored.sort(key=lambda entry: runs.score.merit(entry[1]))
+    figure, (panel,) = figures.make_figure(width=5.2, height=0.9 + 0.32 * len(scored))
+    bars = panel.barh([row.directory.name for row, _ in scored], [value for _, value in scored])
+    panel.bar_label(bars, fmt="%.4f", padding=3, fontsize=8)
+    panel.set(xlabel=f"best validation {runs.score_name}")
+    low, high = figures.score_range(runs.score_name)
+    panel.set_xlim(max(low, panel.get_xlim()[0]), min(high, panel.get_xlim()[1] * 1.12))
+    return figures.save(
+        figure, "bars", f"Best validation {runs.score_name}", "One bar for each run."
+    )
 
 
 def _numeric_fields(sweep: Results) -> list[str]:
-    """Returns the fields that vary and have numbers as values, rank first, without the seed."""
+    """Returns the fields that vary and have numbers as values, without the seed.
+
+    Rank and alpha come first, then those with the most values.
+    """
     fields = [
         field
         for field in results.without_seed(sweep)
-        if all(isinstance(row.values[field], int | float) for row in sweep.rows)
+        if all(results.is_number(row.values[field]) for row in sweep.rows)
     ]
-    return sorted(fields, key=lambda field: (field != RANK, field != ALPHA))
+    count = lambda field: len({row.values[field] for row in sweep.rows})
+    return sorted(fields, key=lambda field: (field != RANK, field != ALPHA, -count(field)))
 
 
 def _set_ticks(panel: Axes, values: Sequence[float]) -> None:
@@ -95,22 +85,28 @@ def draw_scores(sweep: Results) -> Picture | None:
         return None
     x = fields[0]
     lines = _lines(sweep, x)
-    figure, (panel,) = _make_figure(1, width=6.4, height=3.8)
+    figure, (panel,) = figures.make_figure(width=5.6, height=4.2)
     _set_ticks(panel, sorted({row.values[x] for row in sweep.rows}))
     for k, (label, cells) in enumerate(lines):
         # Shifted a little, so that no bar hides another.
         places = k - (len(lines) - 1) / 2
         by_x = {_shift(panel, cell.values[x], places): cell for cell in cells}
-        _draw_line(panel, by_x, label=label, color=f"C{k}")
+        _draw_line(panel, by_x, score=sweep.score_name, label=label, color=f"C{k}")
+    figures.keep_in_range(panel, sweep.score_name)
     panel.set(xlabel=results.format_name(x), ylabel=f"validation {sweep.score_name}")
     if len(lines) > 1:
-        panel.legend(frameon=False, fontsize=9)
-    return _save(
+        figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=_columns(lines))
+    return figures.save(
         figure,
         "against",
         f"{sweep.score_name.capitalize()} against {results.format_name(x)}",
-        "Means over seeds; a bar is one standard deviation, a dot one run.",
+        "Means over seeds. Bars are standard deviations, cut at the score's ends; dots are runs.",
     )
+
+
+def _columns(lines: Sequence[tuple[str, list[Cell]]]) -> int:
+    """Returns the number of columns of a legend, which is below the panel."""
+    return 3 if max(len(label) for label, _ in lines) < 20 else 1
 
 
 def _shift(panel: Axes, x: float, places: float) -> float:
@@ -120,10 +116,12 @@ def _shift(panel: Axes, x: float, places: float) -> float:
     return x + 0.01 * (high - low) * places
 
 
-def _draw_line(panel: Axes, by_x: dict[float, Cell], *, label: str, color: str) -> None:
+def _draw_line(panel: Axes, by_x: dict[float, Cell], *, score: str, label: str, color: str) -> None:
     scored = {x: by_x[x] for x in sorted(by_x) if by_x[x].mean is not None}
+    means = [cell.mean for cell in scored.values()]
+    bars = figures.clip_bars(means, [cell.spread or 0.0 for cell in scored.values()], score)
     panel.errorbar(
-        list(scored), [c.mean for c in scored.values()], [c.spread or 0.0 for c in scored.values()],
+        list(scored), means, bars,
         fmt="o-", label=label, color=color, capsize=2, elinewidth=1, markersize=5,
     )  # fmt: skip
     for x, cell in scored.items():
@@ -181,8 +179,8 @@ def draw_heat_map(sweep: Results) -> Picture | None:
     for cell in sorted(results.cells(sweep), key=functools.partial(results.merit, sweep)):
         if cell.mean is not None:
             means[rows.index(cell.values[y]), columns.index(cell.values[x])] = cell.mean
-    figure, (panel,) = _make_figure(
-        1, width=max(3.6, 0.75 * len(columns) + 1.8), height=max(2.6, 0.5 * len(rows) + 1.2)
+    figure, (panel,) = figures.make_figure(
+        width=max(3.6, 0.75 * len(columns) + 1.8), height=max(2.6, 0.5 * len(rows) + 1.2)
     )
     _draw_map(figure, panel, means, f"validation {sweep.score_name}")
     panel.set_xticks(range(len(columns)), [results.format_value(v) for v in columns])
@@ -192,7 +190,7 @@ def draw_heat_map(sweep: Results) -> Picture | None:
     if len(results.without_seed(sweep)) > 2:
         caption = "Means over seeds, at the best of what else is varied."
     title = f"{results.format_name(y).capitalize()} and {results.format_name(x)}"
-    return _save(figure, "heat_map", title, caption + " Blank: not run, or not finished.")
+    return figures.save(figure, "heat_map", title, caption + " Blank: not run, or not finished.")
 
 
 def _draw_map(figure: Figure, panel: Axes, values: np.ndarray, label: str) -> None:
@@ -207,40 +205,6 @@ def _draw_map(figure: Figure, panel: Axes, values: np.ndarray, label: str) -> No
             panel.text(column, row, f"{value:.3f}", ha="center", va="center", color=color, size=8)
 
 
-# Learning curves.
-
-
-def draw_curves(sweep: Results) -> Picture | None:
-    """Draws training loss and validation score against the epoch, colored by rank."""
-    fields = _numeric_fields(sweep)
-    color_of, values = _colors(sweep, fields[0]) if fields else (lambda row: "C0", [])
-    figure, (left, right) = _make_figure(2)
-    for row in sweep.rows:
-        for panel, key in ((left, "loss"), (right, f"eval_{sweep.score_name}")):
-            points = [(line["epoch"], line[key]) for line in row.curve if key in line]
-            if points:
-                style = "-" if key == "loss" and len(points) > 3 else "o-"
-                panel.plot(
-                    *zip(*points, strict=True), style, color=color_of(row), alpha=0.6,
-                    linewidth=1.1, markersize=3,
-                )  # fmt: skip
-    left.set(xlabel="epoch", ylabel="training loss", xlim=(0, None), ylim=(0, None))
-    right.set(xlabel="epoch", ylabel=f"validation {sweep.score_name}", xlim=(0, None))
-    for value, color in values:
-        right.plot([], [], color=color, label=results.format_value(value))
-    if values:
-        title = results.format_name(fields[0])
-        right.legend(title=title, frameon=False, fontsize=8, title_fontsize=9, loc="best")
-    return _save(figure, "curves", "Learning curves", "One line for each run.")
-
-
-def _colors(sweep: Results, field: str) -> tuple[Callable[[Row], Any], list[tuple[Any, Any]]]:
-    values = sorted({row.values[field] for row in sweep.rows})
-    shades = colormaps["viridis"](np.linspace(0, 0.9, len(values)))
-    by_value = dict(zip(values, shades, strict=True))
-    return lambda row: by_value[row.values[field]], list(by_value.items())
-
-
 # Subspaces.
 
 
@@ -252,7 +216,7 @@ def draw_similarity(sweep: Results) -> Picture | None:
     kernel = _middle_kernel(pairs[0][1][0])
     maps = [(text, _similarity(*rows, kernel)) for text, rows in pairs]
     highest = max(values.max() for _, values in maps)  # after a few steps they are far below 1
-    figure, panels = _make_figure(len(maps), width=4.4, height=3.6)
+    figure, panels = figures.make_figure(len(maps), width=4.4, height=3.6)
     for panel, (text, values) in zip(panels, maps, strict=True):
         panel.grid(False)
         image = panel.imshow(
@@ -272,7 +236,7 @@ def draw_similarity(sweep: Results) -> Picture | None:
         f"directions that lies in the space of the j leading ones. Two random subspaces of "
         f"{min(values.shape)} dimensions have {chance:.3f}."
     )
-    return _save(figure, "similarity", "Subspaces of the learned A", caption)
+    return figures.save(figure, "similarity", "Subspaces of the learned A", caption)
 
 
 def _scored_rows(sweep: Results) -> list[Row]:

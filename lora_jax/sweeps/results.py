@@ -120,6 +120,11 @@ def _sort_key(value: Any) -> tuple[int, float, str]:
     return (0, value, "") if isinstance(value, int | float) else (1, 0, str(value))
 
 
+def is_number(value: Any) -> bool:
+    """Returns whether a value is a number; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def without_seed(results: Results) -> list[str]:
     """Returns the fields that the sweep varies, but for the seed."""
     return [field for field in results.varied if field != SEED]
@@ -166,9 +171,8 @@ def merit(results: Results, cell: Cell) -> float:
 
 
 def _line(cell: Cell, fields: Sequence[str]) -> list[str]:
-    counts = dict.fromkeys((sweep_dirs.FINISHED, sweep_dirs.DIVERGED, sweep_dirs.DROPPED), 0)
-    for row in cell.rows:
-        counts[row.result["status"]] += 1
+    statuses = [row.result["status"] for row in cell.rows]
+    counts = {sweep_dirs.FINISHED: 0} | {x: statuses.count(x) for x in sorted(set(statuses))}
     extra = [f"{n} {status}" for status, n in counts.items() if n and status != sweep_dirs.FINISHED]
     runs = ", ".join([str(counts[sweep_dirs.FINISHED]), *extra])
     sizes = sorted({row.result["trainable_parameters"] for row in cell.rows})
@@ -199,6 +203,8 @@ def format_name(field: str) -> str:
 
 def format_value(value: Any) -> str:
     """Formats the value of a field for people."""
+    if isinstance(value, tuple | list):
+        return ", ".join(map(format_value, value)) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

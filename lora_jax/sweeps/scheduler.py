@@ -23,7 +23,7 @@ from lora_jax.sweeps.trial_loop import Group, Stop
 from lora_jax.sweeps.trials import Trial
 from lora_jax.sweeps.vmapped_step import Member
 from lora_jax.tasks import from_config
-from lora_jax.training import durations, preemption
+from lora_jax.training import about, durations, preemption, trackers
 from lora_jax.training.task import Recipe, Task
 
 _LOGGER = logging.getLogger("lora_jax.sweeps")
@@ -57,13 +57,19 @@ class Sweep:
     say: Callable[[str], None] = _LOGGER.info
 
 
-def prepare(recipe: Recipe, members: Sequence[Trial], pending: Sequence[Trial]) -> Group:
+def prepare(
+    recipe: Recipe,
+    members: Sequence[Trial],
+    pending: Sequence[Trial],
+    say: Callable[[str], None] = _LOGGER.info,
+) -> Group:
     """Loads what the runs of a group share, and checks that each pending run can start.
 
     Args:
       recipe: makes the task.
       members: all runs of the group, whose ranks decide its shapes whether or not they are pending.
       pending: runs of the group that are to be trained.
+      say: takes a line about a tracker that has failed.
 
     Raises:
       ValueError: runs and model do not fit; the message has all such runs.
@@ -81,6 +87,7 @@ def prepare(recipe: Recipe, members: Sequence[Trial], pending: Sequence[Trial]) 
         shapes=vmapped_step.common_shapes(_check_members(make_member, needed)),
         has_dropout=any(trial.config.lora.dropout > 0 for trial in members),
         options=vmapped_step.make_options(pending[0].config, *(x.config for x in members)),
+        outlets=trackers.make_outlets(pending[0].config, say),
     )
 
 
@@ -127,15 +134,20 @@ def _without_data(x: np.ndarray) -> np.ndarray:
     return np.broadcast_to(np.zeros((), x.dtype), x.shape)
 
 
-def run(sweep: Sweep, base: ConfigDict) -> dict[str, int]:
+def run(sweep: Sweep, base: ConfigDict, programs: Programs | None = None) -> dict[str, int]:
     """Does all that is left to do, and returns how often each step was compiled.
+
+    Args:
+      sweep: the sweep.
+      base: base config.
+      programs: compiled steps of an earlier part of the sweep; by default there are none yet.
 
     Raises:
       ValueError: runs and model do not fit; or the directory is another sweep's, or in use.
       OSError: the directory can't be written; earlier checkpoints are intact.
       Stopped: SIGTERM came; each run has a checkpoint to go on from.
     """
-    programs = Programs(sweep.parallel)
+    programs = programs or Programs(sweep.parallel)
     groups = trials.group(sweep.trials)
     # A sweep of one group, the usual kind, keeps it through all rungs.
     load = functools.lru_cache(maxsize=1)(functools.partial(_load_group, sweep, groups))
@@ -144,6 +156,8 @@ def run(sweep: Sweep, base: ConfigDict) -> dict[str, int]:
         return {}
     _find_stop(sweep, load(first), 0)  # before the claim, so that a mistake claims nothing
     sweep_dirs.claim(sweep.workdir, base, sweep.halving, sweep.axes)
+    task = load(first).task
+    about.write(sweep.workdir, base=task.base_id, notes=list(task.notes))
     varied = trials.varied_fields([trial.config for trial in sweep.trials])
     lock = sweep_dirs.lock(sweep.workdir, sweep.shard)
     with lock, preemption.handle_sigterm(), ProgressBar(sweep.local_trials, varied) as bar:
@@ -179,7 +193,7 @@ def unfinished(sweep: Sweep, members: Sequence[Trial]) -> list[Trial]:
 def _load_group(sweep: Sweep, groups: list[list[Trial]], number: int) -> Group:
     members = groups[number]
     pending = unfinished(sweep, members)
-    group = prepare(sweep.recipe, members, pending)
+    group = prepare(sweep.recipe, members, pending, sweep.say)
     ranks = [trial.config.lora.rank for trial in members]
     sweep.say(
         f"group {number + 1} of {len(groups)}: {len(pending)} runs of {len(members)} to do, "

@@ -29,6 +29,7 @@ from lora_jax.training import (
     metric_logger,
     metric_writer,
     preemption,
+    trackers,
     workdirs,
 )
 from lora_jax.training.evaluation import combine
@@ -50,6 +51,7 @@ class Group:
       shapes: shapes that hold every one of them.
       has_dropout: whether any of them has dropout on its low-rank branches.
       options: settings that the step is compiled with.
+      outlets: trackers of all of them.
     """
 
     task: Task
@@ -58,6 +60,7 @@ class Group:
     shapes: PyTree
     has_dropout: bool
     options: vmapped_step.Options
+    outlets: trackers.Outlets = dataclasses.field(default_factory=trackers.Outlets)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,6 +126,9 @@ def advance(
         padded = [vmapped_step.pad(m, group.shapes) for m in members]
         stacked = vmapped_step.place(program, vmapped_step.stack(padded, program.count))
         jobs = _loop(group, jobs, stacked, program=program, stop=stop, bar=bar)
+        for job in jobs:
+            if job.diverged:
+                job.run.log.mark_failed()
     for job in jobs:
         if job.diverged or stop.step == group.plan.total:
             _finish(workdir, job, job.diverged or stop.step)
@@ -199,12 +205,21 @@ def _open(
         lora_config=lora.LoRAConfig.from_dict(config.lora.to_dict()),
         workdir=directory,
         log=stack.enter_context(
-            metric_writer.MetricWriter(directory, int(state.step), progress.evaluated)
+            metric_writer.MetricWriter(
+                directory, int(state.step), progress.evaluated, _log_settings(group, trial, workdir)
+            )
         ),
         plan=group.plan,
     )
     job = Job(trial=trial, run=run, checkpoints=checkpoints, initial=initial, progress=progress)
     return job, state
+
+
+def _log_settings(group: Group, trial: Trial, workdir: Path) -> trackers.Settings:
+    directory, names = sweep_dirs.run_dir(workdir, trial), {"name": trial.name}
+    names["group"] = workdir.resolve().name
+    info = trackers.make_info(trial.config, directory, store=workdir, **names)
+    return trackers.make_settings(trial.config, info, group.outlets, group.task.score)
 
 
 def _loop(

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from lora_jax.methods.initial_values import PLAIN
-from lora_jax.training import config_fields, config_files, workdirs
+from lora_jax.training import config_fields, config_files, run_names, workdirs
 from lora_jax.training.config_fields import field_names
 from lora_jax.training.task import Recipe
 
@@ -39,11 +39,13 @@ class Trial(NamedTuple):
       id: hash of the whole config, and name of the run's directory.
       values: values of the fields that the sweep sets.
       config: base config with these values.
+      name: what sets the run apart from the others, as rank4-lr1e-3-seed0; "" if there are none.
     """
 
     id: str
     values: dict[str, Any]
     config: ConfigDict
+    name: str = ""
 
 
 def load_sweep(path: str | Path) -> Callable[[Callable[..., None]], None]:
@@ -120,7 +122,15 @@ def make_trials(
         )
     if not trials:
         raise ValueError("The sweep adds no run: its sweep(add) must call add(**fields).")
-    return list(trials.values())
+    return name_trials(list(trials.values()))
+
+
+def name_trials(trials: Sequence[Trial], fields: Sequence[str] | None = None) -> list[Trial]:
+    """Names runs by some fields, by default by those that differ between them."""
+    if fields is None:
+        fields = varied_fields([trial.config for trial in trials])
+    name = lambda trial: run_names.name_values(trial.config, fields) if fields else ""
+    return [trial._replace(name=name(trial)) for trial in trials]
 
 
 def _make_trial(base: ConfigDict, values: dict[str, Any], recipe: Recipe) -> Trial:

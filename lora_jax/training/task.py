@@ -88,9 +88,11 @@ class Recipe(NamedTuple):
       base_config: returns a config with all fields that the program has, and their defaults.
         Whatever sets fields is compared with it; with None, the config that is given is taken for
         it.
+      higher_is_better: whether the score that selects adapters is better if it is higher.
     """
 
     resolve: Callable[[ConfigDict], ConfigDict]
     check: Callable[[ConfigDict], None]
     make_task: Callable[..., tuple[Task, LoRAConfig]]
     base_config: Callable[[], ConfigDict] | None = None
+    higher_is_better: bool = True

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
@@ -19,6 +20,7 @@ from lora_jax.factors import RANK
 from lora_jax.methods.tokens import Tokens
 from lora_jax.nodes import is_adapted
 from lora_jax.training import (
+    about,
     checkpointing,
     distributed,
     durations,
@@ -26,6 +28,7 @@ from lora_jax.training import (
     metric_writer,
     partitioning,
     preemption,
+    trackers,
     workdirs,
 )
 from lora_jax.training.evaluation import make_eval_step
@@ -90,6 +93,8 @@ def train(
         if start == plan.total == progress.evaluated or progress.ended:
             say(f"This run is finished: {_describe_end(progress, start, plan.total)}.")
             return progress
+        if distributed.is_first():
+            about.write(workdir, **_describe_run(task, state.adapter))
         state = wrap_key(partitioning.place_state(devices, unwrap_key(state), task.base))
         task = partitioning.copy_base(devices, task)
         options = step_options(config)
@@ -100,18 +105,35 @@ def train(
         make_writer = metric_writer.NullWriter
         if distributed.is_first():
             make_writer = metric_writer.MetricWriter
+        info, outlets = trackers.make_info(config, workdir), trackers.make_outlets(config, say)
+        settings = trackers.make_settings(config, info, outlets, task.score, is_announced=True)
+        log = make_writer(workdir, start, progress.evaluated, settings)
         run = Run(
             task=task, config=config, lora_config=lora_config, workdir=workdir, plan=plan,
-            log=stack.enter_context(make_writer(workdir, start, progress.evaluated)),
-            devices=devices,
+            log=stack.enter_context(log), devices=devices,
         )  # fmt: skip
         try:
             step, progress = loop(run, steps, checkpoints, state, progress)
         except FloatingPointError as error:
             newest = checkpoints.latest_step()
             raise FloatingPointError(_explain_divergence(error, workdir, newest)) from error
-        say(f"Training ended: {_describe_end(progress, step, plan.total)}.")
+        end = _describe_end(progress, step, plan.total)
+        if distributed.is_first():
+            about.update(workdir, steps=step, seconds=round(progress.seconds, 3), end=end)
+        say(f"Training ended: {end}.")
         return progress
+
+
+def _describe_run(task: Task, adapter: PyTree) -> dict[str, Any]:
+    """Returns what a report says of a run beside its config and its metrics."""
+    sizes = jax.tree.map(lambda x, is_trained: x.size * is_trained, adapter, lora.mask(adapter))
+    return {
+        "score": task.score.name,
+        "higher_is_better": task.score.higher_is_better,
+        "trainable_parameters": int(sum(jax.tree.leaves(sizes))),
+        "base": task.base_id,
+        "notes": list(task.notes),
+    }
 
 
 def _claim(stack: contextlib.ExitStack, workdir: Path, config: ConfigDict) -> None:

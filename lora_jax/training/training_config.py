@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from lora_jax.data import holdout
 from lora_jax.models.attention import check_attention
 from lora_jax.models.layers import check_remat
-from lora_jax.training import durations, mesh, optimizer
+from lora_jax.training import durations, mesh, optimizer, trackers
 
 ACTIONS = ("stop", "skip")
 # Least values of fields.
@@ -66,6 +66,7 @@ def list_problems(config: ConfigDict, least: Mapping[str, int] | None = None) ->
         *_guard_problems(config.guard),
         *optimizer.list_problems(config.optimizer),
         *mesh.list_problems(config),
+        *trackers.list_problems(config.log),
     ]
 
 

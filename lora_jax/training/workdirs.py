@@ -14,9 +14,11 @@ from lora_jax.files import write_atomically
 
 CONFIG, METRICS, CURVES, ADAPTER = "config.json", "metrics.jsonl", "curves.png", "adapter"
 CHECKPOINTS, EVENTS = "checkpoints", "tensorboard"
+TRACKERS, ABOUT = "trackers.json", "about.json"
+LOG = "log"  # section of a config that says where metrics go
 SWEEP = "sweep.json"  # in the directory of a sweep, whose runs are in directories below it
 # Fields, or sections, of a config that may differ between a run and its continuation.
-MAY_CHANGE = ("checkpoint_keep", "guard", "mesh", "pmap", "replies")
+MAY_CHANGE = ("checkpoint_keep", "guard", "mesh", "pmap", "replies", LOG)
 # Fields that the configs of older runs lack, with the values that stand for what was done then.
 ADDED = {
     "eval_at_start": False, "init_batches": 8, "model.quantize": "", "model.attention": "auto",
@@ -72,7 +74,13 @@ def claim(workdir: Path, config: ConfigDict) -> None:
       OSError: it can't be written.
     """
     check(workdir, config)
-    for pattern in (f".{CONFIG}.*", f".{METRICS}.*", f".{CURVES}.*", f"{ADAPTER}/.adapter*"):
+    for pattern in (
+        f".{CONFIG}.*",
+        f".{METRICS}.*",
+        f".{CURVES}.*",
+        f".{TRACKERS}.*",
+        f"{ADAPTER}/.adapter*",
+    ):
         for leftover in workdir.glob(pattern):  # a process was killed while it wrote
             leftover.unlink(missing_ok=True)
     path = workdir / CONFIG

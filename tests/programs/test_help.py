@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from experiments import base_configs, field_comments, lazy
 from lora_jax import peft
 from lora_jax.models.shards import DTYPES
+from lora_jax.sweeps import search
 from tests.helpers import programs
 from tests.helpers.places import ROOT
 
@@ -42,9 +43,9 @@ def test_every_program_shows_its_own_flags(module):
 def test_choices_are_those_of_the_library():
     """Which a flag's definition names, since it does not import the library."""
     shown = programs.run("export", "--help").stdout
-    assert (
-        f"--dtype={'|'.join(DTYPES)}\n" in shown and f"--init={'|'.join(peft.COMPUTED)} " in shown
-    )
+    assert f"--dtype={'|'.join(DTYPES)}\n" in shown
+    assert f"--init={'|'.join(peft.COMPUTED)} " in shown
+    assert f"--sampler={'|'.join(search.SAMPLERS)} " in programs.run("sweep", "--help").stdout
 
 
 def test_absl_s_list_of_all_flags():

@@ -3,7 +3,9 @@
 import csv
 import io
 import json
+import re
 
+import jax
 import numpy as np
 import pytest
 
@@ -11,8 +13,17 @@ import lora_jax as lora
 from configs import common, quickstart_sweep
 from experiments import recipes
 from lora_jax.lowrank import LowRank
-from lora_jax.sweeps import plots, report, results, sweep_dirs, trials
-from lora_jax.training import workdirs
+from lora_jax.sweeps import (
+    curve_plots,
+    figures,
+    plots,
+    report,
+    results,
+    runs,
+    sweep_dirs,
+    trials,
+)
+from lora_jax.training import about, workdirs
 
 ACCURACY = {(1, 0): 0.5, (1, 1): 0.7, (4, 0): 0.8, (4, 1): 0.9, (16, 0): 0.6, (16, 1): None}
 
@@ -106,6 +117,8 @@ def test_the_page_needs_no_other_file(workdir):
     page = (folder / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 4
     assert "http" not in page and 'src="data:' in page and "<link" not in page
+    links = set(re.findall(r'href="([^"]+)"', page))
+    assert len(links) == 16 and all((folder / link).is_file() for link in links)
     assert "17 runs: 14 finished, 2 diverged, 1 not finished yet" in page
     assert "Best validation accuracy 0.9100: rank 4, alpha 16, seed 1" in page
 
@@ -122,3 +135,104 @@ def test_a_single_run_has_a_report(workdir):
     (keep / "result.json").unlink()
     with pytest.raises(ValueError, match="is finished yet"):
         results.load(workdir)
+
+
+def single(path, score="accuracy", rank=4, value=0.75, ended=True, task="sst2", **changes):
+    """The directory of a run by itself, as the training leaves it."""
+    config = quickstart_sweep.get_config().unlock()
+    config.lora.rank, config.task = rank, task
+    config.update_from_flattened_dict({k.replace("__", "."): x for k, x in changes.items()})
+    workdirs.claim(path, config)
+    lines = [{"step": 0, "epoch": 0.0, "eval_loss": 0.9, f"eval_{score}": 0.5}]
+    lines += [{"step": k, "epoch": k / 10, "loss": 1 / k} for k in range(1, 11)]
+    lines.append({"step": 10, "epoch": 1.0, "eval_loss": 0.4, f"eval_{score}": value})
+    (path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    facts = {"score": score, "higher_is_better": score != "loss", "trainable_parameters": 1234}
+    about.write(path, **facts, notes=["a <note>"])
+    if ended:
+        about.update(path, steps=10, seconds=90.0, end="all 10 steps are done")
+    return path
+
+
+def test_the_page_of_a_run(tmp_path):
+    path = report.write_run(single(tmp_path / "größe & <rest>"))
+    page = path.read_text()
+    assert "<h1>größe &amp; &lt;rest&gt;</h1>" in page and "a &lt;note&gt;" in page
+    assert "Best validation accuracy 0.7500 (0.5000 before training), at step 10." in page
+    assert "Finished after 10 steps and 1.5 minutes" in page and "1,234" in page
+    for text in (f"jax {jax.__version__}", "sentence-transformers/all-MiniLM-L6-v2", "viewport"):
+        assert text in page
+    assert "http" not in page and page.count("data:image/png;base64,") == 1
+
+
+def test_a_run_under_way_and_one_of_an_earlier_version(tmp_path):
+    running = single(tmp_path / "running", ended=False)
+    assert "Running after 10 steps" in report.write_run(running).read_text()
+    old = single(tmp_path / "old", score="pearson")
+    (old / "about.json").unlink()
+    assert runs.read_result(old)["score"] == "pearson" and runs.read_result(old)["best_step"] == 10
+    empty = single(tmp_path / "empty")
+    (empty / "metrics.jsonl").unlink()
+    assert "no evaluation yet" in report.write_run(empty).read_text()
+
+
+def test_runs_side_by_side(tmp_path, workdir):
+    """Fields that change nothing of what is learned are no differences; a sweep is its runs."""
+    one = single(tmp_path / "one", rank=2, log_every=3)
+    other = single(tmp_path / "other", rank=8, value=0.85)
+    (group,) = runs.compare([one, other, one])
+    assert group.varied == ["lora.rank"] and len(group.rows) == 2
+    assert len(runs.find(workdir)) == 16
+    path = report.write_comparison(tmp_path / "report", [group])
+    page = path.read_text()
+    assert "2 runs; best validation accuracy 0.8500: other." in page
+    assert 'href="../one/report/report.html"' in page
+    assert (tmp_path / "one" / "report" / "report.html").exists()
+    with pytest.raises(ValueError, match="neither a run nor a sweep"):
+        runs.find(tmp_path / "report")
+
+
+def test_runs_of_different_tasks_have_sections_of_their_own(tmp_path):
+    one = single(tmp_path / "one")
+    other = single(tmp_path / "other", task="stsb", score="pearson", value=-0.25)
+    groups = runs.compare([one, other])
+    assert [group.score_name for group in groups] == ["accuracy", "pearson"]
+    page = report.write_comparison(tmp_path / "report", groups).read_text()
+    assert "They are of 2 tasks or scores" in page
+    assert "stsb" in page and "best validation pearson 0.5000: other." in page
+
+
+def test_bars_and_axes_stay_within_the_score(tmp_path):
+    below, above = figures.clip_bars([0.95, 0.5, 0.01], [0.1, 0.1, 0.1], "accuracy")
+    np.testing.assert_allclose(below, [0.1, 0.1, 0.01])
+    np.testing.assert_allclose(above, [0.05, 0.1, 0.1])
+    _, (panel,) = figures.make_figure()
+    panel.set_ylim(0.9, 1.3)
+    figures.keep_in_range(panel, "accuracy")
+    low, high = panel.get_ylim()
+    assert low == 0.9 and 1.0 < high < 1.01
+    panel.set_ylim(-5, 5)
+    figures.keep_in_range(panel, "bleu")
+    assert panel.get_ylim() == (-5, 5)
+
+
+def test_curves_are_colored_by_what_separates_the_runs(workdir):
+    """The accuracies above differ by rank, and hardly by alpha."""
+    found = results.load(workdir)
+    assert curve_plots.find_separating_field(found) == "lora.rank"
+    means = {cell.values["lora.rank"]: cell for cell in results.cells(found, ["lora.rank"])}
+    spread = np.mean([np.var(cell.scores) for cell in means.values() for _ in cell.scores])
+    assert curve_plots._spread_within(found, "lora.rank") == pytest.approx(spread)
+    alone = results.Results(found.rows[:1], [], 0)
+    assert curve_plots.find_separating_field(alone) == ""
+
+
+def test_truth_values_are_no_numbers(workdir):
+    found = results.load(workdir)
+    rows = [
+        row._replace(values=row.values | {"lora.train_a": row.values["lora.rank"] > 1})
+        for row in found.rows
+    ]
+    assert "lora.train_a" not in plots._numeric_fields(
+        results.Results(rows, ["lora.train_a", "lora.rank", "seed"], 0)
+    )

@@ -363,7 +363,7 @@ def test_mistakes_that_are_found_without_a_model(inputs, finished, tmp_path):
     plain = run(command(inputs, "configs/quickstart.py", tmp_path / "sweep"))
     assert plain.returncode == 2 and "defines no sweep" in plain.stderr
     report = run([sys.executable, "-m", "experiments.report", tmp_path])
-    assert report.returncode == 2 and "is not the directory of a sweep" in report.stderr
+    assert report.returncode == 2 and "of neither a run nor a sweep" in report.stderr
     flags = [f"--workdir={finished[0]}", *base_flags(inputs)]
     single = run(
         [sys.executable, "-m", "experiments.sst2", "--config=configs/sst2_minilm.py", *flags]
