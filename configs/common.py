@@ -25,19 +25,19 @@ def duration(value: float | str) -> config_dict.FieldReference:
 def base_config() -> ConfigDict:
     """A config with all fields set; a config file changes what it needs and locks it."""
     c = ConfigDict()
-    c.task = "sst2"  # of GLUE
-    c.seed = 0  # of the initial draw of factors and head, and of all dropout
+    c.task = "sst2"  # name of the task of GLUE
+    c.seed = 0  # seed of the initial draw of factors and head, and of all dropout
 
     c.adapter = ""  # directory of an adapter to start from, in either format; its settings hold
-    c.model = ConfigDict()
+    c.model = ConfigDict()  # the pretrained model that is adapted
     c.model.name = "bert-base-uncased"  # a directory, or a name to look up in cache and Hub
-    c.model.num_labels = 2
+    c.model.num_labels = 2  # number of classes; 0 for that of the data
     c.model.labels = ("negative", "positive")  # names of the classes; () for the task's own
-    # Of the activations: float32, bfloat16, or "auto" for bfloat16 where products of it are faster.
+    # Dtype of the activations: "float32", "bfloat16", or "auto" for the faster one of them.
     c.model.dtype = "float32"
-    c.model.param_dtype = "float32"  # of the frozen base; what is trained is float32
-    # Scheme of its kernels: "nf4_double", "int8", ...; "" for plain ones, or for the codes that the
-    # checkpoint has; "none" to decode these.
+    c.model.param_dtype = "float32"  # dtype of the frozen base; what is trained is float32
+    # Scheme that kernels are quantized by: "nf4_double", "int8", ...; "" for plain ones, or for the
+    # codes that the checkpoint has; "none" to decode these.
     c.model.quantize = ""
     # Activations that the backward pass computes again, layer by layer, in place of keeping them:
     # "none", "full" (all), or the name of a policy in jax.checkpoint_policies.
@@ -49,32 +49,34 @@ def base_config() -> ConfigDict:
     c.model.attention = "auto"
 
     c.lora = ConfigDict()  # the fields of lora_jax.LoRAConfig
-    c.lora.rank = 8
-    c.lora.alpha = 16.0
-    c.lora.targets = ("query", "value")  # ("default",) for those of the model's family
-    c.lora.train = ("classifier",)
-    c.lora.method = "lora"
+    c.lora.rank = 8  # columns of a and rows of b, the two factors of a kernel
+    c.lora.alpha = 16.0  # the product of the factors is multiplied by alpha / rank
+    # Modules whose kernels get factors: endings of their names, "all-linear", "default" for those
+    # of the model's family, or regular expressions after "re:".
+    c.lora.targets = ("query", "value")
+    c.lora.train = ("classifier",)  # modules that are trained in full
+    c.lora.method = "lora"  # "lora", "dora", "vera" or "adalora"; docs/methods.md
     # First values of the factors: "uniform", "gaussian", "orthogonal"; "pissa", "pissa_niter_4",
     # "pissa_niter_16", "olora" or "milora", from the base; "lora_ga", from gradients; "eva", from
     # activations; "loftq", from what model.quantize takes away.
     c.lora.init = "uniform"
     c.lora.train_a = True  # False freezes the factor a (LoRA-FA)
-    c.lora.projection_seed = 0  # of what all kernels of VeRA share
-    c.lora.dropout = 0.1
-    c.lora.rank_stabilized = False
-    c.lora.rank_pattern = ConfigDict()
-    c.lora.alpha_pattern = ConfigDict()
+    c.lora.projection_seed = 0  # seed of what all kernels of VeRA share
+    c.lora.dropout = 0.1  # rate of dropout before the factors
+    c.lora.rank_stabilized = False  # True divides alpha by the root of the rank
+    c.lora.rank_pattern = ConfigDict()  # ranks of single modules, as query=4
+    c.lora.alpha_pattern = ConfigDict()  # alphas of single modules, as query=32.0
     c.lora.adapt_bias = False  # a trained term for the biases of adapted kernels, too
     c.lora.train_tokens = ConfigDict()  # rows of an embedding to train, as embed_tokens=(2, 17)
 
-    c.data = ConfigDict()
-    # tfds:NAME, "reviews", or a directory in the GLUE layout; empty for the task's own in TFDS
+    c.data = ConfigDict()  # what is learned from, and how it is batched
+    # "tfds:NAME", "reviews", or a directory in the GLUE layout; empty for the task's own in TFDS
     c.data.source = "tfds:glue/sst2"
     c.data.data_dir = ""  # where TFDS keeps data; empty for its default
-    c.data.seed = 0  # which examples are taken, and their order
+    c.data.seed = 0  # seed of which examples are taken, and of their order
     c.data.train_examples = 0  # number of examples of the shuffled training set; 0 for all
     c.data.holdout = 0  # number of other training examples to evaluate on; 0: the validation set
-    c.data.max_length = 128
+    c.data.max_length = 128  # largest number of tokens of a text; longer ones are cut
     c.data.buckets = (32, 64, 128)  # batches are padded to the first of these that is long enough
     c.data.alike = 0  # number of batches at a time that are filled by length, to pad less; 0: none
 
@@ -87,40 +89,42 @@ def base_config() -> ConfigDict:
     c.batch_size = 16  # rows of a step, whatever accumulate is
     c.init_batches = 8  # number of training batches that lora.init="lora_ga" or "eva" sees
     c.accumulate = 1  # micro-batches that a batch is split into; one is in memory at a time
-    c.eval_batch_size = 64
-    c.epochs = 3
+    c.eval_batch_size = 64  # rows of a batch of the evaluation
+    c.epochs = 3  # passes through the training set
     c.steps = duration(0)  # length of the run; 0 for the number of epochs
     c.log_every = 20  # steps between lines of metrics.jsonl
-    c.eval_every = duration("1 epoch")  # between evaluations; there is always one at the end
+    # Steps between evaluations, "1 epoch" or "10%"; there is always one at the end.
+    c.eval_every = duration("1 epoch")
     c.eval_at_start = True  # whether there is an evaluation before the first step, too
     c.checkpoint_every = duration(0)  # steps between checkpoints, besides one with each evaluation
     c.checkpoint_keep = 2  # number of checkpoints to keep; an older one helps if one is damaged
 
     c.log = ConfigDict()  # where metrics go beside metrics.jsonl; docs/logging.md
-    c.log.to = ("tensorboard",)  # of tensorboard, wandb, mlflow, trackio; () for the file alone
-    c.log.project = "lora_jax"  # of the tracker; MLflow calls it an experiment
-    c.log.group = ""  # that runs share; empty for the name of the sweep
-    c.log.name = ""  # of the run; empty for one that says what it is, as mini-rank8-lr5e-4-seed0
-    c.log.dir = ""  # of what trackers keep on this machine; empty for their variables, or workdir
+    c.log.to = ("tensorboard",)  # or wandb, mlflow, trackio; () for the file alone
+    c.log.project = "lora_jax"  # project of the tracker; MLflow calls it an experiment
+    c.log.group = ""  # name that runs share; empty for that of the sweep
+    c.log.name = ""  # name of the run; empty for one such as mini-rank8-lr5e-4-seed0
+    c.log.dir = ""  # where trackers keep files; empty for their variables, or workdir
 
-    c.early_stopping = ConfigDict()
+    c.early_stopping = ConfigDict()  # ends a run that no longer improves
     c.early_stopping.patience = 0  # evaluations without improvement that end the run; 0: never
     c.early_stopping.min_delta = 0.0  # improvement of the score that is needed to count
 
     c.guard = ConfigDict()  # against a loss or gradient that is NaN or infinite
-    c.guard.action = "stop"  # or "skip": go on without that step's update
+    c.guard.action = "stop"  # "stop", or "skip" to go on without that step
     c.guard.patience = 10  # consecutive steps without an update that stop the run all the same
     c.guard.spike = 0.0  # multiple of its running mean above which a loss counts as NaN; 0: never
 
-    c.optimizer = ConfigDict()  # AdamW
-    c.optimizer.learning_rate = 5e-4
-    c.optimizer.b_rate = 1.0  # multiplies it for the factors b (LoRA+); docs/methods.md
-    c.optimizer.embedding_rate = 1.0  # multiplies it for leaves called "embedding"
+    c.optimizer = ConfigDict()  # AdamW, and its learning rate
+    c.optimizer.learning_rate = 5e-4  # its largest value, after the warm-up
+    c.optimizer.b_rate = 1.0  # multiplies the learning rate of the factors b (LoRA+)
+    c.optimizer.embedding_rate = 1.0  # the same for leaves called "embedding"
     # The linear rise before the decay, a fraction of all steps (0.06), or "6%", "100 steps", ...
     c.optimizer.warmup = duration(0.0)
-    c.optimizer.decay = "linear"  # of the learning rate, to zero at the end: linear, cosine or none
-    c.optimizer.weight_decay = 0.01
-    c.optimizer.clip_norm = 1.0  # of the gradient's global norm; 0 for none
+    # How the learning rate falls to zero at the end: "linear", "cosine", or "none".
+    c.optimizer.decay = "linear"
+    c.optimizer.weight_decay = 0.01  # that of AdamW, times the learning rate
+    c.optimizer.clip_norm = 1.0  # largest global norm of the gradient; 0 for any
     c.optimizer.orthogonality = 0.5  # weight of AdaLoRA's penalty; no other method has one
     c.optimizer.budget = ConfigDict()  # of AdaLoRA's ranks, which begin at lora.rank
     c.optimizer.budget.target_rank = 0  # mean rank of a kernel at the end; 0 to keep all
@@ -189,25 +193,27 @@ def language_config() -> ConfigDict:
     del c.data.data_dir, c.data.train_examples, c.data.max_length
     c.data.source = ""  # directory of the files
     c.data.buckets = (64, 96, 128, 192)  # they must hold the longest text
-    c.label_smoothing = 0.0
+    c.label_smoothing = 0.0  # part of the probability that is spread over all tokens
     return c
 
 
 def e2e_config() -> ConfigDict:
     """The fields that every config of the E2E NLG challenge has."""
     c = language_config()
-    c.data.train, c.data.validation, c.data.test = "train.txt", "valid.txt", "test.txt"
+    c.data.train = "train.txt"  # file of the training texts in data.source
+    c.data.validation = "valid.txt"  # file of the texts to evaluate on
+    c.data.test = "test.txt"  # file of the meanings to write texts for
     c.data.test_meanings = 0  # number of meanings of the test file to write for; 0 for all
     c.decode = ConfigDict()  # the fields of lora_jax.models.decoding.Decoding
-    c.decode.max_new_tokens = 64
-    c.decode.beams = 10
-    c.decode.length_penalty = 0.9
-    c.decode.early_stopping = False
-    c.decode.no_repeat_ngram = 4
-    c.decode.sample = False
-    c.decode.temperature = 1.0
-    c.decode.top_k = 0
-    c.decode.top_p = 1.0
+    c.decode.max_new_tokens = 64  # largest number of tokens of a text
+    c.decode.beams = 10  # width of beam search; 1 for greedy decoding
+    c.decode.length_penalty = 0.9  # power of the length that scores are divided by
+    c.decode.early_stopping = False  # whether beam search ends with as many ended texts as beams
+    c.decode.no_repeat_ngram = 4  # length of the sequences that may not occur twice; 0 for none
+    c.decode.sample = False  # True draws tokens by their probabilities
+    c.decode.temperature = 1.0  # temperature of sampling
+    c.decode.top_k = 0  # number of the likeliest tokens to sample from; 0 for all
+    c.decode.top_p = 1.0  # sample from the likeliest tokens that together have this probability
     c.decode.seed = 0  # of sampling
     c.decode.batch_size = 16  # meanings at a time
     c.decode.buckets = ()  # lengths that meanings are padded to, besides the longest one's

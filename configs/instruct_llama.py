@@ -20,12 +20,14 @@ def get_config() -> ConfigDict:
     # Half the memory for the base: --config.model.param_dtype=bfloat16; an eighth for its kernels:
     # --config.model.quantize=nf4_double; the least for the activations: --config.model.remat=full.
     # Attention's scores are not in memory where they would be large: --config.model.attention.
+
     c.model.dtype = "bfloat16"
     c.model.scan_layers = True  # one layer is compiled for all
 
     c.lora.rank = 16
     c.lora.alpha = 32.0
     # Every kernel of a layer; "all-linear" would be the head as well, where it is not tied.
+
     c.lora.targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     c.lora.train = ()
     c.lora.dropout = 0.05
@@ -34,10 +36,11 @@ def get_config() -> ConfigDict:
     # A file (JSON lines, a JSON array, CSV, Parquet), "datasets:NAME" for a data set of Hugging
     # Face, or "tutor:train", which comes along; docs/conversations.md says what may stand in it.
     c.data.train = ""
-    c.data.validation = ""  # the same; or
-    # a part of data.train to keep for evaluation: a number of conversations, or "10%"; "" for 5%
+    c.data.validation = ""  # another such file to evaluate on; "" for a part of data.train
+    # The part of data.train that is kept to evaluate on: a number of conversations, or "10%"; ""
+    # for 5%.
     c.data.holdout = common.duration("")
-    c.data.format = "auto"  # or messages, sharegpt, alpaca, prompt_completion
+    c.data.format = "auto"  # "messages", "sharegpt", "alpaca", ...; "auto" finds out
     c.data.ignore = ()  # keys of rows that are left out; others that nothing reads are errors
     # Texts that become one token each, such as ("<tool>", "</tool>"): the embedding gets rows for
     # them, which are trained, and saved with the adapter.
@@ -49,10 +52,10 @@ def get_config() -> ConfigDict:
 
     c.replies = ConfigDict()  # replies to the conversations of the evaluation, when all is trained
     c.replies.pattern = ""  # regular expression of which matches are counted; "" for no replies
-    c.replies.max_new_tokens = 128
+    c.replies.max_new_tokens = 128  # largest number of tokens of a reply
     c.replies.batch_size = 16  # conversations at a time
 
-    c.batch_size = 8  # rows
+    c.batch_size = 8
     c.eval_batch_size = 8
     c.epochs = 1
     c.log_every = 5

@@ -10,19 +10,25 @@ adapter stands beside that with it. The adapter may be in this library's format 
 --model alone, the model replies as it is; it may be one that experiments.export has merged.
 """
 
+from __future__ import annotations
+
 import itertools
 import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from experiments import cli
-from lora_jax.data.chat_template import Message
-from lora_jax.tasks import chat
-from lora_jax.tasks.chat import ChatModel
+from experiments import cli, lazy
+
+with lazy.imports():
+    from lora_jax.tasks import chat
+
+if TYPE_CHECKING:
+    from lora_jax.data.chat_template import Message
+    from lora_jax.tasks.chat import ChatModel
 
 _ADAPTER = flags.DEFINE_string("adapter", None, "Directory of the adapter.")
 _MODEL = flags.DEFINE_string("model", None, "The base, if it moved; or a model without adapter.")

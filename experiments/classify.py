@@ -12,19 +12,29 @@ the others, and writes that to classes.json and confusion.csv.
 Resuming, --adapter and --eval_only are as in experiments.sst2.
 """
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import jax
-import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import cli, finetuning, next_commands, recipes
-from lora_jax.data.examples import Examples, require_labels
-from lora_jax.files import write_atomically
-from lora_jax.tasks import class_report, classifier, own_texts
-from lora_jax.training import workdirs
-from lora_jax.training.loop import Progress
+from experiments import base_configs, cli, finetuning, lazy, next_commands
+
+with lazy.imports():
+    import jax
+    import numpy as np
+
+    from experiments import recipes
+    from lora_jax import files
+    from lora_jax.data import examples as example_rows
+    from lora_jax.tasks import class_report, classifier, own_texts
+    from lora_jax.training import workdirs
+
+if TYPE_CHECKING:
+    from lora_jax.data.examples import Examples
+    from lora_jax.training.loop import Progress
 
 CLASSES, CONFUSION = "classes.json", "confusion.csv"
 
@@ -70,18 +80,18 @@ def _report_classes(config: ConfigDict, adapter: Path, workdir: Path | None) -> 
         return examples
     model = classifier.load(adapter, model=config.model.name)
     predictions = np.argmax(classifier.predict_examples(model, examples), axis=-1)
-    labels = require_labels(examples)
+    labels = example_rows.require_labels(examples)
     report = class_report.make_report(config.model.labels, labels, predictions)
     cli.say("\n".join(class_report.describe(report)))
     if workdir is None:  # the last line is JSON, as that of every evaluation
         cli.say(json.dumps({"adapter": str(adapter)} | class_report.to_json(report)))
     else:
         text = json.dumps(class_report.to_json(report), indent=2, ensure_ascii=False) + "\n"
-        write_atomically(workdir / CLASSES, text.encode())
-        write_atomically(workdir / CONFUSION, class_report.to_csv(report).encode())
+        files.write_atomically(workdir / CLASSES, text.encode())
+        files.write_atomically(workdir / CONFUSION, class_report.to_csv(report).encode())
         cli.say(f"scores of the classes in {workdir / CLASSES} and {workdir / CONFUSION}")
     return examples
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, lambda: base_configs.CLASSIFY)

@@ -1,15 +1,20 @@
 """The frame of every command: a user's mistake is one line on stderr, not a traceback."""
 
+import functools
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import jax
 from absl import app, flags, logging
 
-from experiments import environment, processes
-from lora_jax.training import preemption, workdirs
+from experiments import environment, help_text, lazy, processes
+from experiments.base_configs import MakeConfig
+
+with lazy.imports():
+    import jax
+
+    from lora_jax.training import preemption, workdirs
 
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 
@@ -19,12 +24,19 @@ _NO_VALUE = re.compile(r"Flag --(\w+) must have a value other than None")  # abs
 _ADAPTER_FILES = ("adapter.json", "adapter_config.json")  # of this library, and of PEFT
 
 
-def run(main: Callable[[list[str]], None]) -> None:
+def run(
+    main: Callable[[list[str]], None], find_config: Callable[[], MakeConfig] | None = None
+) -> None:
     """Runs ``main(positional arguments)`` as a program.
 
     The program exits with 0, also if it was asked to stop and can go on; 1 if the training
     diverged; 2 after a mistake; 3 if another process of the run has ended early; 130 if it was
     interrupted.
+
+    Args:
+      main: the program.
+      find_config: returns the function that makes the program's base config, whose fields
+        ``--help`` shows; None for a program without a config.
     """
 
     def run_main(argv: Sequence[str]) -> int:
@@ -49,7 +61,7 @@ def run(main: Callable[[list[str]], None]) -> None:
             return _fail(ValueError(f"another process has ended, or can't be reached ({error})"), 3)
         return 0
 
-    app.run(run_main, flags_parser=_parse)
+    app.run(run_main, flags_parser=functools.partial(_parse, find_config=find_config))
 
 
 def say(text: str) -> None:
@@ -96,22 +108,40 @@ def check_adapter(directory: str | None) -> None:
         )
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
+def _parse(argv: Sequence[str], find_config: Callable[[], MakeConfig] | None) -> list[str]:
     """Parses flags; a program with a config reads what is left, the fields of the config."""
+    if help_text.is_full_asked(argv):
+        app.usage(writeto_stdout=True)
+        sys.exit(0)
+    if help_text.is_asked(argv):
+        sys.exit(_help(argv, find_config))
     has_config = "config" in flags.FLAGS
     if has_config:
         flags.FLAGS.set_gnu_getopt()  # flags behind a value without "=" are flags, too
     try:
         return flags.FLAGS(argv, known_only=has_config)
     except (flags.Error, *_MISTAKES) as error:
-        sys.exit(_fail(error, 2))
+        sys.exit(_tell(error, 2))
+
+
+def _help(argv: Sequence[str], find_config: Callable[[], MakeConfig] | None) -> int:
+    try:
+        help_text.show(argv, find_config)
+    except (flags.Error, *_MISTAKES) as error:
+        return _tell(error, 2)
+    return 0
 
 
 def _fail(error: BaseException, status: int) -> int:
+    return processes.fail(_tell(error, status))
+
+
+def _tell(error: BaseException, status: int) -> int:
+    """Prints an error as a line, with which the program ends with this status."""
     if flags.FLAGS.is_parsed() and _DEBUG.value:
         raise error
     print(f"error: {_text(error)}", file=sys.stderr, flush=True)
-    return processes.fail(status)
+    return status
 
 
 def _text(error: BaseException) -> str:

@@ -16,7 +16,10 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict
 
-from lora_jax.training import config_fields, config_files, workdirs
+from experiments import lazy
+
+with lazy.imports():
+    from lora_jax.training import config_fields, config_files, workdirs
 
 _CONFIG = flags.DEFINE_string(
     "config",
@@ -70,6 +73,54 @@ def read(arguments: Sequence[str], base_config: Callable[[], ConfigDict] | None)
     _check_others(others, config_fields.field_names(base))
     overrides = _override(config, texts, base)
     return Command(config.lock(), workdir, path, overrides)
+
+
+def read_for_help(
+    arguments: Sequence[str], base_config: Callable[[], ConfigDict]
+) -> ConfigDict | None:
+    """Reads the config that a command line names, whose other arguments may be missing.
+
+    Returns:
+      The config, with all fields that the program has; None if the command line names none.
+
+    Raises:
+      FileNotFoundError, ValueError: as :func:`read`.
+    """
+    path = describe_path()
+    if not path:
+        return None
+    config, base = config_files.load(path), base_config()
+    config_files.check(config, base, path, added=workdirs.ADDED if path.endswith(".json") else {})
+    texts, _ = _split(arguments, base)
+    _override(config, texts, base)
+    return config
+
+
+def describe_path() -> str:
+    """Returns the path of the config that the flags name; "" if they name none."""
+    if _CONFIG.value:
+        return _CONFIG.value
+    stored = Path(_WORKDIR.value) / workdirs.CONFIG if _WORKDIR.value else None
+    return str(stored) if stored and stored.is_file() else ""
+
+
+def is_open_section(name: str) -> bool:
+    """Returns whether a section has keys of the user's own, so that it is set as one field."""
+    return name in config_fields.OPEN_SECTIONS
+
+
+def format_value(value: Any) -> str:
+    """Formats a value as the command line takes it.
+
+    >>> format_value(("query", "value")), format_value(5e-4), format_value(True), format_value(())
+    ('query,value', '0.0005', 'True', '')
+    """
+    if isinstance(value, ConfigDict):
+        return str(value.to_dict())
+    if not isinstance(value, tuple):
+        return str(value)
+    plain = ",".join(map(str, value))
+    return plain if parse_list(plain) == value else str(value)
 
 
 def _find_config(workdir: Path, arguments: Sequence[str]) -> str:
@@ -141,14 +192,23 @@ def _override(config: ConfigDict, texts: dict[str, list[str]], base: ConfigDict)
                 values[field.rpartition(".")[0]] = section
                 continue
             like, _ = config_fields.get_section(base, field)
-            values[field] = section[name] = _parse(field, given, like)
+            values[field] = section[name] = parse(field, given, like)
         except ValueError as error:
             raise ValueError(f"--config.{field}={given[-1]}: {error}") from error
     return values
 
 
-def _parse(field: str, texts: Sequence[str], like: ConfigDict) -> Any:
-    """Parses the texts of a field, of which a tuple takes all, and other fields the last one."""
+def parse(field: str, texts: Sequence[str], like: ConfigDict) -> Any:
+    """Parses the texts of a field, of which a tuple takes all, and other fields the last one.
+
+    Args:
+      field: dotted name of the field.
+      texts: texts of the command line.
+      like: section of the base config that the field is in.
+
+    Raises:
+      ValueError: it is of another type than the field.
+    """
     name, text = field.rpartition(".")[2], texts[-1]
     type_, default = like.get_type(name), like[name]
     if isinstance(default, ConfigDict):
@@ -207,14 +267,23 @@ def parse_list(text: str) -> tuple:
         return (value,)
     if text.strip()[:1] in ("(", "[", "'", '"') and value == text:
         raise ValueError("this is no tuple of Python; leave out brackets and quotes, as in a,b")
+    return tuple(part for part in split_list(value) if part)
+
+
+def split_list(text: str) -> list[str]:
+    """Splits a text at its commas, but for those in brackets.
+
+    >>> split_list("re:.{1,3}/kernel, dense,")
+    ['re:.{1,3}/kernel', 'dense', '']
+    """
     parts, depth = [""], 0
-    for character in value:
+    for character in text:
         depth += _BRACKETS.get(character, 0)
         if character == "," and depth <= 0:
             parts.append("")
         else:
             parts[-1] += character
-    return tuple(x for part in parts if (x := part.strip()))
+    return [part.strip() for part in parts]
 
 
 def _check_others(arguments: Sequence[str], known: Sequence[str]) -> None:

@@ -11,20 +11,28 @@ With --eval_only nothing is trained or written: the loss of the run's best adapt
 --adapter, on the validation texts.
 """
 
+from __future__ import annotations
+
 import functools
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import cli, finetuning, recipes
-from lora_jax.files import write_atomically
-from lora_jax.tasks import adapter_files, e2e
-from lora_jax.tasks.e2e import ScoredTexts, Writer
-from lora_jax.training import workdirs
+from experiments import base_configs, cli, finetuning, lazy
+
+with lazy.imports():
+    import jax
+
+    from experiments import recipes
+    from lora_jax import files
+    from lora_jax.tasks import adapter_files, e2e
+    from lora_jax.training import workdirs
+
+if TYPE_CHECKING:
+    from lora_jax.tasks.e2e import ScoredTexts, Writer
 
 _EVALUATE = flags.DEFINE_bool("evaluate", False, "Train nothing; score the model as it is.")
 
@@ -84,16 +92,16 @@ def _report(workdir: Path, results: dict[str, ScoredTexts]) -> None:
     """Writes scores and texts into files."""
     workdir.mkdir(parents=True, exist_ok=True)
     scores = {name: written.scores for name, written in results.items()}
-    write_atomically(workdir / SCORES, (json.dumps(scores, indent=2) + "\n").encode())
+    files.write_atomically(workdir / SCORES, (json.dumps(scores, indent=2) + "\n").encode())
     meanings = next(iter(results.values())).texts
     lines = [
         {"meaning": meaning} | {name: written.texts[meaning] for name, written in results.items()}
         for meaning in meanings
     ]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    write_atomically(workdir / TEXTS, text.encode())
+    files.write_atomically(workdir / TEXTS, text.encode())
     print(f"texts in {workdir / TEXTS}, scores in {workdir / SCORES}")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, lambda: base_configs.E2E)

@@ -4,8 +4,12 @@ import os
 import sys
 from pathlib import Path
 
-import jax
 from absl import flags
+
+from experiments import lazy
+
+with lazy.imports():
+    import jax
 
 _CACHE = flags.DEFINE_string(
     "compilation_cache",
@@ -42,6 +46,23 @@ def start_cache() -> None:
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_compilation_cache_max_size", _MAX_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_SECONDS)
+
+
+def place_fonts() -> None:
+    """Has matplotlib keep its list of fonts in this project's cache, and tells of it.
+
+    Nothing changes if the user has a place for matplotlib's files already, and where it has been
+    imported before.
+    """
+    config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    places = (config / "matplotlib", _find_cache() / "matplotlib")
+    is_placed = "MPLCONFIGDIR" in os.environ or any(place.is_dir() for place in places)
+    if is_placed or "matplotlib" in sys.modules:
+        return
+    directory = _find_cache() / "lora_jax" / "matplotlib"
+    os.environ["MPLCONFIGDIR"] = str(directory)
+    if not directory.is_dir():
+        print(f"Fonts for figures are listed in {directory}.", file=sys.stderr, flush=True)
 
 
 def _find_cache() -> Path:

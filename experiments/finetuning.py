@@ -1,18 +1,25 @@
 """One run from the command line: flags of all programs, and the main of ``sst2`` and ``glue``."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import cli, config_flag, environment, evaluation, next_commands, recipes
-from lora_jax.tasks import from_config
-from lora_jax.tasks.glue import find
-from lora_jax.training import mesh, metric_writer, train, workdirs
-from lora_jax.training.loop import Progress
-from lora_jax.training.task import Recipe
+from experiments import cli, config_flag, environment, lazy, next_commands
+
+with lazy.imports():
+    from experiments import evaluation, recipes
+    from lora_jax.tasks import from_config, glue
+    from lora_jax.training import mesh, metric_writer, train, workdirs
+
+if TYPE_CHECKING:
+    from lora_jax.training.loop import Progress
+    from lora_jax.training.task import Recipe
 
 _ADAPTER = flags.DEFINE_string("adapter", None, "Directory of an adapter to go on from.")
 _EVAL_ONLY = flags.DEFINE_bool(
@@ -29,7 +36,7 @@ def main(argv: list[str]) -> None:
     best = fit(config, workdir, recipes.GLUE, devices)
     if best is None:
         return
-    task = find(config.task)
+    task = glue.find(config.task)
     example = "The movie was absolutely wonderful!"
     if task.has_pairs:
         example = "A man is eating.\tSomebody eats."
@@ -126,6 +133,7 @@ def command_line(
         no adapter.
     """
     command = config_flag.read(argv, base_config)
+    environment.place_fonts()
     config = resolve(command.config)
     if _ADAPTER.value:
         config.adapter = _ADAPTER.value

@@ -8,7 +8,7 @@ files as GLUE unpacks them (or the directories of all tasks). Without it the dat
 Resuming, --adapter and --eval_only are as in experiments.sst2.
 """
 
-from experiments import cli, finetuning
+from experiments import base_configs, cli, finetuning
 
 if __name__ == "__main__":
-    cli.run(finetuning.main)
+    cli.run(finetuning.main, lambda: base_configs.GLUE)

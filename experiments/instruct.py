@@ -15,17 +15,26 @@ Resuming, --adapter and --eval_only are as in experiments.sst2; experiments.chat
 out.
 """
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import jax
 from ml_collections import ConfigDict
 
-from experiments import cli, finetuning, recipes
-from lora_jax.files import write_atomically
-from lora_jax.tasks import replies
-from lora_jax.training import metric_writer, workdirs
-from lora_jax.training.loop import Progress
+from experiments import base_configs, cli, finetuning, lazy
+
+with lazy.imports():
+    import jax
+
+    from experiments import recipes
+    from lora_jax import files
+    from lora_jax.tasks import replies
+    from lora_jax.training import metric_writer, workdirs
+
+if TYPE_CHECKING:
+    from lora_jax.training.loop import Progress
 
 REPLIES = "replies.jsonl"
 
@@ -82,9 +91,9 @@ def _report_replies(config: ConfigDict, adapter: Path, workdir: Path | None = No
         for messages, base, adapted in zip(found.prompts, found.base, found.adapted, strict=True)
     ]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomically(workdir / REPLIES, text.encode())
+    files.write_atomically(workdir / REPLIES, text.encode())
     print(f"replies in {workdir / REPLIES}", flush=True)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, lambda: base_configs.INSTRUCT)

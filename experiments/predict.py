@@ -10,17 +10,25 @@ or .parquet is a table, of which the columns with the texts are read; so is one 
 adapter of experiments.classify. Any other has one sentence a line.
 """
 
+from __future__ import annotations
+
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 from absl import flags
 
-from experiments import cli
-from lora_jax.data import characters, columns, labelled_rows, table_sources, tables
-from lora_jax.data.examples import Examples
-from lora_jax.tasks import classifier
+from experiments import cli, lazy
+
+with lazy.imports():
+    from lora_jax.data import characters, columns, labelled_rows, table_sources, tables
+    from lora_jax.tasks import classifier
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from lora_jax.data.examples import Examples
 
 _ADAPTER = flags.DEFINE_string("adapter", None, "Directory of the adapter.", required=True)
 _MODEL = flags.DEFINE_string("model", None, "The base model, if it moved since training.")

@@ -10,26 +10,30 @@ directory as Hugging Face has it. Training in full is a value of the adapter's c
 the one that adapts.
 """
 
+from __future__ import annotations
+
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
-import tokenizers
 from ml_collections import ConfigDict
 
-import lora_jax as lora
-from configs import e2e_tiny_base
-from experiments import cli, finetuning
-from lora_jax.data import e2e_nlg
-from lora_jax.data.order import LINES, permutation
-from lora_jax.data.texts import Texts, make_texts
-from lora_jax.files import write_atomically
-from lora_jax.models import checkpoints, gpt2, hub
-from lora_jax.models.families import CAUSAL_LM, TOKENS
-from lora_jax.tasks import language_modeling
-from lora_jax.training import train, workdirs
+from experiments import base_configs, cli, finetuning, lazy
+
+with lazy.imports():
+    import jax
+    import tokenizers
+
+    import lora_jax as lora
+    from lora_jax import files
+    from lora_jax.data import e2e_nlg, order, texts
+    from lora_jax.models import checkpoints, families, gpt2, hub
+    from lora_jax.tasks import language_modeling
+    from lora_jax.training import train, workdirs
+
+if TYPE_CHECKING:
+    from lora_jax.data.texts import Texts
 
 START, MODEL = "start", "model"
 _END = "<|endoftext|>"
@@ -39,7 +43,7 @@ _LEAST = {"data.holdout": 1, "data.length": 2, "model.vocab_size": 257}
 def main(argv: list[str]) -> None:
     """Makes tokenizer and model, trains, and saves."""
     resolve = lambda config: config.copy_and_resolve_references()
-    config, workdir = finetuning.command_line(argv, resolve, e2e_tiny_base.get_config)
+    config, workdir = finetuning.command_line(argv, resolve, base_configs.PRETRAIN)
     logging.getLogger("lora_jax").setLevel(logging.ERROR)
     if finetuning.is_eval_only():
         raise ValueError("--eval_only is for adapters, and this trains a model from nothing.")
@@ -50,12 +54,12 @@ def main(argv: list[str]) -> None:
     training, evaluation = (_lines(part) for part in parts)
     tokenizer = make_tokenizer(training, config.model.vocab_size)
     loaded = make_model(workdir / START, config, tokenizer)
-    texts = [pack(lines, tokenizer, config.data) for lines in (training, evaluation)]
-    task, settings = language_modeling.make_task(config, loaded, *texts)
+    packed = [pack(lines, tokenizer, config.data) for lines in (training, evaluation)]
+    task, settings = language_modeling.make_task(config, loaded, *packed)
     best = train.train(task, config, settings, workdir, say=cli.say)
     adapter, _ = lora.load(workdir / workdirs.ADAPTER, loaded.params, base=loaded.base_id)
     merged = lora.merge(loaded.params, adapter)
-    checkpoints.save_hf(workdir / MODEL, merged, loaded.checkpoint, head=CAUSAL_LM)
+    checkpoints.save_hf(workdir / MODEL, merged, loaded.checkpoint, head=families.CAUSAL_LM)
     print(
         f"{finetuning.describe_change(workdir, best, 'loss')}"
         f"best validation loss {best.best_loss:.4f} at step {best.best_step}; "
@@ -81,9 +85,13 @@ def pack(lines: list[str], tokenizer: tokenizers.Tokenizer, c: ConfigDict) -> Te
     """Joins all lines in random order, each after the token that ends one, and cuts the whole."""
     end: Any = tokenizer.token_to_id(_END)  # `make_tokenizer` has added it
     rows = tokenizer.encode_batch_fast(lines)
-    stream = [t for k in permutation(len(rows), c.seed, stream=LINES) for t in (end, *rows[k].ids)]
+    stream = [
+        t
+        for k in order.permutation(len(rows), c.seed, stream=order.LINES)
+        for t in (end, *rows[k].ids)
+    ]
     pieces = [stream[k : k + c.length] for k in range(0, len(stream), c.length)]
-    return make_texts([(p[:1], p[1:]) for p in pieces if len(p) > 1], pad_id=end)
+    return texts.make_texts([(p[:1], p[1:]) for p in pieces if len(p) > 1], pad_id=end)
 
 
 def make_model(
@@ -96,18 +104,20 @@ def make_model(
     shape = gpt2.GPT2Config(**fields)
     about = shape.to_hf() | {"bos_token_id": end, "eos_token_id": end}
     model = gpt2.GPT2LMHeadModel(shape)
-    params = jax.jit(model.init)(jax.random.key(config.seed), jax.numpy.zeros(TOKENS.shape, int))
+    params = jax.jit(model.init)(
+        jax.random.key(config.seed), jax.numpy.zeros(families.TOKENS.shape, int)
+    )
     directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(directory / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
+    files.write_atomically(directory / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
     weights = (directory / hub.WEIGHTS,)
     here = hub.Checkpoint(str(directory), directory, json.loads(json.dumps(about)), weights, "made")
-    checkpoints.save_hf(directory, params, here, head=CAUSAL_LM)
+    checkpoints.save_hf(directory, params, here, head=families.CAUSAL_LM)
     options = {"remat": config.model.remat, "attention": config.model.attention}
-    return checkpoints.load(directory, head=CAUSAL_LM, **options)
+    return checkpoints.load(directory, head=families.CAUSAL_LM, **options)
 
 
 _SIZES = ("n_positions", "n_embd", "n_layer", "n_head", "resid_pdrop", "embd_pdrop", "attn_pdrop")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, lambda: base_configs.PRETRAIN)

@@ -7,8 +7,12 @@ import os
 import sys
 from typing import Any, NoReturn
 
-import jax
 from absl import flags
+
+from experiments import lazy
+
+with lazy.imports():
+    import jax
 
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "Address of process 0, HOST:PORT.")
 _PROCESSES = flags.DEFINE_integer("processes", None, "How many processes the run has.", 1)

@@ -2,23 +2,23 @@
 
 import functools
 
-from configs import common, instruct_llama
+from experiments import base_configs
 from lora_jax.tasks import classification, e2e, glue_config, instruction_tuning, own_texts
 from lora_jax.training.task import Recipe
 
-GLUE = Recipe(glue_config.resolve, glue_config.check, classification.make_task, common.base_config)
+GLUE = Recipe(glue_config.resolve, glue_config.check, classification.make_task, base_configs.GLUE)
 CLASSIFY = Recipe(
     own_texts.resolve,
     own_texts.check,
     functools.partial(classification.make_task, load_texts=own_texts.load),
-    common.classify_config,
+    base_configs.CLASSIFY,
 )
-E2E = Recipe(e2e.resolve, e2e.check, e2e.make_task, common.e2e_config, higher_is_better=False)
+E2E = Recipe(e2e.resolve, e2e.check, e2e.make_task, base_configs.E2E, higher_is_better=False)
 INSTRUCT = Recipe(
     instruction_tuning.resolve,
     instruction_tuning.check,
     instruction_tuning.make_task,
-    instruct_llama.get_config,
+    base_configs.INSTRUCT,
     higher_is_better=False,
 )
 

@@ -15,9 +15,11 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import cli
-from lora_jax.sweeps import report, results, runs
-from lora_jax.training import workdirs
+from experiments import cli, environment, lazy
+
+with lazy.imports():
+    from lora_jax.sweeps import report, results, runs
+    from lora_jax.training import workdirs
 
 _OUT = flags.DEFINE_string("out", None, "Directory for the page of several directories.")
 
@@ -29,6 +31,7 @@ def main(argv: list[str]) -> None:
             "Give the directory of a sweep or a run, or several: "
             "python -m experiments.report DIRECTORY ..."
         )
+    environment.place_fonts()
     directories = [Path(text) for text in argv]
     if len(directories) > 1:
         _compare(directories)

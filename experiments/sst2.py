@@ -8,7 +8,7 @@ adapter, of this library or in PEFT's format, whose rank, targets and so on then
 --eval_only it trains nothing: it scores the run's best adapter, or that of --adapter.
 """
 
-from experiments import cli, finetuning
+from experiments import base_configs, cli, finetuning
 
 if __name__ == "__main__":
-    cli.run(finetuning.main)
+    cli.run(finetuning.main, lambda: base_configs.GLUE)

@@ -2,28 +2,54 @@ r"""Fine-tunes a whole sweep: many ranks, alphas, rates and seeds through one co
 
     python -m experiments.sweep --config=configs/quickstart_sweep.py --workdir=runs/sweep
 
-The config file defines ``sweep(add)`` beside ``get_config()``. Run again, with or without more
-runs in the file, it trains the runs that are left. With ``--points=24`` Optuna proposes as many, by
-the file's ``search(trial)``. The next command is ``python -m experiments.report runs/sweep``.
+The config file defines ``sweep(add)`` beside ``get_config()``; or the command line has a grid:
+
+    python -m experiments.sweep --config=configs/quickstart.py --workdir=runs/ranks \
+        --sweep lora.rank=1,4,16 --sweep seed=0,1
+
+Run again, with or without more runs in the file, or more values on the command line, it trains the
+runs that are left. With ``--points=24`` Optuna proposes as many, by the file's ``search(trial)``.
+The next command is ``python -m experiments.report runs/sweep``.
 """
+
+from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from experiments import cli, config_flag, environment, next_commands, recipes
+from experiments import base_configs, cli, config_flag, environment, lazy, next_commands, sweep_flag
 from experiments.config_flag import Command
-from lora_jax.sweeps import scheduler, search, sweep_dirs, trials
-from lora_jax.tasks import from_config, own_texts
-from lora_jax.training import config_files, metric_writer, workdirs
-from lora_jax.training.task import Recipe
+
+with lazy.imports():
+    from configs import common
+    from experiments import recipes
+    from lora_jax.sweeps import scheduler, search, sweep_dirs, trials
+    from lora_jax.tasks import from_config, own_texts
+    from lora_jax.training import config_files, metric_writer, workdirs
+
+if TYPE_CHECKING:
+    from lora_jax.training.task import Recipe
+
+SAMPLERS = ("tpe", "random")  # as in lora_jax.sweeps.search
 
 _PARALLEL = flags.DEFINE_string("parallel", "auto", "Runs at a time, or auto to find out.")
+_SWEEP = flags.DEFINE_multi_string(
+    "sweep",
+    [],
+    "FIELD=V1,V2,...: a sweep over these values of a field of the config, without a sweep(add) in "
+    "its file; several fields make a grid. A value that is a list stands in brackets.",
+)
 _SHARD = flags.DEFINE_string("shard", "1/1", "i/n: only the i-th of n parts, for n machines.")
 _ONLY = flags.DEFINE_multi_string("only", [], "FIELD=V1,V2: only runs with these values.")
 _PROGRAM = flags.DEFINE_enum(
-    "program", "glue", sorted(recipes.RECIPES), "Whose runs these are: glue stands for sst2 too."
+    "program",
+    "glue",
+    sorted(base_configs.BY_PROGRAM),
+    "Whose runs these are: glue stands for sst2 too.",
 )
 _HALVING = flags.DEFINE_integer(
     "halving", 0, "Number of runs of which one goes on at each rung; 0 to train all to the end."
@@ -32,7 +58,7 @@ _POINTS = flags.DEFINE_integer(
     "points", 0, "Points that Optuna proposes by the file's search(trial); 0: those of sweep(add)."
 )
 _BATCH = flags.DEFINE_integer("batch", 8, "Points that Optuna proposes at a time.")
-_SAMPLER = flags.DEFINE_enum("sampler", "tpe", search.SAMPLERS, "How Optuna proposes points.")
+_SAMPLER = flags.DEFINE_enum("sampler", "tpe", SAMPLERS, "How Optuna proposes points.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Say what would be run, and stop.")
 
 # The next command for the best adapter of each program.
@@ -49,6 +75,7 @@ def main(argv: list[str]) -> None:
     logging.getLogger("lora_jax").setLevel(logging.ERROR)  # the notes say what is fresh
     recipe = recipes.RECIPES[_PROGRAM.value]
     command = _read_command(argv, recipe)
+    environment.place_fonts()
     base = command.config
     choice = from_config.settle_dtype(base, command.workdir / workdirs.SWEEP)
     if _POINTS.value:
@@ -57,7 +84,7 @@ def main(argv: list[str]) -> None:
         _search(command, recipe)
         return
     sweep = _make_sweep(command, recipe)
-    sweep_dirs.check(command.workdir, base, sweep.halving)
+    sweep_dirs.check(command.workdir, base, sweep.halving, sweep.axes)
     print(_list_runs(sweep), flush=True)
     cli.say_all(choice, environment.describe_pages())
     if _DRY_RUN.value:
@@ -73,10 +100,10 @@ def _search(command: Command, recipe: Recipe) -> None:
     Raises:
       ValueError: flags are given that go with the points of a file alone; or as :func:`search.run`.
     """
-    if _HALVING.value or _ONLY.value or _SHARD.value != "1/1" or _DRY_RUN.value:
+    if _HALVING.value or _ONLY.value or _SWEEP.value or _SHARD.value != "1/1" or _DRY_RUN.value:
         raise ValueError(
-            "--points goes without --halving, --only, --shard and --dry_run: what Optuna proposes "
-            "depends on the scores of all points before."
+            "--points goes without --halving, --only, --sweep, --shard and --dry_run: what Optuna "
+            "proposes depends on the scores of all points before."
         )
     file, _ = config_files.split_argument(command.path)
     points = search.Search(
@@ -119,8 +146,8 @@ def _read_command(argv: list[str], recipe: Recipe) -> Command:
 
 
 def _make_sweep(command: Command, recipe: Recipe) -> scheduler.Sweep:
-    file, _ = config_files.split_argument(command.path)
-    runs = trials.make_trials(command.config, trials.load_sweep(file), recipe)
+    axes = sweep_flag.read(_SWEEP.value, recipe.base_config())
+    runs = trials.make_trials(command.config, _find_sweep(command, axes), recipe)
     _check_overrides(command, runs)
     runs = trials.select(runs, _ONLY.value)
     if _HALVING.value and (_HALVING.value < 2 or _SHARD.value != "1/1"):
@@ -135,16 +162,36 @@ def _make_sweep(command: Command, recipe: Recipe) -> scheduler.Sweep:
         workdir=command.workdir,
         parallel=_parallel(_PARALLEL.value),
         halving=_HALVING.value,
+        axes=axes,
         shard=_SHARD.value,
         say=cli.say,
     )
+
+
+def _find_sweep(
+    command: Command, axes: Mapping[str, Sequence[Any]]
+) -> Callable[[Callable[..., None]], None]:
+    """Returns the sweep of the command line, or else that of the config's file.
+
+    Raises:
+      ValueError: there is none, or there are both.
+    """
+    file, _ = config_files.split_argument(command.path)
+    if not axes:
+        return trials.load_sweep(file)
+    if trials.has_sweep(file):
+        raise ValueError(
+            f"{file} has a sweep(add) of its own, and --sweep is another: leave out --sweep, or "
+            "give a config without one. --only=FIELD=V1,V2 chooses among the runs of the file."
+        )
+    return lambda add: [add(**point) for point in common.product(axes)]
 
 
 def _check_overrides(command: Command, runs: list[trials.Trial]) -> None:
     if replaced := trials.find_replaced(runs, command.overrides):
         options = [f"--config.{field}={command.overrides[field]}" for field in replaced]
         raise ValueError(
-            f"{', '.join(options)} would change nothing: each run of the sweep in {command.path} "
+            f"{', '.join(options)} would change nothing: each run of the sweep "
             f"sets {', '.join(replaced)} itself. Leave it out; --only={replaced[0]}=VALUE chooses "
             "among the runs."
         )
@@ -161,7 +208,7 @@ def _parallel(text: str) -> int | None:
 def _list_runs(sweep: scheduler.Sweep) -> str:
     """Lists the runs of this process, by group."""
     varied = trials.varied_fields([t.config for t in sweep.trials])
-    lines = []
+    lines = [sweep_flag.describe(sweep.axes)] if sweep.axes else []
     for number, members in enumerate(trials.group(sweep.local_trials), 1):
         left = scheduler.unfinished(sweep, members)
         lines.append(f"group {number}: {len(members)} runs, {len(left)} to do")
@@ -203,4 +250,4 @@ def _outcome(sweep: scheduler.Sweep) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, lambda: base_configs.BY_PROGRAM[_PROGRAM.value])

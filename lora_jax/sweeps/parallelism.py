@@ -1,8 +1,10 @@
 """The number of runs that go through a compiled step at a time, and the programs for them."""
 
+import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import jax
 
@@ -38,6 +40,11 @@ class Programs:
         self._programs: dict[tuple, Program] = {}
         self._width: dict[str, int] = {}
         self._last: dict[str, int] = {}
+        self._compiling: Callable[[], AbstractContextManager] = contextlib.nullcontext
+
+    def show_compilation(self, compiling: Callable[[], AbstractContextManager]) -> None:
+        """Sets what each compilation goes on within, for programs that are made from now on."""
+        self._compiling = compiling
 
     def get(self, group: Group, key: str, count: int) -> Program:
         """Returns the program for ``count`` runs; groups of equal key and shapes share it."""
@@ -45,7 +52,7 @@ class Programs:
         if full_key not in self._programs:
             self._programs[full_key] = vmapped_step.make_program(
                 group.task, count, has_dropout=group.has_dropout, options=group.options
-            )
+            )._replace(compiling=self._compiling)
         return self._programs[full_key]
 
     def width(self, group: Group, key: str, runs: Sequence[Trial], steps: int) -> int:

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Sweep:
       parallel: number of runs at a time; None to measure which number is fastest.
       halving: number of runs of which one goes on after a rung; 0 for no halving.
       shard: part of the sweep that this process does, i/n.
+      axes: fields and their values, of a sweep that is a grid of the command line's; {} if not.
       say: takes each message; by default the logger ``lora_jax.sweeps``.
     """
 
@@ -52,6 +53,7 @@ class Sweep:
     parallel: int | None = None
     halving: int = 0
     shard: str = "1/1"
+    axes: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
     say: Callable[[str], None] = _LOGGER.info
 
 
@@ -153,13 +155,14 @@ def run(sweep: Sweep, base: ConfigDict, programs: Programs | None = None) -> dic
     if first is None:
         return {}
     _find_stop(sweep, load(first), 0)  # before the claim, so that a mistake claims nothing
-    sweep_dirs.claim(sweep.workdir, base, sweep.halving)
+    sweep_dirs.claim(sweep.workdir, base, sweep.halving, sweep.axes)
     task = load(first).task
     about.write(sweep.workdir, base=task.base_id, notes=list(task.notes))
     varied = trials.varied_fields([trial.config for trial in sweep.trials])
     lock = sweep_dirs.lock(sweep.workdir, sweep.shard)
     with lock, preemption.handle_sigterm(), ProgressBar(sweep.local_trials, varied) as bar:
         _show_finished(sweep, bar)
+        programs.show_compilation(bar.compiling)
         for rung in [*range(1, rung_count(sweep) + 1), 0]:
             for number, members in enumerate(groups):
                 if pending := unfinished(sweep, members):
@@ -173,7 +176,7 @@ def run(sweep: Sweep, base: ConfigDict, programs: Programs | None = None) -> dic
 def _show_finished(sweep: Sweep, bar: ProgressBar) -> None:
     for trial in sweep.local_trials:
         if result := sweep_dirs.read_result(sweep.workdir, trial):
-            bar.set_progress(trial, 1.0)
+            bar.set_progress(trial, 1.0, is_work=False)
             bar.set_best(trial, *sweep_dirs.best_score(result))
 
 
@@ -304,6 +307,6 @@ def _drop(sweep: Sweep, rung: int, bar: ProgressBar) -> None:
         entry = entries[trial.id]
         values = {"status": sweep_dirs.DROPPED, "steps": entry["step"], **entry["summary"]}
         sweep_dirs.finish(sweep.workdir, trial, values)
-        bar.set_progress(trial, 1.0)
+        bar.set_progress(trial, 1.0, is_work=False)
     if losers:
         sweep.say(f"rung {rung}: {len(losers)} runs dropped, {min(keep, len(ranked))} go on")

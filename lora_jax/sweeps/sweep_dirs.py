@@ -7,6 +7,7 @@ and only if it exists. Until then ``checkpoints/`` holds the state to go on from
 
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,20 @@ from lora_jax.training import workdirs
 from lora_jax.training.task import Score
 
 RUNS, RESULT = "runs", "result.json"
+_AXES = "sweep"  # key of a grid in sweep.json
 FINISHED, DIVERGED, DROPPED = "finished", "diverged", "dropped"
 
 
-def check(workdir: Path, base: ConfigDict, halving: int) -> None:
+def check(
+    workdir: Path, base: ConfigDict, halving: int, axes: Mapping[str, Sequence[Any]] | None = None
+) -> None:
     """Checks, without changing the directory, that this sweep may use it.
+
+    Args:
+      workdir: directory of the sweep.
+      base: base config of the sweep.
+      halving: as in :class:`lora_jax.sweeps.scheduler.Sweep`.
+      axes: fields and their values, of a grid; the directory's may have fewer values.
 
     Raises:
       ValueError: it holds another sweep (the message shows the differences) or a single run, or is
@@ -38,7 +48,11 @@ def check(workdir: Path, base: ConfigDict, halving: int) -> None:
     path = workdir / workdirs.SWEEP
     if not path.exists():
         return
-    changes = list(workdirs.differences(_read(path), _describe(base, halving)))
+    stored = _read(path)
+    grid = _describe(base, halving, axes)
+    if _is_part(stored.get(_AXES), grid.get(_AXES)):
+        stored = {**stored, _AXES: grid[_AXES]}
+    changes = list(workdirs.differences(stored, grid))
     if changes:
         changes = [change.removeprefix("config.") for change in changes]
         raise ValueError(
@@ -47,22 +61,40 @@ def check(workdir: Path, base: ConfigDict, halving: int) -> None:
         )
 
 
-def claim(workdir: Path, base: ConfigDict, halving: int) -> None:
+def _is_part(axes: Any, others: Any) -> bool:
+    """Returns whether a grid has the same fields as another, and no value that this one lacks."""
+    if not (isinstance(axes, dict) and isinstance(others, dict) and axes.keys() == others.keys()):
+        return False
+    return all(x in others[field] for field, values in axes.items() for x in values)
+
+
+def claim(
+    workdir: Path, base: ConfigDict, halving: int, axes: Mapping[str, Sequence[Any]] | None = None
+) -> None:
     """Takes the directory for this sweep, unless the sweep has it already.
+
+    Args:
+      workdir: directory of the sweep.
+      base: base config of the sweep.
+      halving: as in :func:`check`.
+      axes: as in :func:`check`; values that are new are noted in the directory.
 
     Raises:
       ValueError: as :func:`check`.
       OSError: it can't be written.
     """
-    check(workdir, base, halving)
-    path = workdir / workdirs.SWEEP
-    if not path.exists():
+    check(workdir, base, halving, axes)
+    path, content = workdir / workdirs.SWEEP, _describe(base, halving, axes)
+    if not path.exists() or (axes and _read(path) != content):
         workdir.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, (json.dumps(_describe(base, halving), indent=2) + "\n").encode())
+        write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def _describe(base: ConfigDict, halving: int) -> dict[str, Any]:
-    return {"config": workdirs.to_json_types(base), "halving": halving}
+def _describe(
+    base: ConfigDict, halving: int, axes: Mapping[str, Sequence[Any]] | None
+) -> dict[str, Any]:
+    grid = {_AXES: json.loads(json.dumps(dict(axes)))} if axes else {}  # tuples are lists there
+    return {"config": workdirs.to_json_types(base), "halving": halving, **grid}
 
 
 def _read(path: Path) -> Any:

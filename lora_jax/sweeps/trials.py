@@ -55,12 +55,12 @@ def load_sweep(path: str | Path) -> Callable[[Callable[..., None]], None]:
       FileNotFoundError: there is no such file.
       ValueError: the file defines none, or something is wrong in it.
     """
-    is_python = not str(path).endswith(".json")
-    sweep = getattr(config_files.import_file(str(path)), "sweep", None) if is_python else None
-    if not callable(sweep):
+    sweep = _find_sweep(path)
+    if sweep is None:
         raise ValueError(
             f"{path} defines no sweep: add a function sweep(add) that calls add(**{{'lora.rank': "
-            "4, ...}) for each run, as configs/quickstart_sweep.py does."
+            "4, ...}) for each run, as configs/quickstart_sweep.py does; or give the values on the "
+            "command line, as in --sweep=lora.rank=1,4,16."
         )
 
     def call(add: Callable[..., None]) -> None:
@@ -70,6 +70,22 @@ def load_sweep(path: str | Path) -> Callable[[Callable[..., None]], None]:
             raise ValueError(config_files.describe_error(error, str(path))) from error
 
     return call
+
+
+def has_sweep(path: str | Path) -> bool:
+    """Returns whether a config file defines a sweep.
+
+    Raises:
+      FileNotFoundError, ValueError: as :func:`load_sweep`, but for a file that defines none.
+    """
+    return _find_sweep(path) is not None
+
+
+def _find_sweep(path: str | Path) -> Callable[[Callable[..., None]], None] | None:
+    if str(path).endswith(".json"):
+        return None
+    sweep = getattr(config_files.import_file(str(path)), "sweep", None)
+    return sweep if callable(sweep) else None
 
 
 def make_trials(

@@ -6,9 +6,11 @@ hence moments and weight decay of zero, and stay zero. They add nothing to a nor
 computes what the run alone would.
 """
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
@@ -238,12 +240,14 @@ class Program(NamedTuple):
       count: number of runs at a time.
       mesh: devices that the runs are spread over, the same number on each.
       compiled: compiled steps by name and shapes of the batch, with the seconds of compilation.
+      compiling: makes the context that a compilation goes on within.
     """
 
     steps: dict[str, Callable]
     count: int  # type: ignore[assignment]  # it hides tuple.count
     mesh: Mesh
     compiled: dict[tuple, tuple[jax.stages.Compiled, float]]
+    compiling: Callable[[], AbstractContextManager] = contextlib.nullcontext
 
 
 def place(program: Program, members: Member) -> Member:
@@ -289,7 +293,8 @@ def compile_step(
     if key not in program.compiled:
         fn = jax.jit(_batch_over_runs(program, name), donate_argnums=0 if name == "train" else ())
         begin = time.perf_counter()
-        step = fn.lower(members, base, batch).compile()
+        with program.compiling():
+            step = fn.lower(members, base, batch).compile()
         program.compiled[key] = step, time.perf_counter() - begin
     return program.compiled[key][0]
 

@@ -17,15 +17,17 @@ AUTO = {
 }
 
 
-def write_peft_lines(directory: str | Path, loaded: Loaded) -> str:
+def write_peft_lines(directory: str | Path, loaded: Loaded, *, base: str = "") -> str:
     """Writes the lines that open an adapter in PEFT's format, over the base that it was made for.
 
     Args:
       directory: directory of the adapter.
       loaded: the base, with the adapter's number of labels.
+      base: name or directory for the lines; by default that by which the base was found.
     """
     name = f"AutoModelFor{AUTO[loaded.head]}"
     place, options = _locate_base(loaded)
+    place = base or place
     if loaded.head == CLASSIFIER:
         options["num_labels"] = loaded.model.num_labels
     if loaded.fresh:  # the base may have a head of another size, in whose place the adapter's comes

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -135,7 +135,7 @@ def loop(
         stop = preemption.is_requested(start)
         is_due = durations.is_evaluation_due(plan, start) and start > progress.evaluated
         if is_due and not stop:
-            with _compile_ahead(run, steps, state, start):
+            with _compile_ahead(run, steps, state, start, meter):
                 progress, stop = _evaluate(run, steps, state.adapter, start, progress, meter)
         if progress.ended:
             return start, progress
@@ -143,7 +143,8 @@ def loop(
             _stop(run, checkpoints, start)
         for step in range(start + 1, plan.total + 1):
             batch = run.task.train_batch(step - 1)
-            state, metrics = steps.train(state, run.task.base, batch)
+            with meter.compiling(batch):
+                state, metrics = steps.train(state, run.task.base, batch)
             meter.add(step, *metrics)
             stop = preemption.is_requested(step)
             is_due = durations.is_evaluation_due(plan, step)
@@ -162,13 +163,17 @@ def loop(
     return plan.total, progress
 
 
+@contextlib.contextmanager
 def _compile_ahead(
-    run: Run, steps: Steps, state: TrainState, step: int
-) -> contextlib.AbstractContextManager:
+    run: Run, steps: Steps, state: TrainState, step: int, meter: Meter
+) -> Iterator[None]:
     """Compiles the step for its first batch beside a block, on a single device."""
     if run.devices.mesh is not None or step >= run.plan.total:
-        return contextlib.nullcontext()
-    return compile_ahead(steps.train, state, run.task.base, run.task.train_batch(step))
+        yield
+        return
+    batch = run.task.train_batch(step)
+    with meter.compiling(batch), compile_ahead(steps.train, state, run.task.base, batch):
+        yield
 
 
 def _meter(run: Run, adapter: PyTree, start: int, progress: Progress) -> Meter:
@@ -193,7 +198,8 @@ def _evaluate(
     batches = lambda: preemption.until_requested(run.task.eval_batches())
     task = dataclasses.replace(run.task, eval_batches=batches)
     try:
-        values = evaluate(steps.evaluate, adapter, task)
+        with meter.evaluating():
+            values = evaluate(steps.evaluate, adapter, task)
     except preemption.Interrupted:
         return progress, True
     return _report(run, adapter, Evaluation(step, values), progress, meter), False

@@ -1,15 +1,19 @@
 """Checks, averages, logs and shows training metrics as they come."""
 
+import contextlib
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple, Self
 
 import jax
-from tqdm import tqdm
+import numpy as np
 
-from lora_jax.training import metric_writer, metrics, nan_guard
+from lora_jax.training import metric_writer, metrics, nan_guard, progress_bar
+from lora_jax.training.task import Batch
+
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 def means(rows: Sequence[Sequence[float]], sums_type: type, *, seconds: float) -> dict[str, float]:
@@ -61,18 +65,28 @@ class Meter:
         self._sums_type: type = tuple
         self._last = steps.start
         self._clock = time.perf_counter()
-        # In a file, which keeps every update, a line now and then is enough.
-        seconds = 1 if sys.stderr.isatty() else 10
-        self._bar = tqdm(
-            total=steps.stop, initial=steps.start, unit="step", dynamic_ncols=True,
-            mininterval=seconds, disable=jax.process_index() > 0,
-        )  # fmt: skip
+        self._shapes: set[Shapes] = set()
+        self._bar = progress_bar.ProgressBar(
+            steps.stop, initial=steps.start, is_hidden=jax.process_index() > 0
+        )
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
+
+    def compiling(self, batch: Batch) -> AbstractContextManager[None]:
+        """Shows that the step in the block is compiled, if it is: for a batch of new shapes."""
+        shapes = tuple(sorted((name, np.shape(x)) for name, x in batch.items()))
+        if shapes in self._shapes:
+            return contextlib.nullcontext()
+        self._shapes.add(shapes)
+        return self._bar.during("compiling")
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Shows that the block is an evaluation."""
+        return self._bar.during("evaluating", is_work=True)
 
     def add(self, step: int, sums: NamedTuple, verdict: nan_guard.Verdict) -> None:
         """Takes the sums of a step, of which the first is 1, and the guard's verdict on it.
@@ -104,7 +118,7 @@ class Meter:
 
     def show_best(self, name: str, best: float) -> None:
         """Shows the best score beside the bar; starts the time of the next line anew."""
-        self._bar.set_description(f"best validation {name} {best:.4f}", refresh=False)
+        self._bar.describe(f"best validation {name} {best:.4f}")
         self._clock = time.perf_counter()
 
     def _read(self) -> None:
@@ -116,10 +130,10 @@ class Meter:
         self._sums_type = type(sums)
         if problem := nan_guard.check_step(self._policy, self._last, verdict):
             self._log.write(self._last, epoch=self._epoch(), skipped=int(verdict.skips))
-            self._bar.write(f"{problem}: its update is left out", file=sys.stderr)
+            self._bar.write(f"{problem}: its update is left out")
         else:
             self._rows.append([*map(float, sums), float(verdict.grad_norm)])
-        self._bar.update(1)
+        self._bar.update()
         if self._last % self._log_every == 0 and self._rows:
             self._write()
 
@@ -133,5 +147,5 @@ class Meter:
         self._log.write(self._last, epoch=self._epoch(), **values, **rates)
         speed = values.pop("examples_per_second")
         parts = [f"{name} {value:.3f}" for name, value in values.items()]
-        self._bar.set_postfix_str(", ".join([*parts, f"{speed:.0f} examples/s"]), refresh=False)
+        self._bar.show(", ".join([*parts, f"{speed:.0f} examples/s"]))
         self._rows, self._clock = [], now

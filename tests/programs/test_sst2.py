@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.helpers import programs, tiny_encoder
+from tests.helpers import hub_server, programs, tiny_encoder
 from tests.helpers.places import ROOT
 
 
@@ -341,6 +341,7 @@ def exported(finished, tmp_path_factory):
 
 def test_export_in_the_format_of_peft(inputs, finished, exported, tmp_path):
     assert sorted(p.name for p in exported.iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "lora_jax.json",
@@ -355,7 +356,68 @@ def test_export_in_the_format_of_peft(inputs, finished, exported, tmp_path):
     again = run("export", f"--adapter={exported}", f"--out={tmp_path}/again", "--peft")
     assert again.returncode == 0, again.stderr
     for path in exported.iterdir():
-        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
+        same = (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
+        assert same or path.name == "README.md"  # of which an adapter of PEFT has no scores
+
+
+def test_an_export_is_pushed_to_the_hub(finished, exported, tmp_path):
+    out = tmp_path / "pushed"
+    arguments = ["export", f"--adapter={finished[0]}/adapter", f"--out={out}", "--peft"]
+    push = ["--push=someone/sst2", "--private", "--revision=v1", "--license=apache-2.0"]
+    with hub_server.serve() as (hub, address):
+        client = {
+            "HF_ENDPOINT": address,
+            "HF_TOKEN": "hf_writer",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",
+        }
+        done = programs.start(*arguments, *push, env=client)
+        assert (
+            done.returncode == 0 and f"Pushed to {address}/someone/sst2/commit/" in done.stdout
+        ), done.stderr
+    assert hub.repositories["someone/sst2"]["private"] and hub.files("someone/sst2") == {}
+    files = hub.files("someone/sst2", "v1")
+    assert files == {path.name: path.read_bytes() for path in out.iterdir()}
+    assert (
+        files["adapter_model.safetensors"] == (exported / "adapter_model.safetensors").read_bytes()
+    )
+    card = files["README.md"].decode()
+    assert (
+        "license: apache-2.0\n" in card
+        and "PeftModel.from_pretrained(base, 'someone/sst2')" in card
+    )
+    assert (
+        "python -m experiments.sst2 --config=config.json" in card
+        and str(finished[0].parent) not in card
+    )
+    assert "names the base by its path here" in done.stderr and "\r" not in done.stderr
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--push=sst2"], "sst2 is no repository of the Hub: give USER/NAME."),
+    (["--private"], "--private and --revision are for --push"),
+    (["--license=MIT License"], "give the Hub's name of a license"),
+])  # fmt: skip
+def test_mistakes_of_a_push_cost_no_export(finished, tmp_path, flags, says):
+    arguments = [
+        "export",
+        f"--adapter={finished[0]}/adapter",
+        f"--out={tmp_path / 'out'}",
+        "--peft",
+    ]
+    done = run(*arguments, *flags)
+    assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_could_not_be_pushed_is_kept(finished, tmp_path):
+    out = tmp_path / "kept"
+    arguments = ["export", f"--adapter={finished[0]}/adapter", f"--out={out}", "--merged"]
+    client = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_writer", "HF_HUB_OFFLINE": "0"}
+    done = programs.start(*arguments, "--push=someone/sst2", env=client)
+    (error,) = done.stderr.splitlines()
+    assert done.returncode == 2 and "http://127.0.0.1:9 can't be reached (" in error
+    assert f"is in {out}: hf upload someone/sst2 {out} ." in error and (out / "README.md").is_file()
 
 
 @pytest.mark.slow
