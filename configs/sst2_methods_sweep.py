@@ -30,9 +30,12 @@ _METHODS: tuple[tuple[Mapping[str, Any], Sequence[float]], ...] = (
     ({"lora.init": "lora_ga"}, _RATES),
     ({"lora.init": "eva"}, _RATES),
     ({"optimizer.b_rate": 16.0}, (6e-5, 2e-4, 6e-4, 2e-3)),
-    ({"lora.train_a": False}, _RATES),
+    ({"lora.train_a": False}, (*_RATES, 2e-2)),
     ({"lora.method": "vera", "lora.rank": 256}, _HIGH_RATES),
-    ({"lora.method": "adalora", "lora.rank": 12, "optimizer.budget.target_rank": 8}, _RATES),
+    (
+        {"lora.method": "adalora", "lora.rank": 12, "optimizer.budget.target_rank": 8},
+        (*_RATES, 2e-2),
+    ),
     ({"lora.targets": (), "lora.train": ("re:.*bias", *_HEAD)}, _RATES),  # BitFit
     ({"lora.targets": (), "lora.train": ("re:.*",)}, _LOW_RATES),  # full fine-tuning
 )
