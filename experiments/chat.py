@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
     """Prints a reply to the message, to each question, or to each line of stdin."""
     _check(argv)
     options = _read_options()
-    if _COMPARE.value:
+    if _COMPARE.value and _ADAPTER.value is not None:  # `_check` asks for both
         pair = chat.load_pair(_ADAPTER.value, model=_MODEL.value, **options)
         _print_notes(pair[0])
         _ask(pair, _COLUMNS)

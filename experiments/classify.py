@@ -28,6 +28,7 @@ with lazy.imports():
 
     from experiments import recipes
     from lora_jax import files
+    from lora_jax.data import examples as labelled
     from lora_jax.tasks import class_report, classifier, own_texts
     from lora_jax.training import workdirs
 
@@ -79,7 +80,8 @@ def _report_classes(config: ConfigDict, adapter: Path, workdir: Path | None) -> 
         return examples
     model = classifier.load(adapter, model=config.model.name)
     predictions = np.argmax(classifier.predict_examples(model, examples), axis=-1)
-    report = class_report.make_report(config.model.labels, examples.labels, predictions)
+    labels = labelled.require_labels(examples)
+    report = class_report.make_report(config.model.labels, labels, predictions)
     cli.say("\n".join(class_report.describe(report)))
     if workdir is None:  # the last line is JSON, as that of every evaluation
         cli.say(json.dumps({"adapter": str(adapter)} | class_report.to_json(report)))

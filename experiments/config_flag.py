@@ -9,7 +9,7 @@ is no flag and no field is an error that says which may be meant.
 import ast
 import difflib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -163,7 +163,7 @@ def _is_bool(field: str, base: ConfigDict) -> bool:
     return name in section and section.get_type(name) is bool
 
 
-def _read_next(argument: str, rest: Iterable[str], *, is_bool: bool, negation: str | None) -> str:
+def _read_next(argument: str, rest: Iterator[str], *, is_bool: bool, negation: str | None) -> str:
     """Returns the value of a flag that has none behind it: for True and False, that is one."""
     if is_bool:
         return "false" if negation else "true"

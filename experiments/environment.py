@@ -31,7 +31,7 @@ def start_cache() -> None:
     Raises:
       OSError: the directory that the command line names can't be made.
     """
-    if _CACHE.value is None and jax.config.jax_compilation_cache_dir:
+    if _CACHE.value is None and jax.config.values["jax_compilation_cache_dir"]:
         return
     if _CACHE.value == "":
         jax.config.update("jax_enable_compilation_cache", False)

@@ -129,7 +129,7 @@ def main(argv: list[str]) -> None:
     model = classifier.load(_ADAPTER.value, model=_MODEL.value)
     for note in model.notes:
         print(f"assumed: {note}", file=sys.stderr)
-    if kind == "table" or (kind == "either" and (model.columns or _TEXT.value)):
+    if file and (kind == "table" or (kind == "either" and (model.columns or _TEXT.value))):
         texts, values = _predict_table(file, model)
     else:
         values = classifier.predict(model, texts, say=_note)
@@ -137,7 +137,8 @@ def main(argv: list[str]) -> None:
         best = int(row.argmax())
         label, value = model.labels[best], round(float(row[best]), 4)
         if len(model.labels) == 1:
-            fields, text = {label: value}, f"{label} {value:.4f}"
+            fields: dict[str, str | float] = {label: value}
+            text = f"{label} {value:.4f}"
         else:
             fields, text = {"label": label, "probability": value}, f"{label} ({value:.4f})"
         line = f"{text}\t{sentence.replace(chr(10), ' ')}"

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
@@ -83,7 +83,7 @@ def make_tokenizer(lines: list[str], vocab_size: int) -> tokenizers.Tokenizer:
 
 def pack(lines: list[str], tokenizer: tokenizers.Tokenizer, c: ConfigDict) -> Texts:
     """Joins all lines in random order, each after the token that ends one, and cuts the whole."""
-    end = tokenizer.token_to_id(_END)
+    end: Any = tokenizer.token_to_id(_END)  # `make_tokenizer` has added it
     rows = tokenizer.encode_batch_fast(lines)
     stream = [
         t
@@ -100,7 +100,8 @@ def make_model(
     """Makes a model of random values, drawn by the config's seed, and writes it."""
     end = tokenizer.token_to_id(_END)
     sizes = {n: x for n, x in config.model.to_dict().items() if n in _SIZES}
-    shape = gpt2.GPT2Config(**sizes | {"vocab_size": tokenizer.get_vocab_size()})
+    fields: dict[str, Any] = sizes | {"vocab_size": tokenizer.get_vocab_size()}
+    shape = gpt2.GPT2Config(**fields)
     about = shape.to_hf() | {"bos_token_id": end, "eos_token_id": end}
     model = gpt2.GPT2LMHeadModel(shape)
     params = jax.jit(model.init)(

@@ -5,7 +5,7 @@ Each process has some of the devices, and runs the same program. The first one w
 
 import os
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import flags
 
@@ -62,7 +62,7 @@ def start() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
-def _read_settings() -> dict[str, str | int | None]:
+def _read_settings() -> dict[str, Any]:
     """Reads the flags, or else the variables that JAX has for the same."""
     coordinator = _COORDINATOR.value
     if coordinator is None:

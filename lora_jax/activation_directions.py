@@ -21,7 +21,7 @@ from lora_jax.config import LoRAConfig
 from lora_jax.data_passes import Loss, make_gradient_sum, orthonormalize, to_columns
 from lora_jax.factors import IN, factor_shapes, positions, wide_dtype
 from lora_jax.initial import make_adapter
-from lora_jax.kernels import Leaf, max_rank
+from lora_jax.kernels import Leaf, adapted_shape, max_rank
 from lora_jax.lowrank import LowRank
 from lora_jax.methods.initial_values import FROM_ACTIVATIONS
 from lora_jax.methods.start import Start
@@ -153,6 +153,7 @@ def _find_components(
     draw = lambda n, x: jax.random.normal(keys[n], (*x.a.shape[:-1], widths[n]), x.a.dtype)
     basis = {n: orthonormalize(to_columns(draw(n, x), x)) for n, x in nodes.items()}
     measure = make_gradient_sum(measure_inputs, loss_fn, params, batches)
+    moments: dict[str, Array] = {}
     for step in range(_N_ITER + 1):
         measured = measure({n: _put(x, basis[n]) for n, x in nodes.items()})
         moments = {n: to_columns(x.a, x) for n, x in measured.items()}
@@ -163,11 +164,12 @@ def _find_components(
 
 
 def _count_inputs(leaf: Leaf) -> int:
-    return math.prod(leaf.shape[k] for k in positions(leaf.axes, IN))
+    shape = adapted_shape(leaf)
+    return math.prod(shape[k] for k in positions(leaf.axes, IN))
 
 
 def _make_node(leaf: Leaf, width: int) -> LowRank:
-    a, b = factor_shapes(leaf.shape, leaf.axes, width)
+    a, b = factor_shapes(adapted_shape(leaf), leaf.axes, width)
     dtype = wide_dtype(leaf.dtype)
     return LowRank(jnp.zeros(a, dtype), jnp.zeros(b, dtype), 1.0, axes=leaf.axes)
 

@@ -1,6 +1,7 @@
 """Finds the biases that are adapted beside their kernels, and makes their first values."""
 
 from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -63,8 +64,8 @@ def init_biases(nodes: Mapping[str, Adapted], biases: Mapping[str, str]) -> dict
     return {bias: _init_bias(nodes[name]) for name, bias in biases.items()}
 
 
-def _init_bias(node: Adapted) -> AdaptedBias:
-    """Makes the node of the bias beside an adapted kernel, whose outputs its last factor has."""
+def _init_bias(node: Any) -> AdaptedBias:
+    """Makes the node of the bias beside an adapted kernel, whose outputs its factor ``b`` has."""
     n = node.axes.count("b")
     shape = (*node.b.shape[:n], *node.b.shape[n + 1 :])
     return AdaptedBias(jnp.zeros(shape, node.b.dtype), node.scale, axes=node.axes.replace(IN, ""))

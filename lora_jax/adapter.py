@@ -8,8 +8,8 @@ all values of this one type.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ from lora_jax.nodes import (
 from lora_jax.quantized import as_array, is_quantized, numbers
 
 PyTree = Any
+Tree = TypeVar("Tree")
 TRAINABLE, FROZEN = "trainable", "frozen"
 
 
@@ -69,6 +70,11 @@ def base_leaves(params: PyTree) -> dict[str, Any]:
     """
     leaves = paths.named_leaves(params, is_leaf=is_node)
     if bound := [name for name, node in leaves.items() if is_node(node)]:
+        if not any(is_bound(leaves[name]) for name in bound):
+            raise ValueError(
+                f"Got an adapter where the parameters are expected, with nodes at "
+                f"{paths.listing(bound)}: the parameters come first, as in bind(params, adapter)."
+            )
         raise ValueError(
             f"The parameters are already bound to an adapter, at {paths.listing(bound)}, and a "
             "tree takes one. Pass the parameters themselves; for a second adapter on top of the "
@@ -90,7 +96,7 @@ def bind(params: PyTree, adapter: PyTree) -> PyTree:
     return _overlay(params, adapter, lambda name, leaf, x: as_node(x).bind(leaf, name))
 
 
-def merge(params: PyTree, adapter: PyTree) -> PyTree:
+def merge(params: Tree, adapter: PyTree) -> Tree:
     """Rewrites the tree to plain arrays, each adapted kernel being ``W + s·BA``.
 
     This is the definition of what an adapter means. The result has the structure, shapes and
@@ -151,7 +157,7 @@ def overlay(params: PyTree, adapter: PyTree) -> tuple[dict[str, Any], dict[str, 
 def _overlay(params: PyTree, adapter: PyTree, put: Callable) -> PyTree:
     leaves, entries = overlay(params, adapter)
     merged = [put(n, x, entries[n]) if n in entries else x for n, x in leaves.items()]
-    return jax.tree.structure(params, is_leaf=is_quantized).unflatten(merged)
+    return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_quantized), merged)
 
 
 def misfits(
@@ -165,10 +171,12 @@ def misfits(
       stacked: leading axes of each array of the adapter, with one entry for each adapter.
     """
     unknown = [name for name in entries if name not in leaves]
+    hint = _describe_level(unknown, leaves)
     problems = [_misfit(n, leaves[n], x, stacked) for n, x in entries.items() if n in leaves]
     if unknown:
         problems.append(
             f"no parameter at {paths.listing(unknown)}; parameters here: {paths.listing(leaves)}"
+            f"{hint}"
         )
     problems = [p for p in problems if p]
     if problems and not stacked and (axes := leading_axes(entries)):
@@ -177,6 +185,19 @@ def misfits(
             "one of it with jax.tree.map(lambda x: x[0], adapter)"
         )
     return problems
+
+
+def _describe_level(unknown: Sequence[str], leaves: Mapping[str, Any]) -> str:
+    """Says by which component all paths of two trees differ; "" if it is not one."""
+    if not unknown:
+        return ""
+    first = unknown[0].split("/")[0]
+    if all(name.partition("/")[2] in leaves for name in unknown):
+        return f". These are the adapter's without {first!r}: pass {{{first!r}: params}}"
+    for top in dict.fromkeys(name.split("/")[0] for name in leaves):
+        if all(f"{top}/{name}" in leaves for name in unknown):
+            return f". These are the adapter's below {top!r}: pass params[{top!r}]"
+    return ""
 
 
 def leading_axes(entries: Mapping[str, Any]) -> tuple[int, ...]:

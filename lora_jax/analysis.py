@@ -7,11 +7,12 @@ has batch axes, ``jax.vmap`` over them.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 
 
-def subspace_similarity(a1: Array, a2: Array) -> Array:
+def subspace_similarity(a1: Array | np.ndarray, a2: Array | np.ndarray) -> Array:
     """Measures what the leading directions of two ``a`` have in common (Hu et al. 2021, sec. 7.2).
 
     ``φ(A₁, A₂, i, j) = ‖U₁ⁱᵀ U₂ʲ‖²_F / min(i, j)`` (equation 4), where the columns of ``Uⁱ`` are
@@ -31,7 +32,7 @@ def subspace_similarity(a1: Array, a2: Array) -> Array:
     >>> subspace_similarity(jnp.array([[2.0, 0], [0, 1.0]]), jnp.array([[0], [1.0]])).tolist()
     [[0.0], [1.0]]
     """
-    u1, u2 = _directions(a1), _directions(a2)
+    u1, u2 = _directions(jnp.asarray(a1)), _directions(jnp.asarray(a2))
     if u1.shape[0] != u2.shape[0]:
         raise ValueError(
             f"The subspaces are of spaces of {u1.shape[0]} and {u2.shape[0]} dimensions: compare "

@@ -7,19 +7,21 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, Self
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Self, TypeVar
 
 from lora_jax import hints, paths
 from lora_jax.methods import METHODS, RANK_OFFSETS, unused_fields
 from lora_jax.methods.initial_values import INITS
 
 ALL_LINEAR = "all-linear"
+C = TypeVar("C")
 
 
-def _refuse_unknown_fields(cls: type) -> type:
+def _refuse_unknown_fields(cls: type[C]) -> type[C]:
     """Makes the error for an unknown keyword name the field that is meant."""
-    init, known = cls.__init__, [f.name for f in dataclasses.fields(cls)]
+    fields: Any = dataclasses.fields
+    init, known = vars(cls)["__init__"], [f.name for f in fields(cls)]
 
     @functools.wraps(init)
     def check_and_init(self: Any, *args: Any, **fields: Any) -> None:
@@ -27,7 +29,7 @@ def _refuse_unknown_fields(cls: type) -> type:
             raise TypeError(hints.unknown_fields(unknown, known))
         init(self, *args, **fields)
 
-    cls.__init__ = check_and_init
+    setattr(cls, "__init__", check_and_init)  # noqa: B010  type checkers know the fields
     return cls
 
 
@@ -83,8 +85,8 @@ class LoRAConfig:
 
     rank: int = 8
     alpha: float = 16.0
-    targets: tuple[str, ...] = (ALL_LINEAR,)
-    train: tuple[str, ...] = ()
+    targets: Sequence[str] = (ALL_LINEAR,)
+    train: Sequence[str] = ()
     method: str = "lora"
     init: str = "uniform"
     train_a: bool = True
@@ -96,9 +98,7 @@ class LoRAConfig:
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict, hash=False)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
     roles: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
-    train_tokens: Mapping[str, tuple[int, ...]] = dataclasses.field(
-        default_factory=dict, hash=False
-    )
+    train_tokens: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict, hash=False)
     origin: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -163,8 +163,8 @@ class LoRAConfig:
         """Returns the scale ``s`` for the kernel called ``name``, at its own or the given rank."""
         rank = self.kernel_rank(name) if rank is None else rank
         alpha = _first_match(self.alpha_pattern, name, self.alpha)
-        rank = rank + RANK_OFFSETS.get(self.method, 0)
-        return alpha / math.sqrt(rank) if self.rank_stabilized else alpha / rank
+        divisor = rank + RANK_OFFSETS.get(self.method, 0)
+        return alpha / math.sqrt(divisor) if self.rank_stabilized else alpha / divisor
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as JSON types."""

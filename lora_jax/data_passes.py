@@ -19,7 +19,7 @@ Nodes = Mapping[str, LowRank]
 
 
 def make_gradient_sum(
-    transform: Callable[[Loss], Loss], loss_fn: Loss, params: PyTree, batches: Sequence[Any]
+    transform: Callable[..., Any], loss_fn: Loss, params: PyTree, batches: Sequence[Any]
 ) -> Callable[[Nodes], dict[str, LowRank]]:
     """Returns the function from factors to the gradient by them, summed over batches.
 

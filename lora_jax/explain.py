@@ -1,10 +1,11 @@
 """``explain``: where each adapted kernel stays factored, and where it is formed."""
 
 import dataclasses
+import html
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lora_jax import paths
+from lora_jax import hints, paths
 from lora_jax.adapter import bind, nodes
 from lora_jax.nodes import is_adapted_kernel
 from lora_jax.transform import interpreter
@@ -36,20 +37,42 @@ class Explanation:
 
     kernels: Mapping[str, KernelUse]
 
-    def __str__(self) -> str:
+    def _fold(self) -> list[tuple[str, int, KernelUse]]:
+        """Returns a name for kernels that are alike, their number, and their uses."""
         alike: dict[tuple[str, KernelUse], list[str]] = {}
         for name, use in self.kernels.items():
             alike.setdefault((paths.fold_layers(name), use), []).append(name)
+        rows = (
+            (folded if names[1:] else names[0], names, use)
+            for (folded, use), names in alike.items()
+        )
+        return [(name, len(names), use) for name, names, use in rows]
+
+    def __str__(self) -> str:
         rows = [f"{len(self.kernels)} adapted kernels"]
-        for (folded, use), names in alike.items():
-            name, times = (folded, f" ({len(names)} times)") if names[1:] else (names[0], "")
+        for name, count, use in self._fold():
+            times = f" ({count} times)" if count > 1 else ""
             unused = "" if use.factored or use.fallbacks else " (never used)"
             counts = f"factored {use.factored}, formed {len(use.fallbacks)}"
             rows.append(f"{name}{times}: {counts}{unused}")
             rows += [f"    formed by {reason}" for reason in use.fallbacks]
         return "\n".join(rows)
 
-    __repr__ = __str__  # so that a notebook shows the table
+    __repr__ = __str__  # so that the prompt shows the table
+
+    def _repr_html_(self) -> str:
+        """Returns the table for a notebook."""
+        heads = ("kernel", "kernels", "factored", "formed", "formed by")
+        rows = [
+            (name, count, use.factored, len(use.fallbacks), "\n".join(use.fallbacks))
+            for name, count, use in self._fold()
+        ]
+        make_row = lambda tag, cells: "".join(
+            f"<{tag} style='text-align: left; white-space: pre-wrap'>{html.escape(str(x))}</{tag}>"
+            for x in cells
+        )
+        lines = [f"<tr>{make_row('td', row)}</tr>" for row in rows]
+        return f"<table><tr>{make_row('th', heads)}</tr>{''.join(lines)}</table>"
 
 
 def explain(
@@ -61,8 +84,10 @@ def explain(
     may be given as ``jax.ShapeDtypeStruct``. Dropout makes no difference.
 
     Raises:
+      TypeError: ``fn`` is no function, but a module, say.
       ValueError: as :func:`lora_jax.bind`.
     """
+    hints.check_function(fn)
     names = [n for n, node in nodes(adapter).items() if is_adapted_kernel(node)]
     events = trace(fn, (bind(params, adapter), *args), kwargs)
     uses = {name: [e for e in events if name in e.names] for name in names}

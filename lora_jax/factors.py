@@ -26,6 +26,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 Array = jax.Array
+Spec = PartitionSpec | Sequence[Any]
 IN, OUT, BATCH = "i", "o", "b"
 WHOLE = "w"  # the role of every axis of a leaf that is no kernel: it is replaced as a whole
 ROLES = (IN, OUT, BATCH, WHOLE)
@@ -74,7 +75,7 @@ def shape_of(
     return tuple(shape[p] if isinstance(p, int) else sizes[p] for p in places(letters, axes))
 
 
-def spec_of(letters: str, axes: str, spec: Sequence[Any]) -> PartitionSpec:
+def spec_of(letters: str, axes: str, spec: Spec) -> PartitionSpec:
     """Returns the spec of such an array: its axes lie where the kernel's do, its own are whole.
 
     >>> tuple(spec_of("bir", "bio", PartitionSpec(None, "fsdp", "tensor")))
@@ -164,7 +165,7 @@ def swap_sides(a: Array, b: Array, axes: str) -> tuple[Array, Array, str]:
     With it a rule for contracting the inputs serves for contracting the outputs (a tied head).
     """
     n = axes.count(BATCH)
-    swapped = axes.translate(str.maketrans({IN: OUT, OUT: IN}))
+    swapped = axes.translate(str.maketrans(IN + OUT, OUT + IN))
     return jnp.moveaxis(b, n, -1), jnp.moveaxis(a, -1, n), swapped
 
 

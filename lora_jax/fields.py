@@ -16,6 +16,7 @@ from lora_jax.nodes import (
     Adapted,
     Field,
     Node,
+    Trained,
     as_node,
     is_adapted,
     is_node,
@@ -33,7 +34,7 @@ def map_fields(change: Callable[[str, Field, Any], Any], x: Any) -> Any:
     names = [name for name in node.table if not is_static(node, name)]
     values = {name: change(name, node.table[name], getattr(node, name)) for name in names}
     changed = dataclasses.replace(node, **values)
-    return changed if is_node(x) else changed.value
+    return changed.value if isinstance(changed, Trained) and not is_node(x) else changed
 
 
 def tensors(path: str, x: Any) -> dict[str, Any]:
@@ -61,7 +62,9 @@ def sizes(node: Node) -> dict[str, int]:
     Each size is read off the first array that has the axis.
     """
     by_letter: dict[str, int] = {}
-    for name, field in node.table.items() if is_adapted(node) else ():
+    if not is_adapted(node):
+        return by_letter
+    for name, field in node.table.items():
         axes, shape = places(field.axes, node.axes), np.shape(getattr(node, name))
         for k, place in enumerate(axes):
             index = k - len(axes)

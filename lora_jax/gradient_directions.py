@@ -21,7 +21,7 @@ from lora_jax.config import LoRAConfig
 from lora_jax.data_passes import Loss, make_gradient_sum, orthonormalize, to_columns
 from lora_jax.factors import BATCH, factor_shapes, wide_dtype
 from lora_jax.initial import make_adapter
-from lora_jax.kernels import Leaf, max_rank
+from lora_jax.kernels import Leaf, adapted_shape, max_rank
 from lora_jax.lowrank import LowRank
 from lora_jax.methods.initial_values import FROM_GRADIENTS, make_offset
 from lora_jax.methods.offset import Offset
@@ -124,6 +124,8 @@ def _find_directions(
     keys = dict(zip(zeros, jax.random.split(key, len(zeros)), strict=True))
     start = lambda n, x: jax.random.normal(keys[n], x.b.shape, x.b.dtype)
     b = {n: start(n, x) for n, x in zeros.items()}
+    a: dict[str, Array] = {}
+    gradient: dict[str, LowRank] = {}
     for step in range(_N_ITER + 1):
         gradient = by_factors({n: _replace(x, b=b[n]) for n, x in zeros.items()})
         a = {n: orthonormalize(to_columns(x.a, x)) for n, x in gradient.items()}
@@ -137,7 +139,7 @@ def _find_directions(
 
 
 def _make_zeros(leaf: Leaf, width: int) -> LowRank:
-    a, b = factor_shapes(leaf.shape, leaf.axes, width)
+    a, b = factor_shapes(adapted_shape(leaf), leaf.axes, width)
     dtype = wide_dtype(leaf.dtype)
     return LowRank(jnp.zeros(a, dtype), jnp.zeros(b, dtype), 1.0, axes=leaf.axes)
 

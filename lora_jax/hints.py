@@ -61,6 +61,16 @@ def check_function(fn: Any) -> None:
         raise TypeError(f"A function fn(params, ...) is wanted, got {_describe(fn)}.")
 
 
+def check_key(key: Any) -> None:
+    """Checks that a PRNG key is none of Python's numbers.
+
+    Raises:
+      TypeError: it is one; the message says how to make a key.
+    """
+    if isinstance(key, int):
+        raise TypeError(f"A PRNG key is wanted, got int {key}: jax.random.key({key}) makes one.")
+
+
 def check_config(config: Any, cls: type) -> None:
     """Checks that ``config`` is one of this library.
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax import paths
+from lora_jax import hints, paths
 from lora_jax.adapted_biases import init_biases
 from lora_jax.adapter import base_leaves
 from lora_jax.choice import Choice, choose, warn
@@ -72,6 +72,7 @@ def init(
     >>> jax.tree.map(jnp.shape, adapter)["dense"]["kernel"].b
     (2, 6)
     """
+    hints.check_key(key)
     leaves = base_leaves(params)
     choice = choose(fn, params, config, args, kwargs, leaves=leaves)
     return make_adapter(key, choice, config, leaves, METHODS[config.method])

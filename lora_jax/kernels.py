@@ -251,7 +251,7 @@ class Row:
     note: str = ""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Table:
     """Every leaf of a parameter tree, and what becomes of it; prints as a table."""
 
@@ -259,12 +259,14 @@ class Table:
     unknown: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        lines = [("leaf", "shape", "kind", "axes", "action", "rank", "")]
+        lines: list[tuple[str, ...]] = [("leaf", "shape", "kind", "axes", "action", "rank", "")]
         lines += [_make_line(name, row) for name, row in self.rows.items()]
         widths = [max(len(line[k]) for line in lines) for k in range(6)]
         pad = lambda line: [cell.ljust(n) for cell, n in zip(line, widths, strict=False)]
         text = [" ".join([*pad(line), line[-1]]).rstrip() for line in lines]
         return "\n".join([*text, *(f"not understood: {u}" for u in self.unknown)])
+
+    __repr__ = __str__  # so that the prompt and a notebook show the table
 
 
 def _make_line(name: str, row: Row) -> tuple[str, ...]:
@@ -272,6 +274,13 @@ def _make_line(name: str, row: Row) -> tuple[str, ...]:
     shape = "" if leaf.shape is None else "×".join(map(str, leaf.shape))
     rank = str(row.rank) if row.rank else ""
     return name, shape, leaf.kind, leaf.axes, row.action, rank, row.note
+
+
+def adapted_shape(leaf: Leaf) -> tuple[int, ...]:
+    """Returns the shape of a leaf that has roles."""
+    if leaf.shape is None:
+        raise ValueError("A leaf that is no array has no shape.")
+    return leaf.shape
 
 
 def max_rank(leaf: Leaf) -> int:

@@ -64,13 +64,13 @@ class LowRank(Adapted):
         return Terms(self.a, scaled_b(self))
 
 
-def scaled_b(node: Adapted) -> Array:
+def scaled_b(node: Any) -> Array:
     """Computes ``s·b`` in the wider precision of the two, where the scale costs least.
 
     No gradient reaches the scale, which is a hyperparameter.
 
     Args:
-      node: node with the fields ``b`` and ``scale``.
+      node: node of any method with the fields ``b`` and ``scale``.
     """
     b, scale = node.b, jnp.asarray(with_array_scale(node).scale)
     narrow = min(b.dtype.itemsize, scale.dtype.itemsize) < 2  # JAX promotes these to nothing

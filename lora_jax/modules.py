@@ -45,14 +45,19 @@ def from_nnx(module: Any, *, method: str = "__call__") -> tuple[Callable, dict[s
     """
     from flax import nnx
 
-    graph, state, rest = nnx.split(module, nnx.Param, ...)
+    if any(x.__module__.startswith("flax.linen") for x in type(module).__mro__):
+        raise TypeError(
+            f"{type(module).__name__} is a Linen module, whose apply is a function of parameters "
+            "already: give module.apply in place of from_nnx(module)."
+        )
+    graph, state, *rest = nnx.split(module, nnx.Param, ...)
     named = _named_params(state, f"The module {type(module).__name__} has no nnx.Param")
     names, structure = list(named), jax.tree.structure(state)
 
     def fn(params: PyTree, *args: Any, **kwargs: Any) -> Any:
-        new = structure.unflatten(_order_leaves(params, names))
+        new = jax.tree.unflatten(structure, _order_leaves(params, names))
         # A copy: NNX refuses to change, inside a trace, variables that were made outside.
-        return getattr(nnx.merge(graph, new, rest, copy=True), method)(*args, **kwargs)
+        return getattr(nnx.merge(graph, new, *rest, copy=True), method)(*args, **kwargs)
 
     return fn, paths.nest(named)
 
@@ -80,7 +85,7 @@ def update_nnx(module: Any, params: PyTree) -> None:
     named = paths.named_leaves(state)
     leaves = _order_leaves(params, named)
     _check_shapes(named, leaves)
-    nnx.update(module, jax.tree.structure(state).unflatten(leaves))
+    nnx.update(module, jax.tree.unflatten(jax.tree.structure(state), leaves))
 
 
 def from_keras(model: Any) -> tuple[Callable, dict[str, Any]]:

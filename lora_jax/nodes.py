@@ -15,7 +15,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,9 @@ from jax import lax
 
 from lora_jax.factors import BATCH, OUT, WHOLE, materialize, positions, spread, wide_dtype
 from lora_jax.quantized import as_array
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 Array = jax.Array
 
@@ -78,6 +81,8 @@ class Node:
 
     kind: ClassVar[str]
     table: ClassVar[Mapping[str, Field]]
+    if TYPE_CHECKING:  # each subclass is a dataclass, and this one is none
+        __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
     def bind(self, w: Array, name: str) -> "Node":
         """Returns the node as it stands in a bound tree, for the leaf ``w`` called ``name``."""
@@ -238,12 +243,12 @@ def terms(node: Adapted, w: Array) -> Terms:
     return node.terms(as_array(w) if node.reads_kernel else w)
 
 
-def is_node(x: Any) -> bool:
+def is_node(x: Any) -> "TypeIs[Node]":
     """Tells whether ``x`` is a node that this library puts in place of an array."""
     return isinstance(x, Node)
 
 
-def is_adapted(x: Any) -> bool:
+def is_adapted(x: Any) -> "TypeIs[Adapted]":
     """Tells whether ``x`` is the node of a method, not a leaf that is trained in full."""
     return isinstance(x, Adapted)
 
@@ -327,7 +332,10 @@ def _scale_dtype(node: Node, name: str) -> Any:
     return wide_dtype(getattr(node, node.table[name].scales).dtype)
 
 
-def with_array_scale(node: Adapted) -> Adapted:
+A = TypeVar("A", bound=Adapted)
+
+
+def with_array_scale(node: A) -> A:
     """Replaces the scales of a node by arrays, over which a sweep can map."""
     static = [name for name in scales(type(node)) if is_static(node, name)]
     new = {name: jnp.asarray(getattr(node, name), _scale_dtype(node, name)) for name in static}

@@ -72,9 +72,9 @@ def _make_names(paths: list[tuple]) -> list[str]:
         children[path[:-1]] = children.get(path[:-1], 0) + 1
 
     def name(path: tuple) -> str:
-        last = path[-1] if path else None
-        boxed = isinstance(last, jax.tree_util.GetAttrKey) and last.name == "value"
-        if boxed and len(path) > 1 and children[path[:-1]] == 1:
+        last: Any = path[-1] if path else None
+        is_boxed = isinstance(last, jax.tree_util.GetAttrKey) and last.name == "value"
+        if is_boxed and len(path) > 1 and children[path[:-1]] == 1:
             path = path[:-1]
         return jax.tree_util.keystr(path, simple=True, separator="/")
 

@@ -69,8 +69,12 @@ def _multiply(x: Array, y: Array, dims: Dims, precision: Any, result: Any) -> Ar
     return wide.astype(result)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _dot_general_bfloat16(x: Array, y: Array, dims: Dims, precision: Any, result: Any) -> Array:
+    return _multiply(x, y, dims, precision, result)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def bfloat16_dot_general(x: Array, y: Array, dims: Dims, precision: Any, result: Any) -> Array:
     """Multiplies two bfloat16 arrays.
 
@@ -81,7 +85,7 @@ def bfloat16_dot_general(x: Array, y: Array, dims: Dims, precision: Any, result:
       precision: precision as of ``lax.dot_general``.
       result: dtype of the result, bfloat16 or float32.
     """
-    return _multiply(x, y, dims, precision, result)
+    return _dot_general_bfloat16(x, y, dims, precision, result)
 
 
 def _save(
@@ -101,7 +105,8 @@ def _backward(
     if isinstance(g, SymbolicZero):
         return None, None
     g = g.astype(jnp.bfloat16)
-    swapped = tuple((right, left) for left, right in dims)
+    (x_in, y_in), (x_batch, y_batch) = dims
+    swapped = (y_in, x_in), (y_batch, x_batch)
     differentiate = functools.partial(_differentiate, g, precision=precision)
     by_x = None if y.dtype == bool else differentiate(y, dims, is_left=True)
     by_y = None if x.dtype == bool else differentiate(x, swapped, is_left=False)
@@ -133,4 +138,4 @@ def _differentiate(g: Array, other: Array, dims: Dims, *, precision: Any, is_lef
     return lax.transpose(y, [axes_of_y.index(k) for k in range(y.ndim)])
 
 
-bfloat16_dot_general.__wrapped__.defvjp(_save, _backward, symbolic_zeros=True)
+_dot_general_bfloat16.defvjp(_save, _backward, symbolic_zeros=True)

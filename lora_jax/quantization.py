@@ -80,7 +80,7 @@ def quantize(
     _check_fit({n: leaves[n] for n in leaves if n in named}, roles, scheme, chosen)
     make = lambda n, x: _encode(n, x, scheme, roles[n], block=block, dtype=dtype)
     new = [make(n, x) if n in named else x for n, x in leaves.items()]
-    return jax.tree.structure(params, is_leaf=is_quantized).unflatten(new)
+    return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_quantized), new)
 
 
 def _find_roles(like: Any, leaves: Mapping[str, Any]) -> tuple[dict[str, str], set[str]]:

@@ -15,7 +15,7 @@ safetensors does not have it.
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,9 @@ from jax import lax
 
 from lora_jax.code_books import DYNAMIC, TABLES
 from lora_jax.factors import BATCH, IN, OUT, positions
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 Array = jax.Array
 NESTED_BLOCK = 256  # scales that share one scale of their own, where these are quantized again
@@ -177,14 +180,16 @@ class Affine(Quantized):
         return spread(spread(x, n_in, self.tile[0], axis=-2), n_out, self.tile[1], axis=-1)
 
 
-_PARTS = {CodeBook: ["codes", "scales", "nested", "offset"]}
-_PARTS[Affine] = ["codes", "scales", "zeros", "shifts"]
+_PARTS: dict[type[Quantized], list[str]] = {
+    CodeBook: ["codes", "scales", "nested", "offset"],
+    Affine: ["codes", "scales", "zeros", "shifts"],
+}
 for _cls, _parts in _PARTS.items():
     _structure = [f.name for f in dataclasses.fields(_cls) if f.name not in _parts]
     jax.tree_util.register_dataclass(_cls, _parts, _structure)
 
 
-def is_quantized(x: Any) -> bool:
+def is_quantized(x: Any) -> "TypeIs[Quantized]":
     """Tells whether ``x`` is a leaf that is stored as codes and scales."""
     return isinstance(x, Quantized)
 

@@ -9,13 +9,13 @@ import jax
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from lora_jax.factors import BATCH, IN, OUT, positions
+from lora_jax.factors import BATCH, IN, OUT, Spec, positions
 from lora_jax.quantized import Quantized, is_quantized, parts
 
 Entry = tuple[str, ...]  # the mesh axes that one axis of an array is split over
 
 
-def part_specs(leaf: Quantized, spec: Sequence[Any], sizes: Mapping[str, int]) -> Quantized:
+def part_specs(leaf: Quantized, spec: Spec, sizes: Mapping[str, int]) -> Quantized:
     """Returns the specs of the parts, in their places.
 
     Inputs are split where the first of their axes is, if every part can be split so, each block
@@ -68,14 +68,15 @@ def _make_specs(leaf: Quantized, batch: Sequence[Entry], sides: Sequence[Entry])
         split = [side if size > 1 else () for side, size in zip(sides, x.shape[-2:], strict=True)]
         return made([*batch, *split])
 
-    return dataclasses.replace(leaf, **{name: spec(name, x) for name, x in parts(leaf).items()})
+    specs: dict[str, Any] = {name: spec(name, x) for name, x in parts(leaf).items()}
+    return dataclasses.replace(leaf, **specs)
 
 
 def kernel_spec(leaf: Quantized) -> PartitionSpec:
     """Returns the spec of a kernel by where its parts lie: the inverse of :func:`part_specs`."""
-    spec = leaf.codes.sharding.spec
+    spec: Any = getattr(leaf.codes.sharding, "spec", None)
     batch = iter(spec[: leaf.codes.ndim - 2])
-    sides = dict(zip((IN, OUT), spec[-2:], strict=True))
+    sides: dict[str, Any] = dict(zip((IN, OUT), spec[-2:], strict=True))
     # Only the first axis of a side is split.
     return PartitionSpec(
         *(next(batch) if role == BATCH else sides.pop(role, None) for role in leaf.roles)

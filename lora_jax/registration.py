@@ -8,7 +8,7 @@ that: the classes are registered with it when a node is made after something els
 import dataclasses
 import json
 import sys
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable
 from typing import Any, TypeVar
 
 import jax
@@ -17,10 +17,10 @@ import jax.export
 from lora_jax import nodes
 from lora_jax.nodes import Node
 
-N = TypeVar("N", bound=type[Node])
+N = TypeVar("N", bound=Node)
 
 
-def register(cls: N) -> N:
+def register(cls: type[N]) -> type[N]:
     """Registers a class of nodes; a decorator of the dataclass.
 
     Raises:
@@ -37,7 +37,7 @@ def register(cls: N) -> N:
             f"{nodes.KINDS[cls.kind].__name__}; choose another."
         )
     nodes.KINDS[cls.kind] = cls
-    cls.__repr__ = Node.__repr__  # in place of that of the dataclass
+    setattr(cls, "__repr__", Node.__repr__)  # noqa: B010  in place of that of the dataclass
     jax.tree_util.register_pytree_with_keys(
         cls, _flatten_with_keys, lambda rest, children: _unflatten(cls, rest, children), _flatten
     )
@@ -88,7 +88,7 @@ def _number_fields(cls: type[Node]) -> list[str]:
     return [*nodes.scales(cls), *nodes.indices(cls)]
 
 
-def _unflatten(cls: type[Node], rest: tuple, children: Sequence[Any]) -> Node:
+def _unflatten(cls: type[N], rest: tuple, children: Iterable[Any]) -> N:
     """Puts any objects into the places of the leaves: no check, no conversion."""
     nodes.notify_observers()
     values = dict(zip([*_number_fields(cls), *_structure_fields(cls)], rest, strict=True))
@@ -115,7 +115,7 @@ def _aux_from_bytes(data: bytes) -> tuple:
 
 def _register_with_flax(cls: type[Node]) -> bool:
     """Registers a class with ``flax.serialization``; returns False if that is not imported yet."""
-    serialization = sys.modules.get("flax.serialization")
+    serialization: Any = sys.modules.get("flax.serialization")
     if not hasattr(serialization, "from_bytes"):  # or is being imported
         return False
     serialization.register_serialization_state(cls, _to_state_dict, _from_state_dict, override=True)
@@ -124,14 +124,14 @@ def _register_with_flax(cls: type[Node]) -> bool:
 
 def _state_names(node: Node) -> list[str]:
     """Returns the fields of the state: all arrays and scales, and the kernel of a bound node."""
-    return [n for n in _leaf_fields(type(node), ()) if n != "w" or node.w is not None]
+    return [n for n in _leaf_fields(type(node), ()) if n != "w" or getattr(node, n) is not None]
 
 
 def _to_state_dict(node: Node) -> dict[str, Any]:
     from flax import serialization
 
-    value = lambda name: nodes.saved_array(node, name) if is_index(name) else getattr(node, name)
     is_index = lambda name: name in nodes.indices(type(node))
+    value = lambda name: nodes.saved_array(node, name) if is_index(name) else getattr(node, name)
     return {name: serialization.to_state_dict(value(name)) for name in _state_names(node)}
 
 
@@ -150,7 +150,7 @@ def _from_state_dict(node: Node, state: dict[str, Any]) -> Node:
             f"this one has {sorted(state)}."
         )
     indices = {name: state[name] for name in nodes.indices(type(node))}
-    values = indices | {
+    values: dict[str, Any] = indices | {
         name: serialization.from_state_dict(getattr(node, name), state[name], name=name)
         for name in wanted
         if name not in indices

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -170,7 +171,9 @@ def _find_nearest(x: Array, table: np.ndarray) -> Array:
     values = table[order]
     middles = (values[:-1] + values[1:]) / np.float32(2)
     # A sum of comparisons is one loop over the array; a binary search would be one for each step.
-    above = sum((x > middle).astype(jnp.uint8) for middle in middles)
+    above = jnp.zeros(x.shape, jnp.uint8)
+    for middle in middles:
+        above = above + (x > middle).astype(jnp.uint8)
     if np.array_equal(order, np.arange(len(order))):
         return above
     return jnp.asarray(order).at[above].get(mode="promise_in_bounds")

@@ -276,11 +276,11 @@ def _make_nodes(
 
 
 def _make_node(
-    name: str, cls: type[Node], axes: Any, values: dict[str, np.ndarray], config: LoRAConfig
+    name: str, cls: Any, axes: Any, values: dict[str, np.ndarray], config: LoRAConfig
 ) -> Any:
     if cls is Trained:
         return values["value"]
-    node = cls(**values, axes=axes)
+    node: Node = cls(**values, axes=axes)
     rank = max(fields.sizes(node).get(RANK, 1), 1)  # it is 0 in a damaged file, which is reported
     wanted = config.kernel_scale(name, rank)
     numbers = {
@@ -295,11 +295,14 @@ def _restore_shared_scales(nodes: dict[str, Any]) -> dict[str, Any]:
     numbers = {s for s in known if isinstance(s, float)}
 
     def restore(node: Any) -> Any:
-        if is_adapted_kernel(node) or not is_adapted(node) or not isinstance(node.scale, float):
+        scale = getattr(node, "scale", None)
+        if is_adapted_kernel(node) or not is_adapted(node) or not isinstance(scale, float):
             return node
         stored = scale_array(node)
-        scale = next((s for s in numbers if stored.dtype.type(s) == stored), node.scale)
-        return dataclasses.replace(node, scale=scale)
+        numbers_of_node: dict[str, Any] = {
+            "scale": next((s for s in numbers if stored.dtype.type(s) == stored), scale)
+        }
+        return dataclasses.replace(node, **numbers_of_node)
 
     return {name: restore(node) for name, node in nodes.items()}
 

@@ -86,7 +86,7 @@ def specs(
     sizes = dict(mesh.shape)
     choose = lambda name, x: _choose_spec(np.shape(x), rule_of[name], sizes, fill)
     chosen = [choose(n, x) for n, x in leaves.items()]
-    return jax.tree.structure(params, is_leaf=is_quantized).unflatten(chosen)
+    return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_quantized), chosen)
 
 
 def _entry(x: str | Sequence[str] | None) -> Entry:
@@ -197,7 +197,7 @@ def adapter_specs(param_specs: PyTree, adapter: PyTree) -> PyTree:
             f"{paths.listing(known)}."
         )
     entry_specs = [_node_specs(name, known[name], node) for name, node in entries.items()]
-    return jax.tree.structure(adapter, is_leaf=is_node).unflatten(entry_specs)
+    return jax.tree.unflatten(jax.tree.structure(adapter, is_leaf=is_node), entry_specs)
 
 
 def _as_spec(x: Any) -> PartitionSpec:
@@ -244,7 +244,7 @@ def state_specs(state: PyTree, adapter: PyTree, specs: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(spec, state)
 
 
-def shardings(specs: PyTree, mesh: Mesh) -> PyTree:
+def shardings(specs: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
     """Makes ``NamedSharding`` of the specs on a mesh, for ``jax.jit`` and ``jax.device_put``."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
@@ -295,7 +295,8 @@ def put_layers(
     """
     index_of = sharding.addressable_devices_indices_map(tuple(shape))
     pieces: dict[tuple, np.ndarray] = {}  # devices that hold the same piece share it
-    keys = {device: _bounds(index, shape) for device, index in index_of.items()}
+    whole = tuple(slice(None) for _ in shape)
+    keys = {device: _bounds(index or whole, shape) for device, index in index_of.items()}
     for key in keys.values():
         pieces.setdefault(key, np.empty([high - low for low, high in key], dtype))
     for k, layer in enumerate(layers):

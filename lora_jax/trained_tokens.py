@@ -43,10 +43,10 @@ def choose_tokens(
         if not fitting:
             raise ValueError(_describe_unfit(pattern, names, kernels))
         for name in fitting:
-            _check(name, kernels.leaves[name], config.train_tokens[pattern], others)
+            _check(name, kernels.leaves[name], tuple(config.train_tokens[pattern]), others)
             if name in tokens:
                 raise ValueError(f"Two entries of train_tokens match {name!r}: leave one out.")
-            tokens[name] = config.train_tokens[pattern]
+            tokens[name] = tuple(config.train_tokens[pattern])
     return {n: tokens[n] for n in kernels.leaves if n in tokens}
 
 
@@ -69,7 +69,7 @@ def init_tokens(
     return made
 
 
-def _choose_class(leaf: Leaf) -> type[Tokens]:
+def _choose_class(leaf: Leaf) -> type[TrainedRows | TrainedOutputs]:
     """Chooses by the use: tokens are looked up along the inputs, and a head has them as outputs."""
     if leaf.kind == TABLE:
         return TrainedRows

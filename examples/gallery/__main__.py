@@ -25,7 +25,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--depth", choices=("trace", "values", "all"), default="all")
     parser.add_argument("--list", action="store_true", help="lists the titles and measures nothing")
     parser.add_argument("--json", type=Path, help="file for the rows as JSON")
-    parser.add_argument("--write", type=Path, help="file for the page, such as docs/gallery.md")
+    parser.add_argument(
+        "--write",
+        type=Path,
+        help="file for the page (docs/gallery.md); those of libraries go beside it",
+    )
     options = parser.parse_args(argv)
     # Warnings of libraries that are no longer maintained.
     warnings.simplefilter("ignore")
@@ -46,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
             options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(json.dumps([dataclasses.asdict(r) for r in rows], indent=1))
     if options.write:
-        options.write.write_text(page.page(rows), encoding="utf-8")
+        page.write(options.write, rows)
     bad = [row for row in rows if row.problems]
     print(f"{len(rows)} models, {len(bad)} with problems")
     return 1 if bad or not rows else 0

@@ -2,8 +2,11 @@
 
 import contextlib
 import dataclasses
+import datetime
+import inspect
 import re
 import tempfile
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -31,6 +34,11 @@ class Row:
     Attributes:
       library: name and version.
       name: the model's name.
+      about: what the model's entry says of it, a sentence.
+      code: the entry's function, which makes the model.
+      inputs: dtypes and shapes of the arguments.
+      summary: what ``lora_jax.summary`` counts.
+      explanation: what ``lora_jax.explain`` says, without places in files.
       lines: number of lines of user code.
       kernels: number of leaves that "all-linear" adapts.
       tables: leaves that the model's entry excludes and that are not adapted.
@@ -45,10 +53,16 @@ class Row:
       problems: what should not be, in words.
       seconds: wall-clock time of all this.
       jax: version of JAX.
+      date: day of the measurement.
     """
 
     library: str
     name: str
+    about: str = ""
+    code: str = ""
+    inputs: list[str] = dataclasses.field(default_factory=list)
+    summary: str = ""
+    explanation: str = ""
     lines: int = 0
     kernels: int = 0
     tables: list[str] = dataclasses.field(default_factory=list)
@@ -63,6 +77,7 @@ class Row:
     problems: list[str] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
     jax: str = jax.__version__
+    date: str = dataclasses.field(default_factory=lambda: datetime.date.today().isoformat())
 
 
 def measure(entry: Entry, version: str, *, depth: str = "all") -> Row:
@@ -77,6 +92,7 @@ def measure(entry: Entry, version: str, *, depth: str = "all") -> Row:
     start, row = time.monotonic(), Row(library=f"{entry.library} {version}", name=entry.name)
     with _problems_of(row, "building"):
         model = entry.build(2)
+        _describe(entry, model, row)
         model = dataclasses.replace(model, params=moved(model.params))
         row.lines = model.lines
         config, adapter = _init(model, row)
@@ -86,6 +102,18 @@ def measure(entry: Entry, version: str, *, depth: str = "all") -> Row:
             _values(model, adapter, config=config, row=row, deep=depth == "all")
     row.seconds = time.monotonic() - start
     return row
+
+
+def _describe(entry: Entry, model: Model, row: Row) -> None:
+    row.about = (entry.build.__doc__ or "").strip()
+    lines = inspect.getsource(entry.build).splitlines()
+    start = next((k for k, line in enumerate(lines) if line.lstrip().startswith("def ")), 0)
+    body = [x for x in lines[start:] if not x.lstrip().startswith('"""')]
+    row.code = textwrap.dedent("\n".join(body))
+    row.inputs = [
+        f"{x.dtype}[{', '.join(map(str, x.shape))}]"
+        for x in map(_abstract, jax.tree.leaves(model.args))
+    ]
 
 
 def _values(
@@ -144,6 +172,8 @@ def _count(
     if taken:
         row.problems.append(f"takes for kernels: {paths.listing(taken)}")
     explanation = lora.explain(model.fn, model.params, adapter, *model.args)
+    row.summary = lora.summary(model.params, adapter)
+    row.explanation = "\n".join(map(_without_place, str(explanation).splitlines()))
     row.factored = sum(use.factored for use in explanation.kernels.values())
     for name, use in explanation.kernels.items():
         row.fallbacks += [f"{name}: {_without_place(reason)}" for reason in use.fallbacks]

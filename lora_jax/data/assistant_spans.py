@@ -87,7 +87,8 @@ def find_turns(
     Raises:
       ValueError: the template fails, or writes a text in which turns can't be bounded.
     """
-    options = {"tools": tools, "values": values, "now": now or datetime.datetime.now()}
+    now = now or datetime.datetime.now()
+    options: dict[str, Any] = {"tools": tools, "values": values, "now": now}
     plain = chat_template.render(template, messages, **options)
     whole = chat_template.trace(template, messages, **options)
     if whole.text != plain.text:  # the template has looked at the marks
@@ -117,10 +118,14 @@ def _check_others(case: _Case) -> None:
             continue
         other = _replace_content(case, k)
         place = other.text.find(PROBE) if other else -1
-        if place >= 0 and any(
-            begin <= place < end
-            for n, (begin, end) in other.parts.items()
-            if roles[n] == _ASSISTANT
+        if (
+            other
+            and place >= 0
+            and any(
+                begin <= place < end
+                for n, (begin, end) in other.parts.items()
+                if roles[n] == _ASSISTANT
+            )
         ):
             raise ValueError(_explain(case, k, "it is written into a turn of the assistant's"))
 
@@ -226,7 +231,7 @@ def _find_head(case: _Case, k: int, written: str) -> str:
     """Finds what is written before a turn whatever its content is."""
     other = _replace_content(case, k)
     part = other.parts.get(k) if other else None
-    return os.path.commonprefix([written, other.text[slice(*part)]]) if part else ""
+    return os.path.commonprefix([written, other.text[slice(*part)]]) if other and part else ""
 
 
 def _find_end(case: _Case, k: int) -> int:

@@ -149,7 +149,7 @@ def trace(
     Raises:
       ValueError: the template can't be used, or refuses the conversation.
     """
-    options = {"prompt": prompt, "tools": tools, "values": values, "now": now}
+    options: dict[str, Any] = {"prompt": prompt, "tools": tools, "values": values, "now": now}
     return _run(template_program.trace, template, messages, **options)
 
 

@@ -34,7 +34,7 @@ class Conversation(NamedTuple):
       values: further values for the chat template.
     """
 
-    messages: list[dict[str, Any]]
+    messages: Sequence[Mapping[str, Any]]
     place: str
     is_learned: tuple[bool, ...] = ()
     tools: list[dict[str, Any]] | None = None
@@ -177,7 +177,7 @@ def _write(
     """Writes a conversation as one text, all of which is used, and finds what is learned of it."""
     messages, tools, values = conversation.messages, conversation.tools, conversation.values
     messages = template_keys.check(template, messages, tools, values)
-    options = {"tools": tools, "values": values, "now": now}
+    options: dict[str, Any] = {"tools": tools, "values": values, "now": now}
     written, turns = assistant_spans.find_turns(template, messages, special, **options)
     template_keys.check_written(template, messages, written, turns)
     is_learned = conversation.is_learned or (True,) * len(messages)

@@ -49,7 +49,18 @@ def subset(examples: Examples, count: int | None, seed: int) -> Examples:
     return take(examples, permutation(total, seed, stream=SUBSET)[:count])
 
 
-def take(examples: Examples, rows: Sequence[int]) -> Examples:
+def require_labels(examples: Examples) -> np.ndarray:
+    """Returns the labels of examples that must have them.
+
+    Raises:
+      ValueError: they have none, as those of a test split.
+    """
+    if examples.labels is None:
+        raise ValueError("The examples have no labels: they are of a test split, say.")
+    return examples.labels
+
+
+def take(examples: Examples, rows: Sequence[int] | np.ndarray) -> Examples:
     """Takes the examples with these numbers."""
     choose = lambda texts: tuple(texts[row] for row in rows)
     return Examples(
@@ -64,9 +75,10 @@ def concatenate(parts: Sequence[Examples]) -> Examples:
     """Concatenates the examples of several splits."""
     join = lambda field: tuple(text for part in parts for text in getattr(part, field))
     labels = [part.labels for part in parts]
+    known = [x for x in labels if x is not None]
     return Examples(
         join("sentences"),
-        None if any(x is None for x in labels) else np.concatenate(labels),
+        None if len(known) < len(labels) else np.concatenate(known),
         None if parts[0].pairs is None else join("pairs"),
         join("notes"),
     )
@@ -81,5 +93,6 @@ def read_tsv(path: str | Path, *, require_labels: bool, num_labels: int = 2) -> 
 
 def from_table(table: tsv.Table) -> Examples:
     """Makes examples of the rows of a file."""
-    pairs = table.texts[1] if len(table.texts) > 1 else None
-    return Examples(table.texts[0], table.labels, pairs, (table.note,) if table.note else ())
+    sentences, *others = table.texts
+    notes = (table.note,) if table.note else ()
+    return Examples(sentences, table.labels, others[0] if others else None, notes)

@@ -59,8 +59,8 @@ def take(table: Table, columns: Columns) -> LabelledRows:
             kept.append(k)
     raise_problems(problems)
     what = "a text" if len(columns.texts) == 1 else "both texts"
-    notes = [_describe(table, without_text, what), _describe(table, without_label, "a label")]
-    notes = tuple(note for note in notes if note)
+    left_out = [_describe(table, without_text, what), _describe(table, without_label, "a label")]
+    notes = tuple(note for note in left_out if note)
     if not kept:
         wanted = what if columns.label is None else f"{what} and a label"
         raise ValueError(f"{table.path}: no row has {wanted}; {'; '.join(notes)}")

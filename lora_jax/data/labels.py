@@ -80,8 +80,8 @@ def find_classes(names: Sequence[str], column: str) -> tuple[str, ...]:
         classes = tuple(sorted(found))
     if len(classes) < 2:
         raise ValueError(
-            f"all {len(names)} rows have the label {classes[0]!r} in {column!r}: a classifier "
-            "needs rows of at least two classes"
+            f"all {len(names)} rows have the label {', '.join(map(repr, classes))} in {column!r}: "
+            "a classifier needs rows of at least two classes"
         )
     if 2 * len(classes) > len(names) and len(classes) > 2:
         raise ValueError(
@@ -165,7 +165,7 @@ def describe_classes(classes: Sequence[str], labels: np.ndarray) -> list[str]:
     parts = [f"{classes[k]} {counts[k]:,}" for k in order[:_MAX_NAMES]]
     more = f", and {len(classes) - _MAX_NAMES} more" if len(classes) > _MAX_NAMES else ""
     lines = [f"labels: {len(classes)} classes, by rows: {', '.join(parts)}{more}"]
-    rare = [classes[k] for k in order if counts[k] == 1]
+    rare = [name for name, count in zip(classes, counts, strict=True) if count == 1]
     if rare:
         lines.append(f"labels of one row each, of which little can be learned: {_list(rare)}")
     folded = Counter(name.casefold() for name in classes)

@@ -103,7 +103,7 @@ def _join(source: str, message: Message) -> Message:
 @functools.lru_cache(maxsize=64)
 def _takes_parts(source: str, role: str) -> bool:
     """Returns whether a template writes the text of a content that is a list of parts."""
-    message = {"role": role, "content": [{"type": "text", "text": PROBE}]}
+    message: Message = {"role": role, "content": [{"type": "text", "text": PROBE}]}
     talk = [message] if role in ("user", "system") else [_QUESTION, message]
     text = chat_template.try_render(source, talk)
     return text is not None and PROBE in text and "'text'" not in text and '"text"' not in text

@@ -163,7 +163,8 @@ def _refuse(message: str) -> None:
 
 def _tojson(value: Any, **options: Any) -> str:
     # The filter of Jinja escapes characters that mean something in HTML.
-    return json.dumps(value, **{"ensure_ascii": False} | options)
+    settings: dict[str, Any] = {"ensure_ascii": False} | options
+    return json.dumps(value, **settings)
 
 
 @functools.lru_cache(maxsize=64)
@@ -210,7 +211,7 @@ def _mark_loop(node: Any) -> Iterator[Any]:
     yield _call("_mark_end", node.iter, node.lineno)
 
 
-def _call(name: str, argument: nodes.Expr, line: int) -> nodes.Node:
+def _call(name: str, argument: Any, line: int) -> nodes.Node:
     call = nodes.Call(nodes.Name(name, "load"), [argument], [], None, None)
     output = nodes.Output([call])
     for node in (output, call, call.node):

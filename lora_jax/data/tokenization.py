@@ -55,16 +55,15 @@ def tokenize(
       ValueError: ``max_length`` leaves no room for a word, a sentence has no tokens at all, or a
         token is no row of the embedding.
     """
-    pairs = examples.pairs is not None
-    special = tokenizer.num_special_tokens_to_add(is_pair=pairs)
-    if max_length <= special + pairs:
-        words = "a word of each sentence" if pairs else "a word"
+    pairs = examples.pairs
+    special = tokenizer.num_special_tokens_to_add(is_pair=pairs is not None)
+    if max_length <= special + (pairs is not None):
+        words = "a word" if pairs is None else "a word of each sentence"
         raise ValueError(
             f"max_length {max_length}, but {special} special tokens and {words} are needed"
         )
-    texts = list(examples.sentences)
-    if pairs:
-        texts = list(zip(texts, examples.pairs, strict=True))
+    alone = list(examples.sentences)
+    texts = alone if pairs is None else list(zip(alone, pairs, strict=True))
     encoded = _encode(texts, tokenizer, max_length)
     rows = [np.array(row.ids, np.int32) for row in encoded]
     offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)

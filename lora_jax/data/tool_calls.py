@@ -76,8 +76,9 @@ def _writes_call(source: str, form: _Form, is_nested: bool) -> bool:
         call = {"id": _ID, "type": "function", "function": call}
     message = {"role": ASSISTANT, **form.content, "tool_calls": [call]}
     text = chat_template.try_render(source, [_QUESTION, message])
-    is_written = text is not None and _NAME in text
-    return is_written and str(_ARGUMENTS) not in text and str(None) not in text
+    if text is None or _NAME not in text:
+        return False
+    return str(_ARGUMENTS) not in text and str(None) not in text
 
 
 def _convert_call(call: dict[str, Any], as_text: bool) -> dict[str, Any]:

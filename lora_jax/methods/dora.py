@@ -199,11 +199,12 @@ def project(w: Array | Quantized, a: Array, axes: str) -> Array:
     on_cpu = jax.default_backend() == "cpu"
     is_wide = not is_quantized(w) and w.dtype.itemsize >= 4
     if axes.startswith(BATCH) and (is_quantized(w) or (on_cpu and not is_wide)):
-        return lax.map(lambda layer: project(*layer, _drop_batch(axes)), (w, a))
-    w = decode(w) if is_quantized(w) else w
+        return lax.map(lambda layer: project(layer[0], layer[1], _drop_batch(axes)), (w, a))
+    kernel = decode(w) if is_quantized(w) else w
     if is_wide or on_cpu:
-        return _project(w.astype(a.dtype), a, axes)
-    return project_in_halves(w if w.dtype.itemsize == 2 else w.astype(jnp.bfloat16), a, axes)
+        return _project(kernel.astype(a.dtype), a, axes)
+    is_half = kernel.dtype.itemsize == 2
+    return project_in_halves(kernel if is_half else kernel.astype(jnp.bfloat16), a, axes)
 
 
 def project_in_halves(w: Array, a: Array, axes: str) -> Array:
@@ -211,7 +212,8 @@ def project_in_halves(w: Array, a: Array, axes: str) -> Array:
     high = lax.reduce_precision(a, *_bits(w.dtype))
     halves = jnp.concatenate([high, a - high], axis=-1).astype(w.dtype)
     of_halves = _project(w, halves, axes, preferred_element_type=a.dtype)
-    return sum(jnp.split(of_halves, 2, axis=axes.count(BATCH)))
+    of_high, of_low = jnp.split(of_halves, 2, axis=axes.count(BATCH))
+    return of_high + of_low
 
 
 def _project(w: Array, a: Array, axes: str, **options: Any) -> Array:
@@ -250,7 +252,7 @@ def _dot(
 def _find_sharding(w: Array | Quantized, axes: str, letters: str) -> NamedSharding | None:
     """Returns the explicit sharding of an array that carries axes of a kernel; None without one."""
     sharding = None if is_quantized(w) else getattr(jax.typeof(w), "sharding", None)
-    if all(entry is None for entry in getattr(sharding, "spec", ())):
+    if sharding is None or all(entry is None for entry in sharding.spec):
         return None
     return NamedSharding(sharding.mesh, spec_of(letters, axes, sharding.spec))
 

@@ -21,7 +21,10 @@ class FrozenA(LowRank):
     """
 
     kind: ClassVar[str] = "lora_fa"
-    table: ClassVar[Mapping[str, Field]] = LowRank.table | {"a": Field(A_AXES, is_trained=False)}
+    table: ClassVar[Mapping[str, Field]] = {
+        **LowRank.table,
+        "a": Field(A_AXES, is_trained=False),
+    }
 
 
 def freeze_a(node: Adapted, init: str) -> FrozenA:

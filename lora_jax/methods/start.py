@@ -89,6 +89,6 @@ class Start:
 def _gather(x: Array) -> Array:
     """Puts an array of explicit sharding onto each device as a whole: decompositions need that."""
     sharding = getattr(jax.typeof(x), "sharding", None)
-    if all(entry is None for entry in getattr(sharding, "spec", ())):
+    if sharding is None or all(entry is None for entry in sharding.spec):
         return x
     return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))

@@ -179,7 +179,11 @@ def describe_ids(ids: tuple[int, ...], size: int) -> str:
 
 
 def start_tokens(
-    cls: type[Tokens], kernel: Any, axes: str, ids: tuple[int, ...], dtype: Any
+    cls: "type[TrainedRows | TrainedOutputs]",
+    kernel: Any,
+    axes: str,
+    ids: tuple[int, ...],
+    dtype: Any,
 ) -> Tokens:
     """Makes the node that starts with a copy of the kernel's own entries.
 

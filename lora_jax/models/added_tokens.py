@@ -39,7 +39,8 @@ def add(tokenizer: tokenizers.Tokenizer, tokens: Mapping[str, bool]) -> tuple[in
         if tokenizer.token_to_id(text) is None:
             token = tokenizers.AddedToken(text, normalized=False, special=is_special)
             tokenizer.add_tokens([token])
-    return tuple(tokenizer.token_to_id(token) for token in tokens)
+    ids = (tokenizer.token_to_id(token) for token in tokens)
+    return tuple(k for k in ids if k is not None)  # each of them is there now
 
 
 def find_leaves(loaded: Loaded) -> dict[str, int]:

@@ -12,7 +12,7 @@ A model describes what its queries may see (:class:`lora_jax.models.attention_ma
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from lora_jax.models.attention_mask import Mask, make_bias
 from lora_jax.models.relative_positions import RelativeBias, make_relative_bias
 
 Array = jax.Array
+_AS_QUERIES: Any = None  # the default of a number of keys, which is that of the queries
 
 AUTO, XLA, CUDNN, BLOCKWISE = "auto", "xla", "cudnn", "blockwise"
 IMPLEMENTATIONS = (AUTO, XLA, CUDNN, BLOCKWISE)
@@ -75,7 +76,7 @@ class Case:
     heads: Heads
     batch: int
     queries: int
-    keys: int | None = None
+    keys: int = _AS_QUERIES
     dtype: DTypeLike
     deterministic: bool = True
     has_segments: bool = False
@@ -102,8 +103,8 @@ class Plan:
       implementation: "xla", "cudnn" or "blockwise".
     """
 
-    mask: Mask | None
-    bias: Array | RelativeBias | None
+    mask: Any
+    bias: Any
     implementation: str
 
 
@@ -180,14 +181,14 @@ def attention(
       and the result are computed in float32 or a wider dtype. What a query gets that may see no
       key (padding) is finite, and differs between programs.
     """
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
     arrays = query, key, value
     if plan.implementation == XLA:
-        options = {} if drop is None else {"drop": drop.apply}
-        return plain_attention.attend(*arrays, plan.bias, scale=scale, softcap=softcap, **options)
+        options: dict[str, Any] = {} if drop is None else {"drop": drop.apply}
+        return plain_attention.attend(*arrays, plan.bias, scale=factor, softcap=softcap, **options)
     if plan.implementation == CUDNN:
-        return cudnn_attention.attend(*arrays, plan.mask, scale=scale)
-    scoring = Scoring(scale, softcap, plan.bias)
+        return cudnn_attention.attend(*arrays, plan.mask, scale=factor)
+    scoring = Scoring(factor, softcap, plan.bias)
     dropped = None if drop is None else (drop.rate, drop.make_key())
     return blockwise_attention.attend(*arrays, plan.mask, scoring, drop=dropped)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -134,7 +134,8 @@ def split(
     bias = scoring.bias
     inputs = Inputs(
         _split(query.transpose(0, 2, 3, 1, 4), 3, rows),
-        *(_split(x.swapaxes(1, 2), 2, columns) for x in (key, value)),
+        _split(key.swapaxes(1, 2), 2, columns),
+        _split(value.swapaxes(1, 2), 2, columns),
         None if bias is None else bias.values,
     )
     queries = _split_slots(mask.queries, rows)
@@ -184,8 +185,9 @@ def _split(x: Array, axis: int, size: int, mode: str = "constant") -> Array:
 def _split_slots(slots: Slots, size: int) -> Slots:
     """Splits what is known of queries or keys; what pads the last block holds no token."""
     index, is_token, segments = slots
+    blocks: Any = None if index is None else _split(index, 0, size, "edge")
     return Slots(
-        None if index is None else _split(index, 0, size, "edge"),
+        blocks,
         None if is_token is None else _split(is_token, 1, size),
         None if segments is None else _split(segments, 1, size, "edge"),
     )

@@ -7,12 +7,13 @@ block of queries and keys: one function for both, so that all ways to compute at
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 Array = jax.Array
+_ABSENT: Any = None  # what belongs to no query and no key
 
 
 class Slots(NamedTuple):
@@ -24,7 +25,7 @@ class Slots(NamedTuple):
       segments: integers ``(batch, n)``, the number of the text that a token belongs to.
     """
 
-    index: Array | None = None
+    index: Array = _ABSENT  # type: ignore[assignment]  # it hides tuple.index
     is_token: Array | None = None
     segments: Array | None = None
 
@@ -119,7 +120,7 @@ def make_allowed(mask: Mask, queries: Slots, keys: Slots) -> Array:
         parts.append(keys.index[None, None, :] <= queries.index[None, :, None])
     if keys.is_token is not None:
         parts.append((keys.is_token > 0)[:, None, :])
-    if keys.segments is not None:
+    if keys.segments is not None and queries.segments is not None:
         parts.append(queries.segments[:, :, None] == keys.segments[:, None, :])
     if mask.window is not None and mask.is_windowed is not False:
         near = keys.index[None, None, :] > queries.index[None, :, None] - mask.window
@@ -162,7 +163,7 @@ def find_visible_blocks(mask: Mask, queries: Slots, keys: Slots) -> Array | None
     parts = []
     if keys.is_token is not None:
         parts.append((keys.is_token > 0).any((1, 2))[None, :])
-    if keys.segments is not None:
+    if keys.segments is not None and queries.segments is not None:
         parts.append(_find_shared_segments(queries.segments, keys.segments))
     if mask.causal:
         parts.append(keys.index.min(1)[None, :] <= queries.index.max(1)[:, None])

@@ -117,7 +117,7 @@ def _tie(context: Context, query: Array) -> Context:
     *tied, _ = lax.optimization_barrier([*(leaves[k] for k in plain), first])
     for k, x in zip(plain, tied, strict=True):
         leaves[k] = x
-    return treedef.unflatten(leaves)
+    return jax.tree.unflatten(treedef, leaves)
 
 
 def default_block() -> int:
@@ -145,7 +145,7 @@ def _forward_rows(inputs: Inputs, context: Context, rows: Rows) -> tuple[Array, 
     """Computes the results of one block of queries, and the logarithms of the sums of weights."""
 
     def step(carry: tuple[Array, ...], columns: Columns) -> tuple[tuple[Array, ...], None]:
-        add = functools.partial(_add_columns, context, inputs.bias, rows, columns)
+        add: Any = functools.partial(_add_columns, context, inputs.bias, rows, columns)
         return _run_if(columns.visible, add, carry), None
 
     row, arrays = rows.query[..., 0], (rows, inputs, context)

@@ -240,4 +240,5 @@ def _init_fresh(
         value = draw(name, shape)
         return sharding.put(value, shardings[name]) if name in shardings else value
 
-    return {name: init(name, x.shape) if name in fresh else x for name, x in leaves.items()}
+    filled: dict[str, Any] = dict(leaves)
+    return filled | {name: init(name, leaves[name].shape) for name in leaves if name in fresh}

@@ -2,9 +2,12 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 
 def read(
@@ -36,7 +39,8 @@ def read(
     ]
     if variants:
         raise ValueError(" ".join(variants))
-    return cls(**{f.name: config[f.name] for f in dataclasses.fields(cls) if f.name in config})
+    fields = dataclasses.fields(cls)
+    return cls(**{f.name: config[f.name] for f in fields if f.name in config})
 
 
 def check_sizes(config: Any, names: Iterable[str]) -> None:

@@ -5,7 +5,8 @@ H100 (jax 0.11.2); a CPU's tests go as far as its lowering for such a GPU.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,18 +80,18 @@ def attend(query: Array, key: Array, value: Array, mask: Mask, *, scale: float) 
         return fused(query, key, value)
     is_token = is_token > 0
     is_right_padded = jnp.all(is_token[:, 1:] <= is_token[:, :-1])
-    by_blocks = lambda *arrays: blockwise_attention.attend(*arrays, mask, Scoring(scale))
+    by_blocks = lambda q, k, v: blockwise_attention.attend(q, k, v, mask, Scoring(scale))
     return lax.cond(is_right_padded, fused, by_blocks, query, key, value)
 
 
 def _attend_fused(mask: Mask, scale: float, query: Array, key: Array, value: Array) -> Array:
     """Computes attention of rows that are padded at the end, with the window if it holds."""
-    options = {"scale": scale, "is_causal": mask.causal}
+    options: dict[str, Any] = {"scale": scale, "is_causal": mask.causal}
     if not mask.causal and mask.keys.is_token is not None:
         # Under a causal mask, no token sees what comes after the last one.
         lengths = jnp.sum(mask.keys.is_token > 0, axis=1, dtype=jnp.int32)
         options["key_value_seq_lengths"] = jnp.maximum(lengths, 1)
-    full = functools.partial(_fused, **options)
+    full: Callable[..., Array] = functools.partial(_fused, **options)
     if mask.window is None:
         return full(query, key, value)
     windowed = functools.partial(full, local_window_size=(mask.window - 1, 0))
@@ -99,5 +100,5 @@ def _attend_fused(mask: Mask, scale: float, query: Array, key: Array, value: Arr
     return lax.cond(mask.is_windowed, windowed, full, query, key, value)
 
 
-def _fused(query: Array, key: Array, value: Array, **options: object) -> Array:
+def _fused(query: Array, key: Array, value: Array, **options: Any) -> Array:
     return jax.nn.dot_product_attention(query, key, value, implementation="cudnn", **options)

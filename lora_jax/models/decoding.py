@@ -82,7 +82,7 @@ class Decoding:
         return problems
 
     def _find_ineffective(self) -> list[str]:
-        conditions = dict.fromkeys(("temperature", "top_k", "top_p"), "sample=True")
+        conditions: dict[str, str] = dict.fromkeys(("temperature", "top_k", "top_p"), "sample=True")
         if self.sample:
             conditions = {"beams": "sample=False"}
         if self.beams == 1:

@@ -186,7 +186,7 @@ class Transformer(_Part):
     def __call__(self, x: Array, attention_mask: Array, *, deterministic: bool) -> Array:
         """Maps ``(batch, length, dim)`` to the same; the mask is ``(batch, length)``."""
         batch, n = attention_mask.shape
-        options = {"dtype": self.dtype, "deterministic": deterministic}
+        options: dict[str, Any] = {"dtype": self.dtype, "deterministic": deterministic}
         case = Case(heads=self.config.heads, batch=batch, queries=n, **options)
         plan = make_plan(make_padding_mask(attention_mask), case, self.attention)
         return apply_layers(self.layer, x, (), plan, deterministic=deterministic)[0]
@@ -223,7 +223,7 @@ class DistilBertModel(_Part):
         """
         check_inputs(self.config.positions, input_ids=input_ids, attention_mask=attention_mask)
         x = self._part(Embeddings, "embeddings")(input_ids, deterministic=deterministic)
-        stack = {
+        stack: dict[str, Any] = {
             "scan_layers": self.scan_layers, "remat": self.remat, "attention": self.attention,
         }  # fmt: skip
         layers = Transformer(self.config, self.dtype, **stack, name="transformer")
@@ -253,7 +253,7 @@ class DistilBertForSequenceClassification(_Part):
     ) -> Array:
         """Computes logits ``(batch, num_labels)``, at least float32; arguments as the encoder's."""
         c = self.config
-        stack = {
+        stack: dict[str, Any] = {
             "scan_layers": self.scan_layers, "remat": self.remat, "attention": self.attention,
         }  # fmt: skip
         model = DistilBertModel(c, self.dtype, **stack, name="distilbert")

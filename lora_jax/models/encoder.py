@@ -6,7 +6,7 @@ own files give: where positions start, whether there is a pooler, and the classi
 
 import dataclasses
 import functools
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -230,7 +230,7 @@ class Encoder(Part):
     def __call__(self, x: Array, attention_mask: Array, *, deterministic: bool) -> Array:
         """Maps ``(batch, length, hidden)`` to the same; the mask is ``(batch, length)``."""
         batch, n = attention_mask.shape
-        options = {"dtype": self.dtype, "deterministic": deterministic}
+        options: dict[str, Any] = {"dtype": self.dtype, "deterministic": deterministic}
         case = Case(heads=self.config.heads, batch=batch, queries=n, **options)
         plan = make_plan(make_padding_mask(attention_mask), case, self.attention)
         return apply_layers(self.layer, x, (), plan, deterministic=deterministic)[0]
@@ -294,7 +294,7 @@ class EncoderModel(Part):
         positions = compute_position_ids(input_ids, self.config.padding_idx)
         embeddings = self._part(Embeddings, "embeddings")
         x = embeddings(input_ids, token_type_ids, positions, deterministic=deterministic)
-        stack = {
+        stack: dict[str, Any] = {
             "scan_layers": self.scan_layers, "remat": self.remat, "attention": self.attention,
         }  # fmt: skip
         layers = Encoder(self.config, self.dtype, **stack, name="encoder")
@@ -348,7 +348,8 @@ class EncoderForSequenceClassification(nn.Module):
             name=self.encoder_name,
         )
         x, pooled = model(input_ids, attention_mask, token_type_ids, deterministic=deterministic)
-        logits = self._classify(pooled if self.encoder_pooler else x, deterministic=deterministic)
+        x = x if pooled is None else pooled
+        logits = self._classify(x, deterministic=deterministic)
         return logits.astype(jnp.promote_types(self.dtype, jnp.float32))
 
     def _classify(self, x: Array, *, deterministic: bool) -> Array:
@@ -392,8 +393,8 @@ def names(config: EncoderConfig, *, pooler: bool, scan_layers: bool) -> list[Nam
     rows += tables.norm("embeddings/LayerNorm", "embeddings.LayerNorm")
     layer = [row for flax, hf in _DENSE.items() for row in tables.linear(flax, hf)]
     layer += [row for flax, hf in _NORMS.items() for row in tables.norm(flax, hf)]
-    stack = {"count": config.num_hidden_layers, "scan": scan_layers}
-    rows += tables.repeat_layers("encoder/layer", "encoder.layer", layer, **stack)
+    n = config.num_hidden_layers
+    rows += tables.repeat_layers("encoder/layer", "encoder.layer", layer, count=n, scan=scan_layers)
     if pooler:
         rows += tables.linear("pooler/dense", "pooler.dense")
     return rows

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,6 +18,7 @@ OTHER_HEADS = (
     "v_head.*", "value_head.*", "reward_head.*", "score.*", "classifier.*", "qa_outputs.*",
     "multiple_choice_head.*", "classification_head.*",
 )  # fmt: skip
+TOKENS = jax.ShapeDtypeStruct((1, 1), jnp.int32)
 CLASSIFIER, CAUSAL_LM, SEQ2SEQ_LM, ENCODER = "classifier", "causal-lm", "seq2seq-lm", "encoder"
 
 
@@ -48,7 +50,7 @@ class Family:
     """
 
     model_type: tuple[str, ...]
-    config: type
+    config: Any
     names: Callable[..., list[Name]]
     models: Mapping[str, Callable[..., nn.Module]]
     architectures: Mapping[str, str]
@@ -63,8 +65,15 @@ class Family:
     init_cache: Callable[..., Cache] | None = None
     sharding: tuple[tuple[str, tuple], ...] = ()
 
+    def require_cache(self) -> Callable[..., Cache]:
+        """Returns the function that makes an empty cache, of a family that generates.
 
-TOKENS = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+        Raises:
+          ValueError: it does not.
+        """
+        if self.init_cache is None:
+            raise ValueError(f"Models of {' or '.join(self.model_type)} do not generate text.")
+        return self.init_cache
 
 
 def column(*modules: str) -> tuple[tuple[str, tuple], ...]:

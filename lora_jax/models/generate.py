@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -109,7 +110,7 @@ def causal_lm(model: nn.Module, init_cache: Callable[..., Cache]) -> tuple[Begin
 
     c = model.config
     positions = getattr(c, "positions", None) or getattr(c, "max_position_embeddings", None)
-    begin.limits = Limits(c.vocab_size, positions)
+    setattr(begin, "limits", Limits(c.vocab_size, positions))  # noqa: B010
     return begin, step
 
 
@@ -149,7 +150,7 @@ def seq2seq_lm(
         logits, cache = model.apply(params, ids, mask, memory=memory, cache=cache, method="decode")
         return logits[:, -1], (memory, cache)
 
-    begin.limits = Limits(model.config.vocab_size, None)
+    setattr(begin, "limits", Limits(model.config.vocab_size, None))  # noqa: B010
     return begin, transform(step)
 
 

@@ -116,8 +116,8 @@ def _affine(
 def _scaled(codes: Array, scales: Array, mins: Array | float = 0.0) -> Array:
     """Blocks of 256 numbers: ``code * scale - min``, with a scale for each group of them."""
     groups = codes.reshape(*scales.shape, -1).astype(np.float32)
-    mins = mins if isinstance(mins, float) else mins[..., None]
-    return (groups * scales[..., None] - mins).reshape(len(codes), -1)
+    least = mins if isinstance(mins, float) else np.asarray(mins)[..., None]
+    return (groups * scales[..., None] - least).reshape(len(codes), -1)
 
 
 def _decode_q2_k(blocks: Array) -> Array:
@@ -138,8 +138,8 @@ def _k_scales(blocks: Array) -> tuple[Array, Array]:
     a, b, c = (blocks[:, at : at + 4] for at in (4, 8, 12))
     scales = np.concatenate([a & 63, c & 15 | a >> 6 << 4], axis=1)
     mins = np.concatenate([b & 63, c >> 4 | b >> 6 << 4], axis=1)
-    whole = (_half(blocks, at).astype(np.float32) for at in (0, 2))
-    return tuple(x * part for x, part in zip(whole, (scales, mins), strict=True))
+    scale, least = (_half(blocks, at).astype(np.float32) for at in (0, 2))
+    return scale * scales, least * mins
 
 
 def _decode_q4_k(blocks: Array) -> Array:

@@ -240,7 +240,8 @@ def read_codes(tensor: GGUFTensor) -> Codes:
     layout, (rows, inputs) = tensor.layout, _matrix(tensor)
     if layout.split is None or tensor.shift or len(tensor.shape) != 2:
         raise ValueError(f"a tensor {tensor.shape} of type {layout.name} can't be had as codes")
-    order, whole = _order(tensor), []
+    order = _order(tensor)
+    whole: list[Any] = []
     for piece, blocks in _pieces(tensor):
         parts = layout.split(blocks)
         if not whole:
@@ -249,7 +250,8 @@ def read_codes(tensor: GGUFTensor) -> Codes:
         for all_rows, part in zip(whole, parts, strict=True):
             if part is not None:
                 all_rows[order[piece]] = part.reshape(len(order[piece]), -1)
-    return Codes(*whole, layout.bits)
+    codes, scales, shifts = whole
+    return Codes(codes, scales, shifts, layout.bits)
 
 
 def _matrix(tensor: GGUFTensor) -> tuple[int, int]:

@@ -7,7 +7,7 @@ Layers of a stack that are of several of these types get the codes and parts tha
 The scales of K-quants are packed themselves, and there is no such form for them.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,11 +79,11 @@ def _as_quantized(name: str, stored: GGUFTensor, form: Form) -> QuantizedTensor:
     return QuantizedTensor(name, stored.dtype, stored.shape, {}, make)
 
 
-def _make_fields(tensor: GGUFTensor, form: Form) -> Mapping[str, Any]:
+def _make_fields(tensor: GGUFTensor, form: Form) -> dict[str, Any]:
     """Reads codes, and makes the fields of a leaf of them, in numpy arrays."""
     layout, (codes, scales, offsets, _) = tensor.layout, gguf.read_codes(tensor)
     scales = np.ascontiguousarray(scales.T)
-    fields = {"code": form.code, "tile": (layout.block, 1), "scales": scales}
+    fields: dict[str, Any] = {"code": form.code, "tile": (layout.block, 1), "scales": scales}
     if form.code == "uint4":
         codes = (codes.view(np.int8) - np.int8(layout.least)).view(np.uint8).T
         codes = codes[::2] << 4 | codes[1::2]
@@ -91,7 +91,7 @@ def _make_fields(tensor: GGUFTensor, form: Form) -> Mapping[str, Any]:
     if len(form.zeros) > 1:
         fields["zeros"] = np.full(scales.shape, -layout.least, np.int8)
     else:
-        fields["zero"] = form.zeros[0]
+        fields["zero"] = next(iter(form.zeros))
     if form.has_shifts:
         # Adding -0.0 leaves every number as it is, which 0.0 does not do with -0.0.
         nothing = np.full(scales.shape, -0.0, scales.dtype)

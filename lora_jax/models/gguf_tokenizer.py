@@ -142,8 +142,10 @@ def _sentencepiece(header: GGUF) -> tokenizers.Tokenizer:
         # Runs of spaces, which stand for themselves in the file; its scores are not in the order
         # of the merges, and its tokens are.
         tokens = [_SPACE * len(t) if t.strip(" ") == "" and len(t) > 1 else t for t in tokens]
-        scores = -np.arange(len(tokens))
-    elif (scores := _numbers(header, "scores")) is None:
+        scores: np.ndarray | None = -np.arange(len(tokens))
+    else:
+        scores = _numbers(header, "scores")
+    if scores is None:
         raise ValueError("there is no tokenizer.ggml.scores")
     vocabulary = _vocabulary(tokens)
     unknown = {"unk_token": special_tokens(header).get("unk_token")} if gemma else {}

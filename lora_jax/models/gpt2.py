@@ -191,7 +191,7 @@ class GPT2Model(_Part):
         self, attention_mask: Array, queries: Array, cache: Cache | None, deterministic: bool
     ) -> Plan:
         batch, keys = attention_mask.shape
-        options = {"dtype": self.dtype, "deterministic": deterministic}
+        options: dict[str, Any] = {"dtype": self.dtype, "deterministic": deterministic}
         options["has_cache"] = cache is not None
         n = queries.shape[0]
         case = Case(heads=self.config.heads, batch=batch, queries=n, keys=keys, **options)
@@ -218,7 +218,7 @@ class GPT2LMHeadModel(nn.Module):
     def setup(self) -> None:
         """Makes the submodules."""
         c = self.config
-        stack = {
+        stack: dict[str, Any] = {
             "scan_layers": self.scan_layers, "remat": self.remat, "attention": self.attention,
         }  # fmt: skip
         self.transformer = GPT2Model(c, dtype=self.dtype, **stack)

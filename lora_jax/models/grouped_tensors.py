@@ -66,10 +66,11 @@ def settings(about: Mapping[str, Any], method: str) -> Settings:
     if method == "compressed-tensors":
         groups = about.get("config_groups")
         weights = [g.get("weights") for g in groups.values()] if isinstance(groups, dict) else []
-        bits = {w.get("num_bits") for w in weights if isinstance(w, dict)}
-        return _check(Settings(method, bits.pop() if len(bits) == 1 else 0))
+        numbers: list[Any] = [w.get("num_bits") for w in weights if isinstance(w, dict)]
+        return _check(Settings(method, numbers[0] if len({*numbers}) == 1 else 0))
     bits = about.get("bits", about.get("w_bit", 0))
-    others = about.get("dynamic") if isinstance(about.get("dynamic"), dict) else {}
+    others = about.get("dynamic")
+    others = others if isinstance(others, dict) else {}
     if any(isinstance(x, dict) and x.get("bits", bits) != bits for x in others.values()):
         raise ValueError(f"is quantized with {method!r} in several numbers of bits, not in one")
     # Version 1 stores zeros less one.

@@ -160,7 +160,7 @@ def _is_repo_id(name: str) -> bool:
 def _find_in_cache(repos: Iterable[str], revision: str | None) -> Path:
     reasons = []
     of = f" of the revision {revision!r}" if revision else ""
-    at = {"revision": revision} if revision else {}
+    at: dict[str, Any] = {"revision": revision} if revision else {}
     for repo in repos:
         try:
             directory = huggingface_hub.snapshot_download(repo, local_files_only=True, **at)
@@ -173,7 +173,7 @@ def _find_in_cache(repos: Iterable[str], revision: str | None) -> Path:
 
 
 def _download(repo: str, revision: str | None) -> Path:
-    at = {"revision": revision} if revision else {}
+    at: dict[str, Any] = {"revision": revision} if revision else {}
     directory = huggingface_hub.snapshot_download(
         repo, allow_patterns=list(FILES), etag_timeout=_TIMEOUT, **at
     )

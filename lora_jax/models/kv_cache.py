@@ -22,7 +22,7 @@ class Cache(NamedTuple):
     """
 
     layers: PyTree
-    index: Array
+    index: Array  # type: ignore[assignment]  # it hides tuple.index
 
 
 def init(shape: tuple[int, ...], dtype: DTypeLike, *, num_layers: int, scan_layers: bool) -> Cache:
@@ -51,7 +51,7 @@ def count_slots(cache: Cache) -> int:
     return jax.tree.leaves(cache.layers)[0].shape[-3]
 
 
-def write(layer: PyTree, new: Mapping[str, Array], index: Array) -> PyTree:
+def write(layer: PyTree, new: Mapping[str, Array], index: Any) -> PyTree:
     """Writes keys and values into the slots of one layer.
 
     Args:

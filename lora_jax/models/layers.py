@@ -167,7 +167,7 @@ class Layers(NamedTuple):
       remat: what the backward pass computes again; see :func:`remat_layer`.
     """
 
-    count: int
+    count: int  # type: ignore[assignment]  # it hides tuple.count
     scan: bool = False
     remat: str = "none"
 

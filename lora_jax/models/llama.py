@@ -197,7 +197,7 @@ class LlamaModel(_Part):
         x = split_lookup(self.embed_tokens(input_ids))
         if c.variant.scaled_embedding:
             x = x * jnp.asarray(c.hidden_size**0.5, x.dtype)
-        is_sliding = [kind == SLIDING for kind in c.layer_types]
+        is_sliding: Any = [kind == SLIDING for kind in c.layer_types]
         if self.scan_layers:
             is_sliding = jnp.array(is_sliding)
         old, index = (None, None) if cache is None else cache
@@ -229,7 +229,7 @@ class LlamaForCausalLM(nn.Module):
     def setup(self) -> None:
         """Makes the submodules."""
         c = self.config
-        stack = {"scan_layers": self.scan_layers, "remat": self.remat}
+        stack: dict[str, Any] = {"scan_layers": self.scan_layers, "remat": self.remat}
         self.model = LlamaModel(c, dtype=self.dtype, **stack)
         if not c.tie_word_embeddings:
             init = nn.initializers.normal(c.initializer_range)
@@ -335,7 +335,7 @@ def _make_views(
       make_plan: function of the window of :class:`lora_jax.models.attention_mask.Mask`.
     """
     kinds = [kind for kind in (FULL, SLIDING) if kind in config.layer_types]
-    window = {"window": config.sliding_window} if SLIDING in kinds else {}
+    window: dict[str, Any] = {"window": config.sliding_window} if SLIDING in kinds else {}
     views = []
     for kind in kinds:
         if len(kinds) > 1:  # they differ in a number, so that a program for both can choose

@@ -71,7 +71,8 @@ _GEMMA = {
     "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 8192,
     "tie_word_embeddings": True, "query_pre_attn_scalar": 256, "sliding_window": 4096,
 }  # fmt: skip
-_SCALED = {"norm_offset": 1.0, "scaled_embedding": True, "post_norms": True}
+_SCALED: dict[str, Any] = {"norm_offset": 1.0, "scaled_embedding": True, "post_norms": True}
+_DERIVED: Any = None  # the default of fields that follow from others in a config without them
 _WINDOW = ("sliding_window", "layer_types")
 
 VARIANTS: dict[str, Variant] = {
@@ -155,8 +156,8 @@ class LlamaConfig:
     intermediate_size: int = 11008
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    num_key_value_heads: int = _DERIVED
+    head_dim: int = _DERIVED
     hidden_act: str = "silu"
     max_position_embeddings: int = 2048
     initializer_range: float = 0.02
@@ -168,8 +169,8 @@ class LlamaConfig:
     rope: Rope = Rope()
     sliding_rope: Rope | None = None
     sliding_window: int | None = None
-    layer_types: tuple[str, ...] | None = None
-    query_pre_attn_scalar: float | None = None
+    layer_types: tuple[str, ...] = _DERIVED
+    query_pre_attn_scalar: float = _DERIVED
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
 

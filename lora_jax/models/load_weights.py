@@ -283,7 +283,7 @@ def _select_parts(parts: Mapping[tuple[str, int | None], Part], module: str) -> 
 
 def _keep_codes(leaves: Mapping[str, Sequence[Part]], name: str) -> None:
     """Has the kernels of a GGUF file be read as codes, and says of which it can't be done."""
-    count, types = 0, set()
+    count, types = 0, set[Any]()
     for parts in leaves.values():
         there = gguf_kernels.find_types(parts)
         if there and _is_kernel(parts[0].weights[0]) and not gguf_kernels.keep_codes(parts):

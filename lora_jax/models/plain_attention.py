@@ -78,8 +78,8 @@ def attend_ungrouped(
     """
     high = jnp.promote_types(query.dtype, jnp.float32)
     heads_first = lambda x: x.swapaxes(1, 2)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    query, key, value = map(heads_first, (query * scale, key, value))
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    query, key, value = map(heads_first, (query * factor, key, value))
     heads = (0, 1), (0, 1)
     product = functools.partial(products.dot_general, preferred_element_type=high)
     scores = product(query, key, (((3,), (3,)), heads))
@@ -87,7 +87,7 @@ def attend_ungrouped(
         scores = softcap * jnp.tanh(scores / softcap)
     scores = scores + bias
     weights = jnp.exp(scores - lax.stop_gradient(scores.max(-1, keepdims=True)))
-    total = weights.sum(-1, keepdims=True)
+    total: Array | float = weights.sum(-1, keepdims=True)
     if value.dtype != high:
         # The two terms of the scores' gradient cancel, so they must be rounded in the same place.
         weights, total = weights / total, 1.0

@@ -47,7 +47,7 @@ class QuantizedTensor(NamedTuple):
 
     name: str
     dtype: np.dtype
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     parts: Mapping[str, Stored]
     make: Callable[["QuantizedTensor", Mapping[str, np.ndarray]], tuple[type, dict[str, Any]]]
 
@@ -332,7 +332,8 @@ def _find_tile(shape: tuple[int, int], scales: tuple[int, ...]) -> tuple[int, in
 def _float8(
     tensor: QuantizedTensor, values: Mapping[str, np.ndarray]
 ) -> tuple[type, dict[str, Any]]:
-    n_out, n_in = _find_tile(tensor.shape, values["scale"].shape)
+    rows, columns = tensor.shape
+    n_out, n_in = _find_tile((rows, columns), values["scale"].shape)
     counts = [-(-n // size) for n, size in zip(tensor.shape, (n_out, n_in), strict=True)]
     scales = np.asarray(values["scale"], np.float32).reshape(counts).T
     codes = np.ascontiguousarray(values["codes"].T)

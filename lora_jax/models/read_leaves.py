@@ -79,18 +79,21 @@ def read_leaf(
         values = (np.asarray(decode(x)) if is_quantized(x) else x for x in values)
     elif scheme or has_codes:
         layers = [_encode(first, x, scheme, shape) for x in values]
-        value = None if problems else _join_layers(layers, place, is_stacked=is_stacked)
-        if value is None and not problems:
+        joined = None if problems else _join_layers(layers, place, is_stacked=is_stacked)
+        if joined is None and not problems:
             problems.append(
                 f"{first.row.hf} is quantized in another way in some layers than in others, which "
                 "can't be stacked: load it with scan_layers=False"
             )
-        return value, problems
+        return joined, problems
     if is_stacked:
-        value = _stack_layers(values, shape, place)
-    else:
-        value = _put_value(*values, shape, place)
-    return (None if problems else value), problems
+        return _none_after(problems, _stack_layers(values, shape, place)), problems
+    (value,) = values
+    return _none_after(problems, _put_value(value, shape, place)), problems
+
+
+def _none_after(problems: list[str], value: Any) -> Any:
+    return None if problems else value
 
 
 def _encode(weight: Weight, value: Any, scheme: str, like: jax.ShapeDtypeStruct) -> Any:
@@ -123,7 +126,8 @@ def _read_values(
         if any(isinstance(stored, QuantizedTensor) for _, stored in part.stored):
             yield _read_quantized_value(part, problems, dtype)
             continue
-        floating = [(n, s) for n, s in part.stored if jnp.issubdtype(s.dtype, jnp.floating)]
+        plain = [(n, s) for n, s in part.stored if not isinstance(s, QuantizedTensor)]
+        floating = [(n, s) for n, s in plain if jnp.issubdtype(s.dtype, jnp.floating)]
         for name, stored in floating:
             tensor = read_tensor(stored)
             if not np.isfinite(tensor).all():
@@ -149,8 +153,10 @@ def _read_quantized_value(part: Part, problems: list[str], dtype: Any) -> Any:
 def _put_value(
     value: np.ndarray | None, shape: jax.ShapeDtypeStruct, place: NamedSharding | None
 ) -> jax.Array | None:
-    if value is None or place is not None:
-        return None if value is None else sharding.put(value, place, shape.dtype)
+    if value is None:
+        return None
+    if place is not None:
+        return sharding.put(value, place, shape.dtype)
     # It is made contiguous in the right dtype, so that JAX does not copy it once more.
     return jnp.asarray(np.ascontiguousarray(value, shape.dtype))
 

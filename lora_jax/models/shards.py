@@ -62,7 +62,9 @@ def plan_shards(
     >>> list(plan_shards(shapes, np.dtype("f4"), 12).files.values())
     [('b',), ('a', 'c'), ('d',)]
     """
-    most, shards, last, used = parse_size(shard_size), [], [], 0
+    shards: list[tuple[str, ...]] = []
+    last: list[str] = []
+    most, used = parse_size(shard_size), 0
     for name, shape in shapes.items():
         size = dtype.itemsize * math.prod(shape)
         if size > most:  # before the one that is being filled, as transformers has it
@@ -76,8 +78,8 @@ def plan_shards(
     shards += [tuple(last)] if last else []
     if len(shards) == 1:
         return Plan({WEIGHTS: shards[0]}, dtype, shapes)
-    name = lambda k: f"model-{k + 1:05d}-of-{len(shards):05d}.safetensors"
-    return Plan({name(k): shard for k, shard in enumerate(shards)}, dtype, shapes)
+    file_name = lambda k: f"model-{k + 1:05d}-of-{len(shards):05d}.safetensors"
+    return Plan({file_name(k): shard for k, shard in enumerate(shards)}, dtype, shapes)
 
 
 def write_shards(directory: Path, plan: Plan, read: Callable[[str], np.ndarray]) -> None:

@@ -158,7 +158,7 @@ class T5Block(_Part):
         self,
         x: Array,
         layer_inputs: tuple[PyTree, PyTree],
-        shared_inputs: tuple[Plan, Plan | None, Array | None],
+        shared_inputs: tuple[Plan, Any, Array | None],
         deterministic: bool,
     ) -> tuple[Array, PyTree]:
         """Computes new states and the layer's cache.
@@ -178,7 +178,8 @@ class T5Block(_Part):
             cache = keys = kv_cache.write(cache, keys, index)
         x = add(x, self.SelfAttention(y, keys, plan, deterministic))
         if memory is not None:
-            x = add(x, self.EncDecAttention(self.cross_norm(x), memory, cross_plan, deterministic))
+            y = self.cross_norm(x)
+            x = add(x, self.EncDecAttention(y, memory, cross_plan, deterministic))
         return add(x, self.DenseReluDense(self.dense_norm(x), deterministic)), cache
 
 
@@ -202,7 +203,7 @@ class T5Stack(_Part):
         count = c.num_decoder_layers if self.decoder else c.num_layers
         layers = Layers(count, self.scan_layers, self.remat)
         fields = {"config": c, "dtype": self.dtype, "decoder": self.decoder}
-        self.block = make_layers(T5Block, layers, methods={"memory": 0}, **fields)
+        self.block: Any = make_layers(T5Block, layers, methods={"memory": 0}, **fields)
         self.final_layer_norm = self._norm()
         self.dropout = self._dropout()
 
@@ -307,7 +308,7 @@ class T5ForConditionalGeneration(nn.Module):
         decoder_attention_mask: Array | None = None,
         *,
         deterministic: bool = True,
-    ) -> Array:
+    ) -> Any:
         """Computes logits ``(batch, decoder length, vocab_size)``, at least float32.
 
         Args:

@@ -10,6 +10,7 @@ from lora_jax.models.families import SEQ2SEQ_LM
 from lora_jax.models.layers import ACTIVATIONS
 from lora_jax.names import Name
 
+_DERIVED: Any = None  # the default of a field that follows from another
 _SIZES = (
     "vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads",
     "relative_attention_num_buckets", "relative_attention_max_distance",
@@ -36,7 +37,7 @@ class T5Config:
     d_kv: int = 64
     d_ff: int = 2048
     num_layers: int = 6
-    num_decoder_layers: int | None = None
+    num_decoder_layers: int = _DERIVED
     num_heads: int = 8
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128

@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lora_jax.extras import require
 from lora_jax.files import read_object
@@ -58,7 +59,7 @@ def _convert_gguf(checkpoint: Checkpoint) -> dict[str, bytes]:
     """Writes the tokenizer of a GGUF file as transformers' files."""
     made = load_tokenizer(checkpoint)
     template, tokens = gguf_tokenizer.read_template(checkpoint.directory)
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **tokens}
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **tokens}
     settings |= {"clean_up_tokenization_spaces": False}
     settings |= {"chat_template": template} if template is not None else {}
     return {

@@ -136,7 +136,7 @@ def _find_special(
     found = {n: x for n, x in words.items() if n.endswith("_token") and _is_token(x)}
     absent = {name: None for name in NAMES if name in words and not words[name]}
     lists = (words.get(name) for name in _LISTS)
-    extra = next((tokens for tokens in lists if tokens), [])
+    extra: Any = next((tokens for tokens in lists if tokens), [])
     if isinstance(extra, dict):  # tokens with names of their own
         found |= {name: token for name, token in extra.items() if _is_token(token)}
         extra = []

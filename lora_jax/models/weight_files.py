@@ -17,7 +17,8 @@ def open_file(path: str | Path) -> dict[str, Stored]:
     Raises:
       ValueError: it is damaged, or holds what is not read here.
     """
-    return gguf_models.open_tensors(path) if gguf.is_gguf(path) else files.open_safetensors(path)
+    is_gguf = gguf.is_gguf(path)
+    return {**(gguf_models.open_tensors(path) if is_gguf else files.open_safetensors(path))}
 
 
 def read_tensor(stored: Stored) -> np.ndarray:

@@ -27,7 +27,7 @@ def find(kernels: Iterable[str], model: Model) -> tuple[dict[str, Weight], list[
     return found, [problem] if lacking else []
 
 
-def make_node(beta: np.ndarray, weight: Weight, scale: float) -> AdaptedBias:
+def make_node(beta: Any, weight: Weight, scale: float) -> AdaptedBias:
     """Makes the node of a bias; ``beta`` has the shape of the leaf, with its axis of layers."""
     axes = ("" if weight.layer is None else BATCH) + OUT * len(weight.shape)
     return AdaptedBias(beta, scale, axes=axes)

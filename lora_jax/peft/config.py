@@ -137,7 +137,7 @@ def complete(words: Mapping[str, Any]) -> dict[str, Any]:
     """
     type_ = words["peft_type"]
     named = {new: words[n] for n, new in _OTHER_NAMES.get(type_, {}).items() if n in words}
-    return DEFAULTS | TYPES[type_] | words | _WITHOUT_EFFECT.get(type_, {}) | named
+    return {**DEFAULTS, **TYPES[type_], **words, **_WITHOUT_EFFECT.get(type_, {}), **named}
 
 
 def restrict(words: Mapping[str, Any]) -> dict[str, Any]:

@@ -58,6 +58,8 @@ def rebuild(node: Offset, kernel: Any, init: str) -> Offset:
         init=init,
     )
     first = INITS[init](start)
+    if not isinstance(first, Offset):
+        raise ValueError(f"has first values {init!r}, which are no offset and can't be rebuilt")
     return dataclasses.replace(node, a0=first.a0, b0=first.b0)
 
 

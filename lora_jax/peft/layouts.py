@@ -35,7 +35,8 @@ def tensor_shape(weight: Weight, letters: str, sizes: Mapping[str, int]) -> tupl
         letters = letters.rjust(2, ONE)
     of_sides = {side: _count_entries(weight, side) for side in _SIDES}
     of_sides[IN] //= math.prod(window)
-    shape = [(sizes | of_sides | {ONE: 1})[letter] for letter in letters]
+    of_letters = {**sizes, **of_sides, ONE: 1}
+    shape = [of_letters[letter] for letter in letters]
     return (*shape, *(window if IN in letters else [1] * len(window)))
 
 

@@ -202,7 +202,7 @@ def _make_nodes(
             problems.append(f"tensor {name} differs from its other copy")
     weight = {part.weight.leaf: part.weight for part in plan.parts.values()}
     numbers = _ranks_and_alphas(plan)
-    nodes = {}
+    nodes: dict[str, Any] = {}
     for leaf, roles in by_leaf.items():
         roles.pop(adapter_tensors.BASE, None)
         numbers_of_leaf = numbers.get(plan.biases.get(leaf, leaf), set())
@@ -284,7 +284,9 @@ def _make_node(
 
 
 def _stack(layers: dict[int | None, np.ndarray]) -> np.ndarray:
-    return layers[None] if None in layers else np.stack([layers[k] for k in sorted(layers)])
+    if None in layers:
+        return layers[None]
+    return np.stack([layers[k] for k in sorted(k for k in layers if k is not None)])
 
 
 def _collect_dtypes(

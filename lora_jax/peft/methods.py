@@ -62,8 +62,8 @@ class Reading:
       kernel: frozen kernel of the base: an array, a quantized one, or only its shape.
     """
 
-    node: type[Adapted]
-    values: Mapping[str, np.ndarray]
+    node: Callable[..., Adapted]
+    values: Mapping[str, Any]
     scale: float
     axes: str
     name: str
@@ -252,6 +252,18 @@ def find_method_of(node: Adapted, init: str = "") -> Method | None:
     """
     fits = lambda m: type(node) in (m.node, *m.alike) and init in ("", m.config.get("init", init))
     return next((m for m in METHODS if fits(m)), None)
+
+
+def require_method_of(node: Adapted) -> Method:
+    """Returns the method of a node that has one.
+
+    Raises:
+      ValueError: it has no form in PEFT's files.
+    """
+    method = find_method_of(node)
+    if method is None:
+        raise ValueError(f"A node of the kind {node.kind!r} has no form in PEFT's files.")
+    return method
 
 
 def describe_words(method: Method) -> str:

@@ -174,7 +174,8 @@ def _collect_content(
 def _find_methods(content: _Content) -> list[methods.Method]:
     """Returns the methods of the adapted kernels, in their order."""
     find = methods.find_method_of
-    return [find(content.nodes[w.leaf], content.init) for w in content.kernels.values()]
+    found = [find(content.nodes[w.leaf], content.init) for w in content.kernels.values()]
+    return [method for method in found if method is not None]
 
 
 def _find_obstacle(leaf: str, node: Any, rows: Sequence[Weight]) -> str:
@@ -200,20 +201,21 @@ def _find_obstacle(leaf: str, node: Any, rows: Sequence[Weight]) -> str:
         return ""
     if not rows[0].hf.endswith(".weight") or not names.kind(rows[0]):
         return f"{leaf} is {rows[0].hf} there, which PEFT does not adapt"
-    if names.kind(rows[0]) not in methods.find_method_of(node).kinds:
+    method = methods.require_method_of(node)
+    if names.kind(rows[0]) not in method.kinds:
         return (
             f"{leaf} is of the kind {names.kind(rows[0])}, which PEFT does not adapt with "
-            f"{methods.describe_words(methods.find_method_of(node))}"
+            f"{methods.describe_words(method)}"
         )
-    if scales(type(node)) and not np.asarray(node.scale) > 0:
-        return f"{leaf} has scale {float(node.scale)}, and alpha must be positive"
+    if scales(type(node)) and not (scale := float(scale_array(node))) > 0:
+        return f"{leaf} has scale {scale}, and alpha must be positive"
     axes = layouts.node_axes(rows[0])
     if node.axes != axes or not names.axes(rows[0]):
         return (
             f"{leaf} has axes {node.axes!r} in the adapter and {axes or 'no'!r} axes in the table "
             "of names"
         )
-    problem = methods.find_method_of(node).find_problem(node)
+    problem = method.find_problem(node)
     return f"{leaf} {problem}" if problem else ""
 
 
@@ -223,7 +225,7 @@ def _choose_alpha(node: Adapted, config: LoRAConfig) -> float:
         return config.alpha
     rank, root = fields.sizes(node)[RANK], config.rank_stabilized
     scale = scale_array(node)
-    divisor = methods.find_method_of(node).compute_divisor(rank, root=root)
+    divisor = methods.require_method_of(node).compute_divisor(rank, root=root)
     exact = float(scale) * divisor
     nearby = [float(np.nextafter(exact, side)) for side in (0, np.inf)]
     candidates = [
@@ -250,7 +252,7 @@ def _choose_words(
             return words_of_origin, plan
         # The adapter has changed since; words about it as a whole still hold.
         given = {name: old.get(name) for name in METADATA} | given
-    words = complete(DEFAULTS | method.words) | given
+    words = complete({**DEFAULTS, **method.words}) | given
     words = canonicalize(words | _make_words(content, model, words, config), {})
     plan = adapter_tensors.make_plan(words, model)
     differences = _find_differences(content, plan, config.rank_stabilized)
@@ -357,7 +359,7 @@ def _make_tensor(part: Part, nodes: Mapping[str, Any], leaves: Mapping[str, Any]
         return names.to_tensor(part.weight, pick(node.beta))
     if part.role == adapter_tensors.TOKENS:
         return tokens.make_tensor(node, part.weight)
-    axes = methods.find_method_of(node).field_axes(part.role)
+    axes = methods.require_method_of(node).field_axes(part.role)
     if BATCH not in node.table[part.role].axes:
         pick = np.asarray
     return layouts.to_file(part.weight, pick(getattr(node, part.role)), axes, part.letters)

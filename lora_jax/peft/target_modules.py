@@ -38,7 +38,7 @@ def make_model(weights: Iterable[Weight]) -> Model:
     kernels = {
         names.module(n): w for n, w in by_name.items() if n.endswith(".weight") and names.kind(w)
     }
-    modules = {}
+    modules: dict[str, None] = {}
     for name in by_name:
         parts = names.module(name).split(".")
         modules |= dict.fromkeys(".".join(parts[: k + 1]) for k in range(len(parts)))
@@ -108,8 +108,8 @@ def _layer_selector(words: Mapping[str, Any]) -> _Selector:
     patterns = [patterns] if isinstance(patterns, str) else patterns
     expressions = [rf"(?:^|.*?\.)(?:{p})\.(?P<idx>\d+)\." for p in patterns or []]
     expressions = expressions or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
-    matchers = [compile_safely(e, "layers_pattern").match for e in expressions]
-    matchers = _limit_time(matchers, "layers_pattern")
+    compiled = [compile_safely(e, "layers_pattern").match for e in expressions]
+    matchers = _limit_time(compiled, "layers_pattern")
 
     def is_in_layers(m: str) -> bool:
         match = next((hit for e in matchers if (hit := e(m))), None)

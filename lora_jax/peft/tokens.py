@@ -1,6 +1,6 @@
 """Trained tokens in PEFT's files: ``trainable_token_indices`` and the rows that belong to it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,7 +64,7 @@ def select(words: Mapping[str, Any], model: Model, taken: Mapping[str, str]) -> 
     return chosen
 
 
-def _name_input(value: Any, model: Model, problems: list[str]) -> Mapping[str, Sequence[int]]:
+def _name_input(value: Any, model: Model, problems: list[str]) -> Mapping[str, Any]:
     if isinstance(value, dict):
         return value
     by_leaf = {w.leaf: m for m, w in reversed(model.kernels.items()) if _is_input(m)}
@@ -117,7 +117,7 @@ def _check_tied(chosen: Chosen, model: Model) -> None:
         del chosen.ids[m]
 
 
-def find_class(weight: Weight) -> type[Tokens]:
+def find_class(weight: Weight) -> type[TrainedRows | TrainedOutputs]:
     """Returns the class of the node for a weight."""
     if names.kind(weight) != names.EMBEDDING:
         return TrainedOutputs
@@ -129,7 +129,7 @@ def find_letters(weight: Weight) -> str:
     return "ko" if names.kind(weight) == names.EMBEDDING else "ki"
 
 
-def make_node(weight: Weight, values: np.ndarray, ids: Ids) -> Tokens:
+def make_node(weight: Weight, values: Any, ids: Ids) -> Tokens:
     """Makes the node of rows that were read."""
     values = values if names.kind(weight) == names.EMBEDDING else values.T
     return find_class(weight)(values, ids, axes=names.axes(weight))

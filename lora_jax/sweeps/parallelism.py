@@ -125,7 +125,7 @@ def _time(program: Program, group: Group, run: str) -> float:
     return min(times[1:])
 
 
-def check_memory(error: jax.errors.JaxRuntimeError) -> None:
+def check_memory(error: Exception) -> None:
     """Raises an error again, unless it is one of memory.
 
     Raises:

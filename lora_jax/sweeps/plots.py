@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from lora_jax import analysis
 from lora_jax.files import read_safetensors
@@ -118,7 +119,7 @@ def _shift(panel: Axes, x: float, places: float) -> float:
 
 def _draw_line(panel: Axes, by_x: dict[float, Cell], *, score: str, label: str, color: str) -> None:
     scored = {x: by_x[x] for x in sorted(by_x) if by_x[x].mean is not None}
-    means = [cell.mean for cell in scored.values()]
+    means = [cell.mean for cell in scored.values() if cell.mean is not None]
     bars = figures.clip_bars(means, [cell.spread or 0.0 for cell in scored.values()], score)
     panel.errorbar(
         list(scored), means, bars,
@@ -217,6 +218,7 @@ def draw_similarity(sweep: Results) -> Picture | None:
     maps = [(text, _similarity(*rows, kernel)) for text, rows in pairs]
     highest = max(values.max() for _, values in maps)  # after a few steps they are far below 1
     figure, panels = figures.make_figure(len(maps), width=4.4, height=3.6)
+    image, (_, values) = None, maps[-1]
     for panel, (text, values) in zip(panels, maps, strict=True):
         panel.grid(False)
         image = panel.imshow(
@@ -224,10 +226,11 @@ def draw_similarity(sweep: Results) -> Picture | None:
             extent=(0.5, values.shape[1] + 0.5, 0.5, values.shape[0] + 0.5),
         )  # fmt: skip
         panel.set(title=text[0], ylabel=text[1], xlabel=text[2])
-        panel.title.set_size(10)
+        panel.title.set_fontsize(10)
         for axis in (panel.xaxis, panel.yaxis):
-            axis.get_major_locator().set_params(integer=True)
-    figure.colorbar(image, ax=panels, label="subspace similarity φ(i, j)")
+            axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
+    if image is not None:  # there is a map
+        figure.colorbar(image, ax=panels, label="subspace similarity φ(i, j)")
     last = _factor(pairs[-1][1][0], kernel)
     inputs = last.size // last.shape[-1]
     chance = analysis.random_similarity(inputs, min(values.shape))

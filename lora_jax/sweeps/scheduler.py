@@ -122,7 +122,7 @@ def _check_members(make_member: Callable[[str], Member], wanted: Iterable[Trial]
         try:
             members.append(jax.tree.map(_without_data, make_member(trial.id)))
         except ValueError as error:
-            problems.setdefault(str(error), []).append(trials.describe(trial, trial.values))
+            problems.setdefault(str(error), []).append(trials.describe(trial, [*trial.values]))
     if problems:
         lines = [f"{error} ({'; '.join(runs)})" for error, runs in problems.items()]
         raise ValueError(f"Some runs of the sweep can't be started: {' '.join(lines)}")
@@ -295,10 +295,10 @@ def _sort_key(entry: dict[str, Any]) -> tuple[float, float]:
 
 def _drop(sweep: Sweep, rung: int, bar: ProgressBar) -> None:
     """Finishes the runs that are not among the best at a rung."""
-    entries = {}
+    entries: dict[str, dict[str, Any]] = {}
     for trial in sweep.trials:
         rungs = trial_loop.read_rungs(sweep_dirs.run_dir(sweep.workdir, trial))
-        entries[trial.id] = rungs.get(str(rung))
+        entries[trial.id] = rungs.get(str(rung)) or {}
     ranked = [trial for trial in sweep.trials if entries[trial.id]]
     ranked.sort(key=lambda trial: _sort_key(entries[trial.id]))
     keep = survivors(len(sweep.trials), sweep.halving, rung)

@@ -132,6 +132,8 @@ def best_score(result: dict[str, Any]) -> tuple[Score, float | None]:
 def rank(result: dict[str, Any]) -> tuple[float, float]:
     """Returns what results are compared by, the largest the best: the score, then the loss."""
     score, value = best_score(result)
+    if value is None:
+        raise ValueError("A run without an evaluation has no rank.")
     return score.merit(value), -result["best_loss"]
 
 

@@ -196,8 +196,8 @@ def _open(
         checkpointing.manager(folder, keep=trial.config.checkpoint_keep)
     )
     checkpoint = checkpointing.restore(checkpoints, initial.state, say)
-    state, progress = checkpoint or (initial.state, {})
-    state, progress = jax.tree.map(np.asarray, state), loop.parse_progress(progress)
+    state, words = checkpoint or (initial.state, {})
+    state, progress = jax.tree.map(np.asarray, state), loop.parse_progress(words)
     config = trial.config
     run = loop.Run(
         task=dataclasses.replace(group.task, metadata=group.task.metadata | {"seed": config.seed}),
@@ -276,7 +276,7 @@ class _Clock:
     """Measures seconds since the last lap of a name, without those of compilation."""
 
     def __init__(self, program: Program) -> None:
-        self._program, self._last = program, {}
+        self._program, self._last = program, dict[str, float]()
         self._begin = self._now()
 
     def _now(self) -> float:

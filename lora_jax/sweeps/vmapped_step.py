@@ -105,7 +105,7 @@ def make_member(
         unwrap_key(state),
         np.array(True),
         optimizer.settings(config.optimizer, plan.total, per_epoch=task.steps_per_epoch),
-        float(lora_config.dropout),
+        np.asarray(lora_config.dropout),
         _select_own_leaves(task.base, base, state.adapter),
     )
     # Python numbers get JAX's default dtypes, as they do in a single run.
@@ -195,14 +195,17 @@ def member_step(task: Task, *, has_dropout: bool, options: Options) -> Callable:
     """
 
     def step(member: Member, base: PyTree, batch: Batch) -> tuple[Member, tuple]:
-        same = {n: x for n, x in optimizer.MULTIPLIERS.items() if n not in options.varied_rates}
+        same: dict[str, Any] = {
+            n: x for n, x in optimizer.MULTIPLIERS.items() if n not in options.varied_rates
+        }
         settings = dataclasses.replace(member.settings, **same)
         tx = optimizer.adamw(settings, member.state.adapter, options.decay)
         # A run that diverges is stopped below, without the guard of a single run.
         step_options = StepOptions(
             accumulate=options.accumulate, has_norm=True, orthogonality=options.orthogonality
         )
-        single = train_step(task, tx, member.dropout if has_dropout else 0.0, step_options)
+        rate = jnp.asarray(member.dropout) if has_dropout else 0.0
+        single = train_step(task, tx, rate, step_options)
         own_base = _put_own(base, member.own_leaves)
         state, (sums, norm) = single(wrap_key(member.state), own_base, batch)
         is_alive = member.is_alive & jnp.isfinite(sums[0])
@@ -226,7 +229,7 @@ def member_eval_step(task: Task) -> Callable:
 def _put_own(base: PyTree, own_leaves: dict[str, Array]) -> PyTree:
     leaves = paths.named_leaves(base)
     treedef = jax.tree.structure(base, is_leaf=is_quantized)
-    return treedef.unflatten([own_leaves.get(n, x) for n, x in leaves.items()])
+    return jax.tree.unflatten(treedef, [own_leaves.get(n, x) for n, x in leaves.items()])
 
 
 class Program(NamedTuple):
@@ -241,7 +244,7 @@ class Program(NamedTuple):
     """
 
     steps: dict[str, Callable]
-    count: int
+    count: int  # type: ignore[assignment]  # it hides tuple.count
     mesh: Mesh
     compiled: dict[tuple, tuple[jax.stages.Compiled, float]]
     compiling: Callable[[], AbstractContextManager] = contextlib.nullcontext
@@ -260,9 +263,10 @@ def replicate(program: Program, tree: PyTree) -> PyTree:
 def make_program(task: Task, count: int, *, has_dropout: bool, options: Options) -> Program:
     """Makes a program for ``count`` runs at a time, over as many devices as divide them evenly."""
     # The program must keep no reference to the data.
-    task = dataclasses.replace(
-        task, base=None, train_batch=None, eval_batches=None, redraw_base=None
+    without_data: dict[str, Any] = dict.fromkeys(
+        ("base", "train_batch", "eval_batches", "redraw_base")
     )
+    task = dataclasses.replace(task, **without_data)
     devices = jax.devices()
     device_count = max(d for d in range(1, len(devices) + 1) if count % d == 0)
     mesh = Mesh(np.array(devices[:device_count]), (_AXIS,))
@@ -319,7 +323,7 @@ def _batch_over_runs(program: Program, name: str) -> Callable:
         if devices == 1:
             return local(members, base, batch)
         runs, shared = PartitionSpec(_AXIS), PartitionSpec()
-        specs = {"in_specs": (runs, shared, shared), "out_specs": runs}
+        specs: dict[str, Any] = {"in_specs": (runs, shared, shared), "out_specs": runs}
         # By hand rather than by the compiler, so that no run ever waits for another device. JAX's
         # check of varying axes would put equations on the kernels that `lift` had to see through.
         spread = jax.shard_map(local, mesh=program.mesh, check_vma=False, **specs)

@@ -110,7 +110,7 @@ def _widen_params(params: PyTree, names: Collection[str] | None = None) -> PyTre
     """Widens all leaves, or those of these names."""
     leaves = paths.named_leaves(params)
     wide = [_widen_leaf(x) if names is None or n in names else x for n, x in leaves.items()]
-    return jax.tree.structure(params, is_leaf=is_quantized).unflatten(wide)
+    return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_quantized), wide)
 
 
 def _widen_leaf(x: Any) -> Any:

@@ -118,7 +118,8 @@ def _make(
     tokenizer, table = text_files.load_tokenizer(files), checkpoints.find_table(loaded)
     stop = stop_tokens(files.generation, template, tokenizer)
     decoding = Decoding(stop=stop, pad_id=min(stop, default=0), **options)
-    run = generate.generator(*generate.causal_lm(loaded.model, loaded.family.init_cache), decoding)
+    functions = generate.causal_lm(loaded.model, loaded.family.require_cache())
+    run = generate.generator(*functions, decoding)
     return ChatModel(
         generate=run,
         params=lora.merge(loaded.params, adapter),
@@ -149,7 +150,7 @@ def stop_tokens(
                 "and must be a token's number, or a list of them."
             )
         tokens |= set(ids)
-    return tuple(sorted(tokens - {None}))
+    return tuple(sorted(number for number in tokens if number is not None))
 
 
 def _end_of_turn(template: ChatTemplate, tokenizer: tokenizers.Tokenizer) -> str:

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 import lora_jax as lora
 from lora_jax.data import batches, sources, tokenization
 from lora_jax.data.batches import Batch
-from lora_jax.data.examples import Examples, concatenate, subset, take
+from lora_jax.data.examples import Examples, concatenate, require_labels, subset, take
 from lora_jax.models import checkpoints, registry, token_ids
 from lora_jax.models.families import CLASSIFIER, SEQ2SEQ_LM
 from lora_jax.tasks import adapter_bases, adapter_files, originals, text_to_text
@@ -39,8 +39,9 @@ def apply(model: nn.Module, params: PyTree, batch: Batch, key: jax.Array | None)
     """Computes the logits of a batch; with a key, with the model's own dropout."""
     rngs = None if key is None else {"dropout": key}
     inputs = ("input_ids", "attention_mask", "token_type_ids")
-    arrays = {name: batch[name] for name in inputs if name in batch}
-    return model.apply(params, **arrays, deterministic=key is None, rngs=rngs)
+    arrays: dict[str, Any] = {name: batch[name] for name in inputs if name in batch}
+    run: Callable[..., Any] = model.apply
+    return run(params, **arrays, deterministic=key is None, rngs=rngs)
 
 
 def has_token_types(loaded: checkpoints.Loaded) -> bool:
@@ -183,7 +184,7 @@ def make_task(
         eval_batches=functools.partial(
             batches.eval_batches, eval_set, batch_size=config.eval_batch_size, buckets=buckets
         ),
-        steps_per_epoch=batches.steps_per_epoch(len(training.labels), config.batch_size),
+        steps_per_epoch=batches.steps_per_epoch(len(training.sentences), config.batch_size),
         base=loaded.params,
         base_id=loaded.base_id,
         metadata=metadata(config, texts),
@@ -195,7 +196,7 @@ def make_task(
         load_original=originals.make_loader(config, loaded),
         redraw_base=lambda seed: checkpoints.redraw(loaded, head_key(seed)),
         score=Score(texts.task.score),
-        scores=_make_scores(texts.task, [part.labels for part in texts.evaluations]),
+        scores=_make_scores(texts.task, [require_labels(part) for part in texts.evaluations]),
     )
     return task, initial.config
 
@@ -256,7 +257,7 @@ def load_examples(config: ConfigDict, task: GlueTask) -> tuple[Examples, list[Ex
         layout=task.layout,
     )
     train_split = load("train")
-    total = len(train_split.labels)
+    total = len(train_split.sentences)
     if not c.holdout:
         evaluations = [load(split) for split in task.validation]
         training = subset(train_split, c.train_examples, c.seed)
@@ -284,7 +285,7 @@ def _note_selection(training: Examples, total: int, task: GlueTask) -> Examples:
     return training._replace(notes=(*training.notes, note))
 
 
-def _kind(task: GlueTask) -> str:
+def _kind(task: TextTask) -> str:
     return "sentence pairs" if task.has_pairs else "sentences"
 
 

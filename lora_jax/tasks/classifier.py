@@ -154,7 +154,8 @@ def _load_peft(
     labels, source = _choose_labels(directory, about, count, base)
     options = {} if wide else adapter_files.narrow(name, {})
     loaded = classification.load_model(name, num_labels=len(labels), **options)
-    pairs, inputs = about.get("pairs"), ("two sentences where there is a tab between them",)
+    pairs = about.get("pairs")
+    inputs: tuple[str, ...] = ("two sentences where there is a tab between them",)
     if about:
         inputs = ()
     elif loaded.head == SEQ2SEQ_LM:
@@ -232,9 +233,9 @@ def _read_labels(config: dict[str, Any]) -> tuple[str, ...]:
     names = config.get("id2label")
     if isinstance(names, dict) and all(isinstance(x, str) for x in names.values()):
         by_number = {str(k): x for k, x in names.items()}
-        labels = tuple(by_number.get(str(k)) for k in range(len(by_number)))
-        if None not in labels and len(set(labels)) == len(labels):
-            return labels
+        keys = [str(k) for k in range(len(by_number))]
+        if all(k in by_number for k in keys) and len({*by_number.values()}) == len(by_number):
+            return tuple(by_number[k] for k in keys)
     return ()
 
 
@@ -243,7 +244,8 @@ _MODEL_TYPES = {"name": str, "labels": list, "dtype": str}
 
 
 def _check_metadata(directory: str | Path, about: dict[str, Any]) -> None:
-    model = about.get("model") if isinstance(about.get("model"), dict) else {}
+    model = about.get("model")
+    model = model if isinstance(model, dict) else {}
     wrong = [name for name, type_ in _TYPES.items() if not isinstance(about.get(name), type_)]
     wrong += [
         f"model.{n}" for n, type_ in _MODEL_TYPES.items() if not isinstance(model.get(n), type_)
@@ -263,8 +265,9 @@ def _is_classify(about: dict[str, Any]) -> bool:
         return True
     own = about["classify"]
     texts = own.get("text") if isinstance(own, dict) else None
-    is_list = isinstance(texts, list) and all(isinstance(x, str) for x in texts)
-    return is_list and len(texts) == 1 + (about.get("pairs") is True)
+    if not isinstance(texts, list) or not all(isinstance(x, str) for x in texts):
+        return False
+    return len(texts) == 1 + (about.get("pairs") is True)
 
 
 def _say_nothing(line: str) -> None:

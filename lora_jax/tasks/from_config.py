@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +55,8 @@ def _check_idle(config: ConfigDict) -> None:
     Raises:
       ValueError: such a field has another value than its default.
     """
-    read = lambda field: functools.reduce(
-        lambda c, name: c and c.get(name), field.split("."), config
-    )
+    get: Callable[[Any, str], Any] = lambda c, name: c and c.get(name)
+    read = lambda field: functools.reduce(get, field.split("."), config)
     for field, default in workdirs.ADDED.items():
         acting = next((x for start, x in _ACTING.items() if field.startswith(start)), None)
         if acting is None or isinstance(default, dict) or read(field) in (None, default):

@@ -77,7 +77,8 @@ def write(
       ValueError: a prompt leaves no position for a new token (in beam search, for all of them), or
         has a token that the model does not have; or there are no prompts, or an empty one.
     """
-    run = generate.generator(*generate.causal_lm(loaded.model, loaded.family.init_cache), decoding)
+    functions = generate.causal_lm(loaded.model, loaded.family.require_cache())
+    run = generate.generator(*functions, decoding)
     return generate_rows(
         run,
         params,

@@ -162,7 +162,7 @@ def _metadata(
 ) -> dict[str, Any]:
     """Returns what is needed, besides the adapter, to use it: a template of its own, too."""
     has_own = config.data.chat_template or (config.adapter and templates.read(config.adapter))
-    own = {templates.METADATA: template.source} if has_own else {}
+    own: dict[str, Any] = {templates.METADATA: template.source} if has_own else {}
     own |= {added_tokens.METADATA: tokens} if tokens else {}
     return language_modeling.metadata(config) | own
 

@@ -5,7 +5,7 @@ before it.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -56,8 +56,9 @@ def apply(
     rngs = None if key is None else {"dropout": key}
     arrays = {name: batch[name] for name in _INPUTS if name in batch}
     options = {"deterministic": key is None, "rngs": rngs, "method": "compute_hidden"}
-    hidden, _ = model.apply(params, **arrays, **options)
-    head = functools.partial(model.apply, params, method="compute_logits")
+    run: Callable[..., Any] = model.apply
+    hidden, _ = run(params, **arrays, **options)
+    head = functools.partial(run, params, method="compute_logits")
     labels, is_counted = _move_back(batch["input_ids"]), _weigh(batch) > 0
     return compute_token_losses(head, hidden, labels, is_counted, smoothing=smoothing)
 
@@ -75,8 +76,8 @@ def token_loss(losses: TokenLosses, batch: Batch) -> metrics.Sums:
     [2.5, 1.0, 2.0]
     """
     weights = _weigh(batch).astype(losses.loss.dtype)
-    sums = (jnp.sum(weights * x.astype(weights.dtype)) for x in losses)
-    return metrics.Sums(*sums, jnp.sum(weights))
+    loss, correct = (jnp.sum(weights * x.astype(weights.dtype)) for x in losses)
+    return metrics.Sums(loss, correct, jnp.sum(weights))
 
 
 def _weigh(batch: Batch) -> jax.Array:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -58,7 +58,7 @@ def read(config: ConfigDict) -> OwnRows:
     """
     c = config.data
     names = [name.strip() for name in c.columns.split(",")] if c.columns else []
-    options = {"delimiter": c.delimiter, "columns": names}
+    options: dict[str, Any] = {"delimiter": c.delimiter, "columns": names}
     wants_holdout = c.holdout != "" and parse_holdout(c.holdout) > 0
     if c.validation and wants_holdout:
         raise ValueError(
@@ -70,7 +70,7 @@ def read(config: ConfigDict) -> OwnRows:
     if c.validation:
         # A folder there may have one split alone, which is called as it likes.
         found = table_sources.read_tables(c.validation, **options)
-        table = found.get(table_sources.VALIDATION, found[table_sources.TRAIN])
+        table: Table | None = found.get(table_sources.VALIDATION, found[table_sources.TRAIN])
     else:
         table = None if wants_holdout else tables.pop(table_sources.VALIDATION, None)
     validation = None if table is None else _take(config, table, like=training)
@@ -80,7 +80,8 @@ def read(config: ConfigDict) -> OwnRows:
 
 def _take(config: ConfigDict, table: Table, like: Part | None = None) -> Part:
     c = config.data
-    text, label = c.text, c.label
+    text: Any = c.text
+    label = c.label
     # A file to evaluate on may have other names, if they are usual ones.
     if like is not None and {*like.texts, like.label} <= set(table.columns):
         text, label = like.texts, like.label
@@ -92,7 +93,8 @@ def _take(config: ConfigDict, table: Table, like: Part | None = None) -> Part:
         )
     rows = labelled_rows.take(table, found)
     columns = table.columns
-    return Part(table, rows, tuple(columns[k] for k in found.texts), columns[found.label])
+    label_name = "" if found.label is None else columns[found.label]
+    return Part(table, rows, tuple(columns[k] for k in found.texts), label_name)
 
 
 def find_labels(config: ConfigDict, data: OwnRows) -> tuple[str, ...]:

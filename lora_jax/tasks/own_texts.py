@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from lora_jax import peft, serialize
 from lora_jax.data import labels
-from lora_jax.data.examples import Examples, subset
+from lora_jax.data.examples import Examples, require_labels, subset
 from lora_jax.data.examples import take as take_examples
 from lora_jax.data.stratification import choose_holdout
 from lora_jax.tasks import from_config, glue_config, own_rows
@@ -195,7 +195,7 @@ def _describe(config: ConfigDict, data: OwnRows) -> list[str]:
     ]
     for part in data.parts:
         lines += [*part.table.notes, *part.rows.notes, *_describe_repeats(part)]
-    numbers = own_rows.to_examples(config, training).labels
+    numbers = require_labels(own_rows.to_examples(config, training))
     if not config.data.regression:
         return [*lines, *labels.describe_classes(config.model.labels, numbers)]
     low, high, mean = (float(f(numbers)) for f in (np.min, np.max, np.mean))

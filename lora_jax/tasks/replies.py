@@ -22,7 +22,7 @@ class Replies(NamedTuple):
       left_out: number of conversations in which the assistant answers no user.
     """
 
-    prompts: list[list[Message]]
+    prompts: Sequence[Sequence[Message]]
     base: list[str]
     adapted: list[str]
     left_out: int = 0

@@ -76,8 +76,9 @@ def find(directory: str | Path | None, checkpoint: Checkpoint) -> TextFiles:
             f"tokenizer: that of the base, since the adapter's files ({', '.join(files)}) make "
             f"none here without one of {', '.join(_READABLE)}"
         )
-    found = (own if there else checkpoint for there in has.values())
-    return TextFiles(*found, tuple(notes), added_tokens.read(directory))
+    tokenizer, template, generation = (own if there else checkpoint for there in has.values())
+    added = added_tokens.read(directory)
+    return TextFiles(tokenizer, template, generation, tuple(notes), added)
 
 
 def load_tokenizer(files: TextFiles) -> tokenizers.Tokenizer:

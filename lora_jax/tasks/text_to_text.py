@@ -92,20 +92,21 @@ def apply(
 ) -> jax.Array:
     """Computes ``log p(label | sentence)``, ``(batch, classes)``; with a key, with dropout."""
     rngs = None if key is None else {"dropout": key}
-    run = functools.partial(model.apply, params, deterministic=key is None, rngs=rngs)
+    apply_model: Any = model.apply
+    run = functools.partial(apply_model, params, deterministic=key is None, rngs=rngs)
     memory = run(batch["input_ids"], batch["attention_mask"], method="encode")
     shape = (batch["input_ids"].shape[0], labels.tokens.shape[1])
 
-    def score(inputs: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    def score(inputs: metrics.Array, tokens: metrics.Array, mask: metrics.Array) -> jax.Array:
         logits = run(jnp.broadcast_to(inputs, shape), memory=memory, method="decode")
         tokens = jnp.broadcast_to(tokens, shape)[..., None]
         log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), tokens, axis=-1)
         return jnp.sum(log_probs[..., 0] * mask[None, :], axis=-1)
 
-    return jax.vmap(score, out_axes=1)(*labels)
+    return jax.vmap(score, out_axes=1)(labels.inputs, labels.tokens, labels.mask)
 
 
-def likelihood(scores: jax.Array, labels: jax.Array, weights: jax.Array) -> metrics.Sums:
+def likelihood(scores: jax.Array, labels: metrics.Array, weights: metrics.Array) -> metrics.Sums:
     """Sums ``-log p(right label | sentence)``, and sentences whose most likely label is right.
 
     Args:

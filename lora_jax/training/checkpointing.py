@@ -255,7 +255,7 @@ def _unpack(packed: np.ndarray, like: PyTree) -> PyTree:
 
 
 def _sha256(packed: np.ndarray) -> str:
-    return hashlib.sha256(packed).hexdigest()
+    return hashlib.sha256(packed.data).hexdigest()
 
 
 def _json_sha256(content: Any) -> str:

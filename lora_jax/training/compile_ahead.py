@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ PyTree = Any
 
 
 @contextlib.contextmanager
-def compile_ahead(step: Callable, *args: PyTree) -> Iterator[None]:
+def compile_ahead(step: Any, *args: PyTree) -> Iterator[None]:
     """Compiles a function while the block runs; a call after it finds the program in JAX's caches.
 
     At the end of the block the compilation is waited for, since the call would start another. What

@@ -93,7 +93,7 @@ def import_file(path: str) -> ModuleType:
     """
     _check_file(Path(path))
     spec = importlib.util.spec_from_file_location(f"config_file_{Path(path).stem}", path)
-    if spec is None:
+    if spec is None or spec.loader is None:
         raise ValueError(
             f"{path} is no config: that is a file of Python, or the config.json of a run"
         )

@@ -107,11 +107,12 @@ def to_steps(
     [100, 100, 45, 12]
     """
     amount, unit = parse(value, number=number)
-    if unit == "run" and total is None:
+    steps_of_unit = {"steps": 1, "epochs": per_epoch, "run": total}[unit]
+    if steps_of_unit is None:
         raise ValueError(
             f"{value!r} is a part of the run, whose length this is to say: give steps or epochs"
         )
-    return round(amount * {"steps": 1, "epochs": per_epoch, "run": total}[unit])
+    return round(amount * steps_of_unit)
 
 
 def make_plan(config: ConfigDict, per_epoch: int) -> Plan:

@@ -1,6 +1,6 @@
 """The gradient of a batch's mean loss: at once, or accumulated over micro-batches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ from lora_jax import adapter as adapters
 from lora_jax.nodes import is_adapted
 
 PyTree = Any
-Batch = dict[str, jax.Array]
+Batch = Mapping[str, Any]  # of arrays
 LossFn = Callable[[PyTree, Batch, jax.Array], NamedTuple]
 
 

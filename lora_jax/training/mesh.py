@@ -80,7 +80,7 @@ def _fits(shape: tuple[int, int, int]) -> bool:
 
 
 def _row_problems(config: ConfigDict) -> list[str]:
-    shape, problems = _shape(config), []
+    shape, problems = _shape(config), list[str]()
     if not _fits(shape):
         return problems
     rows = {

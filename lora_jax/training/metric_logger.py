@@ -29,7 +29,7 @@ def means(rows: Sequence[Sequence[float]], sums_type: type, *, seconds: float) -
     >>> means([(4.0, 1.0, 2.0, 0.5), (2.0, 2.0, 2.0, 1.5)], metrics.Sums, seconds=0.5)
     {'loss': 1.5, 'accuracy': 0.75, 'grad_norm': 1.0, 'examples_per_second': 8.0}
     """
-    count = len(sums_type._fields)
+    count = len(vars(sums_type)["_fields"])
     values = metrics.combine([sums_type(*row[:count]) for row in rows])
     examples = values.pop("examples")
     if norms := [x for row in rows for x in row[count:] if math.isfinite(x)]:
@@ -114,7 +114,7 @@ class Meter:
           FloatingPointError: the last step is one to stop at.
         """
         self._read()
-        return list(self._rows)
+        return [list(row) for row in self._rows]
 
     def show_best(self, name: str, best: float) -> None:
         """Shows the best score beside the bar; starts the time of the next line anew."""

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+Array = jax.Array | np.ndarray
+
 
 class Sums(NamedTuple):
     """Sums over examples, each counted by its weight; scalars, float32 or the logits' if wider.
@@ -22,7 +24,7 @@ class Sums(NamedTuple):
     weight: jax.Array
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> Sums:
+def cross_entropy(logits: jax.Array, labels: Array, weights: Array) -> Sums:
     """Sums ``-log softmax(logits)[label]`` and right answers, in float32 or wider.
 
     A row of weight 0 counts for nothing, whatever stands in it, NaN included; its gradient is 0.
@@ -58,7 +60,7 @@ class Errors(NamedTuple):
     weight: jax.Array
 
 
-def squared_error(predictions: jax.Array, targets: jax.Array, weights: jax.Array) -> Errors:
+def squared_error(predictions: jax.Array, targets: Array, weights: Array) -> Errors:
     """Sums ``(prediction - target)²``, in float32 or wider.
 
     A row of weight 0 counts for nothing, whatever stands in it, NaN included; its gradient is 0.

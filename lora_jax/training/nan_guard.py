@@ -33,7 +33,7 @@ class Health(NamedTuple):
     """
 
     skips: jax.Array
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # it hides tuple.count
     mean: jax.Array
 
 

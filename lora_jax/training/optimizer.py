@@ -310,7 +310,7 @@ def label_rates(adapter: PyTree) -> PyTree:
         return fields.map_fields(lambda _, field, x: _label_rate(field, is_table), entry)
 
     labels = [label(name, x) for name, x in adapters.nodes(adapter).items()]
-    return jax.tree.structure(adapter, is_leaf=is_node).unflatten(labels)
+    return jax.tree.unflatten(jax.tree.structure(adapter, is_leaf=is_node), labels)
 
 
 def _label_rate(field: Field, is_table: bool) -> str:

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -120,24 +121,32 @@ def _gather(x: jax.Array) -> np.ndarray:
     return multihost_utils.process_allgather(x, tiled=True)
 
 
+def _mesh(devices: Devices) -> Mesh:
+    if devices.mesh is None:
+        raise ValueError("These devices are no mesh: there is one, and nothing to split.")
+    return devices.mesh
+
+
 def local_rows(devices: Devices, batch_size: int) -> np.ndarray:
     """Returns the numbers of a batch's rows that devices of this process hold, ascending."""
-    split = NamedSharding(devices.mesh, sharding.BATCH)
+    split = NamedSharding(_mesh(devices), sharding.BATCH)
     slices = split.addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in slices]))
 
 
 def put_batch(devices: Devices, batch: Batch) -> PyTree:
     """Puts the rows that this process has of a batch onto its devices."""
-    split = NamedSharding(devices.mesh, sharding.BATCH)
-    parts = devices.mesh.shape[sharding.DATA] * devices.mesh.shape[sharding.FSDP]
+    mesh = _mesh(devices)
+    split = NamedSharding(mesh, sharding.BATCH)
+    parts = mesh.shape[sharding.DATA] * mesh.shape[sharding.FSDP]
     local_parts = local_rows(devices, parts)
 
     def put(x: np.ndarray) -> jax.Array:
         size = len(x) // len(local_parts)  # rows of each part
 
-        def rows_at(index: tuple[slice, ...]) -> np.ndarray:
-            start = np.searchsorted(local_parts, (index[0].start or 0) // size) * size
+        def rows_at(index: tuple[slice, ...] | None) -> np.ndarray:
+            first = index[0].start if index else 0
+            start = np.searchsorted(local_parts, (first or 0) // size) * size
             return x[start : start + size]
 
         return jax.make_array_from_callback((size * parts, *x.shape[1:]), split, rows_at)
@@ -166,7 +175,7 @@ def compile_train_step(
     return _with_host_batches(devices, jax.jit(step, donate_argnums=0, out_shardings=out))
 
 
-def _with_host_batches(devices: Devices, run: Callable) -> Callable:
+def _with_host_batches(devices: Devices, run: Any) -> Callable:
     """Returns a compiled step that takes batches of the host, and has the step's ``lower``."""
 
     def place(batch: Batch) -> PyTree:
@@ -184,7 +193,7 @@ def _with_host_batches(devices: Devices, run: Callable) -> Callable:
         with mesh_context():
             return run.lower(state, base, place(batch))
 
-    step.lower = lower
+    setattr(step, "lower", lower)  # noqa: B010
     return step
 
 
@@ -209,13 +218,13 @@ def compile_eval_step(devices: Devices, step: Callable) -> Callable:
     return call
 
 
-def _list(devices: Devices) -> list[jax.Device]:
-    return list(devices.mesh.devices.flat)
+def _list(devices: Devices) -> list[Any]:
+    return list(_mesh(devices).devices.flat)
 
 
 def _split_rows(devices: Devices, batch: Batch) -> Batch:
     """Puts the rows of each device along a new first axis."""
-    count = devices.mesh.size
+    count = _mesh(devices).size
     return {name: x.reshape(count, len(x) // count, *x.shape[1:]) for name, x in batch.items()}
 
 

@@ -163,7 +163,7 @@ def _choose_triplets(scores: PyTree, params: PyTree, step: Array, budget: Budget
     ]
     flat = jnp.concatenate([x.ravel() for x in values])
     n_kernels = sum(math.prod(x.shape[:-1]) for x in values)
-    most = sum(jnp.sum(x) for x in used)
+    most = jnp.sum(jnp.stack([jnp.sum(x) for x in used]))
     n_kept = _compute_budget(step, most, budget.target_rank * n_kernels, budget)
     places = jnp.argsort(jnp.argsort(flat))  # of equal scores, the later ones are kept
     kept = places >= flat.size - n_kept

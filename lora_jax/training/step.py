@@ -81,7 +81,7 @@ def train_step(
         compute_gradient = functools.partial(gradients.accumulate, parts=parts, axis=axis)
 
     def step(state: TrainState, base: PyTree, batch: Batch) -> tuple[TrainState, Any]:
-        def compute_sums(adapter: PyTree, batch: Batch, key: jax.Array) -> NamedTuple:
+        def compute_sums(adapter: PyTree, batch: Any, key: jax.Array) -> NamedTuple:
             model_key, branch_key = jax.random.split(key)
             apply = lora.lift(task.apply, dropout=dropout, dropout_key=branch_key)
             outputs = apply(lora.bind(base, adapter), batch, model_key)
@@ -99,8 +99,8 @@ def train_step(
             return TrainState(state.step + 1, *new, state.key, state.health), metrics
         loss = jnp.where(jnp.isfinite(sums[0]), sums[0] / sums[-1], sums[0])
         verdict, health = nan_guard.judge(state.health, loss, grads, spike=options.spike)
-        new = nan_guard.choose(verdict, new, (state.adapter, state.opt_state))
-        return TrainState(state.step + 1, *new, state.key, health), (sums, verdict)
+        adapter, opt_state = nan_guard.choose(verdict, new, (state.adapter, state.opt_state))
+        return TrainState(state.step + 1, adapter, opt_state, state.key, health), (sums, verdict)
 
     return step
 

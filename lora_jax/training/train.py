@@ -102,7 +102,7 @@ def train(
             make_train_step(task, tx, lora_config.dropout, options, devices=devices, like=state),
             make_eval_step(task, devices),
         )
-        make_writer = metric_writer.NullWriter
+        make_writer: Callable[..., Any] = metric_writer.NullWriter
         if distributed.is_first():
             make_writer = metric_writer.MetricWriter
         info, outlets = trackers.make_info(config, workdir), trackers.make_outlets(config, say)

@@ -4,11 +4,11 @@ The rules of :mod:`.moves` that make one kernel of several, whose ranks add up.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.extend.core import JaxprEqn
 
@@ -97,7 +97,7 @@ def _collect_gains(
         kernel = next(remaining) if isinstance(part, Kernel) else None
         if kernel is not None and kernel.gain is not None:
             return kernel.gain
-        shape = np.shape(part if kernel is None else kernel.w)
+        shape = (part.w if isinstance(part, Kernel) else part).shape
         return jnp.ones([shape[k] for k in axes], dtype)
 
     return [gain(part) for part in parts], side
@@ -137,7 +137,7 @@ def _insert_axis(part: Kernel | Array, axis: int) -> Kernel | Array:
     if not isinstance(part, Kernel):
         return lax.expand_dims(part, [axis])
     axes = part.axes[:axis] + SAME + part.axes[axis:]
-    return dataclasses.replace(part, w=lax.expand_dims(part.w, [axis]), axes=axes)
+    return dataclasses.replace(part, w=lax.expand_dims(part.numbers, [axis]), axes=axes)
 
 
 def _concatenate_kernels(parts: Sequence[Kernel | Array], w: Array, dimension: int) -> Kernel:
@@ -185,14 +185,15 @@ def _concatenate_factors(
     if role == BATCH:
         rank = max(a.shape[-1] for a, _ in factors)
         where = positions(axes, BATCH).index(dimension)
-        a = [_pad_axis(a, a.ndim - 1, 0, rank) for a, _ in factors]
-        b = [_pad_axis(b, n, 0, rank) for _, b in factors]
-        return _join(a, where), _join(b, where)
+        wide_a = [_pad_axis(a, a.ndim - 1, 0, rank) for a, _ in factors]
+        wide_b = [_pad_axis(b, n, 0, rank) for _, b in factors]
+        return _join(wide_a, where), _join(wide_b, where)
     where = n + 1 + positions(axes, OUT).index(dimension)
     starts = [sum(sizes[:k]) for k in range(len(sizes))]
-    b = [_pad_axis(b, where, s, sum(sizes)) for (_, b), s in zip(factors, starts, strict=True)]
-    a = [a for a, _ in factors]
-    return _join(a, a[0].ndim - 1), _join(b, n)
+    pairs = zip(factors, starts, strict=True)
+    wide_b = [_pad_axis(b, where, start, sum(sizes)) for (_, b), start in pairs]
+    all_a = [a for a, _ in factors]
+    return _join(all_a, all_a[0].ndim - 1), _join(wide_b, n)
 
 
 def product(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
@@ -207,8 +208,9 @@ def product(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
     right = _assign_sides(vals[1], right_in, IN)
     # As matrices the kernels are (rows, summed) and (summed, columns).
     rows, columns = positions(left.axes, IN), positions(right.axes, OUT)
-    w1 = lax.transpose(left.w, [*rows, *left_in]).reshape(-1, _size(left.w, left_in))
-    w2 = lax.transpose(right.w, [*right_in, *columns]).reshape(w1.shape[1], -1)
+    n_summed = math.prod(left.w.shape[k] for k in left_in)
+    w1 = lax.transpose(left.numbers, [*rows, *left_in]).reshape(-1, n_summed)
+    w2 = lax.transpose(right.numbers, [*right_in, *columns]).reshape(w1.shape[1], -1)
     order = lambda axes, wanted: [axes.index(k) for k in wanted]
     b1 = lax.transpose(left.b, [0, *(1 + k for k in order(positions(left.axes, OUT), left_in))])
     a2_order = order(positions(right.axes, IN), right_in)
@@ -223,13 +225,6 @@ def product(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
     b = b.reshape(-1, *(right.w.shape[k] for k in columns))
     axes = IN * len(rows) + OUT * len(columns)
     return [join_kernels([left, right], w=w[0], a=a, b=b, axes=axes)]
-
-
-def _size(x: Array, axes: Sequence[int]) -> int:
-    size = 1
-    for k in axes:
-        size *= x.shape[k]
-    return size
 
 
 def _assign_sides(kernel: Kernel, summed: Sequence[int], role: str) -> Kernel:

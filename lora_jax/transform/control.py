@@ -2,7 +2,7 @@
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -55,7 +55,8 @@ def _jit_body(body: Body, *, is_recorded: bool, **kind: Any) -> tuple[Callable, 
     def run(args: list, rate: Any, key: Array | None) -> list:
         events_of_trace: dict[tuple, Event] = {}
         scope = Scope(rate=rate, key=key, events=events_of_trace if is_recorded else None, **kind)
-        outs = evaluate(scope, Body(jaxpr(), consts), args)
+        inner: Any = jaxpr()  # it is alive, since the equation that holds it is being evaluated
+        outs = evaluate(scope, Body(inner, consts), args)
         events[jax.tree.structure(args)] = events_of_trace
         return outs
 
@@ -79,7 +80,8 @@ def _call(scope: Scope, eqn: JaxprEqn, vals: Sequence) -> list:
     if kind not in kinds:
         names_of_flags = ("strict", "varies", "in_scan", "measures")
         names = ("is_recorded", "depth", "allows_kernels", *names_of_flags)
-        kinds[kind] = _jit_body(body, **dict(zip(names, kind, strict=True)))
+        settings: dict[str, Any] = dict(zip(names, kind, strict=True))
+        kinds[kind] = _jit_body(body, **settings)
     run, events = kinds[kind]
     original_names = lambda names: tuple(dict.fromkeys(n for k in names for n in vals[k].names))
     try:
@@ -87,9 +89,10 @@ def _call(scope: Scope, eqn: JaxprEqn, vals: Sequence) -> list:
     except FallbackError as error:
         event = error.event._replace(names=original_names(error.event.names))
         raise FallbackError(event, error.why) from None
-    for (*place, _), event in events[jax.tree.structure(args)].items() if is_recorded else ():
-        names = original_names(event.names)
-        scope.events[(*scope.place, *place, names)] = event._replace(names=names)
+    if scope.events is not None:
+        for (*place, _), event in events[jax.tree.structure(args)].items():
+            names = original_names(event.names)
+            scope.events[(*scope.place, *place, names)] = event._replace(names=names)
     restore_names = lambda x: dataclasses.replace(x, names=original_names(x.names))
     return [restore_names(x) if isinstance(x, Kernel) else x for x in outs]
 
@@ -121,9 +124,9 @@ def _checkpoint(scope: Scope, eqn: JaxprEqn, vals: Sequence) -> list:
 def _scan(scope: Scope, eqn: JaxprEqn, vals: Sequence) -> list:
     """Evaluates ``lax.scan``; kernels may be constants, or be sliced along any axis."""
     form = forms.scan(eqn)
-    consts, carry, xs = form.split(vals)
-    carry, invariants = _hoist(scope, form.body.jaxpr, carry, form.n_consts, eqn)
-    carry = _make_varying(scope, carry, vals)
+    consts, values, xs = form.split(vals)
+    rest, invariants = _hoist(scope, form.body.jaxpr, values, form.n_consts, eqn)
+    carry = _make_varying(scope, rest, vals)
     results = lookahead.scan_results(form, scope.allows_kernels)
     slices, joins = zip(*map(_slice_operand, xs), strict=True) if xs else ((), ())
 
@@ -182,7 +185,7 @@ def _slice_operand(x: Any) -> tuple[Any, Callable[[Any], Any]]:
 
 def _hoist(
     scope: Scope, body: Jaxpr, carry: Sequence, offset: int, eqn: JaxprEqn
-) -> tuple[list, dict[int, Kernel]]:
+) -> tuple[list, dict[int, Kernel | Deferred]]:
     """Splits the carry of a loop: kernels that the body leaves unchanged become constants."""
     invariants, rest = {}, []
     for k, value in enumerate(carry):
@@ -194,7 +197,7 @@ def _hoist(
     return rest, invariants
 
 
-def _refill(rest: Sequence, invariants: dict[int, Kernel]) -> Iterator:
+def _refill(rest: Sequence, invariants: Mapping[int, Kernel | Deferred]) -> Iterator:
     """Puts the constants that :func:`_hoist` took out of a carry back in their places."""
     values = iter(rest)
     for k in range(len(rest) + len(invariants)):
@@ -257,7 +260,7 @@ def _cond(scope: Scope, eqn: JaxprEqn, vals: Sequence) -> list:
     return list(_refill(rest, unchanged))
 
 
-def _find_unchanged(jaxprs: Sequence[Jaxpr], vals: Sequence) -> dict[int, Kernel]:
+def _find_unchanged(jaxprs: Sequence[Jaxpr], vals: Sequence) -> dict[int, Kernel | Deferred]:
     """Finds the outputs that are the same kernel of the inputs, whichever branch is taken."""
     kernels = {}
     for k in range(len(jaxprs[0].outvars)):
@@ -300,7 +303,8 @@ def _shard_map(scope: Scope, eqn: JaxprEqn, vals: Sequence) -> list:
 def _specs(value: Any, spec: Any) -> Any:
     if not isinstance(value, Kernel):
         return spec
-    return dataclasses.replace(value, w=spec, **factor_specs(value, spec))
+    specs: dict[str, Any] = {"w": spec, **factor_specs(value, spec)}
+    return dataclasses.replace(value, **specs)
 
 
 def _custom_jvp(scope: Scope, eqn: JaxprEqn, vals: Sequence) -> list:

@@ -119,7 +119,7 @@ def record(walk: Walk, eqn: JaxprEqn, operand: int, value: Value, level: int) ->
             walk, eqn, [value], f"is used by {eqn.primitive.name!r} in a form without sides: {why}"
         )
         return
-    for name, roles in roles_of(value.axes, sides).items():
+    for name, roles in roles_of(value.axes or (), sides).items():
         use = Use(eqn.primitive.name, roles, level, value.is_picked, forms.source(eqn))
         _add_use(walk, name, use)
 

@@ -114,7 +114,10 @@ def vary(x: Any, axes: frozenset) -> Any:
     missing = tuple(sorted(axes - varying_axes(x)))
     if not missing:
         return x
-    return lax.pcast(x, missing, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, missing)
+    if hasattr(lax, "pcast"):
+        return lax.pcast(x, missing, to="varying")
+    pvary: Callable = getattr(lax, "pvary")  # noqa: B009  of jax before 0.9
+    return pvary(x, missing)
 
 
 def varying_axes_of(type_: Any) -> frozenset:
@@ -136,7 +139,7 @@ def is_literal(atom: Var | Literal) -> bool:
 
 def body_of(jaxpr: Jaxpr | ClosedJaxpr) -> Body:
     """Returns a jaxpr with its arrays, which up to jax 0.10 stand beside it in a closed jaxpr."""
-    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    inner: Any = getattr(jaxpr, "jaxpr", jaxpr)
     consts = getattr(jaxpr, "consts", ())
     if not hasattr(inner, "eqns") or len(consts) != len(inner.constvars):
         raise UnknownForm(f"a jaxpr of an unknown form in jax {jax.__version__}: {type(jaxpr)}")
@@ -192,7 +195,7 @@ def call(eqn: JaxprEqn) -> Body:
     """Reads a nested ``jit``, and calls like it."""
     jaxpr = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
     if jaxpr is None:
-        _require(eqn, "jaxpr")
+        (jaxpr,) = _require(eqn, "jaxpr")
     return _check_arity(eqn, body_of(jaxpr), len(eqn.invars), len(eqn.outvars))
 
 
@@ -206,16 +209,18 @@ def view_product(eqn: JaxprEqn) -> JaxprEqn:
     if eqn.params.get("name") != products.NAME or eqn.primitive.name not in ("jit", "pjit"):
         return eqn
     jaxpr, outer = call(eqn).jaxpr, list(eqn.invars)
+    inputs: list[Var | Literal] = [*jaxpr.invars]
     if len(jaxpr.eqns) == 1 and (inner := bodies(jaxpr.eqns[0])):
-        outer = [outer[jaxpr.invars.index(x)] for x in jaxpr.eqns[0].invars]
+        outer = [outer[inputs.index(x)] for x in jaxpr.eqns[0].invars]
         jaxpr = inner[0].jaxpr
+        inputs = [*jaxpr.invars]
     if not jaxpr.eqns:  # nobody uses the result
         return eqn
     dot, *rest = jaxpr.eqns
     is_plain = dot.primitive.name == "dot_general" and set(dot.invars) == set(jaxpr.invars)
     if not is_plain or any(x.primitive.name != "convert_element_type" for x in rest):
         return eqn
-    operands = [outer[jaxpr.invars.index(x)] for x in dot.invars]
+    operands = [outer[inputs.index(x)] for x in dot.invars]
     return dot.replace(invars=operands, outvars=eqn.outvars, source_info=eqn.source_info)
 
 
@@ -282,7 +287,7 @@ def shard_map(eqn: JaxprEqn) -> ShardMap:
     jaxpr, mesh, in_specs, out_specs = _require(eqn, "jaxpr", "mesh", "in_specs", "out_specs")
     axes = eqn.params.get("newly_manual_axes", eqn.params.get("manual_axes"))
     if axes is None:
-        _require(eqn, "newly_manual_axes")
+        (axes,) = _require(eqn, "newly_manual_axes")
     (check_vma,) = _require(eqn, "check_vma")
     if len(in_specs) != len(eqn.invars) or len(out_specs) != len(eqn.outvars):
         raise UnknownForm(

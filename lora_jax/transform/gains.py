@@ -50,7 +50,7 @@ def scale_operand(eqn: JaxprEqn, vals: Sequence[Any], which: int) -> list:
       Unfactored: the gain can't scale the other operand.
     """
     kernel, scale = vals[which], GAINS[eqn.primitive.name].operand
-    plain = [v.w if isinstance(v, Kernel) else v for v in vals]
+    plain: list[Any] = [v.w if isinstance(v, Kernel) else v for v in vals]
     if scale is None:
         return plain
     sides = uses.USES[eqn.primitive.name].sides(eqn.params, which, kernel.w.shape)
@@ -84,14 +84,20 @@ def _multiply(x: Array, gain: Array) -> Array:
     return scale(x, _place_gain(gain, x))
 
 
+def _require_gain(f: Factors) -> Array:
+    if f.gain is None:
+        raise ValueError("The factors of a kernel without a gain were given to a rule for gains.")
+    return f.gain
+
+
 def _place_gain(gain: Array, x: Array) -> Array:
     """Gives the gain the explicit sharding of the array that it scales."""
-    shardings = [getattr(jax.typeof(y), "sharding", None) for y in (gain, x)]
-    gain_spec, x_spec = ([*getattr(sharding, "spec", ())] for sharding in shardings)
-    if all(entry is None for entry in (*gain_spec, *x_spec)):
+    of_gain, of_x = (getattr(jax.typeof(y), "sharding", None) for y in (gain, x))
+    gain_spec, x_spec = ([*getattr(sharding, "spec", ())] for sharding in (of_gain, of_x))
+    if of_x is None or all(entry is None for entry in (*gain_spec, *x_spec)):
         return gain
     entries = [entry if gain.shape[k] != 1 else None for k, entry in enumerate(x_spec)]
-    return jax.sharding.reshard(gain, NamedSharding(shardings[1].mesh, PartitionSpec(*entries)))
+    return jax.sharding.reshard(gain, NamedSharding(of_x.mesh, PartitionSpec(*entries)))
 
 
 def _dot_result(params: dict, vals: Sequence[Any], f: Factors, y: Array) -> Array:
@@ -100,7 +106,8 @@ def _dot_result(params: dict, vals: Sequence[Any], f: Factors, y: Array) -> Arra
     free = [k for k in range(len(f.axes)) if k not in (*contracting, *batch)]
     first = len(batch) if which == 0 else y.ndim - len(free)
     places = {k: n for n, k in enumerate(batch)} | {k: first + n for n, k in enumerate(free)}
-    return _multiply(y, spread(f.gain, [places[k] for k in carried_axes(f.axes, OUT)], y.ndim))
+    where = [places[k] for k in carried_axes(f.axes, OUT)]
+    return _multiply(y, spread(_require_gain(f), where, y.ndim))
 
 
 def _dot_operand(params: dict, vals: Sequence[Any], f: Factors, x: Array) -> Array:
@@ -110,14 +117,15 @@ def _dot_operand(params: dict, vals: Sequence[Any], f: Factors, x: Array) -> Arr
     places, gain_axes = dict(zip(kernel_dims, operand_dims, strict=True)), carried_axes(f.axes, IN)
     if not set(gain_axes) <= set(places):
         raise Unfactored("its input would be scaled by a gain for each kernel of a stack")
-    return _multiply(x, spread(f.gain, [places[k] for k in gain_axes], x.ndim))
+    return _multiply(x, spread(_require_gain(f), [places[k] for k in gain_axes], x.ndim))
 
 
 def _ragged(params: dict, vals: Sequence[Any], f: Factors, x: Array) -> Array:
     """Scales each row, ``(rows, in)`` or ``(rows, out)``, by the gain of its expert."""
     if x.ndim != 2 or f.axes != "bio":
         raise Unfactored("a ragged product of other than (rows, in) and (experts, in, out)")
-    return _multiply(x, jnp.repeat(f.gain, vals[2], axis=0, total_repeat_length=x.shape[0]))
+    gain = _require_gain(f)
+    return _multiply(x, jnp.repeat(gain, vals[2], axis=0, total_repeat_length=x.shape[0]))
 
 
 def _gather(params: dict, vals: Sequence[Any], f: Factors, y: Array) -> Array:
@@ -133,9 +141,9 @@ def _gather(params: dict, vals: Sequence[Any], f: Factors, y: Array) -> Array:
         return uses.arrange_as_gathered(rows, params["dimension_numbers"], f.axes, n_ids)
 
     if f.gain_side == IN:
-        gain = of_rows(f.gain)
+        gain = of_rows(_require_gain(f))
     else:
-        gain = lax.expand_dims(f.gain, range(n_ids))
+        gain = lax.expand_dims(_require_gain(f), range(n_ids))
         gain = uses.arrange_as_gathered(gain, params["dimension_numbers"], f.axes, n_ids)
     if params["mode"] != lax.GatherScatterMode.FILL_OR_DROP:
         return _multiply(y, gain)
@@ -149,7 +157,8 @@ def _gather(params: dict, vals: Sequence[Any], f: Factors, y: Array) -> Array:
 def _conv_result(params: dict, vals: Sequence[Any], f: Factors, y: Array) -> Array:
     if f.axes.count(OUT) != 1 or BATCH in f.axes:
         raise Unfactored("convolution with a kernel whose output axis is not its only output")
-    return _multiply(y, spread(f.gain, [params["dimension_numbers"].out_spec[1]], y.ndim))
+    where = [params["dimension_numbers"].out_spec[1]]
+    return _multiply(y, spread(_require_gain(f), where, y.ndim))
 
 
 def _conv_operand(params: dict, vals: Sequence[Any], f: Factors, x: Array) -> Array:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import JaxprEqn
@@ -315,7 +316,7 @@ def _drop_inputs(
     rate = _choose_rate(scope, kernel)
     if rate is None:
         return x
-    key = scope.key
+    key: Any = scope.key  # `lift` has checked that there is one
     for axis in sorted(varying_axes(x)):  # each device of a shard_map has rows of its own
         key = jax.random.fold_in(key, lax.axis_index(axis))
     mesh = jax.sharding.get_abstract_mesh()
@@ -332,7 +333,9 @@ def _choose_rate(scope: Scope, kernel: Kernel) -> Any:
     return kernel.rate or None if scope.rate is None else scope.rate
 
 
-def fall_back(scope: Scope, value: Any, primitive: str, reason: str, eqn: JaxprEqn = None) -> Any:
+def fall_back(
+    scope: Scope, value: Any, primitive: str, reason: str, eqn: JaxprEqn | None = None
+) -> Any:
     """Falls back to ``W + s·BA`` if ``value`` is a kernel; makes numbers of one that is frozen."""
     if not isinstance(value, Kernel):
         return deferred.materialize(value)

@@ -46,6 +46,11 @@ class Kernel:
     names: tuple
     rate: float | None = 0.0
 
+    @property
+    def numbers(self) -> Array:
+        """The frozen part as an array, decoded if it is quantized."""
+        return deferred.materialize(self.w)
+
 
 jax.tree_util.register_dataclass(
     Kernel, ["w", "a", "b", "gain"], ["axes", "gain_side", "names", "rate"]
@@ -58,7 +63,12 @@ def carried_axes(axes: str, role: str) -> list[int]:
 
 
 def map_factors(
-    kernel: Kernel, w: Array, axes: str, change: Change, *, change_gain: Change | None = None
+    kernel: Kernel,
+    w: Array | Deferred,
+    axes: str,
+    change: Change,
+    *,
+    change_gain: Change | None = None,
 ) -> Kernel:
     """Applies ``change(factor, old, new)`` to both factors, and to the gain if there is one.
 
@@ -70,7 +80,7 @@ def map_factors(
     sides = lambda role: (carried_axes(kernel.axes, role), carried_axes(axes, role))
     a = change(kernel.a, *sides(IN))
     b = change(move_rank_last(kernel), *sides(OUT))
-    new = {"w": w, "a": a, "b": move_rank_inside(b, axes), "axes": axes}
+    new: dict[str, Any] = {"w": w, "a": a, "b": move_rank_inside(b, axes), "axes": axes}
     if kernel.gain is not None:
         gain = lax.expand_dims(kernel.gain, [kernel.gain.ndim])
         gain = (change_gain or change)(gain, *sides(kernel.gain_side))
@@ -78,7 +88,7 @@ def map_factors(
     return dataclasses.replace(kernel, **new)
 
 
-def factor_specs(kernel: Kernel, spec: Sequence[Any]) -> dict[str, PartitionSpec]:
+def factor_specs(kernel: Kernel, spec: factors.Spec) -> dict[str, PartitionSpec]:
     """Returns the specs of the factors, and of a gain, for a kernel with the given spec."""
     letters = {"a": factors.A_AXES, "b": factors.B_AXES}
     letters |= {} if kernel.gain is None else {"gain": BATCH + kernel.gain_side}
@@ -127,7 +137,7 @@ def widen(kernel: Kernel, w: Array) -> Kernel:
     """Broadcasts a kernel to the shape of ``w``, the result of an operation with an array."""
     if kernel.w.shape == w.shape:
         return kernel
-    wide = lax.broadcast_in_dim(kernel.w, w.shape, range(w.ndim))
+    wide = lax.broadcast_in_dim(kernel.numbers, w.shape, range(w.ndim))
     return broadcast_kernel(kernel, wide, range(w.ndim))
 
 
@@ -143,7 +153,7 @@ def materialize(kernel: Kernel) -> Array:
     kernel = with_numbers(kernel)
     if SAME not in kernel.axes:
         gain = spread_gain(kernel)
-        return factors.materialize(kernel.w, kernel.a, kernel.b, kernel.axes, gain)
+        return factors.materialize(kernel.numbers, kernel.a, kernel.b, kernel.axes, gain)
     return materialize(assign_roles(kernel, kernel.axes.replace(SAME, OUT)))
 
 

@@ -7,12 +7,11 @@ the array that it stands for, and :mod:`lora_jax.transform.interpreter` evaluate
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr
-from jax.tree_util import PyTreeDef
 
 from lora_jax import hints
 from lora_jax.nodes import Adapted, Node, Trained, is_adapted, is_adapted_kernel, is_node, terms
@@ -28,11 +27,17 @@ from lora_jax.transform.kernel import Kernel
 Array = jax.Array
 PyTree = Any
 Rate = Array | float | None
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def lift(
-    fn: Callable, *, strict: bool = False, dropout: Rate = None, dropout_key: Array | None = None
-) -> Callable:
+    fn: Callable[P, R],
+    *,
+    strict: bool = False,
+    dropout: Rate = None,
+    dropout_key: Array | None = None,
+) -> Callable[P, R]:
     """Transforms ``fn`` into a function that takes low-rank sums in place of arrays.
 
     ``lift(fn)(bind(params, adapter), *args)`` equals ``fn(merge(params, adapter), *args)`` up to
@@ -65,7 +70,7 @@ def lift(
     rate = _check_dropout(dropout, dropout_key)
 
     @functools.wraps(fn)
-    def lifted(*args: Any, **kwargs: Any) -> Any:
+    def lifted(*args: P.args, **kwargs: P.kwargs) -> R:
         scope = Scope(strict=strict, rate=rate, key=dropout_key)
         return _run(scope, fn, args, kwargs, use_node_rates=dropout is None)
 
@@ -116,7 +121,8 @@ def trace(fn: Callable, args: tuple, kwargs: dict) -> list[Event]:
 
     def run(*values: Array) -> Any:
         filled = dict(zip(abstract, values, strict=True))
-        args, kwargs = treedef.unflatten([filled.get(k, x) for k, x in enumerate(leaves)])
+        merged = [filled.get(k, x) for k, x in enumerate(leaves)]
+        args, kwargs = jax.tree.unflatten(treedef, merged)
         return _run(scope, fn, args, kwargs)
 
     jax.eval_shape(run, *[leaves[k] for k in abstract])
@@ -157,11 +163,12 @@ def trace_roles(
 
 
 def _make_jaxpr(
-    fn: Callable, leaves: Sequence, treedef: PyTreeDef, *, traced: Sequence[int]
+    fn: Callable, leaves: Sequence, treedef: Any, *, traced: Sequence[int]
 ) -> ClosedJaxpr:
     def run(*values: Array) -> Any:
         filled = dict(zip(traced, values, strict=True))
-        params, args, kwargs = treedef.unflatten([filled.get(k, x) for k, x in enumerate(leaves)])
+        merged = [filled.get(k, x) for k, x in enumerate(leaves)]
+        params, args, kwargs = jax.tree.unflatten(treedef, merged)
         return fn(params, *args, **kwargs)
 
     return jax.make_jaxpr(run)(*[leaves[k] for k in traced])
@@ -177,7 +184,8 @@ def _run(
 
     def call(*kernels: Array) -> Any:
         filled = dict(zip(nodes, kernels, strict=True))
-        args, kwargs = treedef.unflatten([filled.get(k, x) for k, x in enumerate(leaves)])
+        merged = [filled.get(k, x) for k, x in enumerate(leaves)]
+        args, kwargs = jax.tree.unflatten(treedef, merged)
         return fn(*args, **kwargs)
 
     if not nodes:
@@ -198,7 +206,9 @@ def _form(node: Node) -> Any:
     """Forms what a node stands for where that is no kernel; returns the node itself otherwise."""
     if isinstance(node, Trained):
         return node.value
-    return node if is_adapted_kernel(node) or node.w is None else node.merge(node.w)
+    if not is_adapted(node) or is_adapted_kernel(node) or node.w is None:
+        return node
+    return node.merge(node.w)
 
 
 def _make_value(leaf: Any, *, use_node_rates: bool) -> Kernel | Deferred | Array:
@@ -235,7 +245,7 @@ def _check_key(scope: Scope, kernels: list[Kernel]) -> Scope:
     dropping = next((k for k in kernels if k.rate), None)
     if dropping is None and scope.rate is None:
         return dataclasses.replace(scope, key=None)
-    if scope.key is None:
+    if scope.key is None and dropping is not None:  # `lift` checks a rate of its own
         raise ValueError(
             f"The adapter has dropout {dropping.rate} (at {dropping.names[0]!r}), and there is no "
             "key for it: give lift(fn, dropout_key=...) while training, lift(fn, dropout=0.0) for "

@@ -98,8 +98,9 @@ def _scale(
     scale_of_side = lax.transpose(scale_of_side, [ordered.index(k) for k in axes])
     scale_of_side = lax.expand_dims(scale_of_side, [scale_of_side.ndim])
     factor = change(factor, scale_of_side.astype(factor.dtype))
-    new = {"b": move_rank_inside(factor, kernel.axes)} if side == OUT else {"a": factor}
-    return dataclasses.replace(kernel, w=w, **new)
+    if side == OUT:
+        return dataclasses.replace(kernel, w=w, b=move_rank_inside(factor, kernel.axes))
+    return dataclasses.replace(kernel, w=w, a=factor)
 
 
 MOVES: dict[str, Rule] = {

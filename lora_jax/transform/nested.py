@@ -107,7 +107,8 @@ def _pallas(walk: Walk, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
         value = values[operand]
         axes_of_blocks = [] if value.axes is None else forms.block_axes(eqn, operand)
         fits = value.axes is None or len(axes_of_blocks) == len(origins.shape(ref))
-        axes = tuple(value.axes[k] for k in axes_of_blocks) if fits and axes_of_blocks else None
+        known = value.axes if fits else None
+        axes = tuple(known[k] for k in axes_of_blocks) if known and axes_of_blocks else None
         refs.append(dataclasses.replace(value, axes=axes))
         if not fits:
             lose(walk, eqn, [value], "is read by 'pallas_call' in blocks of fewer axes")

@@ -90,7 +90,7 @@ def shape(atom: Any) -> tuple[int, ...]:
 # A rule takes the equation and the origins of its operands (None for those that have none), and
 # returns the origins of each result.
 
-Rule = Callable[[JaxprEqn, Sequence[Axes | None]], list[Axes]]
+Rule = Callable[[JaxprEqn, Sequence[Axes | None]], Sequence[Axes | None]]
 
 
 def _transpose(eqn: JaxprEqn, axes: Sequence) -> list[Axes]:
@@ -171,7 +171,7 @@ def _scatter(eqn: JaxprEqn, axes: Sequence) -> list[Axes]:
 
 def _all_gather(eqn: JaxprEqn, axes: Sequence) -> list[Axes]:
     new = eqn.params["all_gather_dimension"]
-    added = () if eqn.params["tiled"] else (frozenset(),)
+    added: Axes = () if eqn.params["tiled"] else (frozenset(),)
     return [(*axes[0][:new], *added, *axes[0][new:])]
 
 
@@ -260,14 +260,15 @@ def elementwise_axes(eqn: JaxprEqn, values: Sequence[Value]) -> list[Axes | None
         alike = [
             v
             for v, atom in zip(values, eqn.invars, strict=True)
-            if v.axes is not None and shape(atom) == tuple(var.aval.shape)
+            if v.axes is not None and shape(atom) == shape(var)
         ]
         alike = [v for v in alike if not v.is_repeated] or alike
         if not alike and eqn.primitive.name == "mul":
             result.append(_outer(eqn, values))
             continue
         real = jnp.issubdtype(getattr(var.aval, "dtype", jnp.int32), jnp.inexact)
-        result.append(union([v.axes for v in alike]) if alike and real else None)
+        parts = [v.axes for v in alike if v.axes is not None]
+        result.append(union(parts) if parts and real else None)
     return result
 
 
@@ -282,7 +283,7 @@ def _outer(eqn: JaxprEqn, values: Sequence[Value]) -> Axes | None:
     return union(parts) if parts else None
 
 
-def rearranged_axes(eqn: JaxprEqn, values: Sequence[Value]) -> list[Axes | None] | None:
+def rearranged_axes(eqn: JaxprEqn, values: Sequence[Value]) -> Sequence[Axes | None] | None:
     """Returns the origins of each result; None where the primitive is no known rearrangement.
 
     Raises:

@@ -40,7 +40,7 @@ def follow(walk: Walk, eqn: JaxprEqn, values: tuple[Value, Value]) -> Value:
     (left, right), batch = (sides_of(eqn, k) for k in (0, 1)), sides_of(eqn, 0).batch
     axes: list[frozenset] = [frozenset()] * len(batch)
     for side, (sides, value) in enumerate(zip((left, right), values, strict=True)):
-        free = len(value.axes) - len(sides.inputs) - len(sides.batch)
+        free = len(value.axes or ()) - len(sides.inputs) - len(sides.batch)
         axes += [frozenset({origins.Origin(name, side, 2)})] * free
     return origins.derive(values, axes=tuple(axes), level=max(v.level for v in values))
 
@@ -61,9 +61,9 @@ def resolve(walk: Walk, pair: Pair) -> None:
 
 def _record_side(walk: Walk, pair: Pair, side: int, free: str, level: int) -> None:
     """Records a use of one factor of the pair, whose free axes have the role ``free``."""
-    swap = str.maketrans({factors.IN: factors.OUT, factors.OUT: factors.IN})
+    swap = str.maketrans(factors.IN + factors.OUT, factors.OUT + factors.IN)
     value, sides = pair.values[side], sides_of(pair.eqn, side)
-    for name, roles in roles_of(value.axes, sides).items():
+    for name, roles in roles_of(value.axes or (), sides).items():
         swapped = roles.translate(swap) if free == factors.IN else roles
         use = Use(pair.eqn.primitive.name, swapped, level, False, forms.source(pair.eqn))
         walk.uses.setdefault(name, []).append(use)

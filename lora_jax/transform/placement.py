@@ -4,13 +4,12 @@ By these rules of :mod:`.moves` each factor goes where the axes that it carries 
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 from jax.extend.core import JaxprEqn
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.factors import BATCH, IN, OUT
 from lora_jax.transform import forms
@@ -38,7 +37,7 @@ def reshard(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
     kernel, target = require_kernel(vals), eqn.params["dst_sharding"]
     place = lambda x, spec: forms.rebind(eqn, x, dst_sharding=NamedSharding(target.mesh, spec))
     specs = factor_specs(kernel, target.spec).items()
-    placed = {name: place(getattr(kernel, name), spec) for name, spec in specs}
+    placed: dict[str, Any] = {name: place(getattr(kernel, name), spec) for name, spec in specs}
     return [dataclasses.replace(kernel, w=w[0], **placed)]
 
 
@@ -51,13 +50,15 @@ def device_put(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list:
 def _put(kernel: Kernel, w: Array, target: Any) -> Kernel:
     if target is None:
         return dataclasses.replace(kernel, w=w)
-    is_split = isinstance(target, NamedSharding)
-    specs = factor_specs(kernel, target.spec if is_split else ())
-    if is_split:
-        place = functools.partial(NamedSharding, target.mesh, memory_kind=target.memory_kind)
-    else:
-        place = lambda spec: target
-    put = {n: jax.device_put(getattr(kernel, n), place(spec)) for n, spec in specs.items()}
+
+    def place(spec: PartitionSpec) -> Any:
+        if not isinstance(target, NamedSharding):
+            return target
+        return NamedSharding(target.mesh, spec, memory_kind=target.memory_kind)
+
+    spec = target.spec if isinstance(target, NamedSharding) else PartitionSpec()
+    specs = factor_specs(kernel, spec).items()
+    put: dict[str, Any] = {n: jax.device_put(getattr(kernel, n), place(s)) for n, s in specs}
     return dataclasses.replace(kernel, w=w, **put)
 
 

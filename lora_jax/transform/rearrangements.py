@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -47,7 +48,7 @@ def reshape(eqn: JaxprEqn, vals: Sequence, w: Sequence[Array]) -> list[Kernel]:
     """Reshapes as ``lax.reshape``, if it splits and joins axes within one role only."""
     kernel, shape, order = require_kernel(vals), w[0].shape, eqn.params.get("dimensions")
     if order is not None:
-        kernel = _transpose_kernel(kernel, lax.transpose(kernel.w, order), order)
+        kernel = _transpose_kernel(kernel, lax.transpose(kernel.numbers, order), order)
     groups = axis_groups(kernel.w.shape, shape)
     axes = [SAME] * len(shape)
     for old, new in groups:
@@ -74,8 +75,8 @@ def _reshape_kernel(
 ) -> Kernel:
     def change(x: Array, old: list[int], new: list[int]) -> Array:
         sizes = [*(w.shape[k] for k in new), x.shape[-1]]
-        options = {} if sharding is None else {"out_sharding": _factor_sharding(sharding, new)}
-        return jnp.reshape(x, sizes, **options)
+        out_sharding = None if sharding is None else _factor_sharding(sharding, new)
+        return jnp.reshape(x, sizes, out_sharding=out_sharding)
 
     return map_factors(kernel, w, axes, change)
 

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from lora_jax.transform import forms, origins, pairs, uses
@@ -221,7 +222,7 @@ def _walk_use(walk: Walk, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     rest = [Value() if k in chosen else v for k, v in enumerate(values)]
     lose(walk, eqn, rest, f"is the input of {eqn.primitive.name!r}")
     if eqn.primitive.name == LOOKUP:
-        (axes,) = origins.rearranged_axes(eqn, values)
+        (axes,) = origins.rearranged_axes(eqn, values) or (None,)
         return [Value(axes=axes, level=DATA, is_picked=True)]
     return [Value(level=max(v.level for v in values))] * len(eqn.outvars)
 
@@ -236,7 +237,7 @@ def _mix_with_constant(eqn: JaxprEqn, values: Sequence[Value], which: int) -> Va
     (free,) = {0, 1} - set(sides_of(eqn, 1 - which).inputs)
     if matrix[free] == 1:  # a power iteration, rather
         return None
-    axes, (changed,) = values[which].axes, sides.inputs
+    axes, (changed,) = values[which].axes or (), sides.inputs
     rest = tuple(axis for k, axis in enumerate(axes) if k != changed)
     axes = (*rest, axes[changed]) if which == 0 else (axes[changed], *rest)
     return dataclasses.replace(values[which], axes=axes, is_mixed=True)
@@ -248,6 +249,6 @@ def input_value(x: Any) -> Value:
 
 
 def _is_key(x: Any) -> bool:
-    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return True
     return x.dtype == "uint32" and x.shape[-1:] == (2,)  # the older form

@@ -141,3 +141,61 @@ def test_what_is_callable_and_no_module_is_a_function():
 
     for fn in (Wrapper(), jax.jit(plain), nnx.jit(plain)):
         assert lora.lift(fn, strict=True)({"w": jnp.eye(6)}, X).shape == (2, 6)
+
+
+def test_an_explanation_is_a_table_in_a_notebook(stack):
+    model, params, adapter = stack
+    page = lora.explain(model.apply, params, adapter, X)._repr_html_()
+    assert page.count("<tr>") == 2 and "params/layer_*/kernel</td>" in page
+    squared = lambda p, x: x @ (p["<w>"] ** 2)
+    params = {"<w>": jnp.eye(6)}
+    config = lora.LoRAConfig(rank=1, targets=["<w>"], roles={"<w>": "io"})
+    adapter = lora.init(jax.random.key(0), squared, params, config, X)
+    page = lora.explain(squared, params, adapter, X)._repr_html_()
+    assert "&lt;w&gt;" in page and "<w>" not in page and "integer_pow" in page
+
+
+def test_a_table_of_leaves_prints_by_itself(stack):
+    model, params, _ = stack
+    table = lora.tabulate(model.apply, params, CONFIG, X)
+    assert repr(table) == str(table) and repr(table).startswith("leaf")
+
+
+def test_treescope_shows_nodes_and_trees(stack):
+    treescope = pytest.importorskip("treescope")
+    _, _, adapter = stack
+    text = treescope.render_to_text(adapter)
+    assert text.count("LowRank(") == 3 and "scale=8.0" in text and "float32(6, 2)" in text
+
+
+@pytest.mark.parametrize("use", [lora.bind, lora.merge, lora.summary])
+def test_the_parameters_and_the_adapter_exchanged(stack, use):
+    _, params, adapter = stack
+    with pytest.raises(ValueError, match=r"Got an adapter where .* the parameters come first"):
+        use(adapter, params)
+
+
+def test_parameters_a_level_above_or_below_those_of_the_adapter(stack):
+    _, params, adapter = stack
+    with pytest.raises(ValueError, match=r"without 'params': pass \{'params': params\}"):
+        lora.bind(params["params"], adapter)
+    with pytest.raises(ValueError, match=r"below 'params': pass params\['params'\]"):
+        lora.merge(params, adapter["params"])
+    with pytest.raises(ValueError, match=r"parameters here: params/encoder/kernel\.$"):
+        lora.bind({"params": {"encoder": {"kernel": jnp.eye(6)}}}, adapter)
+
+
+def test_more_arguments_of_a_wrong_kind(stack):
+    model, params, adapter = stack
+    with pytest.raises(TypeError, match=r"got int 3: jax.random.key\(3\) makes one"):
+        lora.init(3, model.apply, params, CONFIG, X)
+    with pytest.raises(TypeError, match="Stack is a module: give module.apply"):
+        lora.explain(model, params, adapter, X)
+    with pytest.raises(TypeError, match=r"Stack is a Linen module.* give module.apply"):
+        lora.from_nnx(model)
+
+
+@pytest.mark.parametrize("targets", [["layer_0"], ("layer_0",), "layer_0", {"layer_0": 1}.keys()])
+def test_targets_of_any_kind_are_the_same(targets):
+    config = lora.LoRAConfig(rank=2, targets=targets)
+    assert config == lora.LoRAConfig(rank=2, targets=("layer_0",)) and hash(config)

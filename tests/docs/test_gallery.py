@@ -1,16 +1,20 @@
 """The part of the gallery whose libraries the tests' environment has, and the gallery's own tools."""
 
+import dataclasses
 import importlib
 import json
+import re
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+import lora_jax as lora
 from examples.gallery import __main__ as command
 from examples.gallery import measure, page, registry
 from examples.gallery.model import Entry, Model
+from tests.helpers.places import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of other libraries
 
@@ -44,6 +48,10 @@ def test_model(file, name):
     row = measure.measure(entry, "", depth="values")
     assert row.problems == []
     assert row.kernels and row.output < 2e-5
+    published = ROOT / "docs" / "gallery" / page.file_name(row)
+    text = published.read_text(encoding="utf-8") if published.exists() else ""
+    if f"\n## {name}\n" in text:  # of a page that has the model
+        assert f"\n## {name}\n\n{page.describe(row)}\n" in text
 
 
 def _entry(fn, params, **kwargs):
@@ -96,6 +104,69 @@ def test_command_writes_rows_and_page_and_tells_by_its_status(tmp_path, monkeypa
     entries.pop()
     assert command.main(["--only=ours", "--depth=trace"]) == 0
     assert command.main(["--only=theirs"]) == 1
+
+
+def test_a_page_says_how_a_model_is_called_and_what_explain_says(tmp_path):
+    row = measure.measure(_entry(_two_products, PARAMS, tables=("bias",)), "1.0", depth="trace")
+    page.write(tmp_path / "page.md", [row])
+    text = (tmp_path / "page" / "ours.md").read_text()
+    model = _entry(_two_products, PARAMS).build(2)
+    adapter = lora.init(jax.random.key(1), model.fn, PARAMS, lora.LoRAConfig(), *model.args)
+    for part in (
+        lora.explain(model.fn, PARAMS, adapter, *model.args),
+        lora.summary(PARAMS, adapter),
+        "`float32[2, 16]`",
+        "Every use stays factored",
+    ):
+        assert str(part) in text
+    assert "[ours 1.0](gallery/ours.md)" in (tmp_path / "page.md").read_text()
+
+
+def test_a_kernel_that_is_formed_is_explained(tmp_path):
+    varied = np.arange(12 * 16, dtype=np.float32).reshape(12, 16)
+    fn = lambda params, x: x @ params["kernel"] @ (params["table"] * varied)
+    with_reason = measure.measure(_entry(fn, PARAMS), "1.0", depth="trace")
+    (fallback,) = with_reason.fallbacks
+    assert "varies over inputs and outputs" in fallback
+    (text,) = [x for part, x in page.REASONS.items() if part in fallback]
+    assert text in page.describe(with_reason) and text in page.page([with_reason])
+    assert "Every use stays factored" not in page.describe(with_reason)
+
+
+def test_rows_of_one_model_are_merged():
+    old = measure.Row(library="b 1", name="m", kernels=1, output=1e-6, flops=[0.5, 1.0], date="2026-01-01", problems=["old"])  # fmt: skip
+    traced = measure.Row(library="b 1", name="m", kernels=2, code="pass", date="2026-01-02")
+    other = measure.Row(library="A 1", name="m")
+    first, second = page.merge([old, other, traced])
+    assert first == other
+    assert second == dataclasses.replace(traced, output=1e-6, flops=[0.5, 1.0], date="2026-01-01", problems=["old"])  # fmt: skip
+    again = dataclasses.replace(old, output=2e-6, problems=[])
+    assert page.merge([old, traced, again]) == [again]
+
+
+# Of each library that people asked about, a model.
+ASKED = {
+    "google-tunix": "Gemma3",
+    "dm-haiku": "transformer of hk.MultiHeadAttention",
+    "brax": "PPO's policy and value",
+    "keras-hub": "GemmaBackbone",
+    "diffrax": "neural ODE (Tsit5, PIDController, RecursiveCheckpointAdjoint)",
+    "e3nn-jax": "flax.Linear and tensor_product",
+    "transformers": "FlaxWhisperForConditionalGeneration",
+}
+
+
+@pytest.mark.parametrize("library", ASKED)
+def test_published_pages(library):
+    table = (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8")
+    names = re.findall(
+        rf"^\| \[{library} [\w.]+\]\(gallery/{library}\.md\) \| (.*?) \|", table, re.MULTILINE
+    )
+    assert ASKED[library] in names
+    text = (ROOT / "docs" / "gallery" / f"{library}.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == [*names, page.CODE]
+    assert f'Library("{library}")' in text and f"\ngallery/{library}\n" in table
+    assert text.count("What `explain` says:\n\n```text\n") == len(names)
 
 
 def test_each_file_of_a_library_is_registered():

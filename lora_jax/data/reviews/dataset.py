@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from lora_jax.data.examples import read_tsv
+from lora_jax.data.examples import read_tsv, require_labels
 
 FOLDER = Path(__file__).parent
 _DESCRIPTION = (
@@ -40,6 +40,6 @@ class LoraReviews(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         examples = read_tsv(FOLDER / f"{split}.tsv", require_labels=True)
-        rows = zip(examples.sentences, examples.labels, strict=True)
+        rows = zip(examples.sentences, require_labels(examples), strict=True)
         for number, (sentence, label) in enumerate(rows):
             yield number, {"sentence": sentence, "label": int(label), "idx": number}
