@@ -90,7 +90,7 @@ def main(argv: list[str]) -> None:
     export = _write(out)
     model_card.write(export)
     if _PUSH.value:
-        _push(out, export)
+        _push(out, export, _PUSH.value)
 
 
 def _check(argv: list[str]) -> None:
@@ -181,7 +181,7 @@ def _find_program(config: dict[str, Any]) -> str:
     return ""
 
 
-def _push(out: Path, export: model_card.Export) -> None:
+def _push(out: Path, export: model_card.Export, repo: str) -> None:
     if not sys.stderr.isatty():
         huggingface_hub.utils.disable_progress_bars()
     if not model_card.find_hub_base(export.loaded) and _PEFT.value:
@@ -189,11 +189,11 @@ def _push(out: Path, export: model_card.Export) -> None:
     message = "Upload a model" if _MERGED.value else "Upload an adapter"
     try:
         url = hub_upload.push(
-            out, _PUSH.value, private=_PRIVATE.value, revision=_REVISION.value or "",
+            out, repo, private=_PRIVATE.value, revision=_REVISION.value or "",
             message=f"{message}, made with lora_jax",
         )  # fmt: skip
     except (ValueError, OSError) as error:
-        again = f"hf upload {_PUSH.value} {shlex.quote(str(out))} ."
+        again = f"hf upload {repo} {shlex.quote(str(out))} ."
         raise ValueError(f"{error} What was to be uploaded is in {out}: {again}") from error
     print(f"Pushed to {url}")
 

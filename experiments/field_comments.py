@@ -25,14 +25,16 @@ def read(get_config: Callable[[], Any]) -> dict[str, str]:
     source = inspect.getsource(get_config)
     behind, alone = _find_comments(source)
     comments: dict[str, str] = {}
-    for statement in ast.parse(source).body[0].body:
+    function = ast.parse(source).body[0]
+    assert isinstance(function, ast.FunctionDef)
+    for statement in function.body:
         if isinstance(statement, ast.Delete):
             for gone in map(_name_field, statement.targets):
                 comments = {f: x for f, x in comments.items() if not _is_in(f, gone)}
         elif isinstance(statement, ast.Assign):
             if base := _find_base(statement, get_config):
                 comments |= read(base)
-            text = behind.get(statement.end_lineno) or _join_above(alone, statement.lineno)
+            text = behind.get(statement.end_lineno or 0) or _join_above(alone, statement.lineno)
             comments |= {field: text for field in _list_fields(statement) if text}
     return comments
 
@@ -43,7 +45,8 @@ def _is_in(field: str, section: str) -> bool:
 
 def _find_comments(source: str) -> tuple[dict[int, str], dict[int, str]]:
     """Finds comments by line: those behind something, and those that have the line alone."""
-    behind, alone = {}, {}
+    behind: dict[int, str] = {}
+    alone: dict[int, str] = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             is_alone = not token.line[: token.start[1]].strip()
@@ -52,7 +55,7 @@ def _find_comments(source: str) -> tuple[dict[int, str], dict[int, str]]:
 
 
 def _join_above(alone: dict[int, str], line: int) -> str:
-    parts = []
+    parts: list[str] = []
     while (line := line - 1) in alone:
         parts.insert(0, alone[line])
     return " ".join(parts)

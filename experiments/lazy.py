@@ -47,7 +47,8 @@ def imports() -> Iterator[None]:
     ModuleNotFoundError: No module named 'this_is_none'
     """
     usual = builtins.__import__
-    builtins.__import__ = _import
+    late: Any = _import  # whose packages are no modules
+    builtins.__import__ = late
     try:
         yield
     finally:

@@ -146,7 +146,7 @@ def _read_command(argv: list[str], recipe: Recipe) -> Command:
 
 
 def _make_sweep(command: Command, recipe: Recipe) -> scheduler.Sweep:
-    axes = sweep_flag.read(_SWEEP.value, recipe.base_config())
+    axes = sweep_flag.read(_SWEEP.value, base_configs.BY_PROGRAM[_PROGRAM.value]())
     runs = trials.make_trials(command.config, _find_sweep(command, axes), recipe)
     _check_overrides(command, runs)
     runs = trials.select(runs, _ONLY.value)
@@ -184,7 +184,12 @@ def _find_sweep(
             f"{file} has a sweep(add) of its own, and --sweep is another: leave out --sweep, or "
             "give a config without one. --only=FIELD=V1,V2 chooses among the runs of the file."
         )
-    return lambda add: [add(**point) for point in common.product(axes)]
+
+    def sweep(add: Callable[..., None]) -> None:
+        for point in common.product(axes):
+            add(**point)
+
+    return sweep
 
 
 def _check_overrides(command: Command, runs: list[trials.Trial]) -> None:

@@ -81,7 +81,7 @@ def has_sweep(path: str | Path) -> bool:
     return _find_sweep(path) is not None
 
 
-def _find_sweep(path: str | Path) -> Callable[[Callable[..., None]], None] | None:
+def _find_sweep(path: str | Path) -> Callable[[Callable[..., None]], object] | None:
     if str(path).endswith(".json"):
         return None
     sweep = getattr(config_files.import_file(str(path)), "sweep", None)

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ _EMBEDDED = {
 }
 _GLUE = "nyu-mll/glue"  # on the Hub, the data that TFDS has as glue
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 512)  # values of its --max-lora-rank
-_VLLM_WORDS = {  # what its adapters must have in their adapter_config.json
+_VLLM_WORDS: dict[str, tuple] = {  # what its adapters must have in their adapter_config.json
     "peft_type": ("LORA",), "use_dora": (None, False), "modules_to_save": (None, []),
     "bias": (None, "none"), "lora_bias": (None, False), "trainable_token_indices": (None, {}, []),
 }  # fmt: skip
@@ -256,13 +256,11 @@ def _list_scores(export: Export) -> Iterator[str]:
     has_run = bool(read_run(export.adapter_directory))
     before = metric_writer.read_evaluation(run / workdirs.METRICS, 0) if has_run else {}
     step = serialize.read_metadata(export.adapter_directory).get("step")
-    rows = [(name, before.get(name), x) for name, x in scores.items()]
-    cells = [(n, "" if old is None else f"{old:.4f}", f"{x:.4f}") for n, old, x in rows]
-    head = ["", "before training", f"step {step}"]
-    if not before:
-        head, cells = [head[0], head[2]], [(name, x) for name, _, x in cells]
+    old = {name: f"{before[name]:.4f}" if name in before else "" for name in scores}
+    rows = [[name, *([old[name]] if before else []), f"{x:.4f}"] for name, x in scores.items()]
+    head = ["", *(["before training"] if before else []), f"step {step}"]
     yield "## Scores\n\nOf the evaluation by which the best adapter of the run was chosen."
-    yield _make_table(head, cells)
+    yield _make_table(head, rows)
 
 
 def _describe_training(export: Export) -> Iterator[str]:
@@ -363,6 +361,6 @@ def _fence(text: str, language: str) -> str:
     return f"{ticks}{language}\n{text}\n{ticks}"
 
 
-def _make_table(head: list[str], rows: Any) -> str:
+def _make_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *(row for row in rows if row[-1])]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
