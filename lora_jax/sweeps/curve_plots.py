@@ -87,8 +87,9 @@ def _spread_within(sweep: Results, field: str) -> float:
 def _choose_colors(sweep: Results, field: str) -> tuple[Callable[[Row], Any], dict[str, Any]]:
     """Chooses shades for numbers, and colors that differ clearly for anything else."""
     values = _values(sweep, field)
+    shades: list[Any]
     if all(results.is_number(row.values[field]) for row in sweep.rows):
-        shades = colormaps["viridis"](np.linspace(0, 0.9, len(values)))
+        shades = list(colormaps["viridis"](np.linspace(0, 0.9, len(values))))
     else:
         shades = [f"C{k % 10}" for k in range(len(values))]
     by_value = dict(zip(values, shades, strict=True))

@@ -35,9 +35,9 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "wandb": Kind("wandb", "lora_jax.training.writers.wandb", "WandbWriter"),
-    "mlflow": Kind("mlflow", "lora_jax.training.writers.mlflow", "MlflowWriter"),
-    "trackio": Kind("trackio", "lora_jax.training.writers.trackio", "TrackioWriter"),
+    "wandb": Kind("wandb", "lora_jax.training.writers.wandb_writer", "WandbWriter"),
+    "mlflow": Kind("mlflow", "lora_jax.training.writers.mlflow_writer", "MlflowWriter"),
+    "trackio": Kind("trackio", "lora_jax.training.writers.trackio_writer", "TrackioWriter"),
 }
 TENSORBOARD = "tensorboard"
 # JSON lines are always written, since a run goes on by them.
