@@ -4,6 +4,7 @@ TensorBoard's usual writer is a thread of its own, in which an error of the disk
 event is written at once.
 """
 
+import contextlib
 import time
 from collections.abc import Mapping
 
@@ -54,7 +55,13 @@ class TensorBoardWriter:
         Raises:
           OSError: what is left can't be written.
         """
-        self._events.close()
+        try:
+            self._events.close()
+        except OSError:
+            # The file is open still, and tensorboardX has no other way to it.
+            with contextlib.suppress(OSError):
+                self._events._py_recordio_writer.close()
+            raise
 
     def _add(self, step: int, part: Summary) -> None:
         self._events.write_event(Event(wall_time=time.time(), step=step, summary=part))
