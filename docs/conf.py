@@ -81,6 +81,8 @@ nitpick_ignore_regex = [
     # What nobody makes by hand.
     ("py:.*", r"lora_jax\.(data\.chat_template|models\.(attention|layers|token_ids))\..*"),
     ("py:mod", r"lora_jax\.quantized(_sharding)?"),
+    # Type variables: the signature of a function, its result, and a tree.
+    ("py:class", r"~?P|lora_jax\.transform\.lift\.[PR]|lora_jax\.adapter\.Tree"),
 ]
 
 

@@ -23,7 +23,7 @@ def name_run(config: ConfigDict) -> str:
     >>> name_run(c)
     'mini-rank8-lr5e-4-seed0'
     """
-    model = str(config.model.name).rstrip("/").rpartition("/")[2] or "model"
+    model = str(config.model.get("name", "")).rstrip("/").rpartition("/")[2] or "model"
     method = config.lora.get("method", "lora")
     words = [model] if method == "lora" else [model, method]
     return "-".join([_clean(word) for word in words] + [name_values(config, _SINGLE)])
