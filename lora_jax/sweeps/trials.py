@@ -258,8 +258,9 @@ def select(trials: Sequence[Trial], filters: Iterable[str]) -> list[Trial]:
                 f"--only={text}: give a config field and its values, such as --only=lora.rank=1,4; "
                 f"the fields are {', '.join(known)}."
             )
-        wanted = {v.strip() for v in values.split(",")}
         present = {t.id: _format(get_value(t.config, field)) for t in trials}
+        by_number = {_to_number(value): value for value in present.values()}
+        wanted = {by_number.get(_to_number(v), v) for v in map(str.strip, values.split(","))}
         missing = sorted(wanted - set(present.values()))
         if missing:
             raise ValueError(
@@ -268,6 +269,14 @@ def select(trials: Sequence[Trial], filters: Iterable[str]) -> list[Trial]:
             )
         trials = [t for t in trials if present[t.id] in wanted]
     return trials
+
+
+def _to_number(text: str) -> float | str:
+    """Returns the number that a text stands for, so that 1.0 is 1; or the text."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def shard(trials: Sequence[Trial], text: str) -> list[Trial]:

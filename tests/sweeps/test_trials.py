@@ -46,7 +46,7 @@ def test_the_id_is_that_of_the_whole_config():
         (sst2_rank_sweep, (4 * 3 + 2 + 2) * 3, 1),
         (sst2_alpha_lr_sweep, 75, 1),
         # LoRA, rank-stabilized, EVA and LoRA+ share one, and so do the offsets.
-        (sst2_methods_sweep, 156, 8),
+        (sst2_methods_sweep, 162, 8),
     ],
 )
 def test_sweeps_of_this_project(config, runs, programs):
@@ -117,6 +117,13 @@ def test_shards_share_the_runs():
     for text in ("0/2", "3/2", "1", "a/b", "1/0", "-1/2"):
         with pytest.raises(ValueError, match="give i/n"):
             trials.shard(found, text)
+
+
+@pytest.mark.parametrize("text", ["6e-05", "0.00006", "6e-5", " 0.000060"])
+def test_numbers_are_chosen_however_they_are_written(text):
+    found = made({"optimizer.learning_rate": 6e-5}, {"optimizer.learning_rate": 1e-3})
+    assert trials.select(found, [f"optimizer.learning_rate={text}"]) == found[:1]
+    assert trials.select(found, ["optimizer.b_rate=1.0", "lora.rank=8.0"]) == found
 
 
 @pytest.mark.parametrize(
