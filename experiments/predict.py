@@ -23,6 +23,7 @@ from experiments import cli, lazy
 
 with lazy.imports():
     from lora_jax.data import characters, columns, labelled_rows, table_sources, tables
+    from lora_jax.data import examples as example_rows
     from lora_jax.tasks import classifier
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def read_table(file: str, model: classifier.Classifier) -> Examples:
     for note in rows.notes:
         print(note, file=sys.stderr)
     texts = list(zip(*rows.texts, strict=True))
-    return Examples(texts[0], None, texts[1] if len(texts) == 2 else None)
+    return example_rows.Examples(texts[0], None, texts[1] if len(texts) == 2 else None)
 
 
 def _predict_table(file: str, model: classifier.Classifier) -> tuple[list[str], np.ndarray]:

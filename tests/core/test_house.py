@@ -152,3 +152,38 @@ def test_the_readme_of_the_tests_names_every_helper():
     text = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
     helpers = {p.stem for p in (ROOT / "tests" / "helpers").glob("*.py")} - {"__init__"}
     assert helpers == set(re.findall(r"`(\w+)`", text)) & helpers
+
+
+class _Uses(ast.NodeVisitor):
+    """Names that are used when a module runs: those of annotations are not."""
+
+    def __init__(self):
+        self.names = set()
+
+    def visit_FunctionDef(self, node):
+        values = [*node.decorator_list, *node.args.defaults, *node.args.kw_defaults, *node.body]
+        for value in filter(None, values):
+            self.visit(value)
+
+    def visit_AnnAssign(self, node):
+        if node.value:
+            self.visit(node.value)
+
+    def visit_Name(self, node):
+        self.names.add(node.id)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.py")), ids=lambda p: p.stem)
+def test_what_programs_import_for_type_checkers_is_not_used(path):
+    tree, uses = ast.parse(path.read_text()), _Uses()
+    blocks = [
+        x for x in tree.body if isinstance(x, ast.If) and ast.unparse(x.test) == "TYPE_CHECKING"
+    ]
+    names = {
+        alias.asname or alias.name
+        for block in blocks
+        for x in block.body
+        for alias in x.names
+    }  # fmt: skip
+    uses.visit(tree)
+    assert not names & uses.names
