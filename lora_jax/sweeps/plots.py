@@ -3,6 +3,7 @@
 import functools
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -211,7 +212,8 @@ def _draw_map(figure: Figure, panel: Axes, values: np.ndarray, label: str) -> No
 
 def draw_similarity(sweep: Results) -> Picture | None:
     """Draws the subspace similarity of the learned A, between ranks and between seeds."""
-    pairs = [pair for pair in (_two_ranks(sweep), _two_seeds(sweep)) if pair]
+    rows = _find_comparable(sweep)
+    pairs = [pair for pair in (_two_ranks(rows), _two_seeds(sweep, rows)) if pair]
     if not pairs:
         return None
     kernel = _middle_kernel(pairs[0][1][0])
@@ -246,9 +248,21 @@ def _scored_rows(sweep: Results) -> list[Row]:
     return [row for row in sweep.rows if row.score is not None]
 
 
-def _two_ranks(sweep: Results) -> tuple[tuple[str, str, str], tuple[Row, Row]] | None:
+def _find_comparable(sweep: Results) -> list[Row]:
+    """Finds the runs whose subspaces can be compared: most of those that have factors A.
+
+    Runs of other methods, or of other targets, may have none, or those of other kernels.
+    """
+    by_nodes: dict[str, list[Row]] = {}
+    for row in _scored_rows(sweep):
+        nodes = _read_about(row).get("nodes", {})
+        if nodes and any(name.endswith("/a") for name in _tensors(row)):
+            by_nodes.setdefault(json.dumps(nodes, sort_keys=True), []).append(row)
+    return max(by_nodes.values(), key=len, default=[])
+
+
+def _two_ranks(rows: Sequence[Row]) -> tuple[tuple[str, str, str], tuple[Row, Row]] | None:
     """Returns two runs, with the smallest rank above 1, if there is one, and with the largest."""
-    rows = _scored_rows(sweep)
     ranks = sorted({row.values[RANK] for row in rows})
     if len(ranks) < 2:
         return None
@@ -260,15 +274,17 @@ def _two_ranks(sweep: Results) -> tuple[tuple[str, str, str], tuple[Row, Row]] |
     )
 
 
-def _two_seeds(sweep: Results) -> tuple[tuple[str, str, str], tuple[Row, Row]] | None:
-    """Returns two runs of the largest rank that differ in their seed alone."""
+def _two_seeds(
+    sweep: Results, rows: Sequence[Row]
+) -> tuple[tuple[str, str, str], tuple[Row, Row]] | None:
+    """Returns two of the runs, of the largest rank, that differ in their seed alone."""
     if SEED not in sweep.varied:
         return None
-    many = [c for c in results.cells(sweep) if len(c.scores) > 1]
+    groups = [[row for row in cell.rows if row in rows] for cell in results.cells(sweep)]
+    many = [group for group in groups if len(group) > 1]
     if not many:
         return None
-    cell = max(many, key=lambda c: c.rows[0].values[RANK])
-    first, second = [row for row in cell.rows if row.score is not None][:2]
+    first, second = max(many, key=lambda group: group[0].values[RANK])[:2]
     rank, seeds = first.values[RANK], (first.values[SEED], second.values[SEED])
     return (
         (f"rank {rank}, two seeds", f"i, seed {seeds[0]}", f"j, seed {seeds[1]}"),
@@ -281,9 +297,13 @@ def _similarity(one: Row, other: Row, kernel: str) -> np.ndarray:
 
 
 def _tensors(row: Row) -> dict[str, np.ndarray]:
-    folder = row.directory / workdirs.ADAPTER
-    about = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
-    return read_safetensors((folder / about["weights"]["file"]).read_bytes())
+    file = row.directory / workdirs.ADAPTER / _read_about(row)["weights"]["file"]
+    return read_safetensors(file.read_bytes())
+
+
+def _read_about(row: Row) -> dict[str, Any]:
+    file = row.directory / workdirs.ADAPTER / "adapter.json"
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _factor(row: Row, kernel: str) -> np.ndarray:
