@@ -161,6 +161,7 @@ def test_a_table_of_leaves_prints_by_itself(stack):
     assert repr(table) == str(table) and repr(table).startswith("leaf")
 
 
+@pytest.mark.filterwarnings("ignore:The chararray class is deprecated:DeprecationWarning")
 def test_treescope_shows_nodes_and_trees(stack):
     treescope = pytest.importorskip("treescope")
     _, _, adapter = stack

@@ -10,9 +10,12 @@ import zipfile
 import pytest
 
 from tests.helpers.places import ROOT
+from tests.helpers.tools import needs_git
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import release  # noqa: E402
+
+pytestmark = needs_git
 
 DAY = datetime.date(2026, 11, 27)
 CHANGES = "# Changelog\n\n## [Unreleased]\n\n- A change.\n"

@@ -10,6 +10,7 @@ import pytest
 from benchmarks import speedrun
 from tests.helpers import tiny_encoder
 from tests.helpers.places import ROOT
+from tests.helpers.tools import needs_git
 
 LINES = [
     {"step": 0, "eval_loss": 0.7, "eval_accuracy": 0.5},
@@ -59,6 +60,7 @@ def test_the_number_is_the_median_of_runs_that_all_reached_it():
     assert speedrun.summarize([*runs, {"seconds": None}])["seconds"] is None
 
 
+@needs_git
 def test_commit_and_changed_files(tmp_path):
     git = lambda *command: subprocess.run(["git", *command], cwd=tmp_path, check=True, text=True, capture_output=True).stdout.strip()  # fmt: skip
     assert speedrun.find_commit(tmp_path) == ""
