@@ -190,13 +190,13 @@ def _ask(study: "optuna.Study", search: Search) -> None:
         return
     count = min(len(known) + search.batch - len(are_told), search.count)
     for _ in range(len(known), count):
-        trial = _propose(search, study.get_trials(deepcopy=False), study.direction.name.lower())
+        trial = _propose(search, study.get_trials(deepcopy=False), study.direction)
         trial.set_user_attr(_BATCH, batch)
         study.add_trial(trial)
 
 
 def _propose(
-    search: Search, known: Sequence["optuna.trial.FrozenTrial"], direction: str
+    search: Search, known: Sequence["optuna.trial.FrozenTrial"], direction: "optuna.study.StudyDirection"
 ) -> "optuna.trial.FrozenTrial":
     """Proposes a point, in a copy of the study in memory; returns it as one under way."""
     import optuna

@@ -94,7 +94,8 @@ def test_lines_follow_the_rules_of_alpha(workdir):
 
 def test_similarity_is_that_of_the_saved_adapters(workdir):
     found = results.load(workdir)
-    _, (small, large) = plots._two_ranks(found)
+    rows = plots._find_comparable(found)
+    _, (small, large) = plots._two_ranks(rows)
     assert [row.values["lora.rank"] for row in (small, large)] == [4, 16]
     assert small.values["seed"] == large.values["seed"] == 0
     values = plots._similarity(small, large, "layer_1/kernel")
@@ -102,9 +103,24 @@ def test_similarity_is_that_of_the_saved_adapters(workdir):
     u, v = (np.linalg.svd(x)[0] for x in (a, b))
     want = np.linalg.norm(u[:, :3].T @ v[:, :7]) ** 2 / 3
     assert values[2, 6] == pytest.approx(want, abs=1e-5)
-    _, (one, other) = plots._two_seeds(found)
+    _, (one, other) = plots._two_seeds(found, rows)
     assert one.values["lora.rank"] == other.values["lora.rank"] == 4  # 16 has but one that finished
     assert one.values["lora.alpha"] == other.values["lora.alpha"]
+
+
+@pytest.mark.parametrize("kind", ["full", "of another kernel"])
+def test_subspaces_of_runs_that_have_them(workdir, kind):
+    """As in a sweep over methods: some runs have no factors, or not those of the others."""
+    (found,) = (r for r in results.load(workdir).rows if r.score is not None and r.values["lora.alpha"] == 32)  # fmt: skip
+    other = {"head": np.zeros((3, 4))}
+    if kind != "full":
+        other = {"head": adapter(16, 0)["layer_0"]}
+    lora.save(found.directory / "adapter", other, lora.LoRAConfig(rank=16))
+    sweep = results.load(workdir)
+    rows = plots._find_comparable(sweep)
+    assert found.directory not in [row.directory for row in rows]
+    assert len(rows) == sum(row.score is not None for row in sweep.rows) - 1
+    assert plots.draw_similarity(sweep) is not None
 
 
 def test_the_page_needs_no_other_file(workdir):
