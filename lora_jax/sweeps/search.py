@@ -131,7 +131,7 @@ def check(search: Search, sweep: scheduler.Sweep, base: ConfigDict) -> None:
             f"A search has at least 1 point, batches of at least 1, and a sampler of "
             f"{', '.join(SAMPLERS)}; got {search.count}, {search.batch} and {search.sampler!r}."
         )
-    first = _propose(search, [], "maximize")
+    first = _propose(search, [], maximize=True)
     _make_run(json.loads(first.user_attrs[_FIELDS]), base, sweep.recipe)
 
 
@@ -189,14 +189,15 @@ def _ask(study: "optuna.Study", search: Search) -> None:
     if any(are_told):  # it was whole when the first of its scores was told
         return
     count = min(len(known) + search.batch - len(are_told), search.count)
+    maximize = study.direction.name == "MAXIMIZE"
     for _ in range(len(known), count):
-        trial = _propose(search, study.get_trials(deepcopy=False), study.direction)
+        trial = _propose(search, study.get_trials(deepcopy=False), maximize=maximize)
         trial.set_user_attr(_BATCH, batch)
         study.add_trial(trial)
 
 
 def _propose(
-    search: Search, known: Sequence["optuna.trial.FrozenTrial"], direction: "optuna.study.StudyDirection"
+    search: Search, known: Sequence["optuna.trial.FrozenTrial"], *, maximize: bool
 ) -> "optuna.trial.FrozenTrial":
     """Proposes a point, in a copy of the study in memory; returns it as one under way."""
     import optuna
@@ -207,9 +208,11 @@ def _propose(
         sampler: optuna.samplers.BaseSampler = optuna.samplers.RandomSampler(seed=seed)
         if search.sampler == "tpe":  # the points of a batch under way keep the next ones away
             sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
-    storage = optuna.storages.InMemoryStorage()
     study = optuna.create_study(
-        storage=storage, sampler=sampler, direction=direction, study_name="copy"
+        storage=optuna.storages.InMemoryStorage(),
+        sampler=sampler,
+        direction="maximize" if maximize else "minimize",
+        study_name="copy",
     )
     study.add_trials(known)
     trial = study.ask()

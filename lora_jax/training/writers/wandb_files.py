@@ -7,6 +7,7 @@ Its files are records in LevelDB's format for logs, after a header, each a proto
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 _HEADER, _BLOCK = 7, 32768  # bytes
 _PREFIX = struct.Struct("<IHB")  # checksum, size and kind of a part of a record
@@ -15,12 +16,13 @@ _WHOLE, _LAST = 1, 4  # kinds of the part that ends a record
 
 def find_last_number(directory: Path, run_id: str) -> int:
     """Returns the number of the last line of a run that W&B's files have; 0 for none."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto import wandb_internal_pb2
 
+    records: Any = wandb_internal_pb2  # its classes are made when it is imported
     last = 0
     for path in directory.glob(f"wandb/offline-run-*-{run_id}/run-{run_id}.wandb"):
         for content in _read_records(path.read_bytes()):
-            record = Record.FromString(content)
+            record = records.Record.FromString(content)
             if record.WhichOneof("record_type") == "history":
                 last = max(last, record.history.step.num)
     return last
