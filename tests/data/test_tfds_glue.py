@@ -121,6 +121,7 @@ def prepared(served, tmp_path_factory):
     return data_dir
 
 
+@pytest.mark.slow
 @needs_tensorflow
 def test_prepared_data_are_read_without_tensorflow(prepared):
     run = _run(READ, prepared)

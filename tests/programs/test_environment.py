@@ -45,6 +45,7 @@ def test_a_cache_that_cannot_be_made_is_one_line(inputs, tmp_path):
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_the_dtype_of_a_run_is_said_and_stays(inputs, tmp_path):
     """And nothing compiled is kept, if the option is empty."""
     home = {"XDG_CACHE_HOME": str(tmp_path / "home")}

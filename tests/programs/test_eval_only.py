@@ -66,6 +66,7 @@ def test_the_score_is_the_logged_one(finished, config):
     assert traces(finished) == before
 
 
+@pytest.mark.slow
 def test_an_adapter_in_the_format_of_peft(finished, config, tmp_path):
     """From a directory of its own, with a workdir that is not there."""
     plain = config.copy_and_resolve_references()
