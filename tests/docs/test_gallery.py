@@ -123,6 +123,24 @@ def test_a_page_says_how_a_model_is_called_and_what_explain_says(tmp_path):
     assert "[ours 1.0](gallery/ours.md)" in (tmp_path / "page.md").read_text()
 
 
+def test_code_of_models_that_one_function_registers_says_what_differs():
+    def entry(size, sizes):
+        fn = lambda params, x: size * sum(sizes.values()) * x @ params["kernel"]
+
+        def build(batch):
+            return Model(fn=fn, params={"kernel": np.ones((16, size))}, args=(np.ones((batch, 16)),), lines=len(sizes))  # fmt: skip
+
+        return Entry(library="ours", name="model", build=build)
+
+    sizes = {f"number_of_something_{k}": k for k in range(4)}
+    row = measure.measure(entry(12, sizes), "1.0", depth="trace")
+    assert row.problems == []
+    space = {}
+    exec(row.code.partition("def build")[0], {}, space)
+    assert space["size"] == 12 and space["sizes"] == sizes
+    assert "\n\ndef build(batch):" in row.code and 'sizes = {\n    "number' in row.code
+
+
 def test_a_kernel_that_is_formed_is_explained(tmp_path):
     varied = np.arange(12 * 16, dtype=np.float32).reshape(12, 16)
     fn = lambda params, x: x @ params["kernel"] @ (params["table"] * varied)
