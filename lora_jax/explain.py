@@ -1,12 +1,12 @@
 """``explain``: where each adapted kernel stays factored, and where it is formed."""
 
 import dataclasses
-import html
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from lora_jax import hints, paths
 from lora_jax.adapter import bind, nodes
+from lora_jax.display import make_html_table
 from lora_jax.nodes import is_adapted_kernel
 from lora_jax.transform import interpreter
 from lora_jax.transform.lift import trace
@@ -37,20 +37,9 @@ class Explanation:
 
     kernels: Mapping[str, KernelUse]
 
-    def _fold(self) -> list[tuple[str, int, KernelUse]]:
-        """Returns a name for kernels that are alike, their number, and their uses."""
-        alike: dict[tuple[str, KernelUse], list[str]] = {}
-        for name, use in self.kernels.items():
-            alike.setdefault((paths.fold_layers(name), use), []).append(name)
-        rows = (
-            (folded if names[1:] else names[0], names, use)
-            for (folded, use), names in alike.items()
-        )
-        return [(name, len(names), use) for name, names, use in rows]
-
     def __str__(self) -> str:
         rows = [f"{len(self.kernels)} adapted kernels"]
-        for name, count, use in self._fold():
+        for name, count, use in paths.fold_alike(self.kernels):
             times = f" ({count} times)" if count > 1 else ""
             unused = "" if use.factored or use.fallbacks else " (never used)"
             counts = f"factored {use.factored}, formed {len(use.fallbacks)}"
@@ -65,14 +54,9 @@ class Explanation:
         heads = ("kernel", "kernels", "factored", "formed", "formed by")
         rows = [
             (name, count, use.factored, len(use.fallbacks), "\n".join(use.fallbacks))
-            for name, count, use in self._fold()
+            for name, count, use in paths.fold_alike(self.kernels)
         ]
-        make_row = lambda tag, cells: "".join(
-            f"<{tag} style='text-align: left; white-space: pre-wrap'>{html.escape(str(x))}</{tag}>"
-            for x in cells
-        )
-        lines = [f"<tr>{make_row('td', row)}</tr>" for row in rows]
-        return f"<table><tr>{make_row('th', heads)}</tr>{''.join(lines)}</table>"
+        return make_html_table(heads, rows)
 
 
 def explain(

@@ -1,6 +1,7 @@
 """Finds out which leaves of a parameter tree are kernels: every leaf has roles, or a reason."""
 
 import dataclasses
+import html
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 
 from lora_jax import factors, paths
 from lora_jax.config import ALL_LINEAR, LoRAConfig
+from lora_jax.display import make_html_table
 from lora_jax.quantized import abstract, is_quantized
 from lora_jax.transform.findings import LOOKUP, Findings, Use, has_two_sides
 from lora_jax.transform.lift import trace_roles
@@ -253,24 +255,40 @@ class Row:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Table:
-    """Every leaf of a parameter tree, and what becomes of it; prints as a table."""
+    """Every leaf of a parameter tree, and what becomes of it.
+
+    Prints as a table, where layers that are alike are one row.
+    """
 
     rows: Mapping[str, Row]
     unknown: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        lines: list[tuple[str, ...]] = [("leaf", "shape", "kind", "axes", "action", "rank", "")]
-        lines += [_make_line(name, row) for name, row in self.rows.items()]
-        widths = [max(len(line[k]) for line in lines) for k in range(6)]
+        lines = [_HEADS, *self._lines()]
+        widths = [max(len(line[k]) for line in lines) for k in range(len(_HEADS) - 1)]
         pad = lambda line: [cell.ljust(n) for cell, n in zip(line, widths, strict=False)]
         text = [" ".join([*pad(line), line[-1]]).rstrip() for line in lines]
-        return "\n".join([*text, *(f"not understood: {u}" for u in self.unknown)])
+        return "\n".join([*text, *self._misses()])
 
-    __repr__ = __str__  # so that the prompt and a notebook show the table
+    __repr__ = __str__  # so that the prompt shows the table
+
+    def _repr_html_(self) -> str:
+        """Returns the table for a notebook."""
+        lost = "".join(f"<p>{html.escape(text)}</p>" for text in self._misses())
+        return make_html_table(_HEADS, self._lines()) + lost
+
+    def _lines(self) -> list[tuple[str, ...]]:
+        return [_make_line(*row) for row in paths.fold_alike(self.rows)]
+
+    def _misses(self) -> list[str]:
+        return [f"not understood: {text}" for text in self.unknown]
 
 
-def _make_line(name: str, row: Row) -> tuple[str, ...]:
-    leaf = row.leaf
+_HEADS = ("leaf", "shape", "kind", "axes", "action", "rank", "")
+
+
+def _make_line(name: str, count: int, row: Row) -> tuple[str, ...]:
+    leaf, name = row.leaf, f"{name} ({count} times)" if count > 1 else name
     shape = "" if leaf.shape is None else "×".join(map(str, leaf.shape))
     rank = str(row.rank) if row.rank else ""
     return name, shape, leaf.kind, leaf.axes, row.action, rank, row.note

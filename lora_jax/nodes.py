@@ -13,7 +13,6 @@ parameters. :func:`as_node` turns such an array into a node with a table, too.
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
@@ -22,8 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from lora_jax.display import describe_array, describe_fields
 from lora_jax.factors import BATCH, OUT, WHOLE, materialize, positions, spread, wide_dtype
-from lora_jax.quantized import as_array
+from lora_jax.quantized import as_array, is_quantized
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
@@ -100,10 +100,10 @@ class Node:
         """Describes arrays by dtype and shape, as in ``LowRank(a=f32[768,8], ..., axes='io')``."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         is_left_out = lambda x: x is None or (isinstance(x, str | float) and not x)
-        shown = {name: x for name, x in fields.items() if not is_left_out(x)}
-        return (
-            f"{type(self).__name__}({', '.join(f'{n}={_describe(x)}' for n, x in shown.items())})"
-        )
+        # Of a quantized kernel it is to be seen that it is one.
+        describe = lambda x: repr(x) if is_node(x) or is_quantized(x) else describe_array(x)
+        shown = {name: describe(x) for name, x in fields.items() if not is_left_out(x)}
+        return describe_fields(type(self).__name__, shown)
 
     def __jax_array__(self) -> Array:
         """Refuses to be an array, for functions that take a bound tree for plain parameters.
@@ -121,14 +121,6 @@ class Node:
             else "An entry of an adapter is no array: bind(params, adapter) puts it onto the "
             "parameters, for lift(fn), and merge(params, adapter) makes plain arrays."
         )
-
-
-def _describe(x: Any) -> str:
-    """Describes a field of a node in a few characters."""
-    if is_node(x) or not (hasattr(x, "shape") and hasattr(x, "dtype")):
-        return repr(x)
-    short = re.sub("(float|uint|int|complex)", lambda match: match[0][0], jnp.dtype(x.dtype).name)
-    return f"{short}[{','.join(map(str, x.shape))}]"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

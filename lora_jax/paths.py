@@ -8,13 +8,14 @@ way, so that all other files use names and know nothing of containers.
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
 from lora_jax.quantized import is_quantized
 
 PyTree = Any
+T = TypeVar("T")
 
 REGEX = "re:"  # prefix of a pattern that is a regular expression, matched in full
 
@@ -188,6 +189,24 @@ def fold_layers(name: str) -> str:
     'layer_*/mlp/*/kernel'
     """
     return re.sub(r"(^|[/_])\d+(?=/|$)", r"\1*", name)
+
+
+def fold_alike(named: Mapping[str, T]) -> list[tuple[str, int, T]]:
+    """Makes one row of leaves whose names differ in numbers of layers alone, and which are equal.
+
+    Returns:
+      For each row a name, the number of its leaves, and what they are.
+
+    >>> fold_alike({"layer_0/kernel": 8, "layer_1/kernel": 8, "layer_2/kernel": 4})
+    [('layer_*/kernel', 2, 8), ('layer_2/kernel', 1, 4)]
+    """
+    alike: dict[tuple[str, T], list[str]] = {}
+    for name, value in named.items():
+        alike.setdefault((fold_layers(name), value), []).append(name)
+    return [
+        (folded if names[1:] else names[0], len(names), value)
+        for (folded, value), names in alike.items()
+    ]
 
 
 def nest(named: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ import numpy as np
 from jax import lax
 
 from lora_jax.code_books import DYNAMIC, TABLES
+from lora_jax.display import describe_array, describe_fields
 from lora_jax.factors import BATCH, IN, OUT, positions
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ Array = jax.Array
 NESTED_BLOCK = 256  # scales that share one scale of their own, where these are quantized again
 
 
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Quantized:
     """A kernel that is stored as codes and scales: the base of both forms.
 
@@ -82,12 +83,23 @@ class Quantized:
         side = lambda role: math.prod(self.sizes[k] for k in positions(roles, role))
         return side(IN), side(OUT)
 
+    def __repr__(self) -> str:
+        """Describes arrays by dtype and shape; leaves out what is not used."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        describe = lambda name, x: repr(str(x)) if name == "dtype" else describe_array(x)
+        is_default = lambda name, x: not hasattr(x, "shape") and x == defaults[name]
+        return describe_fields(
+            type(self).__name__,
+            {name: describe(name, x) for name, x in fields.items() if not is_default(name, x)},
+        )
+
     def matrix(self) -> Array:
         """Computes the numbers ``(*batch, in, out)`` in float32."""
         raise NotImplementedError
 
 
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class CodeBook(Quantized):
     """A kernel of 4-bit codes that number the entries of a table, in blocks with a scale each.
 
@@ -133,7 +145,7 @@ class CodeBook(Quantized):
         return product + self.offset[..., None, None]
 
 
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Affine(Quantized):
     """A kernel of numbers of few bits, in blocks: ``(code - zero) * scale + shift``.
 

@@ -35,7 +35,7 @@ class Row:
       library: name and version.
       name: the model's name.
       about: what the model's entry says of it, a sentence.
-      code: the entry's function, which makes the model.
+      code: the entry's function, which makes the model, and the values that it takes from outside.
       inputs: dtypes and shapes of the arguments.
       summary: what ``lora_jax.summary`` counts.
       explanation: what ``lora_jax.explain`` says, without places in files.
@@ -109,11 +109,29 @@ def _describe(entry: Entry, model: Model, row: Row) -> None:
     lines = inspect.getsource(entry.build).splitlines()
     start = next((k for k, line in enumerate(lines) if line.lstrip().startswith("def ")), 0)
     body = [x for x in lines[start:] if not x.lstrip().startswith('"""')]
-    row.code = textwrap.dedent("\n".join(body))
+    row.code = _settings(entry.build) + textwrap.dedent("\n".join(body))
     row.inputs = [
         f"{x.dtype}[{', '.join(map(str, x.shape))}]"
         for x in map(_abstract, jax.tree.leaves(model.args))
     ]
+
+
+def _settings(build: Callable[[int], Model]) -> str:
+    """The values that the function takes from the one in which it is defined, as assignments.
+
+    By them models that one function registers are told apart.
+    """
+    values = inspect.getclosurevars(build).nonlocals
+    data = {k: x for k, x in values.items() if isinstance(x, str | int | float | tuple | dict)}
+    lines = [f"{name} = {_literal(value)}\n" for name, value in data.items()]
+    return "".join([*lines, "\n" if lines else ""])
+
+
+def _literal(value: Any) -> str:
+    text = repr(value).replace("'", '"')
+    if len(text) <= 80 or not isinstance(value, dict):
+        return text
+    return "{\n" + "".join(f"    {_literal(k)}: {_literal(v)},\n" for k, v in value.items()) + "}"
 
 
 def _values(

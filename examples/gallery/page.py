@@ -36,7 +36,7 @@ adapts it at the default rank, {rank}.
   (bodies of loops are compiled nevertheless) and jitted; if not, the largest relative difference.
 * **lift = merge**: the largest differences of the output and of the adapter's gradient, after
   noise was put into the adapter, of each array relative to its largest entry. Where float32
-  leaves more than {close32:.0e}, the same in float64 stands behind; that must be below
+  leaves more than {close32:.0e}, the same in float64 stands below; that must be less than
   {close64:.0e}.
 * **FLOPs**: XLA's count for one gradient, lifted and merged, over that of full fine-tuning. At
   these sizes the rank is not small beside the width, so the ratios are higher than those of real
@@ -47,7 +47,7 @@ part of the models, compiles nothing and finds kernels, fallbacks and what is le
 
 Each model is also traced with a single row and with arguments that have no values, which must
 find the same kernels. Where values are measured it runs with dropout too, which refuses fallbacks,
-and its adapter is saved and loaded. What fails is in the last column.
+and its adapter is saved and loaded. Where anything fails, a last column has the number of problems.
 
 The name of a library leads to its page, which says of each model how it is made and called, what is
 adapted, and what `explain` tells.
@@ -116,7 +116,9 @@ def line(row: Row) -> str:
         "not adapted": row.left_out,
         "PROBLEM": row.problems,
     }
-    return text + "".join(f"\n    {what}: {x}" for what, items in lists.items() for x in items)
+    return text.replace("<br>", " ") + "".join(
+        f"\n    {what}: {x}" for what, items in lists.items() for x in items
+    )
 
 
 def page(rows: list[Row]) -> str:
@@ -131,8 +133,7 @@ def page(rows: list[Row]) -> str:
         close32=CLOSE_FLOAT32,
         close64=CLOSE_FLOAT64,
     )
-    table = [COLUMNS, ["---"] * len(COLUMNS), *map(_cells, rows)]
-    text = header + "\n" + "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in table)
+    text = header + "\n" + _table(rows)
     total = f"{sum(r.kernels for r in rows)} kernels, {sum(r.factored for r in rows)} uses factored"
     bad = [row for row in rows if row.problems]
     text += f"\n\nTogether: {total}, {sum(len(r.fallbacks) for r in rows)} fallbacks; "
@@ -150,10 +151,17 @@ def page(rows: list[Row]) -> str:
     )
 
 
+def _table(rows: list[Row]) -> str:
+    """The table of all models, without the last column if there are no problems."""
+    count = len(COLUMNS) - (not any(row.problems for row in rows))
+    table = [COLUMNS, ["---"] * len(COLUMNS), *map(_cells, rows)]
+    return "\n".join("| " + " | ".join(map(str, cells[:count])) + " |" for cells in table)
+
+
 def _cells(row: Row) -> list[str]:
     differences = [row.step0[mode] for mode in ("op by op", "jitted") if mode in row.step0]
     errors = [x for x in (row.output, row.gradient) if x is not None]
-    wide = " ({})".format(" / ".join(f"{x:.0e}" for x in row.float64)) if row.float64 else ""
+    wide = "<br>({})".format(" / ".join(f"{x:.0e}" for x in row.float64)) if row.float64 else ""
     library = f"[{row.library}](gallery/{file_name(row)})" if row.code else row.library
     return [
         library,

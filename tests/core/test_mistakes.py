@@ -159,6 +159,42 @@ def test_a_table_of_leaves_prints_by_itself(stack):
     model, params, _ = stack
     table = lora.tabulate(model.apply, params, CONFIG, X)
     assert repr(table) == str(table) and repr(table).startswith("leaf")
+    kernels = "params/layer_*/kernel (3 times) 6×6   kernel io   adapted 2"
+    assert [line.rstrip() for line in str(table).splitlines()][2:] == [kernels]
+    page = table._repr_html_()
+    assert page.count("<tr>") == 3 and "params/layer_*/kernel (3 times)</td>" in page
+
+
+def test_layers_of_which_one_is_left_out_are_two_rows(stack):
+    model, params, _ = stack
+    config = lora.LoRAConfig(rank=2, targets=("layer_1/kernel",))
+    lines = str(lora.tabulate(model.apply, params, config, X)).splitlines()[1:]
+    assert [" ".join(line.split()) for line in lines if "bias" not in line] == [
+        "params/layer_*/kernel (2 times) 6×6 kernel io frozen not among the targets",
+        "params/layer_1/kernel 6×6 kernel io adapted 2",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "shown"),
+    [
+        (
+            "nf4",
+            "CodeBook(codes=u8[32,8], scales=f32[1,8], axes='io', sizes=(64, 8), dtype='float32', "
+            "table='nf4', block=64)",
+        ),
+        (
+            "int8",
+            "Affine(codes=i8[64,8], scales=f32[1,8], axes='io', sizes=(64, 8), dtype='float32', "
+            "tile=(64, 1), code='int8', factor=0.007874015718698502)",
+        ),
+    ],
+)
+def test_a_quantized_kernel_prints_no_numbers(scheme, shown):
+    quantized = lora.quantize({"w": jnp.ones((64, 8))}, scheme, like={"w": "io"})
+    assert repr(quantized["w"]) == shown
+    node = lora.LowRank(jnp.ones((64, 2)), jnp.ones((2, 8)), 1.0)
+    assert f" w={shown}, axes='io'" in repr(lora.bind(quantized, {"w": node})["w"])
 
 
 @pytest.mark.filterwarnings("ignore:The chararray class is deprecated:DeprecationWarning")

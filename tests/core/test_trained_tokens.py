@@ -191,7 +191,7 @@ def test_a_model_of_flax_with_all_linear():
     use = lora.explain(model.fn, model.params, adapter, model.x).kernels["params/embed/embedding"]
     assert use.factored == 2 and not use.fallbacks
     text = str(lora.tabulate(model.fn, model.params, config, model.x))
-    assert "params/embed/embedding              11×8  kernel io   tokens       2 of them" in text
+    assert "params/embed/embedding 11×8 kernel io tokens 2 of them" in " ".join(text.split())
     trained = lora.summary(model.params, adapter)
     without = lora.LoRAConfig(rank=2, targets=("block", "head"))
     plain = lora.init(jax.random.key(0), model.fn, model.params, without, model.x)

@@ -1,5 +1,6 @@
 """The part of the gallery whose libraries the tests' environment has, and the gallery's own tools."""
 
+import ast
 import dataclasses
 import importlib
 import json
@@ -122,6 +123,24 @@ def test_a_page_says_how_a_model_is_called_and_what_explain_says(tmp_path):
     assert "[ours 1.0](gallery/ours.md)" in (tmp_path / "page.md").read_text()
 
 
+def test_code_of_models_that_one_function_registers_says_what_differs():
+    def entry(size, sizes):
+        fn = lambda params, x: size * sum(sizes.values()) * x @ params["kernel"]
+
+        def build(batch):
+            return Model(fn=fn, params={"kernel": np.ones((16, size))}, args=(np.ones((batch, 16)),), lines=len(sizes))  # fmt: skip
+
+        return Entry(library="ours", name="model", build=build)
+
+    sizes = {f"number_of_something_{k}": k for k in range(4)}
+    row = measure.measure(entry(12, sizes), "1.0", depth="trace")
+    assert row.problems == []
+    space = {}
+    exec(row.code.partition("def build")[0], {}, space)
+    assert space["size"] == 12 and space["sizes"] == sizes
+    assert "\n\ndef build(batch):" in row.code and 'sizes = {\n    "number' in row.code
+
+
 def test_a_kernel_that_is_formed_is_explained(tmp_path):
     varied = np.arange(12 * 16, dtype=np.float32).reshape(12, 16)
     fn = lambda params, x: x @ params["kernel"] @ (params["table"] * varied)
@@ -156,17 +175,58 @@ ASKED = {
 }
 
 
-@pytest.mark.parametrize("library", ASKED)
+TABLE = (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8")
+ROWS = {}  # library: the names of its models, in the table of all
+for library, name in re.findall(r"^\| \[?([\w-]+) [\w.]+\S* \| (.*?) \|", TABLE, re.MULTILINE):
+    ROWS.setdefault(library, []).append(name)
+
+
+@pytest.mark.parametrize("library", ROWS)
 def test_published_pages(library):
-    table = (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8")
-    names = re.findall(
-        rf"^\| \[{library} [\w.]+\]\(gallery/{library}\.md\) \| (.*?) \|", table, re.MULTILINE
+    """Each model of the table has a section, and each library a page that the table leads to."""
+    names = ROWS[library]
+    links = re.findall(
+        rf"^\| \[{library} [\w.]+\]\(gallery/{library}\.md\) \| (.*?) \|", TABLE, re.MULTILINE
     )
-    assert ASKED[library] in names
+    assert links == names
+    assert library not in ASKED or ASKED[library] in names
     text = (ROOT / "docs" / "gallery" / f"{library}.md").read_text(encoding="utf-8")
     assert re.findall(r"^## (.*)$", text, re.MULTILINE) == [*names, page.CODE]
-    assert f'Library("{library}")' in text and f"\ngallery/{library}\n" in table
+    assert f'Library("{library}")' in text and f"\ngallery/{library}\n" in TABLE
     assert text.count("What `explain` says:\n\n```text\n") == len(names)
+
+
+# Functions of the gallery's files that register models which are alike, by a part of the name.
+REGISTERS = ("LIBRARY.model", "_encoder", "_pair", "_vision", "_convolutions")
+
+
+def _registered():
+    """The names of each library's models, or the parts of names that its files give.
+
+    Read from the source, since the libraries are not installed here.
+    """
+    found = {}
+    for file in registry.files():
+        path = Path(registry.__file__).parent / "models" / f"{file}.py"
+        calls = [x for x in ast.walk(ast.parse(path.read_text())) if isinstance(x, ast.Call)]
+        first = lambda call: call.args[0].value if isinstance(call.args[0], ast.Constant) else None
+        named = [(ast.unparse(x.func), first(x)) for x in calls if x.args]
+        (library,) = [name for function, name in named if function == "Library"]
+        names = [name for function, name in named if function in REGISTERS and name]
+        found.setdefault(library.lower(), []).extend(names)
+    return found
+
+
+@pytest.mark.parametrize(("library", "names"), _registered().items())
+def test_each_model_of_the_gallery_is_published(library, names):
+    missing = [name for name in names if not any(name in row for row in ROWS.get(library, ()))]
+    assert not missing and names
+    assert len(ROWS[library]) == len(names)
+
+
+def test_the_first_line_counts_them():
+    count = sum(map(len, ROWS.values()))
+    assert f"\n{count} models of {len(ROWS)} libraries." in TABLE and count >= 80
 
 
 def test_each_file_of_a_library_is_registered():
