@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import multihost_utils
 
 from lora_jax import paths
 from lora_jax.adapter import bind
@@ -23,6 +24,9 @@ def make_gradient_sum(
 ) -> Callable[[Nodes], dict[str, LowRank]]:
     """Returns the function from factors to the gradient by them, summed over batches.
 
+    Parameters and batches may lie on the devices of several processes, each of which then gives the
+    same factors, and gets all of the gradient.
+
     Args:
       transform: makes a function of bound parameters of one of plain ones, as ``lift`` does.
       loss_fn: loss of (params, batch).
@@ -39,9 +43,16 @@ def make_gradient_sum(
         sums = of_batch(dict(nodes), params, batches[0])
         for batch in batches[1:]:
             sums = jax.tree.map(jnp.add, sums, of_batch(dict(nodes), params, batch))
-        return sums
+        return jax.tree.map(_gather, sums)
 
     return of_all
+
+
+def _gather(x: Array) -> Array:
+    """Returns an array whole: what is made of it is then the same in each of several processes."""
+    if x.is_fully_addressable:
+        return x
+    return jnp.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def to_columns(a: Array, node: LowRank) -> Array:

@@ -7,7 +7,8 @@ touched, and one directory per case as PEFT saves it (without the model card), a
 tensor was moved, with io.npz beside it: `input_ids`; `logits` of the base with the adapter;
 `probe`, and `grad/NAME`, the derivative of `sum(probe * logits)` by each tensor of the file;
 `merged/NAME`, what `merge_and_unload` makes of each weight of the base that changes. `converted/`
-is the same adapter as PEFT writes it for any program, as plain LoRA of twice the rank.
+is the same adapter as PEFT writes it for any program, as plain LoRA of twice the rank. Cases whose
+name begins with "dora_" have magnitudes, too.
 """
 
 import json
@@ -55,6 +56,7 @@ CASES = {
     ("llama", "pissa"): {**QV, "use_rslora": True},
     ("llama", "olora"): {"target_modules": ["q_proj", "v_proj", "down_proj"]},
     ("llama", "orthogonal"): QV,
+    ("llama", "dora_pissa"): {**QV, "use_dora": True},
 }
 CONVERTED = (("gpt2", "pissa"), ("llama", "pissa"), ("llama", "olora"))
 
@@ -79,7 +81,8 @@ def make_adapter(model_name, init):
     words = CASES[model_name, init] | {"r": 4, "lora_alpha": 8, "task_type": task_type}
     base = make_base(model_name)
     torch.manual_seed(11)
-    return get_peft_model(base, LoraConfig(init_lora_weights=init, **words)).eval()
+    word = init.removeprefix("dora_")
+    return get_peft_model(base, LoraConfig(init_lora_weights=word, **words)).eval()
 
 
 def move_all(model):

@@ -9,11 +9,13 @@ import pytest
 from tests.helpers.places import ROOT
 
 
-@pytest.mark.parametrize("method", ["lora", "toy", "dora", "offset", "vera", "adalora", "lora_fa"])
+@pytest.mark.parametrize(
+    "method", ["lora", "toy", "dora", "offset", "dora offset", "vera", "adalora", "lora_fa"]
+)
 @pytest.mark.slow
 def test_lift_equals_merge_on_several_devices(method):
     """Staying factored (the cases are strict), in values and gradients, with types that agree."""
-    program = [sys.executable, "-m", "tests.helpers.cases_on_4_devices", method]
+    program = [sys.executable, "-m", "tests.helpers.cases_on_4_devices", *method.split()]
     run = subprocess.run(program, capture_output=True, text=True, cwd=ROOT, timeout=900)
     assert run.returncode == 0, run.stderr[-4000:]
     found = json.loads(run.stdout)

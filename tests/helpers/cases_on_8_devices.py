@@ -5,7 +5,6 @@
 prints a JSON object with what each case has shown.
 """
 
-import ast
 import json
 import os
 import re
@@ -23,18 +22,19 @@ import numpy as np
 import optax
 
 import lora_jax as lora
-from configs import common
 from lora_jax import paths, sharding
 from lora_jax.models import checkpoints, gpt2, llama, t5, token_losses
 from lora_jax.tasks import classification, language_modeling
 from lora_jax.training import metrics, partitioning
 from lora_jax.training.evaluation import evaluate, make_eval_step
+from lora_jax.training.global_batches import put_batch
 from lora_jax.training.mesh import find
 from lora_jax.training.state import initial_state, unwrap_key, wrap_key
 from lora_jax.training.step import make_train_step, step_options
 from tests.helpers import tiny_encoder
 from tests.helpers.collectives import collectives
 from tests.helpers.comparisons import perturbed
+from tests.helpers.tiny_encoder import config
 
 STEPS = 50
 MESHES = {
@@ -47,16 +47,8 @@ MESHES = {
 }
 
 
-def config(root, **changes):
-    made = common.base_config()
-    for field, value in (tiny_encoder.overrides(root) | changes).items():
-        tupled = isinstance(value, str) and value.startswith("(")
-        made.update_from_flattened_dict({field: ast.literal_eval(value) if tupled else value})
-    return made.lock()
-
-
-def train(c, *, scores=False):
-    """50 steps of the real step, with its program, and an evaluation if asked for."""
+def train(c, *, scores=False, steps=STEPS):
+    """Some steps of the real step, with its program, and an evaluation if asked for."""
     devices = find(c)
     task, settings = classification.make_task(c)
     state, tx = initial_state(task, c, settings)
@@ -67,11 +59,9 @@ def train(c, *, scores=False):
     if devices.mesh is not None and not devices.pmap:
         compiled = step.lower(state, task.base, task.train_batch(0)).compile()
         about["collectives"] = [x._asdict() for x in collectives(compiled.as_text())]
-        step = lambda state, base, batch: compiled(
-            state, base, partitioning.put_batch(devices, batch)
-        )
+        step = lambda state, base, batch: compiled(state, base, put_batch(devices, batch))
     before, losses = jax.tree.map(lambda x: x.sharding, state.opt_state), []
-    for k in range(STEPS):
+    for k in range(steps):
         state, (sums, verdict) = step(state, task.base, task.train_batch(k))
         assert not int(verdict.skips)
         losses.append(float(sums[0]) / float(sums[-1]))
@@ -109,6 +99,19 @@ def parts(root, mesh):
     changes = {"accumulate": 2, "model.remat": "full", "batch_size": 16}
     changes |= {"model.name": str(root / "still"), "lora.dropout": 0.0}
     return train(config(root, **MESHES[mesh], **changes), scores=True)
+
+
+METHODS = {
+    "vera": {"lora.method": "vera"},
+    "adalora": {"lora.method": "adalora", "optimizer.budget.target_rank": 1},
+    "lora_fa": {"lora.train_a": False},
+}
+
+
+def method(root, name):
+    """Each method's arrays have specs of their own, and AdaLoRA's optimizer a choice of ranks."""
+    kind, _, mesh = name.partition(" on ")
+    return train(config(root, **MESHES[mesh], **METHODS[kind]), steps=20)
 
 
 def losses(root, mesh):
@@ -337,6 +340,7 @@ CASES = dict(
     losses=losses,
     still=still,
     parts=parts,
+    method=method,
     memory=memory,
     family=family,
     stream=stream,

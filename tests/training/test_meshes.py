@@ -68,6 +68,17 @@ def test_losses_are_those_of_one_device(trained, mesh):
 
 
 @pytest.mark.slow
+def test_every_method_has_the_losses_of_one_device(root):
+    names = ("vera", "adalora", "lora_fa")
+    found = run(root, *(f"method:{name} on {mesh}" for name in names for mesh in ("one", "mixed")))
+    for name in names:
+        one, mixed = (found[f"method:{name} on {mesh}"] for mesh in ("one", "mixed"))
+        close(one["losses"], mixed["losses"])
+        assert mixed["stays"]
+    assert len({about["losses"][-1] for about in found.values()}) > 3
+
+
+@pytest.mark.slow
 def test_evaluation_is_that_of_one_device(trained):
     one, mixed = (trained[f"losses:{mesh}"]["scores"] for mesh in ("one", "mixed"))
     assert one.keys() == mixed.keys()
