@@ -6,12 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import multihost_utils
 
 from lora_jax import paths
 from lora_jax.adapter import bind
 from lora_jax.factors import BATCH
 from lora_jax.lowrank import LowRank
+from lora_jax.whole_arrays import gather
 
 PyTree = Any
 Array = jax.Array
@@ -43,16 +43,9 @@ def make_gradient_sum(
         sums = of_batch(dict(nodes), params, batches[0])
         for batch in batches[1:]:
             sums = jax.tree.map(jnp.add, sums, of_batch(dict(nodes), params, batch))
-        return jax.tree.map(_gather, sums)
+        return jax.tree.map(gather, sums)
 
     return of_all
-
-
-def _gather(x: Array) -> Array:
-    """Returns an array whole: what is made of it is then the same in each of several processes."""
-    if x.is_fully_addressable:
-        return x
-    return jnp.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def to_columns(a: Array, node: LowRank) -> Array:

@@ -1,5 +1,6 @@
 """First values that need a pass over data, in several real processes: those of one process."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -10,13 +11,17 @@ import pytest
 from tests.helpers import tiny_encoder
 from tests.helpers.places import ROOT
 
-COUNT, SECONDS = 4, 300
+COUNT, SECONDS = 2, 300  # each with two devices
 CASES = ("lora_ga", "eva", "dora", "pissa")
 
 
 def start(root, count, number, port):
     program = [sys.executable, "-m", "tests.helpers.cases_on_processes", root, count, number, port]
-    return subprocess.Popen([*map(str, program)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    flags = f"--xla_force_host_platform_device_count={2 if count > 1 else 1}"
+    env = os.environ | {"XLA_FLAGS": flags}
+    return subprocess.Popen(
+        [*map(str, program)], cwd=ROOT, stderr=subprocess.PIPE, text=True, env=env
+    )
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +34,14 @@ def root(tmp_path_factory):
         port = free.getsockname()[1]
     for count in (1, COUNT):
         running = [start(root, count, number, port) for number in range(count)]
-        for process in running:
-            _, said = process.communicate(timeout=SECONDS)
-            assert process.returncode == 0, said[-4000:]
+        try:
+            for process in running:
+                _, said = process.communicate(timeout=SECONDS)
+                assert process.returncode == 0, said[-4000:]
+        finally:
+            for process in running:  # one that has failed leaves the others waiting
+                process.kill()
+                process.communicate()
     return root
 
 
