@@ -12,6 +12,7 @@ name begins with "dora_" have magnitudes, too.
 """
 
 import json
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -104,7 +105,8 @@ def find_gradients(model, names):
     """The gradients of the trained tensors by their names in the file."""
     inner = {n: p for n, p in model.named_parameters() if p.grad is not None}
     shorten = lambda n: n.replace(".modules_to_save", "").replace(".default", "")
-    return {f"grad/{shorten(n)}": p.grad.numpy() for n, p in inner.items() if shorten(n) in names}
+    in_file = lambda n: re.sub("(magnitude_vector).weight", r"\1", shorten(n))
+    return {f"grad/{in_file(n)}": p.grad.numpy() for n, p in inner.items() if in_file(n) in names}
 
 
 def make_case(model_name, init):

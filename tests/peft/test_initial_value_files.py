@@ -121,7 +121,7 @@ def test_logits_and_gradients_are_peft_s(model, init, tmp_path):
     assert set(want) == set(got)
     largest = max(np.abs(x).max() for x in want.values())
     for name, value in want.items():
-        np.testing.assert_allclose(got[name], value, rtol=0, atol=2e-5 * largest)
+        np.testing.assert_allclose(got[name], value, rtol=0, atol=3e-5 * largest)
 
 
 def without_offset(node):
