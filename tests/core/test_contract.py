@@ -39,7 +39,7 @@ METHODS = {
 # offset, whose two halves are on every model: DoRA, and offsets.
 ONLY = {
     "tokens": ("tied",), "biases": ("mlp", "scanned"),
-    "dora_offset": ("mlp", "scanned", "attention", "conv", "experts", "tied"),
+    "dora_offset": ("mlp", "scanned", "conv", "tied"),
 }  # fmt: skip
 
 RARE = (

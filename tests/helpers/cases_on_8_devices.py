@@ -101,17 +101,10 @@ def parts(root, mesh):
     return train(config(root, **MESHES[mesh], **changes), scores=True)
 
 
-METHODS = {
-    "vera": {"lora.method": "vera"},
-    "adalora": {"lora.method": "adalora", "optimizer.budget.target_rank": 1},
-    "lora_fa": {"lora.train_a": False},
-}
-
-
-def method(root, name):
-    """Each method's arrays have specs of their own, and AdaLoRA's optimizer a choice of ranks."""
-    kind, _, mesh = name.partition(" on ")
-    return train(config(root, **MESHES[mesh], **METHODS[kind]), steps=20)
+def adalora(root, mesh):
+    """Its optimizer chooses ranks by the scores of all devices."""
+    changes = {"lora.method": "adalora", "optimizer.budget.target_rank": 1}
+    return train(config(root, **MESHES[mesh], **changes), steps=20)
 
 
 def losses(root, mesh):
@@ -202,20 +195,27 @@ MODELS = {
         t5.FAMILY.config(vocab_size=61, d_model=16, d_kv=8, d_ff=24, num_layers=2,
         num_decoder_layers=2, num_heads=2), scan_layers=True),
 }  # fmt: skip
+# Fields of the adapter and the learning rate: each method's arrays have specs of their own.
+ADAPTERS = {
+    "llama": (dict(rank=2, alpha=2.0), 0.05),
+    "gpt2": (dict(rank=2, alpha=2.0, train_a=False), 0.05),
+    "t5": (dict(rank=8, method="vera"), 1.0),
+}
 
 
 def family(root, name):
-    """A model with stacked layers, on one device and on a mixed mesh, with Adam."""
+    """A model with stacked layers, on one device and on a mixed mesh."""
     mesh, model, about = find(config(root, **MESHES["mixed"])).mesh, MODELS[name](), {}
     kind = lora_family(name)
     ids = np.random.default_rng(0).integers(0, 61, (8, 8)).astype(np.int32)
     fn = forward(model, kind)
     base = jax.jit(model.init)(jax.random.key(1), *inputs(kind, jnp.asarray(ids)))
-    adapter = lora.init(jax.random.key(0), fn, base, lora.LoRAConfig(rank=2, alpha=2.0), ids)
+    fields, rate = ADAPTERS[name]
+    adapter = lora.init(jax.random.key(0), fn, base, lora.LoRAConfig(**fields), ids)
     specs = sharding.specs(base, kind.sharding, mesh, strict=False)
     tx = optax.multi_transform(
         # No Adam: it makes steps of gradients that are nothing but rounding.
-        {"trainable": optax.sgd(0.05), "frozen": optax.set_to_zero()},
+        {"trainable": optax.sgd(rate), "frozen": optax.set_to_zero()},
         lora.labels(adapter),
     )
     state = adapter, tx.init(adapter)
@@ -340,7 +340,7 @@ CASES = dict(
     losses=losses,
     still=still,
     parts=parts,
-    method=method,
+    adalora=adalora,
     memory=memory,
     family=family,
     stream=stream,
