@@ -62,10 +62,11 @@ def test_offsets_of_several_kinds_and_ranks_share_a_program(root, method):
         {"lora.init": "olora", "lora.rank": 3, "lora.dropout": 0.0},
         {"lora.init": "lora_ga", "lora.rank": 1, "lora.dropout": 0.0, "init_batches": 2},
     )
+    points = points if method == "dora" else points[:2]  # the last takes the longest
     found = runs_together.add_points(root, points, lora__method=method)
     task, _ = classification.make_task(found[0].config)
     configs = [p.config for p in found]
-    losses, states, members, program = runs_together.together(task, configs, 10, 3)
+    losses, states, members, program = runs_together.together(task, configs, 10, len(points))
     assert len(program.compiled) == 1
     for point, loss, state, member in zip(found, losses, states, members, strict=True):
         want, end = runs_together.alone(task, point.config, 10)
