@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import names
@@ -108,12 +109,12 @@ def _find_zero_outputs(node: DoRA) -> str:
 
 def _has_term(node: DoRA) -> np.ndarray:
     """Tells of each output whether its low-rank term is more than what rounding leaves of zero."""
-    a, b, axes = np.asarray(node.a), np.asarray(node.b), node.axes
+    a, b, axes = jnp.asarray(node.a), jnp.asarray(node.b), node.axes
     multiply = functools.partial(delta, axes=axes, precision=jax.lax.Precision.HIGHEST)
-    term, size = multiply(a, b), multiply(np.abs(a), np.abs(b))
+    term, size = multiply(a, b), multiply(jnp.abs(a), jnp.abs(b))
     order = positions(axes, IN + BATCH + OUT)
-    is_more = np.transpose(np.abs(term) > _ROUNDING * np.asarray(size), order)
-    return np.any(is_more, axis=tuple(range(axes.count(IN))))
+    is_more = jnp.transpose(jnp.abs(term) > _ROUNDING * size, order)
+    return np.asarray(jnp.any(is_more, axis=tuple(range(axes.count(IN)))))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
