@@ -7,10 +7,10 @@ python -m experiments.export --adapter=runs/quickstart/adapter --out=runs/peft -
 python -m experiments.export --adapter=runs/pissa/adapter --out=runs/peft --peft --init=pissa
 python -m experiments.export --adapter=runs/chat/adapter --out=runs/peft --peft --push=USER/NAME
 
-Factors that started from the weights of the base (PiSSA, OLoRA) become plain LoRA of twice the
-rank, which opens anywhere; with --init they keep their rank, and PEFT computes the start again.
-The adapter may be in this library's format or in PEFT's. A model card is written with either form,
-README.md. With --push what was written goes to the Hugging Face Hub as well.
+Factors that started from the weights of the base (PiSSA, OLoRA) become those of twice the rank,
+of plain LoRA or of DoRA, which open anywhere; with --init they keep their rank, and PEFT computes
+the start again. The adapter may be in this library's format or in PEFT's. A model card is written
+with either form, README.md. With --push what was written goes to the Hugging Face Hub as well.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _INIT = flags.DEFINE_enum(
     None,
     INITS,
     "With --peft: write the trained factors alone, for PEFT to compute from the original base what "
-    "they started from. By default they become plain LoRA of twice the rank.",
+    "they started from. By default they become factors of twice the rank.",
 )
 
 _DTYPE = flags.DEFINE_enum(

@@ -20,11 +20,13 @@ from lora_jax.choice import Choice, choose
 from lora_jax.config import LoRAConfig
 from lora_jax.data_passes import Loss, make_gradient_sum, orthonormalize, to_columns
 from lora_jax.factors import IN, factor_shapes, positions, wide_dtype
-from lora_jax.initial import make_adapter
+from lora_jax.initial import check_init, make_adapter
 from lora_jax.kernels import Leaf, adapted_shape, max_rank
 from lora_jax.lowrank import LowRank
+from lora_jax.methods import FROM_FACTORS
 from lora_jax.methods.initial_values import FROM_ACTIVATIONS
 from lora_jax.methods.start import Start
+from lora_jax.nodes import Adapted
 from lora_jax.transform.input_moments import N_SUMS
 from lora_jax.transform.lift import measure_inputs
 
@@ -71,12 +73,12 @@ def init_from_activations(
       rho: largest rank of a kernel, as a multiple of that of the config; at least 1.
 
     Returns:
-      An adapter as from :func:`lora_jax.init`, of plain LoRA.
+      An adapter as from :func:`lora_jax.init`.
 
     Raises:
-      ValueError: as :func:`lora_jax.init`; the config has another ``init``, or a method other than
-        "lora"; there is no batch; ``rho`` is below one; or no row of a batch reaches a kernel as
-        the input of a product.
+      ValueError: as :func:`lora_jax.init`; the config has another ``init``, or a method without
+        such factors; there is no batch; ``rho`` is below one; or no row of a batch reaches a kernel
+        as the input of a product.
 
     >>> loss_fn = lambda p, batch: jnp.mean((batch @ p["w"]) ** 2)
     >>> x = jnp.array([[3.0, 4.0, 0.0], [-3.0, -4.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, -1.0]])
@@ -85,7 +87,11 @@ def init_from_activations(
     >>> [round(abs(number), 3) for number in adapter["w"].a[:, 0].tolist()]
     [0.6, 0.8, 0.0]
     """
-    _check(config, batches, rho)
+    check_init(config, FROM_ACTIVATIONS, "init_from_activations")
+    if not batches:
+        raise ValueError("init_from_activations needs a batch, after the config, and got none.")
+    if not 1 <= rho < math.inf:
+        raise ValueError(f"rho must be at least 1, got {rho}.")
     leaves = base_leaves(params)
     choice = choose(loss_fn, params, config, batches[:1], {}, leaves=leaves)
     found = _find_components(key, loss_fn, params, choice, batches, rho)
@@ -93,25 +99,14 @@ def init_from_activations(
     if rho > 1:
         choice = dataclasses.replace(choice, ranks=share_ranks(choice.ranks, found))
 
-    def make_node(start: Start) -> LowRank:
+    def make_node(start: Start) -> Adapted:
         a_shape, b_shape = factor_shapes(start.shape, start.axes, start.rank)
         a = found[start.name].vectors[..., : start.rank].reshape(a_shape).astype(start.dtype)
         b = jnp.zeros(b_shape, start.dtype)
-        return LowRank(a, b, scales[start.name], axes=start.axes, dropout=start.dropout)
+        factors = LowRank(a, b, scales[start.name], axes=start.axes, dropout=start.dropout)
+        return FROM_FACTORS[config.method](start, factors)
 
     return make_adapter(key, choice, config, leaves, make_node)
-
-
-def _check(config: LoRAConfig, batches: Sequence[Any], rho: float) -> None:
-    if (config.method, config.init) != ("lora", FROM_ACTIVATIONS):
-        raise ValueError(
-            f"init_from_activations makes what method='lora', init={FROM_ACTIVATIONS!r} stand for, "
-            f"and the config has method={config.method!r}, init={config.init!r}."
-        )
-    if not batches:
-        raise ValueError("init_from_activations needs a batch, after the config, and got none.")
-    if not 1 <= rho < math.inf:
-        raise ValueError(f"rho must be at least 1, got {rho}.")
 
 
 def share_ranks(ranks: Mapping[str, int], found: Mapping[str, Components]) -> dict[str, int]:

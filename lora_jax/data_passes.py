@@ -11,6 +11,7 @@ from lora_jax import paths
 from lora_jax.adapter import bind
 from lora_jax.factors import BATCH
 from lora_jax.lowrank import LowRank
+from lora_jax.whole_arrays import gather
 
 PyTree = Any
 Array = jax.Array
@@ -22,6 +23,9 @@ def make_gradient_sum(
     transform: Callable[..., Any], loss_fn: Loss, params: PyTree, batches: Sequence[Any]
 ) -> Callable[[Nodes], dict[str, LowRank]]:
     """Returns the function from factors to the gradient by them, summed over batches.
+
+    Parameters and batches may lie on the devices of several processes, each of which then gives the
+    same factors, and gets all of the gradient.
 
     Args:
       transform: makes a function of bound parameters of one of plain ones, as ``lift`` does.
@@ -39,7 +43,7 @@ def make_gradient_sum(
         sums = of_batch(dict(nodes), params, batches[0])
         for batch in batches[1:]:
             sums = jax.tree.map(jnp.add, sums, of_batch(dict(nodes), params, batch))
-        return sums
+        return jax.tree.map(gather, sums)
 
     return of_all
 

@@ -20,12 +20,14 @@ from lora_jax.choice import Choice, choose
 from lora_jax.config import LoRAConfig
 from lora_jax.data_passes import Loss, make_gradient_sum, orthonormalize, to_columns
 from lora_jax.factors import BATCH, factor_shapes, wide_dtype
-from lora_jax.initial import make_adapter
+from lora_jax.initial import check_init, make_adapter
 from lora_jax.kernels import Leaf, adapted_shape, max_rank
 from lora_jax.lowrank import LowRank
+from lora_jax.methods import FROM_FACTORS
 from lora_jax.methods.initial_values import FROM_GRADIENTS, make_offset
 from lora_jax.methods.offset import Offset
 from lora_jax.methods.start import Start
+from lora_jax.nodes import Adapted
 from lora_jax.transform.lift import lift
 
 PyTree = Any
@@ -57,9 +59,9 @@ def init_from_gradients(
       An adapter as from :func:`lora_jax.init`.
 
     Raises:
-      ValueError: as :func:`lora_jax.init`; the config has another ``init``, or a method other than
-        "lora"; there is no batch; a kernel has fewer than ``2r`` inputs or outputs; or a gradient
-        is not finite.
+      ValueError: as :func:`lora_jax.init`; the config has another ``init``, or a method without
+        such factors; there is no batch; a kernel has fewer than ``2r`` inputs or outputs; or a
+        gradient is not finite.
 
     >>> loss_fn = lambda p, batch: jnp.mean((jnp.tanh(batch[0] @ p["w"]) - batch[1]) ** 2)
     >>> params, batch = {"w": jnp.ones((4, 3))}, (jnp.ones((2, 4)), jnp.zeros((2, 3)))
@@ -68,24 +70,18 @@ def init_from_gradients(
     >>> adapter["w"].a.shape, adapter["w"].b0.shape
     ((4, 1), (1, 3))
     """
-    _check(config, batches)
+    check_init(config, FROM_GRADIENTS, "init_from_gradients")
+    if not batches:
+        raise ValueError("init_from_gradients needs a batch, after the config, and got none.")
     leaves = base_leaves(params)
     choice = choose(loss_fn, params, config, batches[:1], {}, leaves=leaves)
     _check_sizes(choice)
     directions = _find_directions(key, loss_fn, params, choice, batches)
-    return make_adapter(
-        key, choice, config, leaves, lambda start: _make_node(start, *directions[start.name])
-    )
 
+    def make_node(start: Start) -> Adapted:
+        return FROM_FACTORS[config.method](start, _make_factors(start, *directions[start.name]))
 
-def _check(config: LoRAConfig, batches: Sequence[Any]) -> None:
-    if (config.method, config.init) != ("lora", FROM_GRADIENTS):
-        raise ValueError(
-            f"init_from_gradients makes what method='lora', init={FROM_GRADIENTS!r} stand for, and "
-            f"the config has method={config.method!r}, init={config.init!r}."
-        )
-    if not batches:
-        raise ValueError("init_from_gradients needs a batch, after the config, and got none.")
+    return make_adapter(key, choice, config, leaves, make_node)
 
 
 def _check_sizes(choice: Choice) -> None:
@@ -99,7 +95,7 @@ def _check_sizes(choice: Choice) -> None:
         )
 
 
-def _make_node(start: Start, u: Array, vh: Array) -> Offset:
+def _make_factors(start: Start, u: Array, vh: Array) -> Offset:
     rank, size = start.rank, vh.shape[-1] ** 0.25 / _GAMMA**0.5
     a, b = u[..., :rank] * size, vh[:, rank : 2 * rank] * size
     return make_offset(start, list(zip(a, b, strict=True)))

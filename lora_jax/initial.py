@@ -20,7 +20,7 @@ from lora_jax.kernels import (
     Table,
     find_kernels,
 )
-from lora_jax.methods import METHODS
+from lora_jax.methods import FROM_FACTORS, METHODS
 from lora_jax.methods.start import Start
 from lora_jax.nodes import Adapted
 from lora_jax.quantized import as_array
@@ -109,6 +109,26 @@ def make_adapter(
     nodes |= init_biases(nodes, choice.biases)
     nodes |= init_tokens(choice.kernels, choice.tokens, leaves)
     return paths.nest({n: (nodes | full)[n] for n in leaves if n in nodes or n in full})
+
+
+def check_init(config: LoRAConfig, init: str, function: str) -> None:
+    """Checks that a config asks for the first values that a function makes.
+
+    Args:
+      config: config that the function was given.
+      init: first values that it makes.
+      function: its name, for the message.
+
+    Raises:
+      ValueError: the config has another ``init``, or a method whose factors have other first
+        values.
+    """
+    if config.init != init or config.method not in FROM_FACTORS:
+        methods = " or ".join(map(repr, FROM_FACTORS))
+        raise ValueError(
+            f"{function} makes the first values init={init!r}, for the method {methods}, and the "
+            f"config has method={config.method!r}, init={config.init!r}."
+        )
 
 
 def tabulate(fn: Callable, params: PyTree, config: LoRAConfig, *args: Any, **kwargs: Any) -> Table:

@@ -7,10 +7,12 @@ touched, and one directory per case as PEFT saves it (without the model card), a
 tensor was moved, with io.npz beside it: `input_ids`; `logits` of the base with the adapter;
 `probe`, and `grad/NAME`, the derivative of `sum(probe * logits)` by each tensor of the file;
 `merged/NAME`, what `merge_and_unload` makes of each weight of the base that changes. `converted/`
-is the same adapter as PEFT writes it for any program, as plain LoRA of twice the rank.
+is the same adapter as PEFT writes it for any program, as plain LoRA of twice the rank. Cases whose
+name begins with "dora_" have magnitudes, too.
 """
 
 import json
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -55,6 +57,7 @@ CASES = {
     ("llama", "pissa"): {**QV, "use_rslora": True},
     ("llama", "olora"): {"target_modules": ["q_proj", "v_proj", "down_proj"]},
     ("llama", "orthogonal"): QV,
+    ("llama", "dora_pissa"): {**QV, "use_dora": True},
 }
 CONVERTED = (("gpt2", "pissa"), ("llama", "pissa"), ("llama", "olora"))
 
@@ -79,7 +82,8 @@ def make_adapter(model_name, init):
     words = CASES[model_name, init] | {"r": 4, "lora_alpha": 8, "task_type": task_type}
     base = make_base(model_name)
     torch.manual_seed(11)
-    return get_peft_model(base, LoraConfig(init_lora_weights=init, **words)).eval()
+    word = init.removeprefix("dora_")
+    return get_peft_model(base, LoraConfig(init_lora_weights=word, **words)).eval()
 
 
 def move_all(model):
@@ -101,7 +105,8 @@ def find_gradients(model, names):
     """The gradients of the trained tensors by their names in the file."""
     inner = {n: p for n, p in model.named_parameters() if p.grad is not None}
     shorten = lambda n: n.replace(".modules_to_save", "").replace(".default", "")
-    return {f"grad/{shorten(n)}": p.grad.numpy() for n, p in inner.items() if shorten(n) in names}
+    in_file = lambda n: re.sub("(magnitude_vector).weight", r"\1", shorten(n))
+    return {f"grad/{in_file(n)}": p.grad.numpy() for n, p in inner.items() if in_file(n) in names}
 
 
 def make_case(model_name, init):

@@ -5,10 +5,11 @@ starts with. A new one is a file in this folder, with a class of nodes and such 
 line in ``METHODS``.
 """
 
+import functools
 from collections.abc import Callable
 
 from lora_jax.methods.adalora import start_adalora
-from lora_jax.methods.dora import start_dora
+from lora_jax.methods.dora import add_magnitudes
 from lora_jax.methods.initial_values import INITS
 from lora_jax.methods.lora_fa import freeze_a
 from lora_jax.methods.start import Start
@@ -16,14 +17,24 @@ from lora_jax.methods.vera import start_vera
 from lora_jax.nodes import Adapted
 
 
-def _start_lora(start: Start) -> Adapted:
-    node = INITS[start.init](start)
-    return node if start.train_a else freeze_a(node, start.init)
+def _freeze_if_asked(start: Start, factors: Adapted) -> Adapted:
+    return factors if start.train_a else freeze_a(factors, start.init)
+
+
+# What methods make of factors, whose first values `LoRAConfig(init=...)` chooses. The other methods
+# have first values of their own.
+FROM_FACTORS: dict[str, Callable[[Start, Adapted], Adapted]] = {
+    "lora": _freeze_if_asked,
+    "dora": add_magnitudes,
+}
+
+
+def _start_from_init(method: str, start: Start) -> Adapted:
+    return FROM_FACTORS[method](start, INITS[start.init](start))
 
 
 METHODS: dict[str, Callable[[Start], Adapted]] = {
-    "lora": _start_lora,
-    "dora": start_dora,
+    **{name: functools.partial(_start_from_init, name) for name in FROM_FACTORS},
     "vera": start_vera,
     "adalora": start_adalora,
 }

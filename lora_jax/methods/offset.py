@@ -12,16 +12,37 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.factors import A_AXES, B_AXES, BATCH
-from lora_jax.lowrank import scaled_b
+from lora_jax.lowrank import LowRank, scaled_b
 from lora_jax.nodes import Adapted, Field, Terms
 from lora_jax.registration import register
 
 Array = jax.Array
 
 
+class WithOffset(Adapted):
+    """A node whose low-rank term is ``s·a·b − s·a₀·b₀``.
+
+    Attributes:
+      plain: class of nodes with the term ``s·a·b`` alone, and the other fields of this one.
+      a: ``(*batch, *in, rank)``.
+      b: ``(*batch, rank, *out)``.
+      a0: first value of ``a``, frozen.
+      b0: first value of ``b``, frozen.
+      scale: ``s``, a finite number, which becomes a Python float, or a scalar array.
+    """
+
+    plain: ClassVar[type[Adapted]]
+
+    a: Array
+    b: Array
+    a0: Array
+    b0: Array
+    scale: Array | float
+
+
 @register
 @dataclasses.dataclass(frozen=True, eq=False)
-class Offset(Adapted):
+class Offset(WithOffset):
     """A low-rank term less the one that it started from: ``s·a·b − s·a₀·b₀``.
 
     Attributes:
@@ -45,6 +66,7 @@ class Offset(Adapted):
 
     kind: ClassVar[str] = "offset"
     reads_kernel: ClassVar[bool] = False
+    plain: ClassVar[type[Adapted]] = LowRank
     table: ClassVar[Mapping[str, Field]] = {
         "a": Field(A_AXES),
         "b": Field(B_AXES, has_b_rate=True),
@@ -64,21 +86,30 @@ class Offset(Adapted):
     dropout: float = 0.0
 
     def terms(self, w: Array) -> Terms:
-        """Returns factors of twice the rank: ``[a − a₀, a₀]`` and ``s·[b, b − b₀]``."""
-        # The same as [a, a₀] and s·[b, −b₀], whose two products would cancel only up to rounding.
-        # Here one factor of each product starts as zeros, so that the adapted kernel starts as the
-        # frozen one bit for bit. Half of each gradient comes from either product.
-        moved = dataclasses.replace(self, b=self.b - self.b0)
-        a = jnp.concatenate([self.a - self.a0, self.a0], axis=-1)
-        b = jnp.concatenate([scaled_b(self), scaled_b(moved)], axis=self.axes.count(BATCH))
-        return Terms(a, b)
+        """Returns factors of twice the rank, ``[a − a₀, a₀]`` and ``s·[b, b − b₀]``."""
+        return offset_terms(self)
 
 
-def to_plain(node: Offset) -> tuple[Array, Array]:
-    """Returns ``[a, a₀]`` and ``[b, −b₀]``: factors of plain LoRA, at the same scale.
+def offset_terms(node: WithOffset) -> Terms:
+    """Computes ``[a − a₀, a₀]`` and ``s·[b, b − b₀]``, factors of twice the rank.
 
-    They have the same product as the two terms, at twice the rank, and no rounding of their own.
+    They are the same as ``[a, a₀]`` and ``s·[b, −b₀]``, whose two products would cancel only up to
+    rounding. Here one factor of each product starts as zeros, so that the adapted kernel starts as
+    the frozen one bit for bit. Half of each gradient comes from either product.
     """
-    n = node.axes.count(BATCH)
-    a = jnp.concatenate([node.a, node.a0], axis=-1)
-    return a, jnp.concatenate([node.b, -node.b0], axis=n)
+    moved = dataclasses.replace(node, b=node.b - node.b0)
+    a = jnp.concatenate([node.a - node.a0, node.a0], axis=-1)
+    b = jnp.concatenate([scaled_b(node), scaled_b(moved)], axis=node.axes.count(BATCH))
+    return Terms(a, b)
+
+
+def to_plain(node: WithOffset) -> Adapted:
+    """Returns a node of twice the rank without an offset: ``[a, a₀]`` and ``[b, −b₀]``.
+
+    The two terms have the same product, at the same scale, and no rounding of their own.
+    """
+    fields = {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}
+    a0, b0 = fields.pop("a0"), fields.pop("b0")
+    a = jnp.concatenate([node.a, a0], axis=-1)
+    b = jnp.concatenate([node.b, -b0], axis=node.axes.count(BATCH))
+    return node.plain(**fields | {"a": a, "b": b})

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.factors import BATCH, IN, OUT, positions, wide_dtype
 from lora_jax.quantized import as_array, is_quantized
+from lora_jax.whole_arrays import gather
 
 Array = jax.Array
 
@@ -69,10 +69,10 @@ class Start:
         if is_quantized(self.kernel) and self.kernel.roles == self.axes:
             for index in np.ndindex(*sizes_of(BATCH)):
                 entry = jax.tree.map(lambda x, index=index: x[index], self.kernel)
-                yield entry.matrix().astype(entry.dtype).astype(wide_dtype(entry.dtype))
+                yield gather(entry.matrix()).astype(entry.dtype).astype(wide_dtype(entry.dtype))
             return
         order = positions(self.axes, BATCH + IN + OUT)
-        stack = jnp.transpose(_gather(jnp.asarray(as_array(self.kernel))), order)
+        stack = jnp.transpose(gather(jnp.asarray(as_array(self.kernel))), order)
         sides = [math.prod(sizes_of(role)) for role in (IN, OUT)]
         for matrix in stack.reshape(-1, *sides):
             yield matrix.astype(wide_dtype(matrix.dtype))
@@ -84,11 +84,3 @@ class Start:
                 f"{what} needs the numbers of {self.name!r}, and got its shape only. Give the "
                 "parameters themselves."
             )
-
-
-def _gather(x: Array) -> Array:
-    """Puts an array of explicit sharding onto each device as a whole: decompositions need that."""
-    sharding = getattr(jax.typeof(x), "sharding", None)
-    if sharding is None or all(entry is None for entry in sharding.spec):
-        return x
-    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))

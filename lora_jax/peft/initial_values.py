@@ -7,25 +7,25 @@ original base. Here it is a frozen part of the node; see :mod:`lora_jax.methods.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.factors import wide_dtype
-from lora_jax.lowrank import LowRank
 from lora_jax.methods.initial_values import INITS
-from lora_jax.methods.offset import Offset, to_plain
+from lora_jax.methods.offset import Offset, WithOffset, to_plain
 from lora_jax.methods.start import Start
 from lora_jax.nodes import is_adapted
 from lora_jax.quantized import is_quantized
 
+W = TypeVar("W", bound=WithOffset)
 COMPUTED = ("pissa", "olora")  # words of init_lora_weights that the base alone gives again
 _CLOSE = 1e-5  # of the largest number of the kernel: a few roundings of a decomposition in float32
 
 
-def rebuild(node: Offset, kernel: Any, init: str) -> Offset:
+def rebuild(node: W, kernel: Any, init: str) -> W:
     """Puts the first values that ``init`` computes from a kernel into a node.
 
     Args:
@@ -39,7 +39,7 @@ def rebuild(node: Offset, kernel: Any, init: str) -> Offset:
     if is_quantized(kernel):
         raise ValueError(
             f"is quantized, and init_lora_weights {init!r} took its first values from the plain "
-            "kernel: give the plain base; saved again, the adapter is plain LoRA for any base"
+            "kernel: give the plain base; saved again, the adapter is no longer bound to it"
         )
     if not isinstance(kernel, jax.Array | np.ndarray):
         raise ValueError(
@@ -64,22 +64,17 @@ def rebuild(node: Offset, kernel: Any, init: str) -> Offset:
 
 
 def make_plain(nodes: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes offsets as plain LoRA of twice the rank, which any program reads, at the same scale.
+    """Writes offsets as factors of twice the rank, which any program reads, at the same scale.
 
     It is what PEFT's own conversion does: ``[a, a₀]`` and ``[b, −b₀]``.
     """
-    return {n: _make_plain(x) if isinstance(x, Offset) else x for n, x in nodes.items()}
-
-
-def _make_plain(node: Offset) -> LowRank:
-    a, b = to_plain(node)
-    return LowRank(a, b, node.scale, axes=node.axes, name=node.name, dropout=node.dropout)
+    return {n: to_plain(x) if isinstance(x, WithOffset) else x for n, x in nodes.items()}
 
 
 def find_others(nodes: Mapping[str, Any], leaves: Mapping[str, Any], init: str) -> list[str]:
     """Says which kernels of an adapter did not start from what ``init`` computes of the base."""
     if init not in COMPUTED:
-        return [f"init must be one of {', '.join(COMPUTED)}, or '' for plain LoRA, got {init!r}"]
+        return [f"init must be one of {', '.join(COMPUTED)}, or '' for no such word, got {init!r}"]
     adapted = {n: x for n, x in nodes.items() if is_adapted(x) and n in leaves}
     problems = [_describe_other(n, x, leaves[n], init) for n, x in adapted.items()]
     return [problem for problem in problems if problem]
@@ -88,14 +83,15 @@ def find_others(nodes: Mapping[str, Any], leaves: Mapping[str, Any], init: str) 
 def _describe_other(name: str, node: Any, kernel: Any, init: str) -> str:
     other = (
         f"{name} did not start from what init={init!r} computes of this base, so that PEFT could "
-        "not compute it again; write plain LoRA (init='')"
+        "not compute it again; write it without that word (init='')"
     )
-    if not isinstance(node, Offset):
+    if not isinstance(node, WithOffset):
         return other
     try:
         first = rebuild(node, kernel, init)
     except ValueError as error:
         return f"{name} {error}"
-    difference = dataclasses.replace(first, a=node.a0, b=node.b0).merge(jnp.zeros(kernel.shape))
+    moved = Offset(node.a0, node.b0, first.a0, first.b0, node.scale, axes=node.axes)
+    difference = moved.merge(jnp.zeros(kernel.shape))
     is_close = jnp.max(jnp.abs(difference)) <= _CLOSE * jnp.max(jnp.abs(kernel))
     return "" if is_close else other

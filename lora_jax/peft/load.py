@@ -38,7 +38,7 @@ _MAX_PROBLEMS = 30  # problems in one message
 _ORIGINAL_BASE = (
     "The adapter in {directory} has init_lora_weights {init!r}: what it took from its base is "
     "computed again from the base given, which must be the original one, not one that PEFT has "
-    "changed and saved. Saved again it is plain LoRA, which does not depend on that."
+    "changed and saved. Saved again it has factors of twice the rank, and needs no such base."
 )
 
 

@@ -6,25 +6,30 @@ must hold, how they become a node, which words a node is written with, and what
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import names
-from lora_jax.factors import BATCH
+from lora_jax.factors import BATCH, IN, OUT, delta, positions
 from lora_jax.lowrank import LowRank
 from lora_jax.methods import RANK_OFFSETS
 from lora_jax.methods.adalora import AdaLoRA
-from lora_jax.methods.dora import DoRA, compute_norms
+from lora_jax.methods.dora import DoRA, DoRAOffset
 from lora_jax.methods.lora_fa import FrozenA
-from lora_jax.methods.offset import Offset
+from lora_jax.methods.offset import Offset, WithOffset, to_plain
+from lora_jax.methods.output_norms import compute_norms
 from lora_jax.methods.vera import Vera
 from lora_jax.names import Weight
 from lora_jax.nodes import Adapted
 from lora_jax.peft import initial_values, translations
+
+_ROUNDING = 1e-6  # of a sum in float32, as a part of the sum of its terms' sizes
 
 
 class Tensor(NamedTuple):
@@ -82,8 +87,7 @@ def _make_dora(reading: Reading) -> Adapted:
             "is adapted by DoRA, which needs the numbers of the base, and there is only a shape; "
             "give the parameters themselves"
         )
-    norm = np.asarray(compute_norms(reading.kernel, reading.axes))
-    values = {**reading.values, "norm": norm}
+    values = {**reading.values, "norm": np.asarray(compute_norms(reading.kernel, reading.axes))}
     return reading.node(**values, scale=reading.scale, axes=reading.axes)
 
 
@@ -93,14 +97,24 @@ def _make_vera(reading: Reading) -> Adapted:
 
 def _find_zero_outputs(node: DoRA) -> str:
     """Finds outputs of which PEFT would divide zero by zero, so that all of its results are NaN."""
-    has_term = np.any(np.asarray(node.b), axis=node.axes.count(BATCH))
-    count = int(np.sum((np.asarray(node.norm) == 0) & ~has_term))
+    is_zero = np.asarray(node.norm) == 0
+    count = int(np.sum(is_zero & ~_has_term(node))) if np.any(is_zero) else 0
     if not count:
         return ""
     return (
         f"has {count} outputs that are zero in the base and in the factors, which PEFT's DoRA "
         "divides by their norm, zero; train the adapter, merge it, or save it with lora_jax.save"
     )
+
+
+def _has_term(node: DoRA) -> np.ndarray:
+    """Tells of each output whether its low-rank term is more than what rounding leaves of zero."""
+    a, b, axes = jnp.asarray(node.a), jnp.asarray(node.b), node.axes
+    multiply = functools.partial(delta, axes=axes, precision=jax.lax.Precision.HIGHEST)
+    term, size = multiply(a, b), multiply(jnp.abs(a), jnp.abs(b))
+    order = positions(axes, IN + BATCH + OUT)
+    is_more = jnp.transpose(jnp.abs(term) > _ROUNDING * size, order)
+    return np.asarray(jnp.any(is_more, axis=tuple(range(axes.count(IN)))))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,7 +131,7 @@ class Method:
         message that goes on from the name of the kernel, where it can't.
       find_problem: function that says why a node can't be written, with a message that goes on from
         the name of the kernel; it returns "" if nothing is the matter.
-      spares: kinds of weights that PEFT adapts as plain LoRA in spite of the words.
+      spared: rows by which PEFT adapts weights of some kinds in spite of the words, by kind.
       alike: further classes of nodes that are written in the same way.
       kinds: kinds of weights that PEFT adapts with it; see :mod:`lora_jax.names`.
       expand: function that makes the tensors of each module of those of a file; see
@@ -132,7 +146,7 @@ class Method:
     fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
     make_node: Callable[[Reading], Adapted] = _make_node
     find_problem: Callable[[Any], str] = lambda node: ""
-    spares: tuple[str, ...] = ()
+    spared: "Mapping[str, Method]" = dataclasses.field(default_factory=dict)
     alike: tuple[type[Adapted], ...] = ()
     kinds: tuple[str, ...] = (names.LINEAR, names.EMBEDDING, names.CONV)
     expand: translations.Expand = translations.keep
@@ -161,36 +175,49 @@ _MAGNITUDE = Tensor(
 )
 
 
-def _make_computed(init: str) -> Method:
-    """Makes the row of first values that are computed from the base."""
+def _make_computed(plain: Method, node: type[WithOffset], init: str) -> Method:
+    """Makes the row of a method with first values that are computed from the base.
+
+    Args:
+      plain: row of the method with other first values.
+      node: class of nodes with an offset.
+      init: word of the first values.
+    """
 
     def make_node(reading: Reading) -> Adapted:
         first = {"a0": reading.values["a"], "b0": reading.values["b"]}
-        node = Offset(**reading.values, **first, scale=reading.scale, axes=reading.axes)
-        return initial_values.rebuild(node, reading.kernel, init)
+        values = {**reading.values, **first}
+        made = plain.make_node(dataclasses.replace(reading, values=values))
+        return initial_values.rebuild(cast("WithOffset", made), reading.kernel, init)
 
     return Method(
-        node=Offset,
-        words={"init_lora_weights": init},
-        tensors=_FACTORS,
-        config={"method": "lora", "init": init},
+        node=node,
+        words={**plain.words, "init_lora_weights": init},
+        tensors=plain.tensors,
+        config={**plain.config, "init": init},
         make_node=make_node,
-        spares=(names.EMBEDDING,),
+        find_problem=lambda made: plain.find_problem(to_plain(made)),
+        spared={names.EMBEDDING: plain},
     )
 
 
+_LORA = Method(
+    node=LowRank, words={}, tensors=_FACTORS, config={"method": "lora"}, alike=(FrozenA,)
+)
+_DORA = Method(
+    node=DoRA,
+    words={"use_dora": True},
+    tensors=(*_FACTORS, _MAGNITUDE),
+    config={"method": "dora"},
+    make_node=_make_dora,
+    find_problem=_find_zero_outputs,
+)
 # The first has no words of its own: it is what PEFT does if nothing else is asked for.
 METHODS: tuple[Method, ...] = (
-    Method(node=LowRank, words={}, tensors=_FACTORS, config={"method": "lora"}, alike=(FrozenA,)),
-    Method(
-        node=DoRA,
-        words={"use_dora": True},
-        tensors=(*_FACTORS, _MAGNITUDE),
-        config={"method": "dora"},
-        make_node=_make_dora,
-        find_problem=_find_zero_outputs,
-    ),
-    *map(_make_computed, initial_values.COMPUTED),
+    _LORA,
+    _DORA,
+    *(_make_computed(_LORA, Offset, init) for init in initial_values.COMPUTED),
+    *(_make_computed(_DORA, DoRAOffset, init) for init in initial_values.COMPUTED),
     Method(
         node=AdaLoRA,
         words={"peft_type": "ADALORA"},
@@ -229,18 +256,20 @@ def find_method(words: Mapping[str, Any]) -> Method:
     Raises:
       ValueError: they ask for several.
     """
-    plain, *others = METHODS
-    wanted = [m for m in others if all(words.get(n) == v for n, v in m.words.items())]
-    if len(wanted) > 1:
-        asked = " and ".join(describe_words(m) for m in wanted)
+    wanted = [m for m in METHODS if all(words.get(n) == v for n, v in m.words.items())]
+    # One that asks for all that another does, and for more, is meant.
+    is_part = lambda m: any(m.words.items() < other.words.items() for other in wanted)
+    narrowest = [m for m in wanted if not is_part(m)]
+    if len(narrowest) > 1:
+        asked = " and ".join(describe_words(m) for m in narrowest)
         raise ValueError(f"{asked} can't be read together")
-    return wanted[0] if wanted else plain
+    return narrowest[0]
 
 
 def find_method_for(words: Mapping[str, Any], weight: Weight) -> Method:
     """Returns the method with which words adapt a weight; see :func:`find_method`."""
     method = find_method(words)
-    return METHODS[0] if names.kind(weight) in method.spares else method
+    return method.spared.get(names.kind(weight), method)
 
 
 def find_method_of(node: Adapted, init: str = "") -> Method | None:

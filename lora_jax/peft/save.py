@@ -98,7 +98,7 @@ def save_peft(
       names: table of names of the model family.
       init: "pissa" or "olora" to write kernels that started from these values of this base under
         that word, with the trained factors alone: PEFT then reads them on the original base. By
-        default they are plain LoRA of twice the rank, which any program reads.
+        default they get factors of twice the rank, which any program reads.
       **metadata: PEFT's words about the adapter as a whole: ``task_type`` ("SEQ_CLS", ...),
         ``base_model_name_or_path``, ``revision``, ``auto_mapping``.
 

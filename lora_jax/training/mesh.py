@@ -133,3 +133,14 @@ def find(config: ConfigDict) -> Devices:
 def base_mesh(devices: Devices) -> Mesh | None:
     """Returns the mesh over which the base is split while it is loaded, if there is one."""
     return None if devices.pmap else devices.mesh
+
+
+def require_mesh(devices: Devices) -> Mesh:
+    """Returns the mesh of devices that are one.
+
+    Raises:
+      ValueError: there is a single device.
+    """
+    if devices.mesh is None:
+        raise ValueError("These devices are no mesh: there is one, and nothing to split.")
+    return devices.mesh

@@ -16,7 +16,8 @@ from ml_collections import ConfigDict
 from lora_jax import paths, sharding
 from lora_jax.quantized import is_quantized
 from lora_jax.quantized_sharding import spec_of
-from lora_jax.training.mesh import Devices, PyTree
+from lora_jax.training.global_batches import local_rows, put_batch
+from lora_jax.training.mesh import Devices, PyTree, require_mesh
 from lora_jax.training.state import TrainState
 from lora_jax.training.task import Batch, Task
 
@@ -121,40 +122,6 @@ def _gather(x: jax.Array) -> np.ndarray:
     return multihost_utils.process_allgather(x, tiled=True)
 
 
-def _mesh(devices: Devices) -> Mesh:
-    if devices.mesh is None:
-        raise ValueError("These devices are no mesh: there is one, and nothing to split.")
-    return devices.mesh
-
-
-def local_rows(devices: Devices, batch_size: int) -> np.ndarray:
-    """Returns the numbers of a batch's rows that devices of this process hold, ascending."""
-    split = NamedSharding(_mesh(devices), sharding.BATCH)
-    slices = split.addressable_devices_indices_map((batch_size,)).values()
-    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in slices]))
-
-
-def put_batch(devices: Devices, batch: Batch) -> PyTree:
-    """Puts the rows that this process has of a batch onto its devices."""
-    mesh = _mesh(devices)
-    split = NamedSharding(mesh, sharding.BATCH)
-    parts = mesh.shape[sharding.DATA] * mesh.shape[sharding.FSDP]
-    local_parts = local_rows(devices, parts)
-
-    def put(x: np.ndarray) -> jax.Array:
-        size = len(x) // len(local_parts)  # rows of each part
-
-        def rows_at(index: tuple[slice, ...] | None) -> np.ndarray:
-            first = index[0].start if index else 0
-            start = np.searchsorted(local_parts, (first or 0) // size) * size
-            return x[start : start + size]
-
-        return jax.make_array_from_callback((size * parts, *x.shape[1:]), split, rows_at)
-
-    # The devices do not need the number of each row's example, which is given for all rows.
-    return {name: put(x) for name, x in batch.items() if name != "index"}
-
-
 def compile_train_step(
     devices: Devices, step: Callable, like: TrainState | None = None
 ) -> Callable:
@@ -219,12 +186,12 @@ def compile_eval_step(devices: Devices, step: Callable) -> Callable:
 
 
 def _list(devices: Devices) -> list[Any]:
-    return list(_mesh(devices).devices.flat)
+    return list(require_mesh(devices).devices.flat)
 
 
 def _split_rows(devices: Devices, batch: Batch) -> Batch:
     """Puts the rows of each device along a new first axis."""
-    count = _mesh(devices).size
+    count = require_mesh(devices).size
     return {name: x.reshape(count, len(x) // count, *x.shape[1:]) for name, x in batch.items()}
 
 

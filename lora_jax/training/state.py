@@ -1,17 +1,22 @@
 """The training state of a run."""
 
+import contextlib
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import lora_jax as lora
 from lora_jax import adapter as adapters
 from lora_jax.methods.initial_values import FROM_ACTIVATIONS, FROM_GRADIENTS, FROM_RESIDUALS
 from lora_jax.training import durations, nan_guard, optimizer
+from lora_jax.training.global_batches import put_batch
 from lora_jax.training.gradients import deal
+from lora_jax.training.mesh import ONE, Devices, base_mesh
 from lora_jax.training.task import Batch, Task
 
 PyTree = Any
@@ -41,6 +46,7 @@ def initial_state(
     lora_config: lora.LoRAConfig,
     *,
     plan: durations.Plan | None = None,
+    devices: Devices = ONE,
 ) -> tuple[TrainState, optax.GradientTransformation]:
     """Makes the state at step 0, and the optimizer.
 
@@ -49,6 +55,8 @@ def initial_state(
       config: config of the run.
       lora_config: settings of the adapter.
       plan: length of the run; by default the one that the config describes.
+      devices: devices of the run, over which the rows of batches are split if first values of the
+        adapter need some.
 
     Raises:
       ValueError: the config and the model do not fit.
@@ -57,7 +65,7 @@ def initial_state(
     key = jax.random.key(config.seed)
     init_key, run_key = jax.random.split(key)
     if task.adapter is None:
-        adapter = _make_adapter(init_key, task, lora_config, config)
+        adapter = _make_adapter(init_key, task, lora_config, config, devices)
     else:  # a copy, since the step donates its state
         adapter = jax.tree.map(lambda x: jnp.array(x, copy=True), task.adapter)
     # So runs with other alphas and rates have states of one structure, that of checkpoints; the
@@ -84,30 +92,36 @@ _FROM_DATA = {
 
 
 def _make_adapter(
-    key: jax.Array, task: Task, lora_config: lora.LoRAConfig, config: ConfigDict
+    key: jax.Array, task: Task, lora_config: lora.LoRAConfig, config: ConfigDict, devices: Devices
 ) -> PyTree:
     make = _FROM_DATA.get(lora_config.init)
     if lora_config.init == FROM_RESIDUALS:
         return _make_from_residuals(key, task, lora_config)
     if make is None:
         return lora.init(key, task.apply, task.base, lora_config, task.train_batch(0), None)
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"lora.init={lora_config.init!r} is for one process, and there are "
-            f"{jax.process_count()}: each has other rows of a batch. Make the adapter in a run of "
-            "one process, and go on from it with --adapter."
-        )
+
+    mesh = base_mesh(devices)
 
     def compute_loss(params: PyTree, batch: Batch) -> jax.Array:
-        sums = task.metrics(task.apply(params, batch, None), batch)
+        with _trace_for(mesh):
+            sums = task.metrics(task.apply(params, batch, None), batch)
         return sums[0] / jnp.maximum(sums[-1], 1)  # a part of a batch may be padding alone
 
-    batches = [
+    batches: list[PyTree] = [
         part
         for k in range(config.init_batches)
         for part in _split(task.train_batch(k), config.accumulate)
     ]
+    if mesh is not None:
+        batches = [put_batch(devices, jax.tree.map(np.asarray, batch)) for batch in batches]
     return make(key, compute_loss, task.base, lora_config, *batches)
+
+
+def _trace_for(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """Returns the context in which models have their constraints for a mesh, as in a step."""
+    if mesh is None:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def _make_from_residuals(key: jax.Array, task: Task, lora_config: lora.LoRAConfig) -> PyTree:
@@ -121,7 +135,10 @@ def _make_from_residuals(key: jax.Array, task: Task, lora_config: lora.LoRAConfi
 
 
 def _split(batch: Batch, parts: int) -> list[Batch]:
-    """Splits a batch into micro-batches, as training does, of which one fits the memory."""
+    """Splits a batch into micro-batches, as training does, of which one fits the memory.
+
+    Of a batch on a mesh these are the rows of this process: as many from each device as from all.
+    """
     dealt = jax.tree.map(lambda x: deal(jnp.asarray(x), parts), batch)
     return [jax.tree.map(lambda x, k=k: x[k], dealt) for k in range(parts)]
 

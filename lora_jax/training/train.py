@@ -77,7 +77,7 @@ def train(
     devices = mesh.find(config) if devices is None else devices
     task = partitioning.place_task(devices, task, config)
     plan = durations.make_plan(config, task.steps_per_epoch)
-    state, tx = initial_state(task, config, lora_config, plan=plan)
+    state, tx = initial_state(task, config, lora_config, plan=plan, devices=devices)
     workdirs.check(workdir, config)  # before the claim, so that a mistake claims nothing
     with contextlib.ExitStack() as stack:
         _claim(stack, workdir, config)

@@ -10,6 +10,8 @@ from lora_jax import adapter as adapters
 from lora_jax import products
 from lora_jax.config import LoRAConfig
 from lora_jax.lowrank import LowRank
+from lora_jax.methods.dora import DoRA
+from lora_jax.methods.lora_fa import FrozenA
 from tests.helpers import zoo
 from tests.helpers.comparisons import assert_close
 
@@ -79,6 +81,21 @@ def test_components_of_what_reaches_each_kernel():
     np.testing.assert_array_equal(lora.merge(PARAMS, adapter)["head"], PARAMS["head"])
 
 
+@pytest.mark.parametrize(
+    ("fields", "cls"), [({"method": "dora"}, DoRA), ({"train_a": False}, FrozenA)]
+)
+def test_other_methods_take_the_same_factors(fields, cls):
+    x, w = normal(30, 12) * 0.6 ** jnp.arange(12)[None], normal(12, 8)
+    mean = lambda params, x: jnp.mean((x @ params["w"]) ** 2)
+    run = lambda **fields: lora.init_from_activations(
+        jax.random.key(0), mean, {"w": w}, LoRAConfig(rank=2, init="eva", **fields), x
+    )["w"]
+    node = run(**fields)
+    assert type(node) is cls
+    np.testing.assert_array_equal(node.a, run().a)
+    np.testing.assert_array_equal(node.merge(w), w)
+
+
 @pytest.mark.slow
 def test_ranks_are_shared_out_by_what_components_explain():
     adapter = make(rho=2.0, rank=1)
@@ -142,8 +159,8 @@ def test_measuring_does_not_enter_the_cache_of_calls():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"init": "pissa"}, "method='lora', init='eva' .*init='pissa'"),
-        ({"method": "dora"}, "has method='dora', init='eva'"),
+        ({"init": "pissa"}, "makes the first values init='eva', .* or 'dora', .*init='pissa'"),
+        ({"init": "uniform", "method": "adalora"}, "has method='adalora', init='uniform'"),
         ({"rho": 0.5}, "rho must be at least 1, got 0.5"),
     ],
 )

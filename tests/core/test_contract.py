@@ -27,6 +27,7 @@ METHODS = {
     "vera": dict(rank=RANK, method="vera"),
     "adalora": dict(rank=RANK, alpha=3.0, method="adalora"),
     "offset": dict(rank=RANK, alpha=3.0, init="pissa"),
+    "dora_offset": dict(rank=RANK, alpha=3.0, method="dora", init="pissa"),
     "lora_head": dict(rank=RANK, alpha=3.0, train=("head",)),
     "bitfit": dict(targets=(), train=("re:.*bias",)),
     "probe": dict(targets=(), train=("head",)),
@@ -34,13 +35,23 @@ METHODS = {
     "biases": dict(rank=RANK, alpha=3.0, adapt_bias=True),
     "tokens": dict(rank=RANK, alpha=3.0, train_tokens={"embed": (9, 2, 3)}),
 }
-# What not every model of the zoo has: a table of tokens, a bias beside each kernel.
-ONLY = {"tokens": ("tied",), "biases": ("mlp", "scanned")}
+# What not every model of the zoo has: a table of tokens, a bias beside each kernel. And DoRA with an
+# offset, whose two halves are on every model: DoRA, and offsets.
+ONLY = {
+    "tokens": ("tied",), "biases": ("mlp", "scanned"),
+    "dora_offset": ("mlp", "scanned", "conv", "tied"),
+}  # fmt: skip
 
-RARE = ("lora_fa", "vera", "adalora")  # these are slow but for one model and the value of lift
+RARE = (
+    "lora_fa",
+    "vera",
+    "adalora",
+    "dora_offset",
+)  # these are slow but for one model and the value of lift
 # Numbers that are trained for a kernel of so many kernels along its batch axes, inputs and outputs.
 COUNTS = {
     "dora": lambda b, i, o: b * (RANK * (i + o) + o),
+    "dora_offset": lambda b, i, o: b * (RANK * (i + o) + o),
     "lora_fa": lambda b, i, o: b * RANK * o,
     "vera": lambda b, i, o: b * (RANK + o),
     "adalora": lambda b, i, o: b * RANK * (i + o + 1),
@@ -324,7 +335,12 @@ def test_saved_and_loaded_exactly(model, method, tmp_path):
 
 @pytest.mark.parametrize(
     ("model", "method"),
-    [grouped(m, x, slow=x != "lora") for x in ("lora", "dora", "offset", *RARE) for m in zoo.ZOO],
+    [
+        grouped(m, x, slow=x != "lora")
+        for x in ("lora", "dora", "offset", *RARE)
+        for m in zoo.ZOO
+        if m in ONLY.get(x, (m,))
+    ],
 )
 def test_every_use_is_factored(model, method):
     c = case(model, method)

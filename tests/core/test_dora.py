@@ -12,8 +12,9 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
 from lora_jax.factors import delta, factor_shapes
-from lora_jax.methods import dora
-from lora_jax.methods.dora import DoRA, compute_change, compute_gain, compute_norms
+from lora_jax.methods import output_norms
+from lora_jax.methods.dora import DoRA, DoRAOffset
+from lora_jax.methods.output_norms import compute_change, compute_gain, compute_norms
 from lora_jax.models import registry
 from tests.helpers import slow
 
@@ -33,26 +34,45 @@ def make(w, axes, *, rank=2, b_is_zero=False):
     return DoRA(jnp.asarray(draw(*a)), jnp.asarray(b), magnitude, norm, 1.5, axes=axes)
 
 
-def define(w, node):
-    """``m ⊙ V / ‖V‖`` in float64."""
-    wide = lambda x: np.asarray(x, np.float64)
-    axes = node.axes
+def make_offset(w, axes, *, rank=2):
+    """The same with a term that is taken off."""
+    node = make(w, axes, rank=rank)
+    a0, b0 = (x + 0.5 * draw(*x.shape) for x in (node.a, node.b))
+    return DoRAOffset(node.a, node.b, a0, b0, node.magnitude, node.norm, 1.5, axes=axes)
+
+
+KINDS = {"dora": make, "dora_offset": make_offset}
+
+
+def sum_up(w, node):
+    """``V``, and its norms spread over the kernel, in float64."""
+    wide, axes = lambda x: np.asarray(x, np.float64), node.axes
     letters = "cdefgh"[: len(axes)]
     of = lambda role: "".join(x for x, r in zip(letters, axes, strict=True) if r == role)
     i, o, b = of("i"), of("o"), of("b")
-    change = np.einsum(f"{b}{i}r,{b}r{o}->{letters}", wide(node.a), wide(node.b))
+    multiply = lambda x, y: np.einsum(f"{b}{i}r,{b}r{o}->{letters}", wide(x), wide(y))
+    change = multiply(node.a, node.b)
+    if isinstance(node, DoRAOffset):
+        change -= multiply(node.a0, node.b0)
     v = wide(w) + node.scale * change
-    norm = np.sqrt(np.einsum(f"{letters},{letters}->{b}{o}", v, v))
-    return np.einsum(f"{letters},{b}{o}->{letters}", v, wide(node.magnitude) / norm)
+    spread = lambda x: np.einsum(f"{b}{o},{letters}->{letters}", wide(x), np.ones_like(v))
+    return v, np.sqrt(spread(np.einsum(f"{letters},{letters}->{b}{o}", v, v))), spread
+
+
+def define(w, node):
+    """``m ⊙ V / ‖V‖`` in float64."""
+    v, norm, spread = sum_up(w, node)
+    return spread(node.magnitude) * v / norm
 
 
 # ---- Values --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("axes", slow.after(2, SHAPES))
-def test_merge_is_the_definition(axes):
+@pytest.mark.parametrize("kind", KINDS)
+def test_merge_is_the_definition(kind, axes):
     w = draw(*SHAPES[axes])
-    node = make(w, axes)
+    node = KINDS[kind](w, axes)
     merged = jax.jit(lora.merge)({"w": jnp.asarray(w)}, {"w": node})["w"]
     # Some ten float32 roundings of values of order one.
     np.testing.assert_allclose(merged, define(w, node), rtol=1e-5, atol=1e-5)
@@ -78,21 +98,21 @@ def test_what_the_sum_adds_to_the_norm(axes, dtype):
 def test_products_of_16_bits_have_the_precision_of_32(dtype):
     """As accelerators compute them: two products of 16 bits, which are summed in float32."""
     w, a = jnp.asarray(draw(12, 6), dtype), jnp.asarray(draw(12, 2))
-    found = dora.project_in_halves(w, a, "io")
+    found = output_norms.project_in_halves(w, a, "io")
     want = np.asarray(a, np.float64).T @ np.asarray(w, np.float64)
     np.testing.assert_allclose(found, want, rtol=0, atol=3e-5 * np.abs(want).max())
 
 
-def test_gradients_take_the_norm_for_a_constant():
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_take_the_norm_for_a_constant(kind):
     w, x, probe = draw(12, 6), draw(5, 12), draw(5, 6)
-    node = make(w, "io")
+    node = KINDS[kind](w, "io")
     run = lambda node: jnp.sum(probe * (x @ node.merge(jnp.asarray(w))))
     lifted = lambda node: jnp.sum(
         probe * lora.lift(lambda p: x @ p["w"], strict=True)(lora.bind({"w": jnp.asarray(w)}, {"w": node}))
     )  # fmt: skip
     wide = lambda x: np.asarray(x, np.float64)
-    v = wide(w) + 1.5 * wide(node.a) @ wide(node.b)
-    norm = np.sqrt((v**2).sum(0))
+    v, (norm, *_), _ = sum_up(w, node)
     of_kernel = wide(x).T @ probe  # the gradient of W'
     gain = wide(node.magnitude) / norm
     want = {
@@ -106,16 +126,20 @@ def test_gradients_take_the_norm_for_a_constant():
         assert not np.any(found.norm)
 
 
-@pytest.mark.parametrize("dtype", slow.after(1, [jnp.bfloat16, jnp.float32]))
-def test_starts_as_the_base_bit_for_bit(dtype):
+STARTS = [(jnp.bfloat16, "uniform"), (jnp.bfloat16, "pissa"), (jnp.float32, "uniform"), (jnp.float32, "olora"), (jnp.float32, "milora")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "init"), slow.after(2, STARTS))
+def test_starts_as_the_base_bit_for_bit(dtype, init):
     """Eager and compiled, lifted and merged, also where outputs are zero or tiny."""
     w = draw(64, 32)
     w[:, 3], w[:, 5] = 0, w[:, 5] * 1e-17
     params = {"w": jnp.asarray(w, dtype), "bias": jnp.asarray(draw(32), dtype)}
     x = jnp.asarray(draw(16, 64), dtype)
     fn = lambda p, x: jnp.tanh(x @ p["w"] + p["bias"][None])
-    config = lora.LoRAConfig(rank=4, method="dora")
+    config = lora.LoRAConfig(rank=4, method="dora", init=init)
     adapter = lora.init(jax.random.key(0), fn, params, config, x)
+    assert type(adapter["w"]) is (DoRA if init == "uniform" else DoRAOffset)
     lifted = lambda a, p, x: lora.lift(fn, strict=True)(lora.bind(p, a), x)
     np.testing.assert_array_equal(lora.merge(params, adapter)["w"], params["w"])
     np.testing.assert_array_equal(lifted(adapter, params, x), fn(params, x))
@@ -201,19 +225,21 @@ def test_adapters_are_made_under_jit():
     jax.tree.map(np.testing.assert_array_equal, got["w"].norm, want["w"].norm)
 
 
-@pytest.mark.parametrize("scheme", slow.after(1, ["nf4", "int8"]))
-def test_a_quantized_base(scheme):
+@pytest.mark.parametrize(
+    ("scheme", "init"), slow.after(1, [("nf4", "uniform"), ("int8", "uniform"), ("nf4", "pissa")])
+)
+def test_a_quantized_base(scheme, init):
     """The norms are those of the numbers that the codes stand for, layer by layer."""
     w, x = jnp.asarray(draw(3, 64, 32) / 8, jnp.bfloat16), jnp.asarray(draw(5, 64), jnp.bfloat16)
     fn = lambda p, x: jax.lax.scan(lambda x, w: (x, jnp.tanh(x @ w)), x, p["w"])[1]
     params = lora.quantize({"w": w}, scheme, like={"w": "bio"})
-    config = lora.LoRAConfig(rank=2, method="dora")
+    config = lora.LoRAConfig(rank=2, method="dora", init=init)
     adapter = lora.init(jax.random.key(0), fn, params, config, x)
     lifted = jax.jit(lambda a, p, x: lora.lift(fn, strict=True)(lora.bind(p, a), x))
     base = jax.jit(lambda p, x: lora.lift(fn)(p, x))(params, x)
     np.testing.assert_array_equal(lifted(adapter, params, x), base)
     node = adapter["w"]
-    node = dataclasses.replace(node, b=jnp.asarray(draw(*node.b.shape)) / 64, magnitude=1.3 * node.norm)  # fmt: skip
+    node = dataclasses.replace(node, b=node.b + jnp.asarray(draw(*node.b.shape)) / 64, magnitude=1.3 * node.norm)  # fmt: skip
     plain = lora.merge(params, {})
     want = lora.merge(plain, {"w": node})
     got = lora.merge(params, {"w": node})
@@ -247,13 +273,15 @@ def test_explicit_sharding(spec):
 # ---- What it costs -------------------------------------------------------------------------------
 
 
-def test_padding_of_ranks_changes_nothing():
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_of_ranks_changes_nothing(kind):
     """As in a sweep over ranks, which share a program."""
     w = jnp.asarray(draw(12, 6))
-    node = make(w, "io")
-    wide = dataclasses.replace(
-        node, a=jnp.pad(node.a, ((0, 0), (0, 3))), b=jnp.pad(node.b, ((0, 3), (0, 0)))
-    )
+    node = KINDS[kind](w, "io")
+    columns, rows = ((0, 0), (0, 3)), ((0, 3), (0, 0))
+    paddings = {"a": columns, "a0": columns, "b": rows, "b0": rows}
+    padded = {n: jnp.pad(getattr(node, n), x) for n, x in paddings.items() if n in node.table}
+    wide = dataclasses.replace(node, **padded)
     merge = jax.jit(lambda node: node.merge(w))
     np.testing.assert_allclose(merge(wide), merge(node), rtol=1e-6, atol=1e-6)
     grads = jax.jit(jax.grad(lambda n: jnp.sum(n.merge(w) ** 2)))(wide)

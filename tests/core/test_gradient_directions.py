@@ -11,6 +11,7 @@ import lora_jax as lora
 from lora_jax import adapter as adapters
 from lora_jax import paths
 from lora_jax.config import LoRAConfig
+from lora_jax.methods.dora import DoRAOffset
 from lora_jax.methods.offset import Offset
 from tests.helpers import zoo
 from tests.helpers.comparisons import assert_close
@@ -112,6 +113,19 @@ def test_starts_as_the_base_whatever_the_size_of_the_loss():
     assert_close(other.a @ other.a.T, node.a @ node.a.T, rtol=0, atol=1e-3)
 
 
+def test_with_dora_the_factors_are_the_same():
+    loss, params, batch = one_kernel()
+    make = lambda method: lora.init_from_gradients(
+        jax.random.key(3), loss, params, LoRAConfig(rank=2, init="lora_ga", method=method), batch
+    )["w"]
+    node, plain = make("dora"), make("lora")
+    assert isinstance(node, DoRAOffset)
+    for name in ("a", "b", "a0", "b0"):
+        np.testing.assert_array_equal(getattr(node, name), getattr(plain, name))
+    np.testing.assert_allclose(node.magnitude, np.linalg.norm(params["w"], axis=0), rtol=1e-6)
+    np.testing.assert_array_equal(lora.merge(params, {"w": node})["w"], params["w"])
+
+
 @pytest.mark.slow
 def test_a_quantized_base_gives_its_own_gradient():
     w, x, y = normal(64, 32), normal(30, 64), normal(30, 32)
@@ -126,8 +140,9 @@ def test_a_quantized_base_gives_its_own_gradient():
 @pytest.mark.parametrize(
     ("fields", "batches", "message"),
     [
-        ({"init": "uniform"}, 1, "method='lora', init='lora_ga' .*init='uniform'"),
-        ({"method": "dora"}, 1, "has method='dora', init='lora_ga'"),
+        ({"init": "uniform"}, 1, "makes the first values init='lora_ga', .*init='uniform'"),
+        ({"method": "vera", "init": "uniform", "alpha": 16}, 1, "has method='vera'"),
+        ({"train_a": False}, 1, "init='lora_ga' makes a node of the kind 'offset'"),
         ({}, 0, "needs a batch"),
         ({"rank": 8}, 1, r"twice as many singular vectors as the rank, and of w there are \[15\]"),
         ({"targets": ("v",)}, 1, "targets entry 'v'|'v'"),

@@ -1,6 +1,8 @@
 """Runs the cases of test_devices.py on 4 virtual devices, in a process of its own.
 
-    python tests/helpers/cases_on_4_devices.py [toy | dora | offset | vera | adalora | lora_fa]
+    python tests/helpers/cases_on_4_devices.py [toy | dora | offset | vera | adalora | lora_fa] [few]
+
+With "few" there are some cases alone, for what the other methods have in parts.
 
 prints a JSON object: for each case how far `lift` is from `merge`, in values and in gradients.
 """
@@ -293,6 +295,20 @@ def trained_tokens(kind):
     return {"value": gap(got, plain(lora.merge(base, adapter), ids)), "gradient": gap(grads, want)}
 
 
+FEW = ("columns and rows", "embedding and tied head", "scanned layers", "convolution")
+
+
+def main_few():
+    in_specs, out_specs = SPLIT["columns and rows"][1:]
+    split = jax.shard_map(
+        SPLIT["columns and rows"][0], mesh=AUTO, in_specs=in_specs, out_specs=out_specs
+    )
+    call = lambda p, x: split(p["w"], p["o"], x)
+    found = {"shard_map in lift": shard_map_inside(call, PARAMS, X)}
+    found["lift in shard_map"] = shard_map_outside(REPLICATED["remat"], True)
+    print(json.dumps(found | {f"explicit, {name}": explicit(*EXPLICIT[name]) for name in FEW}))
+
+
 def main():
     found = {"masks": masks_differ_by_device()}
     for name, fn in REPLICATED.items():
@@ -318,4 +334,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main_few() if "few" in sys.argv else main()

@@ -5,7 +5,6 @@
 prints a JSON object with what each case has shown.
 """
 
-import ast
 import json
 import os
 import re
@@ -23,18 +22,19 @@ import numpy as np
 import optax
 
 import lora_jax as lora
-from configs import common
 from lora_jax import paths, sharding
 from lora_jax.models import checkpoints, gpt2, llama, t5, token_losses
 from lora_jax.tasks import classification, language_modeling
 from lora_jax.training import metrics, partitioning
 from lora_jax.training.evaluation import evaluate, make_eval_step
+from lora_jax.training.global_batches import put_batch
 from lora_jax.training.mesh import find
 from lora_jax.training.state import initial_state, unwrap_key, wrap_key
 from lora_jax.training.step import make_train_step, step_options
 from tests.helpers import tiny_encoder
 from tests.helpers.collectives import collectives
 from tests.helpers.comparisons import perturbed
+from tests.helpers.tiny_encoder import config
 
 STEPS = 50
 MESHES = {
@@ -47,16 +47,8 @@ MESHES = {
 }
 
 
-def config(root, **changes):
-    made = common.base_config()
-    for field, value in (tiny_encoder.overrides(root) | changes).items():
-        tupled = isinstance(value, str) and value.startswith("(")
-        made.update_from_flattened_dict({field: ast.literal_eval(value) if tupled else value})
-    return made.lock()
-
-
-def train(c, *, scores=False):
-    """50 steps of the real step, with its program, and an evaluation if asked for."""
+def train(c, *, scores=False, steps=STEPS):
+    """Some steps of the real step, with its program, and an evaluation if asked for."""
     devices = find(c)
     task, settings = classification.make_task(c)
     state, tx = initial_state(task, c, settings)
@@ -67,11 +59,9 @@ def train(c, *, scores=False):
     if devices.mesh is not None and not devices.pmap:
         compiled = step.lower(state, task.base, task.train_batch(0)).compile()
         about["collectives"] = [x._asdict() for x in collectives(compiled.as_text())]
-        step = lambda state, base, batch: compiled(
-            state, base, partitioning.put_batch(devices, batch)
-        )
+        step = lambda state, base, batch: compiled(state, base, put_batch(devices, batch))
     before, losses = jax.tree.map(lambda x: x.sharding, state.opt_state), []
-    for k in range(STEPS):
+    for k in range(steps):
         state, (sums, verdict) = step(state, task.base, task.train_batch(k))
         assert not int(verdict.skips)
         losses.append(float(sums[0]) / float(sums[-1]))
@@ -109,6 +99,12 @@ def parts(root, mesh):
     changes = {"accumulate": 2, "model.remat": "full", "batch_size": 16}
     changes |= {"model.name": str(root / "still"), "lora.dropout": 0.0}
     return train(config(root, **MESHES[mesh], **changes), scores=True)
+
+
+def adalora(root, mesh):
+    """Its optimizer chooses ranks by the scores of all devices."""
+    changes = {"lora.method": "adalora", "optimizer.budget.target_rank": 1}
+    return train(config(root, **MESHES[mesh], **changes), steps=20)
 
 
 def losses(root, mesh):
@@ -199,20 +195,27 @@ MODELS = {
         t5.FAMILY.config(vocab_size=61, d_model=16, d_kv=8, d_ff=24, num_layers=2,
         num_decoder_layers=2, num_heads=2), scan_layers=True),
 }  # fmt: skip
+# Fields of the adapter and the learning rate: each method's arrays have specs of their own.
+ADAPTERS = {
+    "llama": (dict(rank=2, alpha=2.0), 0.05),
+    "gpt2": (dict(rank=2, alpha=2.0, train_a=False), 0.05),
+    "t5": (dict(rank=8, method="vera"), 1.0),
+}
 
 
 def family(root, name):
-    """A model with stacked layers, on one device and on a mixed mesh, with Adam."""
+    """A model with stacked layers, on one device and on a mixed mesh."""
     mesh, model, about = find(config(root, **MESHES["mixed"])).mesh, MODELS[name](), {}
     kind = lora_family(name)
     ids = np.random.default_rng(0).integers(0, 61, (8, 8)).astype(np.int32)
     fn = forward(model, kind)
     base = jax.jit(model.init)(jax.random.key(1), *inputs(kind, jnp.asarray(ids)))
-    adapter = lora.init(jax.random.key(0), fn, base, lora.LoRAConfig(rank=2, alpha=2.0), ids)
+    fields, rate = ADAPTERS[name]
+    adapter = lora.init(jax.random.key(0), fn, base, lora.LoRAConfig(**fields), ids)
     specs = sharding.specs(base, kind.sharding, mesh, strict=False)
     tx = optax.multi_transform(
         # No Adam: it makes steps of gradients that are nothing but rounding.
-        {"trainable": optax.sgd(0.05), "frozen": optax.set_to_zero()},
+        {"trainable": optax.sgd(rate), "frozen": optax.set_to_zero()},
         lora.labels(adapter),
     )
     state = adapter, tx.init(adapter)
@@ -337,6 +340,7 @@ CASES = dict(
     losses=losses,
     still=still,
     parts=parts,
+    adalora=adalora,
     memory=memory,
     family=family,
     stream=stream,

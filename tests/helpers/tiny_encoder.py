@@ -1,5 +1,6 @@
 """Tiny encoder checkpoints and a data set on disk, for tests of the programs."""
 
+import ast
 import json
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import safetensors.numpy
 import tokenizers
 
+from configs import common
 from lora_jax import paths
 from lora_jax.models import registry
 
@@ -97,3 +99,12 @@ def overrides(root):
         "lora.train": "('classifier','pooler','word_embeddings')",
         "optimizer.learning_rate": 0.01,
     }
+
+
+def config(root, **changes):
+    """The config of such a run."""
+    made = common.base_config()
+    for field, value in (overrides(root) | changes).items():
+        tupled = isinstance(value, str) and value.startswith("(")
+        made.update_from_flattened_dict({field: ast.literal_eval(value) if tupled else value})
+    return made.lock()

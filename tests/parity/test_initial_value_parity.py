@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import lora_jax as lora
-from lora_jax.methods.offset import Offset
+from lora_jax.methods.offset import WithOffset
 from lora_jax.peft import load_peft, save_peft
 from tests.helpers import family_parity
 from tests.helpers.comparisons import perturbed
@@ -66,7 +66,7 @@ CASES = {
         targets=("q_proj", "down_proj"), task_type="CAUSAL_LM",
     ),
 }  # fmt: skip
-is_offset = lambda x: isinstance(x, Offset)
+is_offset = lambda x: isinstance(x, WithOffset)
 
 
 def read(directory, params, table):
@@ -94,14 +94,19 @@ def original_base(case, wrapped):
 TRAINED = [("bert", "pissa", 1e-7), ("bert", "olora", 1e-7), ("gpt2", "pissa", 1e-7), ("llama", "pissa", 1e-4), ("llama", "olora", 1e-4)]  # fmt: skip
 
 
-@pytest.mark.parametrize(("family", "init", "rtol"), TRAINED)
-def test_20_steps(family, init, rtol, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "init", "rtol", "words"),
+    [*((*case, {}) for case in TRAINED), ("gpt2", "pissa", 1e-7, {"use_dora": True})],
+)
+def test_20_steps(family, init, rtol, words, tmp_path):
     """The base that PEFT has changed, and ours with a frozen offset, in float64."""
     case = CASES[family]
     torch.manual_seed(0)
     with jax.enable_x64(True):
         # PEFT starts in float32 alone: what it has made there goes on in float64.
-        wrapped = family_parity.peft_model(case, torch_model(case, 0), init_lora_weights=init)
+        wrapped = family_parity.peft_model(
+            case, torch_model(case, 0), init_lora_weights=init, **words
+        )
         wrapped = wrapped.double()
         apply, params, table = family_parity.in_jax(case, original_base(case, wrapped))
         quiet(wrapped.save_pretrained, tmp_path)
@@ -117,9 +122,11 @@ def test_20_steps(family, init, rtol, tmp_path):
     np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=0)
 
 
-@pytest.mark.parametrize("stabilized", [False, True])
+@pytest.mark.parametrize(
+    ("method", "stabilized"), [("lora", False), ("lora", True), ("dora", False)]
+)
 @pytest.mark.parametrize(("family", "init"), [t[:2] for t in TRAINED])
-def test_what_is_written_here_computes_the_same_in_peft(family, init, stabilized, tmp_path):
+def test_what_is_written_here_computes_the_same_in_peft(family, init, method, stabilized, tmp_path):
     case = CASES[family]
     model = torch_model(case, 1)
     apply, params, table = family_parity.in_jax(case, model)
@@ -128,7 +135,7 @@ def test_what_is_written_here_computes_the_same_in_peft(family, init, stabilized
     fn = lambda params, *args: apply(params, **dict(zip(given, args, strict=True)))
     config = lora.LoRAConfig(
         rank=3, alpha=4.0, targets=case.targets if family != "gpt2" else ("c_attn",), init=init,
-        rank_stabilized=stabilized, train=("classifier",) if family == "bert" else (),
+        method=method, rank_stabilized=stabilized, train=("classifier",) if family == "bert" else (),
     )  # fmt: skip
     made = lora.init(jax.random.key(0), fn, params, config, *given.values())
     adapter = perturbed(made)

@@ -16,8 +16,10 @@ import lora_jax as lora
 from lora_jax import adapter as adapters
 from lora_jax import names, paths
 from lora_jax.lowrank import LowRank
-from lora_jax.methods.offset import Offset
+from lora_jax.methods.dora import DoRAOffset
+from lora_jax.methods.offset import Offset, WithOffset
 from lora_jax.models import checkpoints
+from lora_jax.nodes import is_adapted
 from lora_jax.peft import list_trained, load_peft, save_peft
 from tests.helpers import slow
 from tests.helpers.comparisons import perturbed
@@ -28,7 +30,7 @@ FOLDER = GOLDENS / "initial_values"
 HEADS = {"bert": "classifier", "gpt2": "causal-lm", "llama": "causal-lm"}
 CASES = [
     ("gpt2", "pissa"), ("llama", "olora"), ("bert", "pissa"), ("bert", "olora"), ("llama", "pissa"),
-    ("llama", "orthogonal"),
+    ("llama", "orthogonal"), ("llama", "dora_pissa"),
 ]  # fmt: skip
 COMPUTED = [case for case in CASES if case[1] != "orthogonal"]
 CONVERTED = [("gpt2", "pissa"), ("llama", "olora"), ("llama", "pissa")]
@@ -81,13 +83,16 @@ def test_merged_weights_are_peft_s(model, init):
     got = merged_weights(model, adapter, want)
     assert set(got) == set(want)
     for name, value in want.items():
-        # PEFT's decomposition is in float32, too, with another LAPACK.
-        np.testing.assert_allclose(got[name], value, rtol=0, atol=1e-5)
-    is_computed = init != "orthogonal"
-    assert config.init == (init if is_computed else "uniform")
-    kinds = {type(x) for x in adapters.nodes(adapter).values()} & {LowRank, Offset}
-    assert kinds == {Offset if is_computed else LowRank}
-    assert [init in line and "original one" in line for line in said] == [True] * is_computed
+        # PEFT's decomposition is in float32, too, with another LAPACK on another processor: each of
+        # the two is off by up to 1e-5 in a weight.
+        np.testing.assert_allclose(got[name], value, rtol=0, atol=2e-5)
+    is_computed, word = init != "orthogonal", init.removeprefix("dora_")
+    assert config.init == (word if is_computed else "uniform")
+    assert config.method == ("lora" if word == init else "dora")
+    kinds = {type(x) for x in adapters.nodes(adapter).values() if is_adapted(x)}
+    offset = Offset if word == init else DoRAOffset
+    assert kinds == {offset if is_computed else LowRank}
+    assert [word in line and "original one" in line for line in said] == [True] * is_computed
 
 
 @pytest.mark.parametrize(("model", "init"), slow.after(1, CASES))
@@ -105,20 +110,28 @@ def test_logits_and_gradients_are_peft_s(model, init, tmp_path):
 
     grad = jax.grad(run, has_aux=True)
     grads, logits = grad(adapter, loaded.params, golden["input_ids"], golden["probe"])
-    # PEFT's decomposition in float32 is off by up to 5e-6 in a weight, of which logits see more.
-    atol = 1e-5 * np.abs(golden["logits"]).max()
+    # A decomposition in float32 is off by up to 1e-5 in a weight, of which logits see more.
+    atol = 2e-5 * np.abs(golden["logits"]).max()
     np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=atol)
     # A gradient has the layout of its factor: it is read by writing it as if it were one.
-    leaf = lambda x: LowRank(x.a, x.b, 1.0, axes=x.axes) if isinstance(x, Offset | LowRank) else x
-    is_node = lambda x: isinstance(x, Offset | LowRank)
-    plain = jax.tree.map(leaf, grads, is_leaf=is_node)
-    assert all(not np.any(x.a0) and not np.any(x.b0) for x in adapters.nodes(grads).values() if isinstance(x, Offset))  # fmt: skip
+    plain = jax.tree.map(without_offset, grads, is_leaf=is_adapted)
+    assert all(not np.any(x.a0) and not np.any(x.b0) for x in adapters.nodes(grads).values() if isinstance(x, WithOffset))  # fmt: skip
     want = {n.removeprefix("grad/"): golden[n] for n in golden if n.startswith("grad/")}
     got = written_tensors(tmp_path, model, plain, config)
     assert set(want) == set(got)
     largest = max(np.abs(x).max() for x in want.values())
     for name, value in want.items():
-        np.testing.assert_allclose(got[name], value, rtol=0, atol=1e-5 * largest)
+        np.testing.assert_allclose(got[name], value, rtol=0, atol=3e-5 * largest)
+
+
+def without_offset(node):
+    """The node with its trained arrays alone, and ones where PEFT's DoRA wants no zeros."""
+    if not is_adapted(node):
+        return node
+    cls = getattr(node, "plain", type(node))
+    fields = {n: getattr(node, n) for n in cls.table} | {"scale": 1.0}
+    fields |= {"norm": jnp.ones_like(node.norm)} if "norm" in fields else {}
+    return cls(**fields, axes=node.axes)
 
 
 def written_tensors(directory, model, adapter, config):
@@ -134,7 +147,7 @@ def written_tensors(directory, model, adapter, config):
 def test_written_under_their_word_byte_for_byte(model, init, tmp_path):
     source = FOLDER / model / init
     (adapter, config), _ = read(source, model)
-    write(tmp_path, model, adapter, config, init=init)
+    write(tmp_path, model, adapter, config, init=config.init)
     for file in (WEIGHTS, CONFIG):
         assert (tmp_path / file).read_bytes() == (source / file).read_bytes()
 
@@ -163,6 +176,35 @@ def test_written_as_plain_lora_of_twice_the_rank_as_peft_converts(model, init, t
     )
     for name, value in before.items():
         np.testing.assert_allclose(after[name], value, rtol=0, atol=2e-6)
+
+
+def test_dora_is_written_as_dora_of_twice_the_rank(tmp_path):
+    """PEFT's conversion to plain LoRA leaves the magnitudes out."""
+    (adapter, config), _ = read(FOLDER / "llama" / "dora_pissa", "llama")
+    write(tmp_path, "llama", adapter, config)
+    words = json.loads((tmp_path / CONFIG).read_text())
+    assert words["use_dora"] is True and words["init_lora_weights"] is True and words["r"] == 8
+    (again, config_again), said = read(tmp_path, "llama")
+    assert not said and (config_again.method, config_again.init) == ("dora", "uniform")
+    before, after = (
+        paths.named_leaves(lora.merge(base("llama").params, a)) for a in (adapter, again)
+    )
+    for name, value in before.items():
+        np.testing.assert_allclose(after[name], value, rtol=0, atol=2e-6)
+
+
+def test_outputs_that_would_be_nan_in_peft_are_not_written(tmp_path):
+    """Their factors are not zero, but cancel, until such an output is learned."""
+    loaded, name = base("llama"), "params/model/layers_0/self_attn/q_proj/kernel"
+    table, ids = checkpoints.names(loaded), jnp.zeros((1, 3), int)
+    leaves = paths.named_leaves(loaded.params)
+    params = paths.nest(leaves | {name: leaves[name].at[:, 3].set(0)})
+    config = lora.LoRAConfig(rank=2, targets=(name,), method="dora", init="pissa")
+    adapter = lora.init(jax.random.key(0), loaded.model.apply, params, config, ids)
+    for init in ("", "pissa"):
+        with pytest.raises(ValueError, match="q_proj/kernel has 1 outputs that are zero"):
+            save_peft(tmp_path, params, adapter, config, names=table, init=init)
+    save_peft(tmp_path, params, perturbed(adapter), config, names=table)
 
 
 @pytest.mark.parametrize("stabilized", [False, True])

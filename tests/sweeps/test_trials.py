@@ -186,5 +186,8 @@ def test_rungs(halving, runs):
 def test_initial_values_of_one_class_of_nodes_share_a_program():
     """Offsets have two arrays more than plain LoRA, and so another program."""
     runs = made(*({"lora.init": x} for x in ("uniform", "pissa", "gaussian", "olora", "lora_ga")))
+    runs += made(*({"lora.init": x, "lora.method": "dora"} for x in ("pissa", "eva", "milora")))
     found = [[trial.config.lora.init for trial in group] for group in trials.group(runs)]
-    assert found == [["uniform", "gaussian"], ["pissa", "olora", "lora_ga"]]
+    assert found == [
+        ["uniform", "gaussian"], ["pissa", "olora", "lora_ga"], ["pissa", "milora"], ["eva"],
+    ]  # fmt: skip

@@ -55,16 +55,18 @@ def test_a_run_among_others_is_the_run_alone(root, count):
 
 
 @pytest.mark.slow
-def test_offsets_of_several_kinds_and_ranks_share_a_program(root):
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_offsets_of_several_kinds_and_ranks_share_a_program(root, method):
     points = (
         {"lora.init": "pissa", "lora.rank": 2, "lora.dropout": 0.0},
         {"lora.init": "olora", "lora.rank": 3, "lora.dropout": 0.0},
         {"lora.init": "lora_ga", "lora.rank": 1, "lora.dropout": 0.0, "init_batches": 2},
     )
-    found = runs_together.add_points(root, points)
+    points = points if method == "dora" else points[:2]  # the last takes the longest
+    found = runs_together.add_points(root, points, lora__method=method)
     task, _ = classification.make_task(found[0].config)
     configs = [p.config for p in found]
-    losses, states, members, program = runs_together.together(task, configs, 10, 3)
+    losses, states, members, program = runs_together.together(task, configs, 10, len(points))
     assert len(program.compiled) == 1
     for point, loss, state, member in zip(found, losses, states, members, strict=True):
         want, end = runs_together.alone(task, point.config, 10)

@@ -68,6 +68,14 @@ def test_losses_are_those_of_one_device(trained, mesh):
 
 
 @pytest.mark.slow
+def test_adalora_chooses_the_ranks_of_one_device(root):
+    found = run(root, "adalora:one", "adalora:mixed")
+    one, mixed = found["adalora:one"], found["adalora:mixed"]
+    close(one["losses"], mixed["losses"])
+    assert mixed["stays"]
+
+
+@pytest.mark.slow
 def test_evaluation_is_that_of_one_device(trained):
     one, mixed = (trained[f"losses:{mesh}"]["scores"] for mesh in ("one", "mixed"))
     assert one.keys() == mixed.keys()
@@ -168,6 +176,7 @@ def test_the_base_is_never_whole_on_a_device(root):
 
 @pytest.mark.slow
 def test_other_families_with_stacked_layers(root):
+    """With plain LoRA, LoRA-FA and VeRA."""
     found = run(root, "family:llama", "family:gpt2", "family:t5")
     for name, about in found.items():
         assert about["one"][-1] < 0.997 * about["one"][0], name  # far more than what is tolerated
