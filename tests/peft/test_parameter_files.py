@@ -15,7 +15,7 @@ from lora_jax import paths
 from lora_jax.lowrank import LowRank
 from lora_jax.names import Name
 from lora_jax.peft import load_peft, save_peft
-from tests.helpers import method_goldens
+from tests.helpers import method_goldens, slow
 from tests.helpers.comparisons import perturbed
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -206,19 +206,33 @@ def test_dropout_is_written_as_zero_and_told(tmp_path):
 
 
 def test_matrices_are_read_and_written_as_peft_does(tmp_path):
-    """A projection and an embedding by their parameters: scripts/make_method_goldens.py."""
-    arrays, base = method_goldens.golden("parameters_llama")
-    fn, params, table = method_goldens.base(base)
-    folder = method_goldens.METHODS / "parameters_llama"
-    adapter, config = load_peft(folder, params, names=table)
-    method_goldens.check_outputs(fn, params, adapter, arrays)
-    method_goldens.check_gradients(fn, params, adapter, config, arrays, table, tmp_path / "grads")
-    save_peft(tmp_path, params, adapter, config, names=table)
-    for name in (CONFIG, WEIGHTS):
-        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+    """A projection and an embedding by their parameters."""
+    params, table, adapter, config = check_golden("parameters_llama", tmp_path)
     # Without PEFT's words they are adapted as modules, which computes the same.
     new = lora.LoRAConfig.from_dict(config.to_dict() | {"origin": {}})
     save_peft(tmp_path / "new", params, adapter, new, names=table)
     assert words_of(tmp_path / "new")["target_parameters"] is None
     again, _ = load_peft(tmp_path / "new", params, names=table)
     jax.tree.map(np.testing.assert_array_equal, again, adapter)
+
+
+@pytest.mark.parametrize(
+    ("case", "scan"),
+    slow.after(1, [(x, s) for s in (False, True) for x in ("experts_mixtral", "router_mixtral")]),
+)
+def test_experts_are_read_and_written_as_peft_does(case, scan, tmp_path):
+    check_golden(case, tmp_path, scan_layers=scan)
+
+
+def check_golden(case, tmp_path, **options):
+    """Logits, gradients and bytes of a directory by scripts/make_method_goldens.py."""
+    arrays, base = method_goldens.golden(case)
+    fn, params, table = method_goldens.base(base, **options)
+    folder = method_goldens.METHODS / case
+    adapter, config = load_peft(folder, params, names=table)
+    method_goldens.check_outputs(fn, params, adapter, arrays)
+    method_goldens.check_gradients(fn, params, adapter, config, arrays, table, tmp_path / "grads")
+    save_peft(tmp_path, params, adapter, config, names=table)
+    for name in (CONFIG, WEIGHTS):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+    return params, table, adapter, config
