@@ -134,7 +134,7 @@ def is_bare(weight: Weight) -> bool:
     row = weight.row
     older = row.older.replace(STACK, str(weight.layer))
     return bool(kind(weight)) and (
-        weight.hf.rpartition(".")[2] != "weight" or (row.is_bare and weight.hf != older)
+        not weight.hf.endswith(".weight") or (row.is_bare and weight.hf != older)
     )
 
 

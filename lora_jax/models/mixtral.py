@@ -29,6 +29,7 @@ from lora_jax.models.llama import (
 )
 from lora_jax.models.llama_config import LlamaConfig, Variant
 from lora_jax.names import Name
+from lora_jax.sharding import split_rows
 
 Array = jax.Array
 _BLOCKS = 8, 512  # smallest and largest number of rows that are multiplied by one expert at a time
@@ -179,11 +180,12 @@ class MixtralExperts(LlamaPart):
         )
         routes = make_routes(chosen, c.num_local_experts)
         blocks = x.at[routes.sources].get(mode="fill", fill_value=0)
-        run = lambda block: self._run(block[0], experts.pick(block[1]))
+        # On a mesh each device has its part of the rows of every block.
+        run = lambda block: self._run(split_rows(block[0]), experts.pick(block[1]))
         # The backward pass picks each kernel anew: kept, they would be one for every block.
         run = jax.checkpoint(run, prevent_cse=False, policy=jax.checkpoint_policies.checkpoint_dots)
         y = lax.map(run, (blocks, routes.experts))
-        parts = y.reshape(-1, c.hidden_size)[routes.places]
+        parts = split_rows(y.reshape(-1, c.hidden_size)[routes.places])
         return jnp.sum(parts * weights[..., None], axis=1).astype(self.dtype)
 
     def _run(self, x: Array, expert: Expert) -> Array:

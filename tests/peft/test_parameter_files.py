@@ -1,6 +1,7 @@
 """Bare parameters in PEFT's files (target_parameters): experts, and matrices that are no layer's."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -222,6 +223,38 @@ def test_matrices_are_read_and_written_as_peft_does(tmp_path):
 )
 def test_experts_are_read_and_written_as_peft_does(case, scan, tmp_path):
     check_golden(case, tmp_path, scan_layers=scan)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"target_modules": ["q_proj", "w1", "w2"]}, r"entry 'w1' .*\(it is of single experts, as"),
+        ({}, r"0.w1.lora_A.weight is unexpected \(of single experts, as PEFT had them before"),
+    ],
+)
+def test_factors_of_single_experts_are_refused_by_name(words, message, tmp_path):
+    _, params, table = method_goldens.base("mixtral")
+    shutil.copytree(method_goldens.METHODS / "experts_mixtral", tmp_path, dirs_exist_ok=True)
+    single = f"{PREFIX}model.layers.0.block_sparse_moe.experts.0.w1.lora_A.weight"
+    change(tmp_path, words, **{single: np.ones((4, 32), np.float32)})
+    with pytest.raises(ValueError, match=message):
+        load_peft(tmp_path, params, names=table)
+
+
+def test_a_router_was_a_layer_before_transformers_5(tmp_path):
+    """Its factors then have the names of a module, with the words for one."""
+    _, params, table = method_goldens.base("mixtral")
+    config = lora.LoRAConfig(rank=2, alpha=4.0, origin={"older": True})
+    node = LowRank(jnp.ones((32, 2)), jnp.ones((2, 3)), 2.0)
+    layers = {f"layers_{k}": {"mlp": {"gate": {"kernel": node}}} for k in range(2)}
+    adapter = {"params": {"model": layers}}
+    save_peft(tmp_path, params, adapter, config, names=table)
+    assert words_of(tmp_path)["target_modules"] == ["gate"]
+    name = f"{PREFIX}model.layers.1.block_sparse_moe.gate.lora_A.weight"
+    assert tensors_of(tmp_path)[name].shape == (2, 32)
+    again, read = load_peft(tmp_path, params, names=table)
+    assert read.origin["older"]
+    jax.tree.map(np.testing.assert_array_equal, again, adapter)
 
 
 def check_golden(case, tmp_path, **options):
