@@ -120,7 +120,7 @@ def _find_unused(words: Mapping[str, Any], model: Model, chosen: list[str]) -> l
     if not chosen and not problems:
         problems.append("target_modules selects no module of the model")
     elif isinstance(words["target_modules"], list):
-        problems += _find_no_hits("target_modules", words["target_modules"], model)
+        problems += _find_no_hits("target_modules", words["target_modules"], model.modules)
     heads = HEADS.get(words["task_type"], ())
     for entry in dict.fromkeys(words["modules_to_save"] or []):
         if entry not in heads and not target_modules.select_saved([entry], model):
@@ -134,15 +134,11 @@ def _find_unused(words: Mapping[str, Any], model: Model, chosen: list[str]) -> l
     return problems
 
 
-def _find_no_hits(what: str, entries: list[str], model: Model) -> list[str]:
+def _find_no_hits(what: str, entries: list[str], modules: list[str]) -> list[str]:
     """Finds entries that fit no module, not even one that other words exclude."""
-    endings = {s for m in model.modules for s in target_modules.suffixes(m)}
+    endings = {s for m in modules for s in target_modules.suffixes(m)}
     missing = [entry for entry in dict.fromkeys(entries) if entry not in endings]
-    single = parameters.name_single_experts(model)
-    about = lambda entry: (
-        f" (it is {parameters.SINGLE})" if entry.rpartition(".")[2] in single else ""
-    )
-    return [f"{what} entry {entry!r} selects no module{about(entry)}" for entry in missing[:20]]
+    return [f"{what} entry {entry!r} selects no module" for entry in missing[:20]]
 
 
 def _find_unfit(

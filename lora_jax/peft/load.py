@@ -22,6 +22,7 @@ from lora_jax.peft import (
     biases,
     directory_files,
     layouts,
+    single_experts,
     target_modules,
     tokens,
     weights_file,
@@ -131,6 +132,8 @@ def _read_plan(
     words = complete(words_of_file)
     tensors = weights_file.read(Path(directory), _max_bytes(leaves))
     try:
+        model = target_modules.make_model(names.weights(table, leaves))
+        words, tensors = single_experts.join(words, tensors, model)
         older, plan = _best_plan(words, table, leaves, tensors)
     except ValueError as error:
         raise ValueError(f"{Path(directory) / CONFIG} can't be used: {error}.") from error

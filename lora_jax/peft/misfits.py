@@ -1,6 +1,5 @@
 """Says where the tensors of an adapter file are not those that its words ask for."""
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import names
-from lora_jax.peft import adapter_tensors, parameters
+from lora_jax.peft import adapter_tensors
 from lora_jax.peft.adapter_tensors import BASE, PREFIX, TRAINED, Part
 from lora_jax.peft.producers import describe_tensors
 
@@ -64,8 +63,6 @@ def _hint(name: str) -> str:
     for word, what in (("lora_diag", "KaSA"),):
         if word in name:
             return f" (of {what}, which is not supported)"
-    if re.search(r"\.experts\.\d+\.\w+\.lora_", name):
-        return f" ({parameters.SINGLE})"
     if ".base_layer.lora_" in name:
         return (
             " (of a bare parameter in a module with several, which target_parameters does not name)"

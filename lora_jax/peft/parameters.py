@@ -16,10 +16,6 @@ from lora_jax.peft.initial_values import COMPUTED
 from lora_jax.peft.target_modules import Model
 
 WORD = "target_parameters"
-SINGLE = (
-    "of single experts, as PEFT had them before transformers 5, which is not read: open it with "
-    "PEFT on transformers 5, and save it again"
-)
 _KINDS = (names.LINEAR, names.EMBEDDING)
 _OF_SIDES = {IN: "a", OUT: "b"}  # the factor that has the axes of a side
 
@@ -75,12 +71,6 @@ def find_unused(words: Mapping[str, Any], model: Model) -> list[str]:
     endings = {s for name in model.weights for s in target_modules.suffixes(name)}
     missing = [entry for entry in dict.fromkeys(words[WORD] or ()) if entry not in endings]
     return [f"{WORD} entry {entry!r} selects no parameter" for entry in missing[:20]]
-
-
-def name_single_experts(model: Model) -> set[str]:
-    """Returns what the modules of single experts were called that are one parameter now."""
-    stored = [name for w in model.weights.values() for name in w.row.stored]
-    return {names.module(n).rpartition(".")[2] for n in stored if names.EXPERT in n}
 
 
 def find_unfit(chosen: Iterable[str], model: Model, taken: Mapping[str, str]) -> list[str]:

@@ -1,8 +1,13 @@
 """The Llama family against transformers and PEFT, live."""
 
+import json
+
 import numpy as np
 import pytest
+import safetensors.numpy
 
+import lora_jax as lora
+from lora_jax.peft import load_peft
 from tests.helpers import family_parity
 
 transformers = family_parity.transformers
@@ -191,3 +196,40 @@ def test_greedy_text(row, seed, tmp_path):
     left = lambda config, seed: family_parity.padded_ids(config.vocab_size, seed, left=True)
     tiny = ROWS[row]._replace(inputs=left)
     family_parity.check_generation(tiny, seed, tmp_path, family_parity.causal_text)
+
+
+def test_factors_of_single_experts_are_peft_s(tmp_path):
+    """A file of PEFT on transformers 4, which PEFT converts on 5 as it is read here."""
+    row = ROWS["Mixtral"]
+    model = family_parity.torch_model(row, 0)
+    settings = {"target_modules": ["q_proj", "w1", "w2", "w3"]}
+    wrapped = family_parity.peft_model(row, model, **settings)
+    trained = [(n, p) for n, p in wrapped.named_parameters() if p.requires_grad]
+    family_parity.draw(trained, 1)
+    family_parity.quiet(wrapped.save_pretrained, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_parameters"]  # converted, and so saved otherwise than transformers 4 did
+    config |= settings | {"target_parameters": None, "rank_pattern": {}, "alpha_pattern": {}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    old = {n: x for n, x in tensors.items() if "experts" not in n}
+    rng = np.random.default_rng(0)
+    hidden, width = model.config.hidden_size, model.config.intermediate_size
+    for k in range(model.config.num_hidden_layers):
+        for e in range(model.config.num_local_experts):
+            expert = f"base_model.model.model.layers.{k}.block_sparse_moe.experts.{e}"
+            for name in ("w1", "w2", "w3"):
+                n_in, n_out = (width, hidden) if name == "w2" else (hidden, width)
+                a, b = 0.1 * rng.normal(size=(4, n_in)), 0.1 * rng.normal(size=(n_out, 4))
+                for side, x in (("A", a), ("B", b)):
+                    old[f"{expert}.{name}.lora_{side}.weight"] = x.astype(np.float32)
+    safetensors.numpy.save_file(old, file, metadata={"format": "pt"})
+    opened = family_parity.opened_by_peft(family_parity.torch_model(row, 0), tmp_path)
+    inputs = row.inputs(model.config, 0)
+    apply, params, table = family_parity.in_jax(row, family_parity.torch_model(row, 0))
+    adapter, _ = load_peft(tmp_path, params, names=table)
+    ours = family_parity.our_logits(lora.lift(apply), lora.bind(params, adapter), inputs)
+    family_parity.assert_same_logits(ours, family_parity.torch_logits(opened, inputs), inputs)
+    base = family_parity.our_logits(apply, params, inputs)
+    assert np.abs(ours - base).max() > 0.01

@@ -225,20 +225,71 @@ def test_experts_are_read_and_written_as_peft_does(case, scan, tmp_path):
     check_golden(case, tmp_path, scan_layers=scan)
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ({"target_modules": ["q_proj", "w1", "w2"]}, r"entry 'w1' .*\(it is of single experts, as"),
-        ({}, r"0.w1.lora_A.weight is unexpected \(of single experts, as PEFT had them before"),
-    ],
-)
-def test_factors_of_single_experts_are_refused_by_name(words, message, tmp_path):
+SINGLE = f"{PREFIX}model.layers.{{}}.block_sparse_moe.experts.{{}}.{{}}.lora_{{}}.weight"
+
+
+def single_experts(folder, words=None, layers=(0, 1)):
+    """The golden adapter with factors of single experts of rank 2, as PEFT wrote them on v4."""
+    shutil.copytree(method_goldens.METHODS / "experts_mixtral", folder, dirs_exist_ok=True)
+    rng = np.random.default_rng(0)
+    sizes = {"w1": (40, 32), "w2": (32, 40), "w3": (40, 32)}
+    held = {n: None for n in tensors_of(folder) if "experts" in n}
+    for k in layers:
+        for e in range(3):
+            for name, (n_out, n_in) in sizes.items():
+                for side, shape in (("A", (2, n_in)), ("B", (n_out, 2))):
+                    x = 0.2 * rng.normal(size=shape)
+                    held[SINGLE.format(k, e, name, side)] = x.astype(np.float32)
+    about = {"target_modules": ["q_proj", "w1", "w2", "w3"], "target_parameters": None}
+    about |= {"lora_dropout": 0.1, "r": 4, "rank_pattern": {"w[123]": 2}}
+    change(folder, about | (words or {}), **held)
+    return folder
+
+
+@pytest.mark.parametrize("root", [False, True])
+def test_factors_of_single_experts_become_those_of_a_parameter(root, tmp_path):
     _, params, table = method_goldens.base("mixtral")
-    shutil.copytree(method_goldens.METHODS / "experts_mixtral", tmp_path, dirs_exist_ok=True)
-    single = f"{PREFIX}model.layers.0.block_sparse_moe.experts.0.w1.lora_A.weight"
-    change(tmp_path, words, **{single: np.ones((4, 32), np.float32)})
+    folder = single_experts(tmp_path, {"use_rslora": root})
+    adapter, config = load_peft(folder, params, names=table)
+    assert (config.rank, config.dropout) == (4, 0.1)
+    merged = lora.merge(params, adapter)["params"]["model"]
+    held, scale = tensors_of(folder), 8 / (np.sqrt(2) if root else 2)
+    for k in range(2):
+        moe = lambda tree, k=k: tree[f"layers_{k}"]["mlp"]["experts"]
+        for name, parts in (("gate_up_proj", ("w1", "w3")), ("down_proj", ("w2",))):
+            change_of = lambda e, x, k=k: (
+                held[SINGLE.format(k, e, x, "B")] @ held[SINGLE.format(k, e, x, "A")]
+            )
+            products = [np.concatenate([change_of(e, x) for x in parts]).T for e in range(3)]
+            want = moe(params["params"]["model"])[name]["kernel"] + scale * np.stack(products)
+            np.testing.assert_allclose(moe(merged)[name]["kernel"], want, rtol=0, atol=1e-5)
+    with pytest.warns(UserWarning, match="lora_dropout is written as 0"):
+        save_peft(tmp_path / "new", params, adapter, config, names=table)
+    words = words_of(tmp_path / "new")
+    assert words["target_parameters"] == ["down_proj", "gate_up_proj"]
+    again, _ = load_peft(tmp_path / "new", params, names=table)
+    jax.tree.map(np.testing.assert_array_equal, again, adapter)
+
+
+@pytest.mark.parametrize(
+    ("words", "change_of", "message"),
+    [
+        ({}, {SINGLE.format(0, 1, "w3", "A"): None}, "0.block_sparse_moe.experts.1.w3.lora_A.weight"
+         " is missing: there must be factors of all experts of model.layers.0.mlp.experts.gate_up"),
+        ({}, {SINGLE.format(1, 2, "w2", "B"): np.ones((32, 3), np.float32)},
+         "tensors of the experts of model.layers.1.mlp.experts.down_proj have shapes"),
+        ({"rank_pattern": {"w[123]": 2, "1.w2": 3}, "alpha_pattern": {"experts.1.w2": 3}}, {},
+         "alpha_pattern has several values for the experts of"),
+        ({"rank_pattern": {}}, {}, r"lora_A.weight has shape \(12, 32\) instead of \(24, 32\)"),
+        ({"use_dora": True}, {}, "target_parameters can't be used with use_dora True"),
+    ],
+)  # fmt: skip
+def test_single_experts_that_do_not_belong_together(words, change_of, message, tmp_path):
+    _, params, table = method_goldens.base("mixtral")
+    folder = single_experts(tmp_path, words)
+    change(folder, **change_of)
     with pytest.raises(ValueError, match=message):
-        load_peft(tmp_path, params, names=table)
+        load_peft(folder, params, names=table)
 
 
 def test_a_router_was_a_layer_before_transformers_5(tmp_path):
