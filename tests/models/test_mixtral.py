@@ -161,15 +161,20 @@ def test_quantized_experts_give_the_same_as_their_numbers(scheme):
 
 
 @pytest.mark.slow
-def test_no_pass_keeps_a_kernel_for_each_block():
-    wide = MixtralConfig(**SIZES | {"hidden_size": 256, "intermediate_size": 1024})
-    adapter, params, lifted, _ = adapted({}, config=wide, rows=64)
-    kernel = 4 * 256 * 3 * 1024  # bytes of the kernels of one expert
-    blocks = len(mixtral.make_routes(jnp.zeros((64, 2), jnp.int32), 4).experts)
+@pytest.mark.parametrize("scheme", ["", "nf4"])
+def test_no_pass_keeps_the_kernels_of_more_than_one_block(scheme):
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_local_experts": 16}
+    wide = MixtralConfig(**SIZES | sizes)
+    apply, params, x = moe(wide, rows=64)
+    if scheme:
+        table = lora.tabulate(apply, params, lora.LoRAConfig(targets=("experts",)), x)
+        params = lora.quantize(params, scheme, like=table, targets=("experts",))
+    adapter, params, lifted, _ = adapted({}, params=params, config=wide, rows=64)
     step = jax.jit(jax.grad(lifted)).lower(adapter, params).compile()
-    memory = step.memory_analysis().temp_size_in_bytes
-    # Activations have about one kernel's size here; kept, the kernels of the blocks would have 11.
-    assert blocks == 11 and memory < 3.5 * kernel
+    kernel = 4 * 256 * 3 * 1024  # bytes of the kernels of one expert
+    blocks = len(mixtral.make_routes(jnp.zeros((64, 2), jnp.int32), 16).experts)
+    # Activations have about one kernel's size here.
+    assert blocks == 30 and step.memory_analysis().temp_size_in_bytes < 3.5 * kernel
 
 
 # The config.
