@@ -116,20 +116,20 @@ def _merge_leaf(leaf: Any, node: Node) -> jax.Array:
     return node.merge(numbers(leaf)).astype(leaf.dtype)  # which alone rounds
 
 
-def merge_leaf(leaf: Any, entry: Any = None, *, layer: int | None = None) -> jax.Array:
+def merge_leaf(leaf: Any, entry: Any = None, *, index: Sequence[int] = ()) -> jax.Array:
     """Computes what :func:`merge` makes of one leaf, before it is rounded to the leaf's dtype.
 
     Args:
       leaf: array, or quantized leaf.
       entry: entry of the adapter; None if it has none for the leaf.
-      layer: place along the first axis of the leaf, a batch axis; None for the whole leaf.
+      index: places along the first axes of the leaf, batch axes; none for the whole leaf.
 
     Returns:
       An array in float32, or in the leaf's dtype if that is wider.
     """
-    if layer is not None:
-        leaf = jax.tree.map(lambda x: x[layer], leaf)
-        entry = None if entry is None else _take_layer(entry, layer)
+    for k in index:
+        leaf = jax.tree.map(lambda x, k=k: x[k], leaf)
+        entry = None if entry is None else _take_layer(entry, k)
     whole = numbers(leaf) if is_quantized(leaf) else jnp.asarray(leaf)
     whole = whole.astype(jnp.promote_types(whole.dtype, jnp.float32))
     return whole if entry is None else as_node(entry).merge(whole)

@@ -10,8 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lora_jax.factors import BATCH
+
 LINEAR, EMBEDDING, CONV = "linear", "embedding", "conv"
 STACK = "{}"  # placeholder in a tensor's name for the number of the layer
+EXPERT = "{e}"  # the same for that of the expert
 
 
 class Name(NamedTuple):
@@ -24,13 +27,22 @@ class Name(NamedTuple):
       transpose: whether the tensor is the leaf transposed (a torch Linear is ``(d_out, d_in)``).
         GPT-2's Conv1D is stored ``(d_in, d_out)`` on both sides.
       axes: role of each axis of a kernel after the axis of layers, "i" for input and "o" for
-        output, if it is not "io": "ioo" for ``(d, heads, head_dim)``. The tensor is a matrix.
+        output, if it is not "io": "ioo" for ``(d, heads, head_dim)``. The tensor is a matrix; with
+        a "b" before them, for experts, one for each: ``(experts, out, in)`` with ``transpose``, and
+        otherwise ``(experts, in, out)``, as of a torch module that says ``is_transposed``.
       kind: "linear", "embedding" or "conv" (the tensor is ``(out, in, *window)``, the leaf
         ``(*window, in, out)``); by default a leaf called "embedding" is one, and others are linear.
       older: name of the tensor in transformers 4, if it has changed since.
       tied: names of further tensors that are the same weight (an output head tied to the embedding)
         and so have no leaf of their own.
       otherwise: name of the tensor to read if a checkpoint lacks this one, to which it is equal.
+      is_bare: whether the torch module computes with the tensor by itself, as a router does with
+        its ``weight``, so that PEFT adapts it as a parameter and not as the weight of a layer.
+        Tensors of other names than "weight" are so anyway. The rows of a module's parameters stand
+        in the order in which the module has them.
+      stored: names of the tensors that checkpoints hold in place of this one, which is what a model
+        has in memory: ``{e}`` stands for the number of an expert, and of several names each has the
+        next of the rows.
     """
 
     flax: str
@@ -41,6 +53,8 @@ class Name(NamedTuple):
     older: str = ""
     tied: tuple[str, ...] = ()
     otherwise: str = ""
+    is_bare: bool = False
+    stored: tuple[str, ...] = ()
 
 
 class Weight(NamedTuple):
@@ -115,6 +129,21 @@ def is_conv1d(weight: Weight) -> bool:
     return kind(weight) == LINEAR and axes(weight).startswith("i") and not weight.row.transpose
 
 
+def is_bare(weight: Weight) -> bool:
+    """Tells whether a kernel is a parameter that is no layer's weight; see :class:`Name`."""
+    row = weight.row
+    older = row.older.replace(STACK, str(weight.layer))
+    return bool(kind(weight)) and (
+        not weight.hf.endswith(".weight") or (row.is_bare and weight.hf != older)
+    )
+
+
+def batch_shape(weight: Weight) -> tuple[int, ...]:
+    """Returns the sizes of a kernel's leading batch axes (experts), without that of layers."""
+    roles = axes(weight)
+    return weight.shape[: len(roles) - len(roles.lstrip(BATCH))]
+
+
 def tensor_shape(weight: Weight) -> tuple[int, ...]:
     """Returns the shape of the tensor in a checkpoint."""
     return to_tensor(weight, np.broadcast_to(np.int8(0), weight.shape)).shape
@@ -128,23 +157,28 @@ def to_tensor(weight: Weight, value: np.ndarray) -> np.ndarray:
     if weight.hf.rpartition(".")[2] == "bias":
         return value.reshape(-1)
     matrix = value.reshape(_matrix(weight)) if value.ndim > 2 and axes(weight) else value
-    return matrix.T if weight.row.transpose else matrix
+    return _transpose(matrix) if weight.row.transpose else matrix
 
 
 def from_tensor(weight: Weight, value: np.ndarray) -> np.ndarray:
     """Inverts :func:`to_tensor`."""
     if kind(weight) == CONV:
         return value.transpose(*range(2, value.ndim), 1, 0)
-    return (value.T if weight.row.transpose else value).reshape(weight.shape)
+    return (_transpose(value) if weight.row.transpose else value).reshape(weight.shape)
 
 
-def _matrix(weight: Weight) -> tuple[int, int]:
+def _transpose(x: np.ndarray) -> np.ndarray:
+    return np.swapaxes(x, -1, -2) if x.ndim > 1 else x
+
+
+def _matrix(weight: Weight) -> tuple[int, ...]:
     """Returns the leaf's shape with the axes of each side joined; the sides must not be mixed."""
-    roles = axes(weight)
-    first = len(roles) - len(roles.lstrip(roles[0]))
-    if len(roles) != len(weight.shape) or len(set(roles[first:])) != 1:
+    batch = batch_shape(weight)
+    roles, shape = axes(weight)[len(batch) :], weight.shape[len(batch) :]
+    first = len(roles) - len(roles.lstrip(roles[:1]))
+    if len(roles) != len(shape) or len(set(roles[first:])) != 1 or BATCH in roles:
         raise ValueError(
             f"{weight.leaf} has shape {weight.shape}, and axes {roles!r} in the table of names do "
             "not say which of them are inputs and which outputs, one side after the other."
         )
-    return math.prod(weight.shape[:first]), math.prod(weight.shape[first:])
+    return (*batch, math.prod(shape[:first]), math.prod(shape[first:]))

@@ -1,6 +1,8 @@
-"""Makes tests/goldens/methods: tiny VeRA and AdaLoRA directories by PEFT, with what they compute.
+"""Makes tests/goldens/methods: tiny directories by PEFT, with what they compute.
 
-    python scripts/make_method_goldens.py
+Those of VeRA, of AdaLoRA, and of bare parameters (`target_parameters`).
+
+    python scripts/make_method_goldens.py [CASE ...]
 
 Needs the extra `parity`. `base/` holds a checkpoint for each torch model; a directory for each case
 is as PEFT saves it (without the model card), with io.npz: inputs, logits, and by the names of the
@@ -9,6 +11,7 @@ file's tensors the gradients of the sum of `probe` times the logits.
 
 import os
 import shutil
+import sys
 import warnings
 from pathlib import Path
 
@@ -16,7 +19,7 @@ import numpy as np
 import peft
 import torch
 import transformers
-from peft import AdaLoraConfig, VeraConfig
+from peft import AdaLoraConfig, LoraConfig, VeraConfig
 from safetensors.torch import load_file
 
 OUT = Path(__file__).parent.parent / "tests" / "goldens" / "methods"
@@ -61,6 +64,13 @@ def llama():
     return add_noise(transformers.LlamaForCausalLM(config))
 
 
+def mixtral():
+    config = transformers.MixtralConfig(
+        num_key_value_heads=2, num_local_experts=3, **SIZES | {"intermediate_size": 40}
+    )
+    return add_noise(transformers.MixtralForCausalLM(config))
+
+
 BUDGET = {"init_r": 4, "lora_alpha": 8, "total_step": 12, "tinit": 2, "tfinal": 3}
 CASES = {
     "vera_bert": (
@@ -87,6 +97,28 @@ CASES = {
     "adalora_gpt2": (
         gpt2,
         AdaLoraConfig(target_r=1, target_modules=["c_attn"], task_type="CAUSAL_LM", **BUDGET),
+    ),
+    "parameters_llama": (
+        llama,
+        LoraConfig(
+            r=4, lora_alpha=8, task_type="CAUSAL_LM", target_modules=[],
+            target_parameters=["q_proj.weight", "embed_tokens.weight"],
+        ),
+    ),
+    "experts_mixtral": (
+        mixtral,
+        LoraConfig(
+            r=4, lora_alpha=8, task_type="CAUSAL_LM", target_modules=["q_proj"],
+            target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+            rank_pattern={"experts.down_proj": 3},
+        ),
+    ),
+    "router_mixtral": (  # one parameter of the experts: no name of a tensor says which
+        mixtral,
+        LoraConfig(
+            r=4, lora_alpha=8, use_rslora=True, task_type="CAUSAL_LM", target_modules=[],
+            target_parameters=["experts.down_proj", "mlp.gate.weight"],
+        ),
     ),
 }  # fmt: skip
 
@@ -153,7 +185,7 @@ def main():
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    for name in CASES:
+    for name in sys.argv[1:] or CASES:
         make_case(name)
 
 

@@ -5,9 +5,10 @@ each kernel is stored as Flax does, ``(d_in, d_out)``. The ways in which the rel
 Llama are in :data:`lora_jax.models.llama_config.VARIANTS`, beside the table of names.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -68,7 +69,7 @@ class _View(NamedTuple):
     sin: Array
 
 
-class _Part(nn.Module):
+class LlamaPart(nn.Module):
     """A module of the model, which computes in ``dtype`` with float32 parameters."""
 
     config: LlamaConfig
@@ -83,7 +84,7 @@ class _Part(nn.Module):
         return RMSNorm(self.config.rms_norm_eps, dtype=self.dtype, offset=offset, name=name)
 
 
-class LlamaAttention(_Part):
+class LlamaAttention(LlamaPart):
     """Rotary self-attention with grouped queries."""
 
     @nn.compact
@@ -124,7 +125,7 @@ class LlamaAttention(_Part):
         return projections
 
 
-class LlamaMLP(_Part):
+class LlamaMLP(LlamaPart):
     """The gated feed-forward block (Shazeer 2020, eq. 5)."""
 
     @nn.compact
@@ -136,8 +137,10 @@ class LlamaMLP(_Part):
         return self._dense(c.hidden_size, "down_proj", bias=c.mlp_bias)(y)
 
 
-class LlamaLayer(_Part):
+class LlamaLayer(LlamaPart):
     """One layer: attention, then feed-forward, each with its norms and residual connection."""
+
+    mlp_class: ClassVar[type[LlamaPart]] = LlamaMLP
 
     @nn.compact
     def __call__(
@@ -161,7 +164,7 @@ class LlamaLayer(_Part):
         if len(views) > 1 and not isinstance(is_sliding, bool):
             view = jax.tree.map(functools.partial(jnp.where, is_sliding), views[1], views[0])
         self_attention = LlamaAttention(self.config, dtype=self.dtype, name="self_attn")
-        mlp = LlamaMLP(self.config, dtype=self.dtype, name="mlp")
+        mlp = self.mlp_class(self.config, dtype=self.dtype, name="mlp")
         y = self._norm("input_layernorm")(x)
         y, cache = self_attention(y, cache, view, index, deterministic)
         if not self.config.variant.post_norms:
@@ -172,9 +175,10 @@ class LlamaLayer(_Part):
         return split_rows(x + self._norm("post_feedforward_layernorm")(y)), cache
 
 
-class LlamaModel(_Part):
+class LlamaModel(LlamaPart):
     """Embeddings and layers."""
 
+    layer_class: ClassVar[type[LlamaPart]] = LlamaLayer
     scan_layers: bool = False
     remat: str = "none"
 
@@ -186,7 +190,7 @@ class LlamaModel(_Part):
             c.vocab_size, c.hidden_size, embedding_init=init, dtype=self.dtype
         )
         layers = Layers(c.num_hidden_layers, self.scan_layers, self.remat)
-        self.layers = make_layers(LlamaLayer, layers, config=c, dtype=self.dtype)
+        self.layers = make_layers(self.layer_class, layers, config=c, dtype=self.dtype)
         self.norm = self._norm()
 
     def __call__(
@@ -220,6 +224,7 @@ class LlamaForCausalLM(nn.Module):
       attention: how attention is computed; see :func:`lora_jax.models.attention.choose`.
     """
 
+    backbone_class: ClassVar[type[LlamaModel]] = LlamaModel
     config: LlamaConfig
     dtype: DTypeLike = jnp.float32
     scan_layers: bool = False
@@ -230,7 +235,7 @@ class LlamaForCausalLM(nn.Module):
         """Makes the submodules."""
         c = self.config
         stack: dict[str, Any] = {"scan_layers": self.scan_layers, "remat": self.remat}
-        self.model = LlamaModel(c, dtype=self.dtype, **stack)
+        self.model = self.backbone_class(c, dtype=self.dtype, **stack)
         if not c.tie_word_embeddings:
             init = nn.initializers.normal(c.initializer_range)
             self.lm_head = dense(c.vocab_size, use_bias=False, kernel_init=init, dtype=self.dtype)
@@ -357,8 +362,9 @@ def _check_segments(input_ids: Array, segment_ids: Array | None, cache: Cache | 
         raise ValueError("segment_ids are for whole rows, and there is a cache: leave one out.")
 
 
-def _make_family(model_type: str, architecture: str) -> Family:
-    return Family(
+def make_family(model_type: str, architecture: str, **fields: Any) -> Family:
+    """Makes the family of a model type of this file; ``fields`` are what another has otherwise."""
+    family = Family(
         model_type=(model_type,),
         config=LlamaConfig,
         names=names,
@@ -374,6 +380,7 @@ def _make_family(model_type: str, architecture: str) -> Family:
             *embedding("embed_tokens"),
         ),
     )
+    return dataclasses.replace(family, **fields)
 
 
-FAMILIES = tuple(_make_family(name, variant.architecture) for name, variant in VARIANTS.items())
+FAMILIES = tuple(make_family(name, variant.architecture) for name, variant in VARIANTS.items())

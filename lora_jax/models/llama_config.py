@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
 
 from lora_jax.models import config_checks, rope, tables
 from lora_jax.models.attention import Heads
@@ -25,7 +25,8 @@ _COMMON_FIELDS = (
     "tie_word_embeddings",
     "attention_dropout",
 )
-_BUILT = {"partial_rotary_factor": 1.0, "use_bidirectional_attention": False}
+_C = TypeVar("_C", bound="LlamaConfig")
+BUILT = {"partial_rotary_factor": 1.0, "use_bidirectional_attention": False}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,6 +151,8 @@ class LlamaConfig:
         message names it.
     """
 
+    variants: ClassVar[Mapping[str, Variant]] = VARIANTS
+    built: ClassVar[Mapping[str, Any]] = BUILT
     model_type: str = "llama"
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -175,7 +178,7 @@ class LlamaConfig:
     final_logit_softcapping: float | None = None
 
     def __post_init__(self) -> None:
-        config_checks.check_one_of(self, "model_type", VARIANTS)
+        config_checks.check_one_of(self, "model_type", self.variants)
         config_checks.check_sizes(self, ("hidden_size", "num_attention_heads", "num_hidden_layers"))
         config_checks.check_at_most(self, "num_hidden_layers", 10_000)
         kind = SLIDING if self.sliding_window else FULL
@@ -204,10 +207,10 @@ class LlamaConfig:
     @property
     def variant(self) -> Variant:
         """The properties of the model type."""
-        return VARIANTS[self.model_type]
+        return self.variants[self.model_type]
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> "LlamaConfig":
+    def from_hf(cls: type[_C], config: Mapping[str, Any]) -> _C:
         """Reads a parsed ``config.json`` of transformers 4 or 5, and leaves out other keys.
 
         Raises:
@@ -217,11 +220,11 @@ class LlamaConfig:
         >>> c.layer_types, c.head_dim
         (('sliding_attention', 'full_attention'), 256)
         """
-        read = functools.partial(config_checks.read, cls, model_type=VARIANTS, built=_BUILT)
-        model_type = config.get("model_type")
-        if model_type not in VARIANTS:
+        read = functools.partial(config_checks.read, cls, model_type=cls.variants, built=cls.built)
+        model_type: Any = config.get("model_type")
+        if model_type not in cls.variants:
             return read(config)  # which raises
-        variant = VARIANTS[model_type]
+        variant = cls.variants[model_type]
         values = {**variant.defaults, **config}
         names = ("model_type", *_COMMON_FIELDS, *variant.fields)
         fields = {name: values[name] for name in names if name in values}
@@ -230,7 +233,7 @@ class LlamaConfig:
         if "sliding_window" in variant.fields:
             fields |= _read_windows(values, variant, fields)
         fields |= _read_ropes(values, variant)
-        return read(fields | {name: config.get(name) for name in _BUILT})
+        return read(fields | {name: config.get(name) for name in cls.built})
 
     def to_hf(self) -> dict[str, Any]:
         """Returns the content of a ``config.json``, with the keys of transformers 4 and of 5.
@@ -332,8 +335,20 @@ def _read_ropes(values: Mapping[str, Any], variant: Variant) -> dict[str, Rope |
     }
 
 
-def names(config: LlamaConfig, *, head: str = CAUSAL_LM, scan_layers: bool = False) -> list[Name]:
+def names(
+    config: LlamaConfig,
+    *,
+    head: str = CAUSAL_LM,
+    scan_layers: bool = False,
+    layer: Sequence[Name] | None = None,
+) -> list[Name]:
     """Makes the table between Flax paths and Hugging Face names, with one row for each leaf.
+
+    Args:
+      config: the model's shape.
+      head: the one head that there is.
+      scan_layers: whether the layers are stacked.
+      layer: rows of one layer; None for those of :func:`name_layer`.
 
     >>> row = names(LlamaConfig())[1]
     >>> row.flax
@@ -347,7 +362,7 @@ def names(config: LlamaConfig, *, head: str = CAUSAL_LM, scan_layers: bool = Fal
     rows += tables.repeat_layers(
         "model/layers",
         "model.layers",
-        _name_layer(config),
+        name_layer(config) if layer is None else layer,
         count=config.num_hidden_layers,
         scan=scan_layers,
     )
@@ -357,13 +372,14 @@ def names(config: LlamaConfig, *, head: str = CAUSAL_LM, scan_layers: bool = Fal
     return rows
 
 
-def _name_layer(config: LlamaConfig) -> list[Name]:
-    """Makes the rows of one layer."""
+def name_layer(config: LlamaConfig, mlp: Sequence[Name] = ()) -> list[Name]:
+    """Makes the rows of one layer, with those given for its feed-forward block if there are any."""
     variant, rows = config.variant, []
     for name in "qkvo":
         bias = config.attention_bias or (variant.qkv_bias and name != "o")
         rows += tables.linear(f"self_attn/{name}_proj", f"self_attn.{name}_proj", bias=bias)
-    for name in ("gate", "up", "down"):
+    rows += mlp
+    for name in () if mlp else ("gate", "up", "down"):
         rows += tables.linear(f"mlp/{name}_proj", f"mlp.{name}_proj", bias=config.mlp_bias)
     norms = ["input_layernorm", "post_attention_layernorm"]
     if variant.post_norms:

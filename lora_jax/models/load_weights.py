@@ -21,6 +21,7 @@ from lora_jax.models.families import Family
 from lora_jax.models.hub import Checkpoint
 from lora_jax.models.quantized_tensors import ADVICE, describe, group, read_settings
 from lora_jax.models.read_leaves import DECODED, Part, check_headers, read_leaf
+from lora_jax.models.split_tensors import join
 from lora_jax.models.weight_files import Stored, open_file
 from lora_jax.names import LINEAR, Name, Weight
 from lora_jax.paths import matches
@@ -70,8 +71,9 @@ def load_params(
     parts = _make_parts(table, shapes)
     known = _map_known_names(table, shapes)
     grouped, damaged = group(open_tensors(checkpoint), settings)
-    tensors, problems = _rename_tensors(grouped, known, family)
-    problems = damaged + problems
+    joined, incomplete = join(grouped, names.weights(table, shapes), family.prefix)
+    tensors, problems = _rename_tensors(joined, known, family)
+    problems = damaged + incomplete + problems
     for part in parts.values():
         part.stored.extend((w.hf, tensors[w.hf]) for w in part.weights if w.hf in tensors)
         other = part.weights[0].row.otherwise

@@ -10,7 +10,8 @@ from jax.sharding import NamedSharding
 
 from lora_jax import names, sharding
 from lora_jax.models.quantized_tensors import QuantizedTensor, expected_shape, read_quantized
-from lora_jax.models.weight_files import Stored, read_tensor
+from lora_jax.models.split_tensors import JoinedTensor, read
+from lora_jax.models.weight_files import Stored
 from lora_jax.names import Weight
 from lora_jax.quantized import Quantized, decode, is_quantized
 from lora_jax.schemes import encode
@@ -27,7 +28,7 @@ class Part(NamedTuple):
     """
 
     weights: list[Weight]
-    stored: list[tuple[str, Stored | QuantizedTensor]]
+    stored: list[tuple[str, Stored | QuantizedTensor | JoinedTensor]]
 
 
 def check_headers(part: Part) -> list[str]:
@@ -129,7 +130,7 @@ def _read_values(
         plain = [(n, s) for n, s in part.stored if not isinstance(s, QuantizedTensor)]
         floating = [(n, s) for n, s in plain if jnp.issubdtype(s.dtype, jnp.floating)]
         for name, stored in floating:
-            tensor = read_tensor(stored)
+            tensor = read(stored)
             if not np.isfinite(tensor).all():
                 problems.append(f"{name} holds NaN or infinity")
             elif name != floating[0][0]:
@@ -174,7 +175,9 @@ def _stack_layers(
     return jnp.asarray(stack)
 
 
-def _check_tied(tensor: np.ndarray, name: str, first: tuple[str, Stored]) -> list[str]:
+def _check_tied(
+    tensor: np.ndarray, name: str, first: tuple[str, Stored | JoinedTensor]
+) -> list[str]:
     """Lists a tied weight that is stored twice, with different values."""
-    is_same = tensor.shape == first[1].shape and np.array_equal(tensor, read_tensor(first[1]))
+    is_same = tensor.shape == first[1].shape and np.array_equal(tensor, read(first[1]))
     return [] if is_same else [f"{name} differs from {first[0]}, to which it is tied"]

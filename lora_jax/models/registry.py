@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.models import bert, distilbert, gpt2, llama, roberta, t5
+from lora_jax.models import bert, distilbert, gpt2, llama, mixtral, roberta, t5
 from lora_jax.models.families import Family
 
 FAMILIES: tuple[Family, ...] = (
@@ -11,6 +11,7 @@ FAMILIES: tuple[Family, ...] = (
     distilbert.FAMILY,
     gpt2.FAMILY,
     *llama.FAMILIES,
+    mixtral.FAMILY,
     roberta.FAMILY,
     roberta.XLM,
     t5.FAMILY,

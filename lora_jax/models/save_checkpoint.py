@@ -18,6 +18,7 @@ from lora_jax.models.architectures import eval_shapes, find_model, read_config
 from lora_jax.models.families import CLASSIFIER, Family
 from lora_jax.models.hub import Checkpoint
 from lora_jax.models.load_weights import join_problems
+from lora_jax.models.split_tensors import Piece, list_pieces
 from lora_jax.models.tokenizer import read_files, tokenizer_files
 from lora_jax.names import Name, Weight
 
@@ -100,8 +101,8 @@ def save_hf(
     own = opts.tokenizer
     for name, content in (read_files(own) if own else tokenizer_files(checkpoint)).items():
         write_atomically(directory / name, content)
-    by_name = {weight.hf: weight for weight in weights}
-    sizes = {name: tables.tensor_shape(weight) for name, weight in by_name.items()}
+    by_name = {piece.name: piece for weight in weights for piece in list_pieces(weight)}
+    sizes = {name: piece.shape for name, piece in by_name.items()}
     plan = shards.plan_shards(sizes, source.dtype, opts.shard_size)
     shards.write_shards(directory, plan, lambda name: _make_tensor(source, by_name[name]))
     # The config is written last, so that a directory that has one is complete.
@@ -138,11 +139,11 @@ def _make_source(params: PyTree, adapter: PyTree, dtype: np.dtype) -> _Source:
     return _Source(leaves=leaves, entries=entries, dtype=dtype)
 
 
-def _make_tensor(source: _Source, weight: Weight) -> np.ndarray:
+def _make_tensor(source: _Source, piece: Piece) -> np.ndarray:
     """Makes a tensor, rounded once from float32 or wider."""
-    entry = source.entries.get(weight.leaf)
-    value = adapters.merge_leaf(source.leaves[weight.leaf], entry, layer=weight.layer)
-    tensor = tables.to_tensor(weight, np.asarray(value))
+    leaf = piece.weight.leaf
+    value = adapters.merge_leaf(source.leaves[leaf], source.entries.get(leaf), index=piece.places)
+    tensor = piece.take(np.asarray(value))
     with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for what is not finite
         return tensor.astype(source.dtype)
 
@@ -191,8 +192,8 @@ def _check(
     misshapen = {n: np.shape(x) for n, x in leaves.items() if np.shape(x) != shapes.get(n, ())}
     misshapen = {n: shape for n, shape in misshapen.items() if n in shapes}
     problems += [f"{n} has shape {x} instead of {shapes[n]}" for n, x in misshapen.items()]
-    sound = [w for w in weights if w.leaf not in misshapen]
-    problems += list(dict.fromkeys(x for w in sound if (x := _find_infinity(source, w))))
+    sound = [p for w in weights if w.leaf not in misshapen for p in list_pieces(w)]
+    problems += list(dict.fromkeys(x for p in sound if (x := _find_infinity(source, p))))
     if problems:
         raise ValueError(
             f"Nothing is saved, since the parameters are not those of {architecture} with this "
@@ -201,14 +202,14 @@ def _check(
         )
 
 
-def _find_infinity(source: _Source, weight: Weight) -> str:
+def _find_infinity(source: _Source, piece: Piece) -> str:
     """Says whether a tensor is not finite, and whether its dtype is the reason."""
-    if np.isfinite(_make_tensor(source, weight)).all():
+    if np.isfinite(_make_tensor(source, piece)).all():
         return ""
-    wide = _make_tensor(dataclasses.replace(source, dtype=np.dtype(np.float64)), weight)
+    wide = _make_tensor(dataclasses.replace(source, dtype=np.dtype(np.float64)), piece)
     if not np.isfinite(wide).all():
-        return f"{weight.leaf} holds NaN or infinity"
+        return f"{piece.weight.leaf} holds NaN or infinity"
     return (
-        f"{weight.hf} holds numbers of up to {np.abs(wide).max():.4g}, which {source.dtype} can't: "
-        "save it in bfloat16 (--dtype=bfloat16)"
+        f"{piece.name} holds numbers of up to {np.abs(wide).max():.4g}, which {source.dtype} "
+        "can't: save it in bfloat16 (--dtype=bfloat16)"
     )

@@ -40,6 +40,7 @@ def add_prefix(flax: str, hf: str, rows: Iterable[Name]) -> list[Name]:
             flax=f"{flax}{row.flax}",
             hf=prefix(row.hf),
             older=prefix(row.older),
+            stored=tuple(map(prefix, row.stored)),
             tied=tuple(map(prefix, row.tied)),
         )
         for row in rows

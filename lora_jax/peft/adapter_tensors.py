@@ -10,9 +10,9 @@ from typing import Any
 from lora_jax import names
 from lora_jax.factors import IN, OUT, RANK
 from lora_jax.names import Weight
-from lora_jax.peft import biases, layouts, target_modules, tokens
+from lora_jax.peft import biases, layouts, parameters, target_modules, tokens
 from lora_jax.peft.config import HEADS
-from lora_jax.peft.methods import Method, describe_words, find_method, find_method_for
+from lora_jax.peft.methods import METHODS, Method, describe_words, find_method, find_method_for
 from lora_jax.peft.parts import BASE, BETA, PREFIX, TOKENS, TRAINED, Part
 from lora_jax.peft.target_modules import OUTPUTS, Model
 
@@ -30,9 +30,10 @@ class Plan:
       optional: further tensors by name that PEFT writes if it is told to, or has once written:
         copies of frozen weights, and embeddings and output heads that replace the base's.
       methods: method of each adapted leaf, by path.
-      leaves: path of each adapted module's kernel.
-      ranks: rank of each adapted module.
-      alphas: alpha of each adapted module.
+      leaves: path of the kernel of each adapted module and of each bare parameter, by name.
+      ranks: rank of each of them.
+      alphas: alpha of each of them.
+      parameters: names of the bare parameters among them.
       trained: names of the modules trained in full.
       tokens: ids of the trained tokens, by path of the leaf.
       biases: path of the kernel beside each adapted bias, by path of the bias.
@@ -45,6 +46,7 @@ class Plan:
     leaves: dict[str, str]
     ranks: dict[str, int]
     alphas: dict[str, float]
+    parameters: list[str]
     trained: list[str]
     tokens: dict[str, tuple[int, ...]]
     biases: dict[str, str]
@@ -58,22 +60,26 @@ def make_plan(words: Mapping[str, Any], model: Model) -> Plan:
       ValueError: a regular expression of the words can't be used, or they ask for several methods.
     """
     method = find_method(words)
-    chosen = target_modules.select_adapted(words, model)
+    chosen, bare = target_modules.select_adapted(words, model), parameters.select(words, model)
     trained = target_modules.select_saved(words["modules_to_save"] or [], model)
     if words["ensure_weight_tying"]:
         trained = _add_tied(trained, model)
-    problems = _find_unused(words, model, chosen) + _find_unfit(
+    taken = dict.fromkeys(chosen, "adapted") | _inside(trained, model)
+    problems = _find_unused(words, model, [*chosen, *bare]) + _find_unfit(
         method, chosen, trained, model, ties=words["ensure_weight_tying"]
     )
+    problems += parameters.find_unfit(bare, model, taken)
     kernels = [m for m in chosen if m in model.kernels and _is_plain(model.kernels[m])]
-    ranks, alphas = _choose_values(words, kernels, "rank"), _choose_values(words, kernels, "alpha")
+    bare = parameters.find_fit(bare, model)
+    weights = {m: model.kernels[m] for m in kernels} | {n: model.weights[n] for n in bare}
+    ranks, alphas = (_choose_values(words, [*weights], what) for what in ("rank", "alpha"))
     methods = {m: find_method_for(words, model.kernels[m]) for m in kernels}
-    parts = dict(_node_parts(methods, model, ranks))
+    parts = dict(_node_parts(methods, model, ranks)) | dict(_bare_parts(bare, model, ranks))
     parts |= dict(_trained_parts(trained, model)) | dict(
         _bias_parts(words["bias"], kernels, trained, model)
     )
     parts |= dict(_copy_parts(words, kernels, model))
-    taken = dict.fromkeys(chosen, "adapted") | _inside(trained, model)
+    taken |= {names.module(n): "adapted" for n in bare}
     with_tokens = tokens.select(words, model, taken)
     parts |= dict(_token_parts(with_tokens, model))
     adapted_biases, lacking = biases.find(kernels if words[biases.WORD] else (), model)
@@ -85,10 +91,11 @@ def make_plan(words: Mapping[str, Any], model: Model) -> Plan:
     return Plan(
         parts=_add_prefix(parts),
         optional=_add_prefix({n: part for n, part in optional.items() if n not in parts}),
-        methods={model.kernels[m].leaf: method for m, method in methods.items()},
-        leaves={m: model.kernels[m].leaf for m in kernels},
+        methods={w.leaf: methods.get(m, METHODS[0]) for m, w in weights.items()},
+        leaves={m: w.leaf for m, w in weights.items()},
         ranks=ranks,
         alphas=alphas,
+        parameters=bare,
         trained=trained,
         tokens={model.kernels[m].leaf: ids for m, ids in with_tokens.ids.items()},
         biases={w.leaf: model.kernels[m].leaf for m, w in adapted_biases.items()},
@@ -109,8 +116,8 @@ def _choose_values(words: Mapping[str, Any], kernels: list[str], what: str) -> d
 
 def _find_unused(words: Mapping[str, Any], model: Model, chosen: list[str]) -> list[str]:
     """Finds words that select nothing, which PEFT passes over in silence."""
-    problems = []
-    if not chosen:
+    problems = parameters.find_unused(words, model)
+    if not chosen and not problems:
         problems.append("target_modules selects no module of the model")
     elif isinstance(words["target_modules"], list):
         problems += _find_no_hits("target_modules", words["target_modules"], model.modules)
@@ -207,6 +214,14 @@ def _node_parts(
             yield f"{m}{tensor.find_ending(weight)}", part
 
 
+def _bare_parts(bare: list[str], model: Model, ranks: Mapping[str, int]) -> Iterator[tuple]:
+    for name, factors in parameters.list_factors(bare, model):
+        weight = model.weights[name]
+        for x in factors:
+            shape = layouts.tensor_shape(weight, x.letters, {RANK: ranks[name]})
+            yield x.name, Part(x.field, weight, shape, x.letters)
+
+
 def _inside(trained: list[str], model: Model) -> dict[str, str]:
     """Returns the modules that are trained in full, with those within them."""
     inside = lambda m: any(f"{m}.".startswith(f"{other}.") for other in trained)
@@ -249,7 +264,7 @@ def _bias_parts(bias: str, kernels: list[str], trained: list[str], model: Model)
 
 def _copy_parts(words: Mapping[str, Any], kernels: list[str], model: Model) -> Iterator[tuple]:
     targets = words["target_modules"]
-    if isinstance(targets, str) or not set(targets) & set(_COPIED):
+    if isinstance(targets, str) or not set(targets or ()) & set(_COPIED):
         return
     for m in kernels:
         weight = model.kernels[m]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_jax.peft import biases, tokens
+from lora_jax.peft import biases, parameters, tokens
 from lora_jax.peft.initial_values import COMPUTED
 from lora_jax.peft.producers import describe_files, describe_keys
 
@@ -104,7 +104,6 @@ REFUSED: dict[str, str] = {
     "layer_replication": "a base with layers repeated",
     "megatron_config": "layers of Megatron",
     "monteclora_config": "factors that are drawn (MonteCLoRA)",
-    "target_parameters": "factors of bare parameters, such as experts",
     "use_bdlora": "factors of blocks (BD-LoRA)",
     "use_qalora": "inputs that are averaged in groups (QA-LoRA)",
     "velora_config": "compressed activations (VeLoRA)",
@@ -269,7 +268,7 @@ def _describe_ill_formed(name: str, words: Mapping[str, Any]) -> str:
 def _find_contradictions(words: Mapping[str, Any]) -> list[str]:
     targets = words.get("target_modules")
     problems = []
-    if targets is None or targets == [] or targets == "":
+    if targets in (None, [], "") and not words.get(parameters.WORD):
         problems.append(
             "target_modules names nothing; write down the modules that the adapter is for"
         )
@@ -278,7 +277,7 @@ def _find_contradictions(words: Mapping[str, Any]) -> list[str]:
             problems.append(f"{name} can't be used with target_modules {targets!r}, a string")
     if words.get("layers_pattern") and words.get("layers_to_transform") is None:
         problems.append("layers_pattern needs layers_to_transform")
-    return problems
+    return problems + parameters.find_contradictions(words)
 
 
 def _is_number(x: Any) -> bool:
@@ -361,6 +360,7 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "=the adapter before its first step)",
         lambda x: isinstance(x, bool | str) and x in _INITS,
     ),
+    parameters.WORD: ("null or a list of names", parameters.is_word),
     tokens.WORD: (
         "null, a list of ids from 0 on, each once, or an object with such a list for each module",
         tokens.is_word,

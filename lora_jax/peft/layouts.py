@@ -3,20 +3,23 @@
 PEFT multiplies column vectors as the paper does, so its A is ``a`` transposed and its B is ``b``
 transposed, with the axes of each side joined; a convolution's A has the window last. Which axes a
 tensor has is one letter for each: "i" or "o" for all inputs or outputs of the kernel, "1" for an
-axis of size 1, another letter for an axis of the array's own, such as "r" for the rank.
+axis of size 1, another letter for an axis of the array's own, such as "r" for the rank. "b" is the
+experts of one kernel, which are joined with the rank beside them: "br" has the factor of one expert
+after that of the other.
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from lora_jax import factors, names
-from lora_jax.factors import IN, OUT
+from lora_jax.factors import BATCH, IN, OUT
 from lora_jax.names import Weight
 
 ONE = "1"
-_SIDES = (IN, OUT)
+_SIDES = (BATCH, IN, OUT)
 
 
 def tensor_shape(weight: Weight, letters: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -36,8 +39,13 @@ def tensor_shape(weight: Weight, letters: str, sizes: Mapping[str, int]) -> tupl
     of_sides = {side: _count_entries(weight, side) for side in _SIDES}
     of_sides[IN] //= math.prod(window)
     of_letters = {**sizes, **of_sides, ONE: 1}
-    shape = [of_letters[letter] for letter in letters]
+    shape = [math.prod(of_letters[x] for x in group) for group in _find_groups(letters)]
     return (*shape, *(window if IN in letters else [1] * len(window)))
+
+
+def _find_groups(letters: str) -> list[str]:
+    """Splits letters into those of each axis of the tensor."""
+    return re.findall("br|rb|.", letters)
 
 
 def _count_entries(weight: Weight, side: str) -> int:
@@ -51,7 +59,8 @@ def to_file(weight: Weight, value: np.ndarray, axes: str, letters: str) -> np.nd
     Args:
       weight: weight that the node is for.
       value: the array.
-      axes: letters of the array's axes, as in :class:`lora_jax.nodes.Field`, without the batch's.
+      axes: letters of the array's axes, as in :class:`lora_jax.nodes.Field`, with that of the batch
+        only if the kernel of one layer has such axes.
       letters: letters of the tensor's axes.
     """
     places = factors.places(axes, names.axes(weight))
@@ -63,7 +72,12 @@ def to_file(weight: Weight, value: np.ndarray, axes: str, letters: str) -> np.nd
 
 def from_file(weight: Weight, tensor: np.ndarray, axes: str, letters: str) -> np.ndarray:
     """Inverts :func:`to_file`."""
-    own = {x: tensor.shape[letters.index(x)] for x in letters if x not in (*_SIDES, ONE)}
+    own = {
+        x: n // math.prod(_count_entries(weight, y) for y in group if y != x)
+        for group, n in zip(_find_groups(letters), tensor.shape, strict=False)
+        for x in group
+        if x not in (*_SIDES, ONE)
+    }
     ordered = [x for x in letters if x != ONE]
     joined = tensor.reshape(_matrix(weight, ordered, own))
     value = joined.transpose([ordered.index(x) for x in axes])
@@ -90,4 +104,4 @@ def _move_channels(weight: Weight, value: np.ndarray, axes: str, *, first: bool)
 
 def node_axes(weight: Weight) -> str:
     """Returns the roles of the leaf's axes, with its axis of layers if it has one."""
-    return ("" if weight.layer is None else factors.BATCH) + names.axes(weight)
+    return ("" if weight.layer is None else BATCH) + names.axes(weight)

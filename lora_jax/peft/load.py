@@ -16,12 +16,13 @@ from lora_jax.adapter import base_leaves
 from lora_jax.config import LoRAConfig
 from lora_jax.factors import BATCH
 from lora_jax.names import Name
-from lora_jax.nodes import Adapted, scales
+from lora_jax.nodes import scales
 from lora_jax.peft import (
     adapter_tensors,
     biases,
     directory_files,
     layouts,
+    single_experts,
     target_modules,
     tokens,
     weights_file,
@@ -131,6 +132,8 @@ def _read_plan(
     words = complete(words_of_file)
     tensors = weights_file.read(Path(directory), _max_bytes(leaves))
     try:
+        model = target_modules.make_model(names.weights(table, leaves))
+        words, tensors = single_experts.join(words, tensors, model)
         older, plan = _best_plan(words, table, leaves, tensors)
     except ValueError as error:
         raise ValueError(f"{Path(directory) / CONFIG} can't be used: {error}.") from error
@@ -201,6 +204,9 @@ def _make_nodes(
         if not np.array_equal(layers.setdefault(part.weight.layer, tensors[name]), tensors[name]):
             problems.append(f"tensor {name} differs from its other copy")
     weight = {part.weight.leaf: part.weight for part in plan.parts.values()}
+    letters: dict[str, dict[str, str]] = {}
+    for part in plan.parts.values():
+        letters.setdefault(part.weight.leaf, {})[part.role] = part.letters
     numbers = _ranks_and_alphas(plan)
     nodes: dict[str, Any] = {}
     for leaf, roles in by_leaf.items():
@@ -210,11 +216,20 @@ def _make_nodes(
         if problem:
             problems.append(problem)
         elif leaf in plan.methods:
+            method = plan.methods[leaf]
             ((rank, alpha),) = numbers[leaf]
-            scale = alpha / plan.methods[leaf].compute_divisor(rank, root=root)
+            scale = alpha / method.compute_divisor(rank, root=root)
+            values = _collect_values(method, weight[leaf], roles, letters[leaf])
             try:
-                nodes[leaf] = _make_node(
-                    plan.methods[leaf], weight[leaf], roles, scale, leaves[leaf]
+                nodes[leaf] = method.make_node(
+                    Reading(
+                        node=method.node,
+                        values=values,
+                        scale=scale,
+                        axes=layouts.node_axes(weight[leaf]),
+                        name=leaf,
+                        kernel=leaves[leaf],
+                    )
                 )
             except ValueError as error:
                 problems.append(f"{leaf} {error}")
@@ -261,26 +276,19 @@ def _describe_uneven(leaf: str, roles: dict, value: Any, numbers: set, weight: n
     return ""
 
 
-def _make_node(
-    method: Method, weight: names.Weight, roles: dict, scale: float, kernel: Any
-) -> Adapted:
+def _collect_values(
+    method: Method, weight: names.Weight, roles: dict, letters: Mapping[str, str]
+) -> dict[str, Any]:
+    """Makes the fields of a node of the tensors that hold them, by field and layer."""
     values = {}
-    for tensor in method.tensors:
-        axes = method.field_axes(tensor.field)
-        convert = lambda x, axes=axes, t=tensor: layouts.from_file(weight, x, axes, t.letters)
-        layers = {k: convert(x) for k, x in roles[tensor.field].items()}
-        is_shared = BATCH not in method.node.table[tensor.field].axes
-        values[tensor.field] = next(iter(layers.values())) if is_shared else _stack(layers)
-    return method.make_node(
-        Reading(
-            node=method.node,
-            values=values,
-            scale=scale,
-            axes=layouts.node_axes(weight),
-            name=weight.leaf,
-            kernel=kernel,
-        )
-    )
+    for field in (tensor.field for tensor in method.tensors):
+        axes = method.field_axes(field, weight)
+        layers = {
+            k: layouts.from_file(weight, x, axes, letters[field]) for k, x in roles[field].items()
+        }
+        is_shared = BATCH not in method.node.table[field].axes
+        values[field] = next(iter(layers.values())) if is_shared else _stack(layers)
+    return values
 
 
 def _stack(layers: dict[int | None, np.ndarray]) -> np.ndarray:

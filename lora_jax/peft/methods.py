@@ -157,9 +157,10 @@ class Method:
         divisor = rank + RANK_OFFSETS.get(self.config["method"], 0)
         return math.sqrt(divisor) if root else divisor
 
-    def field_axes(self, field: str) -> str:
-        """Returns the letters of the axes that a field has for one layer."""
-        return self.node.table[field].axes.replace(BATCH, "")
+    def field_axes(self, field: str, weight: Weight) -> str:
+        """Returns the letters of the axes that a field has for one layer of a weight."""
+        axes = self.node.table[field].axes
+        return axes if names.batch_shape(weight) else axes.replace(BATCH, "")
 
 
 _FACTORS = (

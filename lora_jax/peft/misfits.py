@@ -63,6 +63,10 @@ def _hint(name: str) -> str:
     for word, what in (("lora_diag", "KaSA"),):
         if word in name:
             return f" (of {what}, which is not supported)"
+    if ".base_layer.lora_" in name:
+        return (
+            " (of a bare parameter in a module with several, which target_parameters does not name)"
+        )
     if "token_adapter" in name:
         return " (of trained tokens, which trainable_token_indices does not name)"
     return ""

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from lora_jax.peft import (
     initial_values,
     layouts,
     methods,
+    obstacles,
+    parameters,
     saved_modules,
     target_modules,
     tokens,
@@ -58,10 +61,10 @@ class _Content:
 
     Attributes:
       nodes: entries of the adapter by path.
-      kernels: adapted weights by module.
+      kernels: adapted weights by module, and by their own names those that are bare parameters.
       trained: weights that are trained in full, by tensor name.
-      ranks: ranks by module.
-      alphas: alphas by module, with which PEFT computes exactly the scales of the adapter.
+      ranks: ranks by the names of kernels.
+      alphas: alphas by them, with which PEFT computes exactly the scales of the adapter.
       init: word of the first values that PEFT is to compute again; "" for none.
     """
 
@@ -71,6 +74,17 @@ class _Content:
     ranks: dict[str, int]
     alphas: dict[str, float]
     init: str
+
+    def name_parameters(self, chosen: Sequence[str]) -> "_Content":
+        """Gives kernels that words choose as bare parameters the names of these."""
+        new = {m: w.hf if w.hf in set(chosen) else m for m, w in self.kernels.items()}
+        rename = lambda values: {new[m]: x for m, x in values.items()}
+        return dataclasses.replace(
+            self,
+            kernels=rename(self.kernels),
+            ranks=rename(self.ranks),
+            alphas=rename(self.alphas),
+        )
 
 
 def save_peft(
@@ -88,7 +102,7 @@ def save_peft(
     Ranks and scales are those of the adapter, whatever the config says. The words make PEFT select
     exactly the modules that the adapter has; an adapter that came from a PEFT directory keeps the
     words of that directory as long as they describe it. The same arguments always give the same
-    bytes.
+    bytes. Kernels that are no layer's weight, as those of experts, are in ``target_parameters``.
 
     Args:
       directory: directory to write to; it is made if it does not exist.
@@ -106,6 +120,10 @@ def save_peft(
       ValueError: the adapter does not fit the parameters, holds NaN, or can't be expressed in
         PEFT's format; the message names the leaves.
       OSError: a file can't be written.
+
+    Warns:
+      UserWarning: there is dropout and a bare parameter, which PEFT refuses together: the words say
+        0.
     """
     leaves, nodes = adapters.base_leaves(params), adapters.nodes(adapter)
     problems = adapters.misfits(leaves, nodes) + list_metadata_problems(metadata)
@@ -151,16 +169,16 @@ def _collect_content(
     problems = []
     for leaf, node in nodes.items():
         rows = by_leaf.get(leaf, [])
-        problem = _find_obstacle(leaf, node, rows)
+        problem = obstacles.find_obstacle(leaf, node, rows)
         if problem:
             problems.append(problem)
         elif isinstance(node, AdaptedBias | Tokens):
             continue  # words of their own say where they are
         elif is_adapted(node):
-            modules = {names.module(w.hf): w for w in rows}
-            content.kernels.update(modules)
-            content.ranks.update(dict.fromkeys(modules, fields.sizes(node)[RANK]))
-            content.alphas.update(dict.fromkeys(modules, _choose_alpha(node, config)))
+            kernels = {w.hf if names.is_bare(w) else names.module(w.hf): w for w in rows}
+            content.kernels.update(kernels)
+            content.ranks.update(dict.fromkeys(kernels, fields.sizes(node)[RANK]))
+            content.alphas.update(dict.fromkeys(kernels, _choose_alpha(node, config)))
         else:
             content.trained.update({w.hf: w for w in rows})
     if not content.kernels and not problems:
@@ -176,47 +194,6 @@ def _find_methods(content: _Content) -> list[methods.Method]:
     find = methods.find_method_of
     found = [find(content.nodes[w.leaf], content.init) for w in content.kernels.values()]
     return [method for method in found if method is not None]
-
-
-def _find_obstacle(leaf: str, node: Any, rows: Sequence[Weight]) -> str:
-    if not rows:
-        return f"the table of names has no row for {leaf}"
-    if isinstance(node, AdaptedBias):
-        return ""  # said when the kernels are known
-    if isinstance(node, Tokens):
-        return tokens.find_obstacle(leaf, node, rows[0])
-    if rows[0].row.tied and is_adapted(node):
-        return (
-            f"{leaf} is one weight with several uses here ({', '.join(w.hf for w in rows)}), and "
-            "PEFT would adapt one of them by itself"
-        )
-    if is_adapted(node) and methods.find_method_of(node) is None:
-        return (
-            f"{leaf} is adapted by the method {node.kind!r}, which is not written in PEFT's "
-            "format; merge it into the base, or save it with lora_jax.save"
-        )
-    if not all(np.all(np.isfinite(np.asarray(x))) for x in fields.tensors(leaf, node).values()):
-        return f"NaN or infinity in {leaf}"
-    if not is_adapted(node):
-        return ""
-    if not rows[0].hf.endswith(".weight") or not names.kind(rows[0]):
-        return f"{leaf} is {rows[0].hf} there, which PEFT does not adapt"
-    method = methods.require_method_of(node)
-    if names.kind(rows[0]) not in method.kinds:
-        return (
-            f"{leaf} is of the kind {names.kind(rows[0])}, which PEFT does not adapt with "
-            f"{methods.describe_words(method)}"
-        )
-    if scales(type(node)) and not (scale := float(scale_array(node))) > 0:
-        return f"{leaf} has scale {scale}, and alpha must be positive"
-    axes = layouts.node_axes(rows[0])
-    if node.axes != axes or not names.axes(rows[0]):
-        return (
-            f"{leaf} has axes {node.axes!r} in the adapter and {axes or 'no'!r} axes in the table "
-            "of names"
-        )
-    problem = method.find_problem(node)
-    return f"{leaf} {problem}" if problem else ""
 
 
 def _choose_alpha(node: Adapted, config: LoRAConfig) -> float:
@@ -241,24 +218,39 @@ def _choose_words(
     content: _Content, model: Model, config: LoRAConfig, metadata: Mapping[str, Any]
 ) -> tuple[dict[str, Any], Plan]:
     """Chooses words that stand for exactly this adapter: those it came with, or new ones."""
-    given = {**metadata, "lora_dropout": config.dropout, "use_rslora": config.rank_stabilized}
+    dropout = _choose_dropout(content, config)
+    given = {**metadata, "lora_dropout": dropout, "use_rslora": config.rank_stabilized}
     method = _find_methods(content)[0]
     given |= {word: getattr(config, name) for name, word in method.fields.items()}
     old = config.origin.get("words", {})
     if old and not find_problems(old):
         words_of_origin = canonicalize(complete(_deduplicate(old)) | given, old)
         plan = adapter_tensors.make_plan(words_of_origin, model)
-        if not _find_differences(content, plan, config.rank_stabilized):
+        same = content.name_parameters(plan.parameters)
+        if not _find_differences(same, plan, words_of_origin):
             return words_of_origin, plan
         # The adapter has changed since; words about it as a whole still hold.
         given = {name: old.get(name) for name in METADATA} | given
     words = complete({**DEFAULTS, **method.words}) | given
     words = canonicalize(words | _make_words(content, model, words, config), {})
     plan = adapter_tensors.make_plan(words, model)
-    differences = _find_differences(content, plan, config.rank_stabilized)
+    differences = _find_differences(content, plan, words)
     if differences:
         raise make_error(differences)
     return words, plan
+
+
+def _choose_dropout(content: _Content, config: LoRAConfig) -> float:
+    """Returns the config's dropout, or 0 where PEFT would refuse to open the file with it."""
+    bare = [n for n, w in content.kernels.items() if n == w.hf]
+    if not bare or not config.dropout:
+        return config.dropout
+    warnings.warn(
+        f"lora_dropout is written as 0 and not as {config.dropout}: PEFT has no dropout on bare "
+        f"parameters, as {bare[0]} is one. It counts only where the adapter is trained on.",
+        stacklevel=4,
+    )
+    return 0.0
 
 
 def _deduplicate(words: Mapping[str, Any]) -> dict[str, Any]:
@@ -285,12 +277,15 @@ def _make_words(
         )
     entries = [e for e in saved_modules.find_entries(saved, model) if e not in heads]
     inside = [m for m in model.modules if any(f"{m}.".startswith(f"{s}.") for s in saved)]
-    targets = target_modules.shortest_entries(content.kernels, model, inside)
+    bare = [n for n, w in content.kernels.items() if n == w.hf]
+    modules = {m: w for m, w in content.kernels.items() if m != w.hf}
+    targets = target_modules.shortest_entries(modules, model.modules, inside)
     rank = _most_frequent(content.ranks, config.rank)
     alpha = _most_frequent(content.alphas, config.alpha)
     new = {
         "modules_to_save": [*entries, *heads] or None,
         "target_modules": targets,
+        parameters.WORD: parameters.make_word(bare, model),
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
@@ -300,14 +295,14 @@ def _make_words(
         "lora_alpha": alpha,
         "rank_pattern": target_modules.shortest_patterns(content.ranks, model, rank),
         "alpha_pattern": target_modules.shortest_patterns(content.alphas, model, alpha),
-        "fan_in_fan_out": any(names.is_conv1d(w) for w in content.kernels.values()),
+        "fan_in_fan_out": any(names.is_conv1d(w) for w in modules.values()),
         biases.WORD: bool(biases.select(content.nodes)),
         tokens.WORD: tokens.make_word(content.nodes, model),
         **_find_methods(content)[0].words,
     }
-    if set(target_modules.select_adapted(dict(words) | new, model)) != set(content.kernels):
+    if set(target_modules.select_adapted(dict(words) | new, model)) != set(modules):
         # No list selects these modules: one name is the ending of another.
-        new["target_modules"] = "|".join(re.escape(m) for m in sorted(content.kernels))
+        new["target_modules"] = "|".join(re.escape(m) for m in sorted(modules))
     return new
 
 
@@ -317,9 +312,10 @@ def _most_frequent(values: Mapping[str, Any], configured: float) -> Any:
     return min(counts, key=lambda v: (v != configured, -counts[v], v))
 
 
-def _find_differences(content: _Content, plan: Plan, root: bool) -> list[str]:
+def _find_differences(content: _Content, plan: Plan, words: Mapping[str, Any]) -> list[str]:
     """Says where words do not stand for exactly the adapter."""
-    problems = list(plan.problems)
+    problems = plan.problems + parameters.find_contradictions(words)
+    root = words["use_rslora"]
     modules_of_words, modules_of_adapter = set(plan.ranks), set(content.kernels)
     trained = {p.weight.hf for p in plan.parts.values() if p.role == adapter_tensors.TRAINED}
     for what, more in (
@@ -359,7 +355,7 @@ def _make_tensor(part: Part, nodes: Mapping[str, Any], leaves: Mapping[str, Any]
         return names.to_tensor(part.weight, pick(node.beta))
     if part.role == adapter_tensors.TOKENS:
         return tokens.make_tensor(node, part.weight)
-    axes = methods.require_method_of(node).field_axes(part.role)
+    axes = methods.require_method_of(node).field_axes(part.role, part.weight)
     if BATCH not in node.table[part.role].axes:
         pick = np.asarray
     return layouts.to_file(part.weight, pick(getattr(node, part.role)), axes, part.letters)

@@ -23,7 +23,7 @@ class Model(NamedTuple):
 
     Attributes:
       weights: tensors by name.
-      kernels: weight of each module that PEFT can adapt.
+      kernels: weight of each module that PEFT can adapt as one.
       modules: names of all modules, also of those that only contain others; parents come first.
     """
 
@@ -36,7 +36,7 @@ def make_model(weights: Iterable[Weight]) -> Model:
     """Derives the modules from the tensors."""
     by_name = {w.hf: w for w in weights}
     kernels = {
-        names.module(n): w for n, w in by_name.items() if n.endswith(".weight") and names.kind(w)
+        names.module(n): w for n, w in by_name.items() if names.kind(w) and not names.is_bare(w)
     }
     modules: dict[str, None] = {}
     for name in by_name:
@@ -59,7 +59,8 @@ def select_adapted(words: Mapping[str, Any], model: Model) -> list[str]:
     saved_parts = [f".{entry}." for entry in words["modules_to_save"] or []]
     is_target = _target_selector(words, model)
     is_in_layers = _layer_selector(words)
-    exact = set(words["target_modules"]) if isinstance(words["target_modules"], list) else set()
+    targets = words["target_modules"]
+    exact = set(targets) if isinstance(targets, list) else set()
     return [
         m
         for m in model.modules
@@ -78,7 +79,7 @@ def _target_selector(words: Mapping[str, Any], model: Model) -> _Selector:
         heads = _LINEAR_HEADS if words["task_type"] == "SEQ_CLS" else ()
         spared = [m for m in (*OUTPUTS, *heads) if m in linear][:1]
         return (linear - set(spared)).__contains__
-    return _make_selector(targets, "target_modules")
+    return _make_selector(targets or [], "target_modules")
 
 
 def _make_selector(entries: str | Sequence[str], what: str) -> _Selector:
@@ -211,37 +212,37 @@ def _is_explosive(pattern: str) -> bool:
 
 
 def shortest_entries(
-    wanted: Iterable[str], model: Model, indifferent: Iterable[str] = ()
+    wanted: Iterable[str], known: Iterable[str], indifferent: Iterable[str] = ()
 ) -> list[str]:
-    """Returns the shortest entries, sorted, that select the wanted modules and no other.
+    """Returns the shortest entries, sorted, that select the wanted names and no other.
 
     A full name may still select more (``query`` selects ``x.query``), which the caller checks.
 
     Args:
-      wanted: names of the modules to select.
-      model: model that has all these modules.
-      indifferent: names of modules that may be selected as well.
+      wanted: names of the modules or parameters to select.
+      known: names of all that there are.
+      indifferent: names of those that may be selected as well.
     """
-    endings = _find_endings(wanted, model, indifferent)
+    endings = _find_endings(wanted, known, indifferent)
     return sorted({entry or m for m, entry in endings.items()})
 
 
 def shortest_patterns(values: Mapping[str, Any], model: Model, default: Any) -> dict[str, Any]:
-    """Returns the shortest patterns that give each module a value that is not the default."""
+    """Returns the shortest patterns that give each name a value that is not the default."""
     by_pattern = {}
+    known = {*model.modules, *values}
     for value in {v for v in values.values() if v != default}:
         same = {m for m, v in values.items() if v == value}
-        indifferent = set(model.modules) - set(values)
-        for m, entry in _find_endings(same, model, indifferent).items():
+        for m, entry in _find_endings(same, known, known - set(values)).items():
             by_pattern[re.escape(entry) if entry else f"^{re.escape(m)}"] = value
     return by_pattern
 
 
 def _find_endings(
-    wanted: Iterable[str], model: Model, indifferent: Iterable[str]
+    wanted: Iterable[str], known: Iterable[str], indifferent: Iterable[str]
 ) -> dict[str, str | None]:
-    """Finds for each module its shortest ending that no other module shares, or None."""
+    """Finds for each name its shortest ending that no other name shares, or None."""
     wanted = set(wanted)
-    others = set(model.modules) - wanted - set(indifferent)
+    others = set(known) - wanted - set(indifferent)
     taken = {ending for m in others for ending in suffixes(m)}
     return {m: next((s for s in suffixes(m) if s not in taken), None) for m in wanted}

@@ -13,7 +13,7 @@ import tracemalloc
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 )
 
 import jax
@@ -23,7 +23,7 @@ import optax
 
 import lora_jax as lora
 from lora_jax import paths, sharding
-from lora_jax.models import checkpoints, gpt2, llama, t5, token_losses
+from lora_jax.models import checkpoints, gpt2, llama, mixtral, t5, token_losses
 from lora_jax.tasks import classification, language_modeling
 from lora_jax.training import metrics, partitioning
 from lora_jax.training.evaluation import evaluate, make_eval_step
@@ -134,7 +134,8 @@ def memory(root, mesh):
 
 
 def lora_family(name):
-    return next(f for f in (gpt2.FAMILY, t5.FAMILY, *llama.FAMILIES) if name in f.model_type)
+    families = (gpt2.FAMILY, t5.FAMILY, mixtral.FAMILY, *llama.FAMILIES)
+    return next(f for f in families if name in f.model_type)
 
 
 def gradient(model, family, mesh):
@@ -188,6 +189,10 @@ MODELS = {
         llama.LlamaConfig.from_hf(LLAMA | {"num_hidden_layers": 2, "hidden_size": 16,
         "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}),
         scan_layers=True),
+    "mixtral": lambda: mixtral.MixtralForCausalLM(
+        mixtral.MixtralConfig(vocab_size=64, max_position_embeddings=64, num_hidden_layers=2,
+        hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=2,
+        num_local_experts=4), scan_layers=True),
     "gpt2": lambda: gpt2.GPT2LMHeadModel(
         gpt2.GPT2Config(vocab_size=61, n_embd=16, n_layer=2, n_head=2, n_positions=16),
         scan_layers=True),

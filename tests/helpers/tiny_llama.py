@@ -11,7 +11,7 @@ from tokenizers import models, pre_tokenizers
 
 from configs import instruct_llama
 from lora_jax import names, paths
-from lora_jax.models import llama
+from lora_jax.models import registry
 
 QUESTIONS = dict(
     red="colour", green="colour", two="number", seven="number", dog="animal", horse="animal"
@@ -36,19 +36,20 @@ def tokenizer():
 
 
 def checkpoint(directory, template=CHATML, **changes):
-    """A random two-layer model with its tokenizer and chat template."""
+    """A random two-layer model, by default a Llama, with its tokenizer and chat template."""
     about = {
         "model_type": "llama", "vocab_size": len(WORDS), "hidden_size": 32, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48,
         "max_position_embeddings": 64, "eos_token_id": WORDS.index("</s>"),
         "architectures": ["LlamaForCausalLM"],
     } | changes  # fmt: skip
-    config = llama.LlamaConfig.from_hf(about)
+    family = registry.find(about)
+    config = family.config.from_hf(about)
     ids = jax.ShapeDtypeStruct((1, 1), np.int32)
-    init = llama.LlamaForCausalLM(config).init
+    init = family.models["causal-lm"](config).init
     shapes = paths.named_leaves(jax.eval_shape(init, jax.random.key(0), ids)["params"])
     rng, tensors = np.random.default_rng(0), {}
-    for weight in names.weights(llama.names(config), shapes):
+    for weight in names.weights(family.names(config, head="causal-lm"), shapes):
         center = 1.0 if weight.leaf.endswith("scale") else 0.0
         value = (center + 0.2 * rng.normal(size=weight.shape)).astype(np.float32)
         tensors[weight.hf] = np.ascontiguousarray(names.to_tensor(weight, value))

@@ -74,6 +74,30 @@ def test_questions_and_both_replies(finished):
         assert f"{question}\n{' '.join(' '.join(left).split())}\n" in base
 
 
+@pytest.mark.slow
+def test_experts_are_trained_exported_and_talked_to(tmp_path):
+    experts = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    tiny_llama.checkpoint(tmp_path / "model", architectures=["MixtralForCausalLM"], **experts)
+    tiny_llama.data(tmp_path / "data.jsonl")
+    fields = tiny_llama.overrides(tmp_path) | {"lora.targets": '("q_proj", "experts")', "epochs": 4}
+    flags = [f"--config.{name}={value}" for name, value in fields.items()]
+    said = run(
+        "instruct", "--config=configs/instruct_llama.py", f"--workdir={tmp_path / 'run'}", *flags
+    )
+    assert "mlp/experts/gate_up_proj/kernel" in said
+    adapter = f"--adapter={tmp_path / 'run' / 'adapter'}"
+    run("export", adapter, f"--out={tmp_path / 'peft'}", "--peft")
+    words = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert words["target_parameters"] == ["down_proj", "gate_up_proj"]
+    run("export", adapter, f"--out={tmp_path / 'merged'}", "--merged")
+    talk = lambda *model: run("chat", *model, "--ask=what is red?", "--max_new_tokens=9")
+    replies = [
+        talk(*x)
+        for x in ([adapter], [f"--adapter={tmp_path / 'peft'}"], [f"--model={tmp_path / 'merged'}"])
+    ]
+    assert "colour" in replies[0] and len(set(replies)) == 1
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--ask=a", "b"], "'b' is another: add --ask"),
     (["--compare", "--ask=a"], "give --ask=QUESTION and --adapter"),

@@ -177,7 +177,7 @@ def test_the_base_is_never_whole_on_a_device(root):
 @pytest.mark.slow
 def test_other_families_with_stacked_layers(root):
     """With plain LoRA, LoRA-FA and VeRA."""
-    found = run(root, "family:llama", "family:gpt2", "family:t5")
+    found = run(root, "family:llama", "family:mixtral", "family:gpt2", "family:t5")
     for name, about in found.items():
         assert about["one"][-1] < 0.997 * about["one"][0], name  # far more than what is tolerated
         np.testing.assert_allclose(about["mixed"], about["one"], rtol=1e-5, err_msg=name)
