@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -17,7 +18,7 @@ def gather(x: Array) -> Array:
     Args:
       x: array, or tracer of one; all processes give their part of the same array.
     """
-    if not isinstance(x, jax.core.Tracer) and not x.is_fully_addressable:
+    if not isinstance(x, Tracer) and not x.is_fully_addressable:
         return jnp.asarray(multihost_utils.process_allgather(x, tiled=True))
     sharding = getattr(jax.typeof(x), "sharding", None)
     if sharding is None or all(entry is None for entry in sharding.spec):
