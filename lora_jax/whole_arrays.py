@@ -10,10 +10,10 @@ Array = jax.Array
 
 
 def gather(x: Array) -> Array:
-    """Returns an array that each process has whole, and no device a part of.
+    """Returns an array of which each process has all, and each device of a mesh of explicit axes.
 
-    An array whose axes are split automatically by the compiler over devices of this process stays
-    as it is. What processes compute of the result alone is the same in each of them.
+    One that the compiler splits over devices of this process alone stays as it is. What processes
+    compute of the result, each for itself, is the same.
 
     Args:
       x: array, or tracer of one; all processes give their part of the same array.
