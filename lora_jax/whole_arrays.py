@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -9,15 +10,15 @@ Array = jax.Array
 
 
 def gather(x: Array) -> Array:
-    """Returns an array that each process has whole, and no device a part of.
+    """Returns an array of which each process has all, and each device of a mesh of explicit axes.
 
-    An array whose axes are split automatically by the compiler over devices of this process stays
-    as it is. What processes compute of the result alone is the same in each of them.
+    One that the compiler splits over devices of this process alone stays as it is. What processes
+    compute of the result, each for itself, is the same.
 
     Args:
       x: array, or tracer of one; all processes give their part of the same array.
     """
-    if not isinstance(x, jax.core.Tracer) and not x.is_fully_addressable:
+    if not isinstance(x, Tracer) and not x.is_fully_addressable:
         return jnp.asarray(multihost_utils.process_allgather(x, tiled=True))
     sharding = getattr(jax.typeof(x), "sharding", None)
     if sharding is None or all(entry is None for entry in sharding.spec):
