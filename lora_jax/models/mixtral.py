@@ -29,7 +29,7 @@ from lora_jax.models.llama import (
 )
 from lora_jax.models.llama_config import LlamaConfig, Variant
 from lora_jax.names import Name
-from lora_jax.sharding import split_rows
+from lora_jax.sharding import FSDP, split_rows
 
 Array = jax.Array
 _BLOCKS = 8, 512  # smallest and largest number of rows that are multiplied by one expert at a time
@@ -270,6 +270,7 @@ FAMILY = make_family(
     sharding=(
         *column("q_proj", "k_proj", "v_proj", "gate_up_proj", "lm_head"),
         *row("o_proj", "down_proj"),
+        ("gate/kernel", (FSDP, None)),  # an output for each expert, of which there are few
         *embedding("embed_tokens"),
     ),
 )

@@ -204,6 +204,7 @@ MODELS = {
 # Fields of the adapter and the learning rate: each method's arrays have specs of their own.
 ADAPTERS = {
     "llama": (dict(rank=2, alpha=2.0), 0.05),
+    "mixtral": (dict(rank=2, alpha=2.0), 0.05),
     "gpt2": (dict(rank=2, alpha=2.0, train_a=False), 0.05),
     "t5": (dict(rank=8, method="vera"), 1.0),
 }
