@@ -349,6 +349,7 @@ def test_every_use_is_factored(model, method):
     assert all(use.factored > 0 for use in report.kernels.values())
 
 
+@pytest.mark.rounding
 @fewest
 def test_training_the_bound_tree_under_a_mask_gives_the_same_adapter(model):
     """Bit for bit, with the base bitwise unchanged, by either way of masking in optax."""

@@ -11,10 +11,9 @@ import json
 import os
 import sys
 
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0 "
-    "--xla_cpu_use_fusion_emitters=false"
-)
+from tests.helpers import xla_flags
+
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=4 {xla_flags.make_flags()}"
 
 import jax
 import jax.numpy as jnp

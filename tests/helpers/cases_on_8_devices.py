@@ -12,10 +12,9 @@ import sys
 import tracemalloc
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    "--xla_cpu_use_fusion_emitters=false"
-)
+from tests.helpers import xla_flags
+
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {xla_flags.make_flags()}"
 
 import jax
 import jax.numpy as jnp

@@ -123,10 +123,10 @@ def adapted(fields, params=None, **sizes):
 
 
 def assert_same(got, wanted):
-    """In float32, through a softmax and three products."""
+    """In float32, through a softmax, three products and sines of large numbers."""
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         largest = max(1.0, np.abs(y).max())
-        np.testing.assert_allclose(x, y, rtol=0, atol=5e-5 * largest)
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-4 * largest)
 
 
 @pytest.mark.parametrize("method", slow.after(1, METHODS))

@@ -80,6 +80,7 @@ def test_values_and_gradients_are_the_same(case, scan_layers, remat):
     check(case, scan_layers, remat)
 
 
+@pytest.mark.rounding
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", ["full", "dots_with_no_batch_dims_saveable"])
 @pytest.mark.parametrize("scan_layers", [False, True])

@@ -277,6 +277,7 @@ def ids(workdir):
     return {path.name for key, path in by_values(workdir).items() if key[0] in (1, 3)}
 
 
+@pytest.mark.rounding
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", [1, 3])
 def test_killed_at_random_and_resumed(inputs, grid, tmp_path, parallel):

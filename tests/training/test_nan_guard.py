@@ -91,6 +91,7 @@ def step(task, config):
     return compiled, fresh, tx
 
 
+@pytest.mark.rounding
 @pytest.mark.slow
 def test_a_healthy_run_keeps_its_bits(task, config, step):
     """Guarded or not, step for step: adapter, moments, sums."""
@@ -172,6 +173,7 @@ def test_the_first_offending_path():
         assert health.skips == 1 and health.count == 0
 
 
+@pytest.mark.rounding
 @pytest.mark.slow
 def test_skipping_is_as_if_the_batch_had_not_been(task, config, tmp_path, step):
     """The run goes on, by hand and by the loop, to the same bits; its log has a line for the step."""
