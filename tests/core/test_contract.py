@@ -35,19 +35,11 @@ METHODS = {
     "biases": dict(rank=RANK, alpha=3.0, adapt_bias=True),
     "tokens": dict(rank=RANK, alpha=3.0, train_tokens={"embed": (9, 2, 3)}),
 }
-# What not every model of the zoo has: a table of tokens, a bias beside each kernel. And DoRA with an
-# offset, whose two halves are on every model: DoRA, and offsets.
-ONLY = {
-    "tokens": ("tied",), "biases": ("mlp", "scanned"),
-    "dora_offset": ("mlp", "scanned", "conv", "tied"),
-}  # fmt: skip
+# What not every model of the zoo has: a table of tokens, a bias beside each kernel.
+ONLY = {"tokens": ("tied",), "biases": ("mlp", "scanned")}
 
-RARE = (
-    "lora_fa",
-    "vera",
-    "adalora",
-    "dora_offset",
-)  # these are slow but for one model and the value of lift
+# These are slow but for one model and the value of lift.
+RARE = ("lora_fa", "vera", "adalora", "dora_offset")
 # Numbers that are trained for a kernel of so many kernels along its batch axes, inputs and outputs.
 COUNTS = {
     "dora": lambda b, i, o: b * (RANK * (i + o) + o),
@@ -129,13 +121,13 @@ def grouped(model, *rest, slow=False):
 FEW = ("mlp", "scanned")
 
 
-def pairs(*, slow, rare=tuple(zoo.ZOO)):
-    """Every model with every method, some of which are slow; some methods with some models alone."""
+def pairs(*, slow):
+    """Every model with every method, some of which are slow."""
     cases = [
         grouped(model, method, slow=slow(model, method))
         for model in zoo.ZOO
         for method in METHODS
-        if model in ONLY.get(method, (model,)) and (method not in RARE or model in rare)
+        if model in ONLY.get(method, (model,))
     ]
     return pytest.mark.parametrize(("model", "method"), cases)
 
@@ -148,8 +140,6 @@ def is_slow(model, method):
 
 
 both = pairs(slow=is_slow)
-# What depends on the method's class alone, or on the model alone: not every pair of the two.
-mostly = pairs(slow=is_slow, rare=("mlp", "scanned", "attention", "conv", "experts", "tied"))
 SOME = (*FEW, "attention", "conv", "experts", "tied", "nnx", "lstm_optimized", "remat")
 widely = pairs(
     slow=lambda model, method: (
@@ -204,7 +194,7 @@ def _trainable(tree):
     return jax.tree.map(lambda x, t: x if t else None, tree, lora.mask(tree))
 
 
-@mostly
+@both
 def test_training_leaves_the_base_untouched(model, method):
     c = case(model, method)
     before = jax.tree.map(np.array, c.model.params)
@@ -293,13 +283,13 @@ def test_vmap_over_adapters(model):
     assert_close(jax.jit(jax.vmap(c.merged))(stacked), want)
 
 
-@mostly
+@both
 def test_checkpoint_around_the_whole(model, method):
     c = case(model, method)
     assert_close(c.gradient(jax.checkpoint(c.lifted)), c.lifted_gradient, rtol=1e-4, atol=1e-4)
 
 
-@mostly
+@both
 def test_bfloat16_base_and_activations(model, method):
     c = case(model, method)
     is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
@@ -318,7 +308,7 @@ def test_bfloat16_base_and_activations(model, method):
     assert_close(got, want, rtol=0, atol=0.06 * scale)
 
 
-@mostly
+@both
 def test_eager_equals_jit(model, method):
     c = case(model, method)
     assert_close(c.lifted(c.adapter), c.lifted_output)
@@ -335,12 +325,7 @@ def test_saved_and_loaded_exactly(model, method, tmp_path):
 
 @pytest.mark.parametrize(
     ("model", "method"),
-    [
-        grouped(m, x, slow=x != "lora")
-        for x in ("lora", "dora", "offset", *RARE)
-        for m in zoo.ZOO
-        if m in ONLY.get(x, (m,))
-    ],
+    [grouped(m, x, slow=x != "lora") for x in ("lora", "dora", "offset", *RARE) for m in zoo.ZOO],
 )
 def test_every_use_is_factored(model, method):
     c = case(model, method)
