@@ -1,7 +1,7 @@
 """What a sweep saves: against a process for each run, and by runs at a time.
 
     python -m benchmarks.sweep processes [--steps=100] [--only=seed=0] [--parallel=1,auto] \
-        [--targets=query,value]
+        [--targets=query,value] [--field=model.dtype=float32] [--field=lora.dropout=0.1]
     python -m benchmarks.sweep throughput [--model=minilm] [--at_once=1,2,4] [--batch=16x32] \
         [--targets=query,value] [--dropout=0.1]
 
@@ -55,12 +55,20 @@ MODELS = {
 # Against processes.
 
 
-def flags_for(steps: int, targets: str) -> list[str]:
-    """Overrides that make a run of ``steps`` steps, evaluated four times, in batches of 16 x 32."""
+def flags_for(steps: int, targets: str, more: list[str]) -> list[str]:
+    """Overrides that make a run of ``steps`` steps, evaluated four times, in batches of 16 x 32.
+
+    Args:
+      steps: number of steps of each run.
+      targets: patterns of kernels, with commas between them.
+      more: further overrides, each FIELD=VALUE.
+    """
     per_epoch = max(steps // 4, 1)
     fields = {"data.train_examples": 16 * per_epoch, "batch_size": 16, "epochs": steps // per_epoch}
     fields["lora.targets"] = tuple(targets.split(","))
-    return [f"--config.{name}={value}" for name, value in fields.items()]
+    return [f"--config.{name}={value}" for name, value in fields.items()] + [
+        f"--config.{text}" for text in more
+    ]
 
 
 def measured(arguments: list[str]) -> dict:
@@ -77,7 +85,7 @@ def measured(arguments: list[str]) -> dict:
 
 def processes(args: argparse.Namespace) -> None:
     """Prints each way of doing the runs, with its share of the time of separate processes."""
-    flags = flags_for(args.steps, args.targets)
+    flags = flags_for(args.steps, args.targets, args.field)
     found = trials.make_trials(quickstart_sweep.get_config(), quickstart_sweep.sweep, recipes.GLUE)
     found = trials.select(found, args.only)
     only = [f"--only={text}" for text in args.only]
@@ -98,7 +106,7 @@ def processes(args: argparse.Namespace) -> None:
                     ["experiments.sweep", f"--config={CONFIG}", workdir, f"--parallel={way}"]
                     + flags + only
                 )  # fmt: skip
-    what = {"runs": len(found), "steps": args.steps, "targets": args.targets}
+    what = {"runs": len(found), "steps": args.steps, "targets": args.targets, "fields": args.field}
     total = {name: round(sum(row[name] for row in alone), 1) for name in alone[0]}
     print_row(how="processes", **what, **total)
     for way, row in sweeps.items():
@@ -209,6 +217,7 @@ def main() -> None:
     against.add_argument("--only", action="append", default=[], help="as experiments.sweep --only")
     against.add_argument("--parallel", default="1,auto")
     against.add_argument("--targets", default="query,value", help="kernels, as lora.targets")
+    against.add_argument("--field", action="append", default=[], help="FIELD=VALUE of the config")
     against.set_defaults(run=processes)
     at_once = kinds.add_parser("throughput")
     at_once.add_argument("--model", default="minilm", choices=list(MODELS))

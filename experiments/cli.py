@@ -61,6 +61,7 @@ def run(
             return _fail(ValueError(f"another process has ended, or can't be reached ({error})"), 3)
         return 0
 
+    environment.collect_seldom()
     app.run(run_main, flags_parser=functools.partial(_parse, find_config=find_config))
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 
+from lora_jax.training.kept_programs import Program, describe
+
 PyTree = Any
 
 
@@ -19,14 +21,17 @@ def compile_ahead(step: Any, *args: PyTree) -> Iterator[None]:
     for a single device; nothing is computed, and arguments may be donated in the block.
 
     Args:
-      step: a function that ``jax.jit`` has returned.
+      step: a function that ``jax.jit`` has returned, or a program around it.
       args: arguments of the call, or others of their shapes and dtypes.
     """
-    shapes = jax.tree.map(_describe, args)
+    shapes = jax.tree.map(describe, args)
 
     def compile_step() -> None:
         with contextlib.suppress(Exception):
-            step.lower(*shapes).compile()
+            if isinstance(step, Program):
+                step.prepare(*shapes)
+            else:
+                step.lower(*shapes).compile()
 
     thread = threading.Thread(target=compile_step, name="compile ahead")
     thread.start()
@@ -34,13 +39,3 @@ def compile_ahead(step: Any, *args: PyTree) -> Iterator[None]:
         yield
     finally:
         thread.join()
-
-
-def _describe(x: jax.typing.ArrayLike) -> jax.ShapeDtypeStruct:
-    """Returns what a program is compiled for, of an argument.
-
-    Without its sharding: JAX compiles for an array that is on its device by default as for one that
-    says nothing of devices.
-    """
-    array = jax.typeof(x)
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, weak_type=array.weak_type)

@@ -4,8 +4,6 @@ import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from lora_jax.files import write_atomically
 from lora_jax.training.metric_writer import read
 from lora_jax.training.workdirs import CURVES, METRICS
@@ -18,6 +16,8 @@ def plot_curves(workdir: Path, score: str = "accuracy") -> None:
 
     Where the score is the loss itself, the accuracy has the second panel, if there is one.
     """
+    from matplotlib.figure import Figure  # takes 0.1 s, for which the first step need not wait
+
     lines = read(workdir / METRICS)
     names = choose_panels(lines, score)
     # pyplot would choose a window system

@@ -24,6 +24,7 @@ from lora_jax.training import (
     checkpointing,
     distributed,
     durations,
+    kept_programs,
     mesh,
     metric_writer,
     partitioning,
@@ -49,6 +50,7 @@ def train(
     *,
     devices: mesh.Devices | None = None,
     say: Callable[[str], None] = _LOGGER.info,
+    store: kept_programs.Store | None = None,
 ) -> Progress:
     """Trains to the end, or goes on from the last checkpoint in ``workdir``.
 
@@ -63,6 +65,7 @@ def train(
       devices: devices of the run, on which the task's base was loaded; by default those that the
         config describes.
       say: takes each line of the report; by default the logger ``lora_jax.training``.
+      store: keeps what is compiled for a single device, for the next start; None to keep nothing.
 
     Returns:
       The progress at the end.
@@ -102,6 +105,11 @@ def train(
             make_train_step(task, tx, lora_config.dropout, options, devices=devices, like=state),
             make_eval_step(task, devices),
         )
+        if store is not None and devices.mesh is None:
+            steps = Steps(
+                kept_programs.Program("train", steps.train, store, donates=True),
+                kept_programs.Program("evaluate", steps.evaluate, store),
+            )
         make_writer: Callable[..., Any] = metric_writer.NullWriter
         if distributed.is_first():
             make_writer = metric_writer.MetricWriter
