@@ -244,8 +244,9 @@ def _describe_machine() -> list[str]:
         and not any(part in name for part in _OTHER_SETTINGS)
     }
     return [
-        jax.__version__, jaxlib.version.__version__, device.client.platform_version, device.device_kind,
-        os.environ.get("XLA_FLAGS", ""), json.dumps(settings, sort_keys=True), *_describe_cpu(),
+        jax.__version__, jaxlib.version.__version__, device.client.platform_version,
+        device.device_kind, os.environ.get("XLA_FLAGS", ""), json.dumps(settings, sort_keys=True),
+        *_describe_cpu(),
     ]  # fmt: skip
 
 
