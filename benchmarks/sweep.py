@@ -1,7 +1,8 @@
 """What a sweep saves: against a process for each run, and by runs at a time.
 
     python -m benchmarks.sweep processes [--steps=100] [--only=seed=0] [--parallel=1,auto] \
-        [--targets=query,value] [--field=model.dtype=float32] [--field=lora.dropout=0.1]
+        [--targets=query,value] [--field=model.dtype=float32] [--field=lora.dropout=0.1] \
+        [--uncached]
     python -m benchmarks.sweep throughput [--model=minilm] [--at_once=1,2,4] [--batch=16x32] \
         [--targets=query,value] [--dropout=0.1]
 
@@ -86,6 +87,8 @@ def measured(arguments: list[str]) -> dict:
 def processes(args: argparse.Namespace) -> None:
     """Prints each way of doing the runs, with its share of the time of separate processes."""
     flags = flags_for(args.steps, args.targets, args.field)
+    if args.uncached:
+        flags.append("--compilation_cache=")
     found = trials.make_trials(quickstart_sweep.get_config(), quickstart_sweep.sweep, recipes.GLUE)
     found = trials.select(found, args.only)
     only = [f"--only={text}" for text in args.only]
@@ -107,6 +110,7 @@ def processes(args: argparse.Namespace) -> None:
                     + flags + only
                 )  # fmt: skip
     what = {"runs": len(found), "steps": args.steps, "targets": args.targets, "fields": args.field}
+    what["uncached"] = args.uncached
     total = {name: round(sum(row[name] for row in alone), 1) for name in alone[0]}
     print_row(how="processes", **what, **total)
     for way, row in sweeps.items():
@@ -218,6 +222,7 @@ def main() -> None:
     against.add_argument("--parallel", default="1,auto")
     against.add_argument("--targets", default="query,value", help="kernels, as lora.targets")
     against.add_argument("--field", action="append", default=[], help="FIELD=VALUE of the config")
+    against.add_argument("--uncached", action="store_true", help="each process compiles anew")
     against.set_defaults(run=processes)
     at_once = kinds.add_parser("throughput")
     at_once.add_argument("--model", default="minilm", choices=list(MODELS))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,17 +70,20 @@ def start_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_SECONDS)
 
 
-def open_store(config: ConfigDict) -> kept_programs.Store | None:
+def open_store(config: ConfigDict) -> AbstractContextManager[kept_programs.Store | None]:
     """Opens what earlier starts with a config like this have compiled, in the same directory.
 
-    None where the user, or JAX's own setting, keeps compiled programs elsewhere or not at all.
+    There is None where the user, or JAX's own setting, keeps compiled programs elsewhere or not at
+    all, and where :func:`kept_programs.open_store` says so.
     """
     directory = jax.config.values["jax_compilation_cache_dir"]
     if not directory or Path(directory) != _find_directory():
-        return None
+        return contextlib.nullcontext()
     start = workdirs.to_json_types(config)
     start.pop("seed", None)  # no program depends on it
-    return kept_programs.open_store(Path(directory) / "starts", json.dumps(start, sort_keys=True))
+    text = json.dumps(start, sort_keys=True)
+    store = kept_programs.open_store(Path(directory) / "starts", text)
+    return store or contextlib.nullcontext()
 
 
 def place_fonts() -> None:

@@ -79,17 +79,18 @@ def fit(
     """
     if not config.adapter:  # its settings would not be known yet
         workdirs.check(workdir, config)
-    store = None if is_eval_only() else environment.open_store(config)
-    task, lora_config = recipe.make_task(config, devices)
     if is_eval_only():
+        task, _ = recipe.make_task(config, devices)
         evaluation.report(task, config, workdir, devices=devices)
         return None
-    if config.adapter:
-        with config.unlocked():
-            config.lora = from_config.to_config(lora_config)
-    return train.train(
-        task, config, lora_config, workdir, devices=devices, say=cli.say, store=store
-    )
+    with environment.open_store(config) as store:
+        task, lora_config = recipe.make_task(config, devices)
+        if config.adapter:
+            with config.unlocked():
+                config.lora = from_config.to_config(lora_config)
+        return train.train(
+            task, config, lora_config, workdir, devices=devices, say=cli.say, store=store
+        )
 
 
 def describe_change(workdir: Path, best: Progress, score: str) -> str:

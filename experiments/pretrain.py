@@ -56,8 +56,8 @@ def main(argv: list[str]) -> None:
     loaded = make_model(workdir / START, config, tokenizer)
     packed = [pack(lines, tokenizer, config.data) for lines in (training, evaluation)]
     task, settings = language_modeling.make_task(config, loaded, *packed)
-    store = environment.open_store(config)
-    best = train.train(task, config, settings, workdir, say=cli.say, store=store)
+    with environment.open_store(config) as store:
+        best = train.train(task, config, settings, workdir, say=cli.say, store=store)
     adapter, _ = lora.load(workdir / workdirs.ADAPTER, loaded.params, base=loaded.base_id)
     merged = lora.merge(loaded.params, adapter)
     checkpoints.save_hf(workdir / MODEL, merged, loaded.checkpoint, head=families.CAUSAL_LM)

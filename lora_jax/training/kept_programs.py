@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jaxlib.version
@@ -31,6 +31,7 @@ PyTree = Any
 MAX_BYTES = 1 << 30  # of a directory; what was not used for longest is removed
 _WRITTEN = "/jax/compilation_cache/cache_misses"  # what JAX tells when it has compiled and kept
 _OTHER_SETTINGS = ("cache", "log_", "dump", "explain")  # parts of names of what changes no program
+_MOST_COPIED = 256 << 20  # bytes of a state; a larger one is donated when tracing has ended
 _PRIVATE = 0o700  # mode of the directory: what is in it is run
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _CPU_FACTS = ("model name", "flags", "Features")  # the lines of /proc/cpuinfo that matter
@@ -72,6 +73,14 @@ class Store:
             for name, fingerprint in _read_index(self._index).items()
             if self._path(fingerprint).is_file()
         }
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Gives up what is not loaded yet, so that a program that fails early ends at once."""
+        for load in self._loads.values():
+            load.cancel()
 
     def has(self, name: str) -> bool:
         """Returns whether such a start has used something by this name; it may be unreadable."""
@@ -152,20 +161,29 @@ class Program:
         """Calls the function for the first time with a batch of these shapes."""
         shapes = jax.tree.map(describe, args)
         kept = self._store.find(self._name_for(args))
-        leaves = jax.tree.leaves(args)
-        if kept is None or kept.inputs != len(leaves):
+        if kept is None or kept.inputs != len(jax.tree.leaves(args)):
             return self._compile(shapes, self._function.lower(*shapes))(*args)
-        state = jax.device_put(args[0], may_alias=False) if self._donates else args[0]
-        outputs = kept.call(leaves)  # runs in JAX's threads, while this one traces
-        lowered = self._function.lower(*shapes)
-        if self._store.fingerprint(lowered) == kept.fingerprint:
-            run = lambda *args: lowered.out_tree.unflatten(kept.call(jax.tree.leaves(args)))
-            self._ready[_describe_shapes(args[-1])] = run
-            try:
-                return lowered.out_tree.unflatten(jax.block_until_ready(outputs))
-            except jax.errors.JaxRuntimeError:  # if it is not the file's, it will come again
-                self._store.remove(kept)
-        return self._compile(shapes, lowered)(state, *args[1:])
+        return self._call_kept(kept, shapes, args)
+
+    def _call_kept(self, kept: Kept, shapes: tuple, args: tuple) -> Any:
+        """Calls what is kept, or what this process compiles if tracing gives another program."""
+        is_early = not self._donates or _count_bytes(args[0]) <= _MOST_COPIED
+        state = jax.device_put(args[0], may_alias=False) if self._donates and is_early else args[0]
+        outputs = kept.call(jax.tree.leaves(args)) if is_early else []
+        lowered = self._function.lower(*shapes)  # while JAX's threads compute the outputs
+        if self._store.fingerprint(lowered) != kept.fingerprint:
+            return self._compile(shapes, lowered)(state, *args[1:])
+        tree = lowered.out_tree
+        run = lambda *args: tree.unflatten(kept.call(jax.tree.leaves(args)))
+        try:
+            result = jax.block_until_ready(tree.unflatten(outputs) if is_early else run(*args))
+        except jax.errors.JaxRuntimeError:
+            self._store.remove(kept)
+            if not is_early:
+                raise
+            return self._compile(shapes, lowered)(state, *args[1:])  # which may raise it, too
+        self._ready[_describe_shapes(args[-1])] = run
+        return result
 
     def _compile(self, args: tuple, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         with _watch() as written:
@@ -205,6 +223,10 @@ def describe(x: jax.typing.ArrayLike) -> jax.ShapeDtypeStruct:
 
 def _describe_shapes(tree: PyTree) -> str:
     return "; ".join(f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(tree))
+
+
+def _count_bytes(tree: PyTree) -> int:
+    return sum(x.nbytes for x in jax.tree.leaves(tree))
 
 
 _written = threading.local()

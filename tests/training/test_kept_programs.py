@@ -2,6 +2,7 @@
 
 import collections
 import json
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +85,10 @@ def files(directory, suffix=".program"):
     return sorted(path for path in directory.iterdir() if path.suffix == suffix)
 
 
-def test_a_second_start_traces_and_compiles_nothing(tmp_path, events):
+@pytest.mark.parametrize("is_large", [False, True])
+def test_a_second_start_traces_and_compiles_nothing(tmp_path, events, monkeypatch, is_large):
+    if is_large:
+        monkeypatch.setattr(kept_programs, "_MOST_COPIED", 10)
     step, traced = make_step()
     first = run(tmp_path / "kept", step)
     assert len(traced) == 1 and len(files(tmp_path / "kept")) == 1
@@ -120,9 +124,17 @@ def test_each_shape_of_a_batch_has_its_program(tmp_path, events):
     assert [x.shape for x in outputs] == [(7, 4), (5, 4), (7, 4)] and len(traced) == 2
 
 
+@pytest.mark.parametrize("is_large", [False, True])
 @pytest.mark.parametrize("is_ahead", [False, True])
-def test_what_has_changed_is_compiled_and_its_results_count(tmp_path, is_ahead):
-    """The kept function has run, and has taken its state, when it turns out to be another."""
+def test_what_has_changed_is_compiled_and_its_results_count(
+    tmp_path, monkeypatch, is_ahead, is_large
+):
+    """The kept function has run, and has taken its state, when it turns out to be another.
+
+    It has not, where the state is too large for a copy.
+    """
+    if is_large:
+        monkeypatch.setattr(kept_programs, "_MOST_COPIED", 10)
     step, _ = make_step(1.0)
     run(tmp_path / "kept", step)
     step, traced = make_step(2.0)
@@ -278,6 +290,23 @@ def test_the_oldest_go_first(tmp_path, monkeypatch):
         found[name] = len(store._loads)
         finish(store)
     assert found == {"a": 1, "b": 0, "c": 1}
+
+
+def test_a_program_that_fails_early_does_not_wait_for_what_is_not_loaded(tmp_path, monkeypatch):
+    for rows in (5, 6, 7):
+        run(tmp_path / "kept", make_step()[0], rows=rows)
+    release, loaded = threading.Event(), []
+
+    def load(path):
+        assert release.wait(60)
+        loaded.append(path)
+
+    monkeypatch.setattr(kept_programs, "_load", load)
+    with open_store(tmp_path / "kept", "a config") as store:
+        assert len(store._loads) == 3
+    release.set()
+    finish(store)
+    assert len(loaded) <= 1  # the one that had begun
 
 
 @pytest.mark.parametrize("setting", ["jax_disable_jit", "jax_debug_nans"])
