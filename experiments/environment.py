@@ -77,7 +77,8 @@ def open_store(config: ConfigDict) -> AbstractContextManager[kept_programs.Store
     all, and where :func:`kept_programs.open_store` says so.
     """
     directory = jax.config.values["jax_compilation_cache_dir"]
-    if not directory or Path(directory) != _find_directory():
+    is_on = directory and jax.config.values["jax_enable_compilation_cache"]
+    if not is_on or Path(directory) != _find_directory():
         return contextlib.nullcontext()
     start = workdirs.to_json_types(config)
     start.pop("seed", None)  # no program depends on it

@@ -222,7 +222,7 @@ def describe(x: jax.typing.ArrayLike) -> jax.ShapeDtypeStruct:
 
 
 def _describe_shapes(tree: PyTree) -> str:
-    return "; ".join(f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(tree))
+    return "; ".join(str(jax.typeof(x)) for x in jax.tree.leaves(tree))
 
 
 def _count_bytes(tree: PyTree) -> int:
@@ -273,8 +273,9 @@ def _describe_machine() -> list[str]:
 
 
 def _describe_cpu() -> list[str]:
-    """Names the processor, with its instructions and the number of its cores, where it can."""
-    lines = [platform.machine(), platform.processor(), str(os.cpu_count())]
+    """Names the processor, with its instructions and the cores of this process, where it can."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    lines = [platform.machine(), platform.processor(), str(cores)]
     with contextlib.suppress(OSError):
         first = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
         lines += [line for line in first.splitlines() if line.startswith(_CPU_FACTS)]
