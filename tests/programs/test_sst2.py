@@ -143,9 +143,13 @@ def test_export_is_the_merged_model(finished, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(inputs, finished, tmp_path):
-    """Stopped by Ctrl-C, then killed, the run ends with the adapter and metrics of one left alone."""
-    workdir = tmp_path / "run"
-    arguments = command(*training(inputs, workdir))
+    """Stopped by Ctrl-C, then killed, the run ends with the adapter and metrics of one left alone.
+
+    With a cache of its own, so that each start after the first runs what those before have compiled.
+    """
+    workdir, cache = tmp_path / "run", tmp_path / "cache"
+    of_run = [*training(inputs, workdir), f"--compilation_cache={cache}"]
+    arguments = command(*of_run)
     for lines, kill, status in ((3, signal.SIGINT, 130), (20, signal.SIGKILL, -signal.SIGKILL)):
         process = subprocess.Popen(
             arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -162,8 +166,9 @@ def test_a_killed_run_goes_on_to_the_same_bits(inputs, finished, tmp_path):
             continue
         assert process.returncode == status, err
         assert "Traceback" not in err and ("error: interrupted" in err) == (status == 130), err
-    done = run(*training(inputs, workdir))
+    done = run(*of_run)
     assert done.returncode == 0, done.stderr
+    assert list((cache / "starts").glob("*.program"))
     assert weights(workdir) == weights(finished[0])
     assert lines_without_speed(workdir) == lines_without_speed(finished[0])
 
