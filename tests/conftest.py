@@ -53,3 +53,16 @@ def left_alone(tmp_path_factory):
 @pytest.fixture
 def key():
     return jax.random.key(7)
+
+
+@pytest.fixture
+def compilations():
+    """A list of one number, of programs that JAX has compiled, or read from its cache; set it to 0."""
+    counts = [0]
+
+    def count(name, _, **__):
+        counts[0] += name == "/jax/core/compile/backend_compile_duration"
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    yield counts
+    jax.monitoring.unregister_event_duration_listener(count)
