@@ -118,8 +118,9 @@ class Store:
             self._directory.mkdir(_PRIVATE, parents=True, exist_ok=True)
             if compiled is not None:
                 payload, inputs, outputs = serialize_executable.serialize(compiled)
-                sizes = f"{inputs.num_leaves} {outputs.num_leaves}\n".encode()
-                files.write_atomically(self._path(fingerprint), sizes + payload)
+                sizes = f"{inputs.num_leaves} {outputs.num_leaves}"
+                header = f"{sizes} {hashlib.sha256(payload).hexdigest()}\n".encode()
+                files.write_atomically(self._path(fingerprint), header + payload)
             index = _read_index(self._index) | {name: fingerprint}  # the first call remains first
             files.write_atomically(self._index, json.dumps(index, indent=2).encode())
             _prune(self._directory)
@@ -237,7 +238,9 @@ def _watch() -> Iterator[list[str]]:
     """Lists the programs that JAX compiles in the block and writes to its own cache.
 
     What JAX reads from there, instead, is of no use here: XLA's CPU backend serializes a function
-    that was loaded without a part of its machine code, and it fails when it runs (jaxlib 0.10).
+    that was loaded without a part of its machine code, and it fails when it runs (jaxlib 0.10). So
+    a file of the store that is lost is written again when JAX has lost its own, too; until then
+    such a start waits for tracing, and takes the function from JAX.
     """
     _listen()
     _written.events = []
@@ -309,8 +312,11 @@ def _load(path: Path) -> Kept | None:
     Like JAX's own cache, such a file is code that runs: it is as trusted as its directory.
     """
     try:
-        sizes, _, payload = path.read_bytes().partition(b"\n")
-        inputs, outputs = map(int, sizes.split())
+        header, _, payload = path.read_bytes().partition(b"\n")
+        *sizes, digest = header.decode().split()
+        inputs, outputs = map(int, sizes)
+        if hashlib.sha256(payload).hexdigest() != digest:  # damaged machine code ends the process
+            raise ValueError(f"{path} is damaged")
         compiled = serialize_executable.deserialize_and_load(
             payload, jax.tree.structure((([0] * inputs,), {})), jax.tree.structure([0] * outputs),
             execution_devices=jax.devices()[:1],

@@ -173,12 +173,25 @@ def test_a_program_that_is_prepared_is_not_compiled_again(tmp_path, compilations
     assert compilations[0] == 0 and len(traced) == 1 and files(tmp_path / "kept")
 
 
-@pytest.mark.parametrize("content", [b"", b"5 2", b"5 2\nno program", b"\xff\n", None])
-def test_a_file_that_cannot_be_read_is_replaced(tmp_path, cache, content):
+DAMAGES = {
+    "empty": lambda data: b"",
+    "no header": lambda data: b"5 2\nno program",
+    "no text": lambda data: b"\xff\n",
+    "cut": lambda data: data[:1000],
+    "a bit": lambda data: data[:-500] + bytes([data[-500] ^ 1]) + data[-499:],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_file_that_cannot_be_read_is_replaced(tmp_path, cache, damage):
     step, _ = make_step()
     want = run(tmp_path / "kept", step)
     (path,) = files(tmp_path / "kept")
-    path.write_bytes(path.read_bytes()[:1000] if content is None else content)
+    whole = path.read_bytes()
+    path.write_bytes(DAMAGES[damage](whole))
+    _, store = start(tmp_path / "kept", make_step()[0])
+    assert [store.find(name) for name in store._loads] == [None] and not path.exists()
+    finish(store)
     for file in cache.iterdir():  # or else JAX would find it there, and it would not be written
         file.unlink()
     step, _ = make_step()
